@@ -1,0 +1,58 @@
+// Q3_K: 256 weights of 3 bits in 16 groups of 16 with 6-bit scales. w = d * (sc - 32) * (v - 4).
+#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/fp16.h"
+#include "kernels_cpu/tile_scalar.h"
+
+namespace stoker {
+namespace {
+
+struct BlockQ3_K {
+  uint8_t hmask[32];   // bit 2 of v: weight 32 * i + l is bit i of byte l
+  uint8_t qs[64];      // bits 0, 1: weight 128 * h + 32 * c + l is bits 2c, 2c + 1 of byte 32 * h + l
+  uint8_t scales[12];  // sc: nibble g / 8 of byte g % 8, bits 4 and 5 in pair g / 4 of byte 8 + g % 4
+  uint8_t d[2];        // f16 scale of the scales
+};
+static_assert(sizeof(BlockQ3_K) == 110);
+
+int scale6(const uint8_t* p, int g) {
+  return (p[g % 8] >> 4 * (g / 8) & 15) | (p[8 + g % 4] >> 2 * (g / 4) & 3) << 4;
+}
+
+struct Q3_K {
+  using Block = BlockQ3_K;
+  static constexpr int kBlock = 256;
+  static constexpr int kGroup = 16;
+  static constexpr bool kOffset = false;
+
+  static void unpack(const Block& b, int g, int8_t* q, float* s, float* m) {
+    const uint8_t* qs = b.qs + 32 * (g / 8) + 16 * (g % 2);
+    const uint8_t* hmask = b.hmask + 16 * (g % 2);
+    const int shift = 2 * (g % 8 / 2);
+    for (int j = 0; j < 16; ++j) {
+      q[j] = static_cast<int8_t>(((qs[j] >> shift & 3) | (hmask[j] >> (g / 2) & 1) << 2) - 4);
+    }
+    *s = load_f16(b.d) * static_cast<float>(scale6(b.scales, g) - 32);
+    *m = 0;
+  }
+};
+
+}  // namespace
+
+const Format kFormat_Q3_K = {
+    "Q3_K",
+    FormatId::Q3_K,
+    256,
+    110,
+    ActKind::i8,
+    dequantize_scalar<Q3_K>,
+    nullptr,
+    {
+        matmul_scalar<Q3_K>,
+        STOKER_ON_X86(nullptr),    // avx2
+        STOKER_ON_X86(nullptr),    // avxvnni
+        STOKER_ON_X86(nullptr),    // avx512
+        STOKER_ON_ARM64(nullptr),  // neon
+        STOKER_ON_ARM64(nullptr),  // i8mm
+    }};
+
+}  // namespace stoker

@@ -1,0 +1,48 @@
+// Q4_0: 32 weights of 4 bits. w = d * (v - 8).
+#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/fp16.h"
+#include "kernels_cpu/tile_scalar.h"
+
+namespace stoker {
+namespace {
+
+struct BlockQ4_0 {
+  uint8_t d[2];    // f16 scale
+  uint8_t qs[16];  // v, 0..15: weight j in the low nibble of byte j, weight 16 + j in the high one
+};
+static_assert(sizeof(BlockQ4_0) == 18);
+
+struct Q4_0 {
+  using Block = BlockQ4_0;
+  static constexpr int kBlock = 32;
+  static constexpr int kGroup = 32;
+  static constexpr bool kOffset = false;
+
+  static void unpack(const Block& b, int, int8_t* q, float* s, float* m) {
+    unpack_nibbles32(b.qs, q, 8);
+    *s = load_f16(b.d);
+    *m = 0;
+  }
+};
+
+}  // namespace
+
+const Format kFormat_Q4_0 = {
+    "Q4_0",
+    FormatId::Q4_0,
+    32,
+    18,
+    ActKind::i8,
+    dequantize_scalar<Q4_0>,
+    nullptr,
+    {
+        matmul_scalar<Q4_0>,
+        STOKER_ON_X86(nullptr),    // avx2
+        STOKER_ON_X86(nullptr),    // avxvnni
+        STOKER_ON_X86(nullptr),    // avx512
+        STOKER_ON_ARM64(nullptr),  // neon
+        STOKER_ON_ARM64(nullptr),  // i8mm
+    }};
+
+}  // namespace stoker

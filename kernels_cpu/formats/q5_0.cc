@@ -1,0 +1,49 @@
+// Q5_0: 32 weights of 5 bits. w = d * (v - 16).
+#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/fp16.h"
+#include "kernels_cpu/tile_scalar.h"
+
+namespace stoker {
+namespace {
+
+struct BlockQ5_0 {
+  uint8_t d[2];    // f16 scale
+  uint8_t qh[4];   // bit 4 of v: weight j is bit j of the little-endian word
+  uint8_t qs[16];  // bits 0..3 of v: weight j in the low nibble of byte j, 16 + j in the high one
+};
+static_assert(sizeof(BlockQ5_0) == 22);
+
+struct Q5_0 {
+  using Block = BlockQ5_0;
+  static constexpr int kBlock = 32;
+  static constexpr int kGroup = 32;
+  static constexpr bool kOffset = false;
+
+  static void unpack(const Block& b, int, int8_t* q, float* s, float* m) {
+    unpack_five_bits32(b.qs, load_u32(b.qh), q, 16);
+    *s = load_f16(b.d);
+    *m = 0;
+  }
+};
+
+}  // namespace
+
+const Format kFormat_Q5_0 = {
+    "Q5_0",
+    FormatId::Q5_0,
+    32,
+    22,
+    ActKind::i8,
+    dequantize_scalar<Q5_0>,
+    nullptr,
+    {
+        matmul_scalar<Q5_0>,
+        STOKER_ON_X86(nullptr),    // avx2
+        STOKER_ON_X86(nullptr),    // avxvnni
+        STOKER_ON_X86(nullptr),    // avx512
+        STOKER_ON_ARM64(nullptr),  // neon
+        STOKER_ON_ARM64(nullptr),  // i8mm
+    }};
+
+}  // namespace stoker

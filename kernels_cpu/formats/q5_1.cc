@@ -1,0 +1,50 @@
+// Q5_1: 32 weights of 5 bits. w = d * v + m.
+#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/fp16.h"
+#include "kernels_cpu/tile_scalar.h"
+
+namespace stoker {
+namespace {
+
+struct BlockQ5_1 {
+  uint8_t d[2];    // f16 scale
+  uint8_t m[2];    // f16 minimum
+  uint8_t qh[4];   // bit 4 of v: weight j is bit j of the little-endian word
+  uint8_t qs[16];  // bits 0..3 of v: weight j in the low nibble of byte j, 16 + j in the high one
+};
+static_assert(sizeof(BlockQ5_1) == 24);
+
+struct Q5_1 {
+  using Block = BlockQ5_1;
+  static constexpr int kBlock = 32;
+  static constexpr int kGroup = 32;
+  static constexpr bool kOffset = true;
+
+  static void unpack(const Block& b, int, int8_t* q, float* s, float* m) {
+    unpack_five_bits32(b.qs, load_u32(b.qh), q, 0);
+    *s = load_f16(b.d);
+    *m = load_f16(b.m);
+  }
+};
+
+}  // namespace
+
+const Format kFormat_Q5_1 = {
+    "Q5_1",
+    FormatId::Q5_1,
+    32,
+    24,
+    ActKind::i8,
+    dequantize_scalar<Q5_1>,
+    nullptr,
+    {
+        matmul_scalar<Q5_1>,
+        STOKER_ON_X86(nullptr),    // avx2
+        STOKER_ON_X86(nullptr),    // avxvnni
+        STOKER_ON_X86(nullptr),    // avx512
+        STOKER_ON_ARM64(nullptr),  // neon
+        STOKER_ON_ARM64(nullptr),  // i8mm
+    }};
+
+}  // namespace stoker

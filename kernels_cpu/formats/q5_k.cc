@@ -1,0 +1,59 @@
+// Q5_K: 256 weights of 5 bits in 8 groups of 32, whose 6-bit scales and minima are themselves scaled.
+// w = d * sc * v - dmin * mn.
+#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/fp16.h"
+#include "kernels_cpu/tile_scalar.h"
+
+namespace stoker {
+namespace {
+
+struct BlockQ5_K {
+  uint8_t d[2];        // f16 scale of the scales
+  uint8_t dmin[2];     // f16 scale of the minima
+  uint8_t scales[12];  // sc and mn, packed as packing.h says
+  uint8_t qh[32];      // bit 4 of v: weight 32 * g + l is bit g of byte l
+  uint8_t qs[128];     // bits 0..3: weight 64 * i + l in the low nibble of byte 32 * i + l (l < 32),
+                       // weight 64 * i + 32 + l in the high one
+};
+static_assert(sizeof(BlockQ5_K) == 176);
+
+struct Q5_K {
+  using Block = BlockQ5_K;
+  static constexpr int kBlock = 256;
+  static constexpr int kGroup = 32;
+  static constexpr bool kOffset = true;
+
+  static void unpack(const Block& b, int g, int8_t* q, float* s, float* m) {
+    const uint8_t* qs = b.qs + 32 * (g / 2);
+    const int shift = 4 * (g % 2);
+    for (int j = 0; j < 32; ++j) {
+      q[j] = static_cast<int8_t>((qs[j] >> shift & 15) | (b.qh[j] >> g & 1) << 4);
+    }
+    int sc, mn;
+    unpack_scale_min6(b.scales, g, &sc, &mn);
+    *s = load_f16(b.d) * static_cast<float>(sc);
+    *m = -(load_f16(b.dmin) * static_cast<float>(mn));
+  }
+};
+
+}  // namespace
+
+const Format kFormat_Q5_K = {
+    "Q5_K",
+    FormatId::Q5_K,
+    256,
+    176,
+    ActKind::i8,
+    dequantize_scalar<Q5_K>,
+    nullptr,
+    {
+        matmul_scalar<Q5_K>,
+        STOKER_ON_X86(nullptr),    // avx2
+        STOKER_ON_X86(nullptr),    // avxvnni
+        STOKER_ON_X86(nullptr),    // avx512
+        STOKER_ON_ARM64(nullptr),  // neon
+        STOKER_ON_ARM64(nullptr),  // i8mm
+    }};
+
+}  // namespace stoker

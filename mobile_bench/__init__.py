@@ -1,0 +1,1 @@
+"""stoker.mobile_bench."""

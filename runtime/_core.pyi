@@ -1,0 +1,106 @@
+"""The C++ core. One process-wide kernel table; immutable Engine; one mutable Timeline a session."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+class TensorInfo:
+    name: str
+    type: str  # a name of formats.inc, or "type <id>" where unknown
+    shape: tuple[int, ...]  # GGUF order: shape[0] is the contiguous dimension
+    offset: int  # bytes from the start of its shard
+    nbytes: int
+    shard: int
+
+class GgufFile:
+    """A GGUF file or the first of its shards: header and directory, checked against the files."""
+
+    def __init__(self, path: str) -> None: ...
+    path: str
+    version: int
+    shards: list[str]
+    nbytes: int  # of all shards
+    @property
+    def metadata(self) -> dict[str, Any]: ...  # str, int, float, bool or list of these
+    def get(self, key: str) -> Any: ...  # one value, None where absent (cheap: converts only it)
+    @property
+    def tensors(self) -> list[TensorInfo]: ...
+
+class Engine:
+    """An immutable model: configuration, weights, plan. Shared by any number of timelines."""
+
+    # threads 0: physical performance cores. context 0: the model's limit, at most 4096.
+    # kv_type: "f16" or "f32".
+    def __init__(
+        self, file: GgufFile, *, threads: int = 0, context: int = 0, kv_type: str = "f16"
+    ) -> None: ...
+    @property
+    def config(self) -> dict[str, Any]: ...  # architecture, n_layer, n_embd, n_vocab, context, ...
+    @property
+    def plan(self) -> dict[str, Any]: ...  # bytes by kind: weights, kv, scratch; threads; isa
+    def timeline(self) -> Timeline: ...
+
+class Timeline:
+    """KV cache and position of one sequence. Not for two threads at once (raises OptionError)."""
+
+    @property
+    def position(self) -> int: ...  # tokens evaluated
+    @property
+    def context(self) -> int: ...
+    def eval(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> None:
+        """Appends tokens (n >= 1); afterwards logits() are those after the last one."""
+    def logits(self) -> npt.NDArray[np.float32]: ...  # [n_vocab], a copy
+    def eval_all(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Appends tokens; returns the logits after each, [n, n_vocab]."""
+    def eval_nll(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """Appends n tokens; returns -log p(tokens[i + 1] | ...) for i < n - 1, [n - 1], in nats."""
+    def hidden(self) -> npt.NDArray[np.float32]: ...  # [n_embd]: final norm of the last token
+    def eval_hidden(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Appends tokens; returns the final-norm hidden state of each, [n, n_embd]."""
+    def sample(self, sampler: Sampler) -> int:
+        """Samples from logits() and tells the sampler of the choice; no evaluation."""
+    def step(self, sampler: Sampler) -> int:
+        """sample(), then eval() of the token: one token of generation in one call."""
+    def truncate(self, position: int) -> None: ...  # forget everything from `position` on
+    def cancel(self) -> None: ...  # from any thread: eval raises Cancelled at the next layer
+    @property
+    def stats(self) -> dict[str, float]: ...  # bytes_read, seconds, tokens of prefill and decode
+
+class Sampler:
+    """Sampling chain and its state: logit bias, penalties, top-k, top-p, min-p, temperature."""
+
+    def __init__(
+        self,
+        n_vocab: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        penalty_window: int = 64,
+        logit_bias: dict[int, float] | None = None,
+        seed: int = 0,
+        logprobs: int = 0,
+    ) -> None: ...
+    def sample(self, logits: npt.NDArray[np.float32]) -> int: ...  # logits [n_vocab], unchanged
+    def accept(self, token: int) -> None: ...  # a prompt token, for the penalties
+    @property
+    def logprob(self) -> float: ...  # of the last choice, from the unmodified logits, in nats
+    @property
+    def top_logprobs(self) -> list[tuple[int, float]]: ...  # `logprobs` best of the last choice
+
+def formats() -> list[dict[str, Any]]: ...  # name, id, block, bytes, quantizes
+def isas() -> list[tuple[str, bool]]: ...  # every compiled ISA and whether it executes here
+def active_isa() -> str: ...
+def cpu() -> dict[str, Any]: ...  # model, logical, physical, performance cores, features
+def quantize(format: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]: ...
+def dequantize(format: str, data: npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.float32]: ...
+def matmul(
+    format: str, isa: str, w: npt.NDArray[np.uint8], rows: int, x: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """y[t, r] = W[r] . x[t]; x [tokens, cols]; w rows * row_bytes bytes. For tests and benches."""

@@ -1,0 +1,1 @@
+"""stoker: runs language models that are bigger than the device."""

@@ -1,0 +1,16 @@
+// The families that archs.inc names.
+#pragma once
+
+#include "runtime/core/forward.h"
+
+namespace stoker {
+
+#define STOKER_ARCH(name, family) extern const Family kFamily_##family;
+#include "runtime/arch/archs.inc"
+#undef STOKER_ARCH
+
+// The layer that most families share: norm, attention, norm, feed-forward or mixture, with a sum
+// after each.
+void standard_layer(Forward& f, int64_t il);
+
+}  // namespace stoker

@@ -1,0 +1,34 @@
+// Qwen 2, 2 MoE (shared expert), 3 and 3 MoE. Their differences (biases, norms of q and k) are
+// in the tensors that a file holds.
+#include "runtime/arch/families.h"
+
+namespace stoker {
+
+namespace {
+
+void qwen(const GgufFile& file, ModelConfig& c, bool normalize) {
+  c.rope.neox = true;
+  c.sliding_window = 0;  // in the metadata, not in the graph
+  c.normalize_experts = normalize;
+  const std::string key = c.architecture + ".expert_feed_forward_length";
+  if (c.is_mixture() && file.get_int(key, 0) == 0) c.n_ff_expert = c.n_ff / c.n_expert_used;
+}
+
+void configure_dense(const GgufFile& file, ModelConfig& c) { qwen(file, c, true); }
+
+void configure_qwen2moe(const GgufFile& file, ModelConfig& c) {
+  qwen(file, c, false);
+  c.n_ff_shared = file.get_int("qwen2moe.expert_shared_feed_forward_length", 0);
+  if (c.n_ff_shared == 0) c.n_ff_shared = c.n_ff;
+}
+
+void configure_qwen3moe(const GgufFile& file, ModelConfig& c) { qwen(file, c, true); }
+
+}  // namespace
+
+extern const Family kFamily_qwen2 = {configure_dense, standard_layer};
+extern const Family kFamily_qwen3 = {configure_dense, standard_layer};
+extern const Family kFamily_qwen2moe = {configure_qwen2moe, standard_layer};
+extern const Family kFamily_qwen3moe = {configure_qwen3moe, standard_layer};
+
+}  // namespace stoker

@@ -1,0 +1,43 @@
+// SmallThinker: the router sees the layer's raw input, before attention, so that experts are known
+// early; ReGLU experts; in models with a sliding window each fourth layer is global and unrotated.
+#include "runtime/arch/families.h"
+#include "runtime/arch/sliding_pattern.h"
+
+namespace stoker {
+
+namespace {
+
+constexpr int64_t kPeriod = 4;
+
+void configure(const GgufFile& file, ModelConfig& c) {
+  c.rope.neox = true;
+  c.activation = Activation::kRelu;
+  c.normalize_experts = true;
+  const int64_t gating = file.require_int("smallthinker.expert_gating_func");
+  if (gating != 1 && gating != 2) {
+    throw Error(ErrorKind::kUnsupported,
+                file.path() + ": smallthinker.expert_gating_func: expected 1 (softmax) or 2 " +
+                    "(sigmoid), found " + std::to_string(gating));
+  }
+  c.gating = gating == 1 ? Gating::kSoftmax : Gating::kSigmoid;
+  set_sliding_layers(file, c, kPeriod, true);
+  if (c.sliding_window == 0) return;
+  for (int64_t il = 0; il < c.n_layer; il += kPeriod) c.rotates[static_cast<size_t>(il)] = false;
+}
+
+void layer(Forward& f, int64_t il) {
+  const LayerWeights& w = f.layer(il);
+  const Routes routes = f.route(il, f.x());
+  f.norm(f.x(), w.attn_norm, f.a());
+  f.attention(il, f.a(), f.b());
+  f.add(f.x(), f.b());
+  f.norm(f.x(), w.ffn_norm, f.a());
+  f.mixture(il, f.a(), routes, f.b());
+  f.add(f.x(), f.b());
+}
+
+}  // namespace
+
+extern const Family kFamily_smallthinker = {configure, layer};
+
+}  // namespace stoker

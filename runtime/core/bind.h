@@ -1,0 +1,9 @@
+// The parts of the Python module, one bind_<part>.cc each.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+void bind_gguf(nanobind::module_& m);
+void bind_kernels(nanobind::module_& m);
+void bind_sampler(nanobind::module_& m);
+void bind_engine(nanobind::module_& m);

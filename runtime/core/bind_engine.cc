@@ -1,0 +1,181 @@
+// Engine and Timeline for Python (runtime/_core.pyi). The GIL is released around everything that
+// computes or reads; a long evaluation takes it every 20 ms to see Ctrl-C.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/core/bind.h"
+#include "runtime/core/errors.h"
+#include "runtime/core/timeline.h"
+
+namespace nb = nanobind;
+using stoker::Engine;
+using stoker::Error;
+using stoker::ErrorKind;
+using stoker::Timeline;
+
+namespace {
+
+// Tokens from a list or an integer array of one dimension.
+std::vector<int32_t> to_tokens(nb::handle object) {
+  std::vector<int32_t> tokens;
+  nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> array;
+  if (nb::try_cast(object, array, false)) {
+    tokens.assign(array.data(), array.data() + array.shape(0));
+    return tokens;
+  }
+  for (nb::handle item : nb::borrow<nb::iterable>(object)) {
+    const long long value = nb::cast<long long>(nb::int_(item));
+    if (value < INT32_MIN || value > INT32_MAX) {
+      throw Error(ErrorKind::kOption, "token: expected a 32-bit integer, found " +
+                                          std::to_string(value));
+    }
+    tokens.push_back(static_cast<int32_t>(value));
+  }
+  return tokens;
+}
+
+// An array that owns its memory, filled by f without the GIL.
+template <class T, class F>
+nb::object filled(std::initializer_list<size_t> shape, F&& f) {
+  size_t n = 1;
+  for (size_t s : shape) n *= s;
+  auto* data = new T[n > 0 ? n : 1];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  {
+    nb::gil_scoped_release release;
+    f(data);
+  }
+  return nb::cast(nb::ndarray<nb::numpy, T>(data, shape, owner));
+}
+
+nb::object copy_of(const std::vector<float>& v) {
+  return filled<float>({v.size()}, [&](float* out) { std::copy(v.begin(), v.end(), out); });
+}
+
+void poll_signals() {
+  nb::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
+nb::dict config_of(const Engine& e) {
+  const stoker::ModelConfig& c = e.config();
+  nb::dict d;
+  d["architecture"] = c.architecture;
+  d["name"] = c.name;
+  d["n_layer"] = c.n_layer;
+  d["n_embd"] = c.n_embd;
+  d["n_vocab"] = c.n_vocab;
+  d["n_head"] = c.n_head;
+  d["n_head_kv"] = c.n_head_kv;
+  d["head_dim"] = c.head_dim;
+  d["n_ff"] = c.n_ff;
+  d["n_expert"] = c.n_expert;
+  d["n_expert_used"] = c.n_expert_used;
+  d["n_ff_expert"] = c.n_ff_expert;
+  d["sliding_window"] = c.sliding_window;
+  d["context_train"] = c.context_train;
+  d["context"] = e.plan().context;
+  return d;
+}
+
+nb::dict plan_of(const Engine& e) {
+  const stoker::Plan& p = e.plan();
+  nb::dict d;
+  d["isa"] = stoker::isa_name(p.isa);
+  d["threads"] = p.threads;
+  d["context"] = p.context;
+  d["chunk"] = p.chunk;
+  d["kv_type"] = e.kv_f16() ? "f16" : "f32";
+  d["weight_bytes"] = p.weight_bytes;
+  d["kv_bytes"] = p.kv_bytes;
+  d["scratch_bytes"] = p.scratch_bytes;
+  d["token_bytes"] = p.token_bytes;
+  return d;
+}
+
+nb::dict stats_of(const Timeline& t) {
+  const stoker::TimelineStats& s = t.stats();
+  nb::dict d;
+  d["prompt_tokens"] = s.prompt_tokens;
+  d["prompt_seconds"] = s.prompt_seconds;
+  d["decode_tokens"] = s.decode_tokens;
+  d["decode_seconds"] = s.decode_seconds;
+  d["decode_bytes"] = s.decode_bytes;
+  return d;
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  nb::class_<Engine>(m, "Engine")
+      .def(nb::new_([](std::shared_ptr<const stoker::GgufFile> file, int threads, int64_t context,
+                       const std::string& kv_type) {
+             if (kv_type != "f16" && kv_type != "f32") {
+               throw Error(ErrorKind::kOption, "kv_type: expected f16 or f32, found " + kv_type);
+             }
+             stoker::EngineOptions options;
+             options.threads = threads;
+             options.context = context;
+             options.kv_f16 = kv_type == "f16";
+             nb::gil_scoped_release release;
+             return std::make_shared<Engine>(std::move(file), options);
+           }),
+           nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("context") = 0,
+           nb::arg("kv_type") = "f16")
+      .def_prop_ro("config", config_of)
+      .def_prop_ro("plan", plan_of)
+      .def("timeline", [](std::shared_ptr<Engine> e) {
+        return std::make_unique<Timeline>(std::move(e), poll_signals);
+      });
+
+  nb::class_<Timeline>(m, "Timeline")
+      .def_prop_ro("position", &Timeline::position)
+      .def_prop_ro("context", &Timeline::context)
+      .def("eval",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             nb::gil_scoped_release release;
+             t.eval(ids);
+           })
+      .def("logits", [](const Timeline& t) { return copy_of(t.logits()); })
+      .def("hidden", [](const Timeline& t) { return copy_of(t.hidden()); })
+      .def("eval_all",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             const auto n_vocab = static_cast<size_t>(t.engine().config().n_vocab);
+             return filled<float>({ids.size(), n_vocab},
+                                  [&](float* out) { t.eval_all(ids, out); });
+           })
+      .def("eval_hidden",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             const auto n_embd = static_cast<size_t>(t.engine().config().n_embd);
+             return filled<float>({ids.size(), n_embd},
+                                  [&](float* out) { t.eval_hidden(ids, out); });
+           })
+      .def("eval_nll",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             return filled<double>({ids.empty() ? 0 : ids.size() - 1},
+                                   [&](double* out) { t.eval_nll(ids, out); });
+           })
+      .def("sample",
+           [](Timeline& t, stoker::Sampler& sampler) {
+             nb::gil_scoped_release release;
+             return t.sample(sampler);
+           })
+      .def("step",
+           [](Timeline& t, stoker::Sampler& sampler) {
+             nb::gil_scoped_release release;
+             return t.step(sampler);
+           })
+      .def("truncate", &Timeline::truncate)
+      .def("cancel", &Timeline::cancel)
+      .def_prop_ro("stats", stats_of);
+}

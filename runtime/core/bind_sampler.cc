@@ -1,0 +1,3 @@
+#include "runtime/core/bind.h"
+
+void bind_sampler(nanobind::module_&) {}

@@ -1,0 +1,43 @@
+// The Python module stoker.runtime._core: each bind_*.cc adds its part.
+#include <nanobind/nanobind.h>
+
+#include <exception>
+
+#include "runtime/core/bind.h"
+#include "runtime/core/errors.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+const char* class_name(stoker::ErrorKind kind) {
+  switch (kind) {
+    case stoker::ErrorKind::kModelFile: return "ModelFileError";
+    case stoker::ErrorKind::kUnsupported: return "UnsupportedModelError";
+    case stoker::ErrorKind::kContext: return "ContextLengthError";
+    case stoker::ErrorKind::kBudget: return "BudgetError";
+    case stoker::ErrorKind::kOption: return "OptionError";
+    case stoker::ErrorKind::kInterrupted: return "Cancelled";
+    case stoker::ErrorKind::kDevice: return "DeviceError";
+  }
+  return "StokerError";
+}
+
+void translate(const std::exception_ptr& p, void*) {
+  try {
+    std::rethrow_exception(p);
+  } catch (const stoker::Error& e) {
+    nb::object type = nb::module_::import_("stoker.runtime.errors").attr(class_name(e.kind()));
+    PyErr_SetString(type.ptr(), e.what());
+  }
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  nb::register_exception_translator(translate);
+  bind_gguf(m);
+  bind_kernels(m);
+  bind_sampler(m);
+  bind_engine(m);
+}

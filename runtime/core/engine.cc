@@ -1,0 +1,140 @@
+#include "runtime/core/engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include "kernels_cpu/cpu.h"
+#include "runtime/arch/families.h"
+#include "runtime/core/errors.h"
+#include "runtime/core/kv_cache.h"
+
+namespace stoker {
+
+namespace {
+
+// A prompt's chunk: large enough to use each unpacked weight tile many times.
+constexpr int64_t kChunk = 512;
+// Buffers of a mixture's chunk grow with tokens x experts used; the chunk shrinks to keep them
+// below this.
+constexpr int64_t kMixtureScratch = int64_t{64} << 20;
+constexpr int64_t kDefaultContext = 4096;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+const Family& find_family(const GgufFile& file, const std::string& architecture) {
+  std::string known;
+#define STOKER_ARCH(name, family)                           \
+  if (architecture == name) return kFamily_##family;        \
+  known += std::string(known.empty() ? "" : " ") + (name);
+#include "runtime/arch/archs.inc"
+#undef STOKER_ARCH
+  throw Error(ErrorKind::kUnsupported, file.path() + ": general.architecture: expected one of " +
+                                           known + ", found " + architecture);
+}
+
+}  // namespace
+
+Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options)
+    : file_(std::move(file)), options_(options) {
+  const std::string architecture(file_->require_string("general.architecture"));
+  family_ = &find_family(*file_, architecture);
+  config_ = read_config(*file_);
+  family_->configure(*file_, config_);
+  const ModelConfig& c = config_;
+
+  plan_.isa = active_isa();
+  ops_ = &ops_for(plan_.isa);
+  if (options.threads < 0 || options.threads > 1024) {
+    throw Error(ErrorKind::kOption, "threads: expected 0 (automatic) to 1024, found " +
+                                        std::to_string(options.threads));
+  }
+  plan_.threads = options.threads > 0 ? options.threads : default_threads();
+  plan_.context = options.context;
+  if (plan_.context == 0) plan_.context = std::min(c.context_train, kDefaultContext);
+  if (plan_.context < 1 || plan_.context > c.context_train) {
+    throw Error(ErrorKind::kOption, "context: expected 1 to " + std::to_string(c.context_train) +
+                                        " tokens (the model's limit), found " +
+                                        std::to_string(options.context));
+  }
+  weights_ = load_weights(*file_, c, plan_.threads);
+  const bool longrope = c.rope.scaling == RopeScaling::kLongRope;
+  const Vector& factors = !longrope                                     ? weights_.rope_factors
+                          : plan_.context > c.rope.original_context     ? weights_.rope_factors_long
+                                                                        : weights_.rope_factors_short;
+  rope_ = Rope(c.rope, c.rope.base, true, factors);
+  if (c.rope.base_sliding > 0) rope_sliding_ = Rope(c.rope, c.rope.base_sliding, false, {});
+  pool_ = std::make_unique<ThreadPool>(plan_.threads);
+  plan_.weight_bytes = weights_.resident_bytes;
+  plan_.token_bytes = weights_.token_bytes;
+  plan_.kv_bytes = KvCache::nbytes(c, plan_.context, options.kv_f16);
+  plan_scratch();
+}
+
+void Engine::plan_scratch() {
+  const ModelConfig& c = config_;
+  const int64_t used = std::max<int64_t>(1, c.n_expert_used);
+  int64_t ff = std::max(c.n_ff, c.n_ff_shared);
+  int64_t chunk = std::min(kChunk, plan_.context);
+  int64_t pairs_per_token = 0;
+  if (c.is_mixture()) {
+    ff = std::max(ff, c.n_ff_expert);
+    pairs_per_token = used;
+    const int64_t bytes = used * (2 * c.n_ff_expert + c.n_embd) * 4;
+    chunk = std::clamp(kMixtureScratch / bytes, std::min<int64_t>(32, chunk), chunk);
+  }
+  plan_.chunk = chunk;
+  const int64_t pairs = chunk * pairs_per_token;
+  const int64_t rows = std::max(chunk, pairs);
+  // Columns that activations can have.
+  const int64_t o = c.n_head * c.head_dim_v;
+  const int64_t widest = round_up(std::max({c.n_embd, o, ff}), 64);
+  const int64_t gate_floats =
+      std::max(chunk * std::max(c.n_ff, c.n_ff_shared), pairs * c.n_ff_expert);
+  Scratch& s = scratch_;
+  s.rows = rows;
+  s.thread_bytes = round_up(
+      std::max<int64_t>(static_cast<int64_t>(matmul_scratch_bytes(widest)),
+                        std::max(attention_scratch_floats(c.head_dim_v), c.n_expert + 16) * 4),
+      64);
+  const int64_t n_rot = std::max<int64_t>(2, c.rope.n_rot);
+  // +16 floats each: whole-vector stores may run over the last row's end.
+  struct Part {
+    void** pointer;
+    int64_t bytes;
+  };
+  const auto floats = [](int64_t n) { return (n + 16) * static_cast<int64_t>(sizeof(float)); };
+  const Part parts[] = {
+      {reinterpret_cast<void**>(&s.x), floats(chunk * c.n_embd)},
+      {reinterpret_cast<void**>(&s.a), floats(chunk * c.n_embd)},
+      {reinterpret_cast<void**>(&s.b), floats(chunk * c.n_embd)},
+      {reinterpret_cast<void**>(&s.q), floats(chunk * c.n_head * c.head_dim)},
+      {reinterpret_cast<void**>(&s.k), floats(chunk * c.n_head_kv * c.head_dim)},
+      {reinterpret_cast<void**>(&s.v), floats(chunk * c.n_head_kv * c.head_dim_v)},
+      {reinterpret_cast<void**>(&s.o), floats(chunk * o)},
+      {reinterpret_cast<void**>(&s.gate), floats(gate_floats)},
+      {reinterpret_cast<void**>(&s.up), floats(gate_floats)},
+      {reinterpret_cast<void**>(&s.pairs), floats(rows * (c.is_mixture() ? c.n_embd : 0))},
+      {reinterpret_cast<void**>(&s.router), floats(chunk * std::max<int64_t>(1, c.n_expert))},
+      {reinterpret_cast<void**>(&s.angles), floats(2 * chunk * n_rot)},
+      {reinterpret_cast<void**>(&s.act_q), rows * widest},
+      {reinterpret_cast<void**>(&s.act_scale), floats(rows * (widest / 32))},
+      {reinterpret_cast<void**>(&s.act_sum), floats(rows * (widest / 16))},
+      {reinterpret_cast<void**>(&s.thread), plan_.threads * s.thread_bytes},
+  };
+  int64_t total = 64;
+  for (const Part& p : parts) total += round_up(p.bytes, 64);
+  s.memory.reset(static_cast<uint8_t*>(std::calloc(static_cast<size_t>(total), 1)));
+  if (!s.memory) {
+    throw Error(ErrorKind::kBudget, "no memory for " + std::to_string(total) + " bytes of scratch");
+  }
+  plan_.scratch_bytes = total;
+  uint8_t* at = s.memory.get();
+  at += (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64;
+  for (const Part& p : parts) {
+    *p.pointer = at;
+    at += round_up(p.bytes, 64);
+  }
+}
+
+}  // namespace stoker

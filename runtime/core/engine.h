@@ -1,0 +1,107 @@
+// An immutable model: file, configuration, weights, plan; and the compute threads and scratch
+// memory that its timelines take turns to use.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/core/config.h"
+#include "runtime/core/gguf.h"
+#include "runtime/core/ops.h"
+#include "runtime/core/rope.h"
+#include "runtime/core/threads.h"
+#include "runtime/core/weights.h"
+
+namespace stoker {
+
+class Forward;
+
+// A model family: what runtime/arch/*.cc define, one row of archs.inc each.
+struct Family {
+  // Completes what read_config() has read.
+  void (*configure)(const GgufFile& file, ModelConfig& config);
+  // Runs layer `il` on the residual stream.
+  void (*layer)(Forward& forward, int64_t il);
+};
+
+struct EngineOptions {
+  int threads = 0;       // 0: the physical performance cores
+  int64_t context = 0;   // 0: the model's limit, at most 4096
+  bool kv_f16 = true;
+};
+
+// Where the memory goes, bytes; fixed at load.
+struct Plan {
+  Isa isa = Isa::scalar;
+  int threads = 1;
+  int64_t context = 0;
+  int64_t chunk = 0;          // prompt tokens that pass a layer together
+  int64_t weight_bytes = 0;
+  int64_t kv_bytes = 0;       // of one timeline at its full context
+  int64_t scratch_bytes = 0;
+  int64_t token_bytes = 0;    // weight bytes that one decoded token reads
+};
+
+// Buffers of one evaluation, used under the pool's lease. T = plan.chunk tokens; all 64-byte
+// aligned parts of one allocation.
+struct Scratch {
+  float* x = nullptr;        // [T][n_embd] residual stream
+  float* a = nullptr;        // [T][n_embd] normalised input of a block
+  float* b = nullptr;        // [T][n_embd] output of a block
+  float* q = nullptr;        // [T][n_head * head_dim]
+  float* k = nullptr;        // [T][n_head_kv * head_dim]
+  float* v = nullptr;        // [T][n_head_kv * head_dim_v]
+  float* o = nullptr;        // [T][n_head * head_dim_v]
+  float* gate = nullptr;     // [T or pairs][widest feed-forward]
+  float* up = nullptr;       // the same
+  float* pairs = nullptr;    // [T * n_expert_used][n_embd] outputs of single experts
+  float* router = nullptr;   // [T][n_expert] logits
+  float* angles = nullptr;   // [2][T][n_rot] cos and sin: global and sliding-window layers
+  int8_t* act_q = nullptr;       // [rows][act_stride] quantized activations
+  float* act_scale = nullptr;    // [rows][widest / 32]
+  int32_t* act_sum = nullptr;    // [rows][widest / 16]
+  uint8_t* thread = nullptr;     // [threads][thread_bytes]
+  int64_t thread_bytes = 0;
+  int64_t rows = 0;              // rows of act_*: max(T, pairs)
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<uint8_t, Free> memory;
+};
+
+class Engine {
+ public:
+  Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options);
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  const GgufFile& file() const { return *file_; }
+  const ModelConfig& config() const { return config_; }
+  const Weights& weights() const { return weights_; }
+  const Plan& plan() const { return plan_; }
+  const Family& family() const { return *family_; }
+  const Ops& ops() const { return *ops_; }
+  bool kv_f16() const { return options_.kv_f16; }
+  const Rope& rope(bool sliding) const { return sliding ? rope_sliding_ : rope_; }
+  ThreadPool& pool() const { return *pool_; }
+  Scratch& scratch() const { return scratch_; }  // under pool()'s lease
+
+ private:
+  void plan_scratch();
+
+  std::shared_ptr<const GgufFile> file_;
+  EngineOptions options_;
+  const Family* family_ = nullptr;
+  ModelConfig config_;
+  Weights weights_;
+  Plan plan_;
+  const Ops* ops_ = nullptr;
+  Rope rope_, rope_sliding_;
+  mutable std::unique_ptr<ThreadPool> pool_;
+  mutable Scratch scratch_;
+};
+
+}  // namespace stoker

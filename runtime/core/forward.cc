@@ -1,0 +1,289 @@
+#include "runtime/core/forward.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace stoker {
+
+namespace {
+
+// A piece of work below this many bytes of weights costs more to hand out than to do.
+constexpr int64_t kPieceBytes = 24 * 1024;
+// Kernels walk rows in tiles of 16; a prompt's piece of 64 rows reuses the packed tokens.
+constexpr int64_t kRowTile = 16;
+constexpr int64_t kPromptRows = 64;
+// Query rows (token, head) of one piece of attention.
+constexpr int64_t kAttentionRows = 64;
+
+}  // namespace
+
+Forward::Forward(const Engine& engine, const KvCache& kv)
+    : engine_(engine),
+      config_(engine.config()),
+      ops_(engine.ops()),
+      kv_(kv),
+      s_(engine.scratch()) {}
+
+void Forward::begin(std::span<const int32_t> tokens, int64_t position) {
+  const ModelConfig& c = config_;
+  n_ = static_cast<int64_t>(tokens.size());
+  position_ = position;
+  const Matrix& e = engine_.weights().embedding;
+  const int64_t half = c.rope.n_rot / 2;
+  const bool sliding = engine_.rope(true).size() > 0;
+  for_rows(n_, c.n_embd + 64 * half, [&](int64_t i, int) {
+    float* x = s_.x + i * c.n_embd;
+    e.format->dequantize(e.data + tokens[static_cast<size_t>(i)] * e.stride, x, c.n_embd);
+    if (c.embedding_scale != 1) ops_.scale(x, c.embedding_scale, c.n_embd);
+    if (half == 0) return;
+    engine_.rope(false).angles(position + i, s_.angles + i * c.rope.n_rot);
+    if (sliding) {
+      engine_.rope(true).angles(position + i, s_.angles + (engine_.plan().chunk + i) * c.rope.n_rot);
+    }
+  });
+}
+
+void Forward::norm(const float* in, const Vector& w, float* out) {
+  const int64_t n = config_.n_embd;
+  for_rows(n_, n, [&](int64_t i, int) {
+    ops_.rms_norm(in + i * n, w.data(), config_.norm_eps, out + i * n, n);
+  });
+}
+
+void Forward::add(float* y, const float* x) {
+  const int64_t n = config_.n_embd;
+  for_rows(n_, n, [&](int64_t i, int) { ops_.add(y + i * n, x + i * n, n); });
+}
+
+Activations Forward::activations(const float* x, int64_t n, int64_t cols, int64_t stride,
+                                 bool quantize) {
+  Activations a;
+  a.kind = ActKind::f32;
+  a.tokens = n;
+  a.cols = cols;
+  a.x = x;
+  a.x_stride = stride;
+  if (!quantize) return a;
+  a.q = s_.act_q;
+  a.q_stride = (cols + 63) / 64 * 64;
+  a.scale = s_.act_scale;
+  a.sum16 = s_.act_sum;
+  const QuantizeActFn f = quantize_act_kernel(engine_.plan().isa);
+  for_rows(n, cols, [&](int64_t i, int) {
+    f(x + i * stride, cols, s_.act_q + i * a.q_stride, s_.act_scale + i * (cols / 32),
+      s_.act_sum + i * (cols / 16));
+  });
+  return a;
+}
+
+void Forward::multiply(std::span<const Product> products, const Activations& in) {
+  // One numbering of the row pieces of all products, so that one phase covers them.
+  struct Part {
+    int64_t first_piece, rows_per_piece;
+  };
+  Part parts[8];
+  std::vector<Part> many;  // experts of a prompt
+  Part* part = parts;
+  if (products.size() > std::size(parts)) {
+    many.resize(products.size());
+    part = many.data();
+  }
+  int64_t pieces = 0;
+  for (size_t i = 0; i < products.size(); ++i) {
+    const Product& p = products[i];
+    int64_t rows = kPromptRows;
+    if (p.n < 8) {
+      rows = kPieceBytes / p.matrix->stride / kRowTile * kRowTile;
+      // At least four pieces a thread even out threads of unequal speed.
+      const int64_t fair = p.matrix->rows / (4 * engine_.plan().threads) / kRowTile * kRowTile;
+      rows = std::max(kRowTile, std::max(rows, std::min(fair, int64_t{4096})));
+    }
+    part[i] = {pieces, rows};
+    pieces += (p.matrix->rows + rows - 1) / rows;
+  }
+  engine_.pool().parallel_for(pieces, 1, [&](int64_t begin, int64_t end, int thread) {
+    size_t i = 0;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      while (i + 1 < products.size() && part[i + 1].first_piece <= piece) ++i;
+      const Product& p = products[i];
+      const Matrix& m = *p.matrix;
+      MatmulArgs args;
+      args.w = m.data;
+      args.row_bytes = m.stride;
+      args.row_begin = (piece - part[i].first_piece) * part[i].rows_per_piece;
+      args.row_end = std::min(m.rows, args.row_begin + part[i].rows_per_piece);
+      args.x = in;
+      args.x.kind = m.format->act;
+      args.token_list = p.token_list;
+      if (!p.token_list && p.first != 0) {
+        args.x.x += p.first * in.x_stride;
+        if (in.q) {
+          args.x.q += p.first * in.q_stride;
+          args.x.scale += p.first * (in.cols / 32);
+          args.x.sum16 += p.first * (in.cols / 16);
+        }
+      }
+      args.n_tokens = p.n;
+      args.y = p.y;
+      args.y_stride = p.y_stride;
+      args.scratch = thread_scratch(thread);
+      matmul_kernel(*m.format, engine_.plan().isa)(args);
+    }
+  });
+}
+
+void Forward::store_kv(int64_t il) {
+  const ModelConfig& c = config_;
+  const LayerWeights& w = layer(il);
+  const int64_t q_width = c.n_head * c.head_dim, k_width = c.n_head_kv * c.head_dim;
+  const int64_t v_width = c.n_head_kv * c.head_dim_v;
+  const size_t l = static_cast<size_t>(il);
+  const float* angles = s_.angles;
+  if (c.sliding[l] && engine_.rope(true).size() > 0) {
+    angles += engine_.plan().chunk * c.rope.n_rot;
+  }
+  for_rows(n_, 2 * (q_width + k_width + v_width), [&](int64_t i, int) {
+    float* q = s_.q + i * q_width;
+    float* k = s_.k + i * k_width;
+    float* v = s_.v + i * v_width;
+    if (!w.q_bias.empty()) ops_.add(q, w.q_bias.data(), q_width);
+    if (!w.k_bias.empty()) ops_.add(k, w.k_bias.data(), k_width);
+    if (!w.v_bias.empty()) ops_.add(v, w.v_bias.data(), v_width);
+    const auto heads = [&](float* x, int64_t n_head, const Vector& norm_weight) {
+      if (!norm_weight.empty() && c.qk_norm_full) {
+        ops_.rms_norm(x, norm_weight.data(), c.norm_eps, x, n_head * c.head_dim);
+      }
+      for (int64_t h = 0; h < n_head; ++h) {
+        float* head = x + h * c.head_dim;
+        if (!norm_weight.empty() && !c.qk_norm_full) {
+          ops_.rms_norm(head, norm_weight.data(), c.norm_eps, head, c.head_dim);
+        }
+        if (c.rotates[l]) ops_.rope(head, angles + i * c.rope.n_rot, c.rope.n_rot, c.rope.neox);
+      }
+    };
+    heads(q, c.n_head, w.q_norm);
+    heads(k, c.n_head_kv, w.k_norm);
+    ops_.scale(q, c.attention_scale, q_width);
+    for (int64_t h = 0; h < c.n_head_kv; ++h) {
+      ops_.store_kv(kv_.head(il, h), position_ + i, k + h * c.head_dim, v + h * c.head_dim_v,
+                    c.head_dim, c.head_dim_v);
+    }
+  });
+}
+
+void Forward::attend(int64_t il) {
+  const ModelConfig& c = config_;
+  const int64_t group = c.n_head / c.n_head_kv;
+  const bool sliding = c.sliding[static_cast<size_t>(il)];
+  // A piece is some tokens times some heads that share a KV head.
+  int64_t heads = std::min(group, kAttentionRows);
+  if (n_ == 1 && c.n_head_kv < engine_.plan().threads) {
+    const int64_t split = (engine_.plan().threads + c.n_head_kv - 1) / c.n_head_kv;
+    heads = std::max<int64_t>(1, (group + split - 1) / split);
+  }
+  const int64_t head_parts = (group + heads - 1) / heads;
+  const int64_t tokens = std::max<int64_t>(1, std::min<int64_t>(16, kAttentionRows / heads));
+  const int64_t token_parts = (n_ + tokens - 1) / tokens;
+  const int64_t pieces = c.n_head_kv * head_parts * token_parts;
+  engine_.pool().parallel_for(pieces, 1, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      // The longest rows (last tokens) first, so that threads finish together.
+      const int64_t t0 = (token_parts - 1 - piece / (c.n_head_kv * head_parts)) * tokens;
+      const int64_t rest = piece % (c.n_head_kv * head_parts);
+      const int64_t kv_head = rest / head_parts;
+      const int64_t h0 = kv_head * group + rest % head_parts * heads;
+      const int64_t h1 = std::min(h0 + heads, (kv_head + 1) * group);
+      const float* q[kAttentionRows];
+      float* out[kAttentionRows];
+      int64_t first[kAttentionRows], last[kAttentionRows];
+      int64_t rows = 0;
+      for (int64_t t = t0; t < std::min(n_, t0 + tokens); ++t) {
+        const int64_t position = position_ + t;
+        for (int64_t h = h0; h < h1; ++h, ++rows) {
+          q[rows] = s_.q + (t * c.n_head + h) * c.head_dim;
+          out[rows] = s_.o + (t * c.n_head + h) * c.head_dim_v;
+          first[rows] = sliding ? std::max<int64_t>(0, position - c.sliding_window + 1) : 0;
+          last[rows] = position;
+        }
+      }
+      AttentionArgs args;
+      args.kv = kv_.head(il, kv_head);
+      args.head_dim = c.head_dim;
+      args.head_dim_v = c.head_dim_v;
+      args.rows = rows;
+      args.q = q;
+      args.out = out;
+      args.first = first;
+      args.last = last;
+      args.softcap = c.attention_softcap;
+      args.scratch = reinterpret_cast<float*>(thread_scratch(thread));
+      ops_.attention(args);
+    }
+  });
+}
+
+void Forward::attention(int64_t il, const float* in, float* out) {
+  const ModelConfig& c = config_;
+  const LayerWeights& w = layer(il);
+  const auto int8 = [](const Matrix& m) { return m.format->act == ActKind::i8; };
+  const Activations x =
+      activations(in, n_, c.n_embd, c.n_embd, int8(w.q) || int8(w.k) || int8(w.v));
+  const Product qkv[] = {{&w.q, s_.q, w.q.rows, nullptr, 0, n_},
+                         {&w.k, s_.k, w.k.rows, nullptr, 0, n_},
+                         {&w.v, s_.v, w.v.rows, nullptr, 0, n_}};
+  multiply(qkv, x);
+  store_kv(il);
+  attend(il);
+  const Activations o = activations(s_.o, n_, w.o.cols, w.o.cols, int8(w.o));
+  const Product product[] = {{&w.o, out, c.n_embd, nullptr, 0, n_}};
+  multiply(product, o);
+  if (!w.o_bias.empty()) {
+    for_rows(n_, c.n_embd,
+             [&](int64_t i, int) { ops_.add(out + i * c.n_embd, w.o_bias.data(), c.n_embd); });
+  }
+}
+
+void Forward::gate_rows(float* gate, const float* up, int64_t n, int64_t width) {
+  for_rows(n, 4 * width, [&](int64_t i, int) {
+    ops_.gate_mul(config_.activation, gate + i * width, up + i * width, width);
+  });
+}
+
+void Forward::feed_forward(int64_t il, const float* in, float* out) {
+  const ModelConfig& c = config_;
+  const LayerWeights& w = layer(il);
+  const auto int8 = [](const Matrix& m) { return m.format->act == ActKind::i8; };
+  const Activations x = activations(in, n_, c.n_embd, c.n_embd, int8(w.gate) || int8(w.up));
+  const Product gate_up[] = {{&w.gate, s_.gate, c.n_ff, nullptr, 0, n_},
+                             {&w.up, s_.up, c.n_ff, nullptr, 0, n_}};
+  multiply(gate_up, x);
+  gate_rows(s_.gate, s_.up, n_, c.n_ff);
+  const Activations h = activations(s_.gate, n_, c.n_ff, c.n_ff, int8(w.down));
+  const Product down[] = {{&w.down, out, c.n_embd, nullptr, 0, n_}};
+  multiply(down, h);
+}
+
+void Forward::final_norm(int64_t first, int64_t n, float* out) {
+  const ModelConfig& c = config_;
+  for_rows(n, c.n_embd, [&](int64_t i, int) {
+    ops_.rms_norm(s_.x + (first + i) * c.n_embd, engine_.weights().output_norm.data(), c.norm_eps,
+                  out + i * c.n_embd, c.n_embd);
+  });
+}
+
+void Forward::logits(const float* hidden, int64_t n, float* out) {
+  const ModelConfig& c = config_;
+  const Weights& w = engine_.weights();
+  const Activations x =
+      activations(hidden, n, c.n_embd, c.n_embd, w.output.format->act == ActKind::i8);
+  const Product product[] = {{&w.output, out, c.n_vocab, nullptr, 0, n}};
+  multiply(product, x);
+  if (w.output_bias.empty() && c.final_softcap == 0) return;
+  for_rows(n, c.n_vocab, [&](int64_t i, int) {
+    float* row = out + i * c.n_vocab;
+    if (!w.output_bias.empty()) ops_.add(row, w.output_bias.data(), c.n_vocab);
+    if (c.final_softcap != 0) ops_.softcap(row, c.final_softcap, c.n_vocab);
+  });
+}
+
+}  // namespace stoker

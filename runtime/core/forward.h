@@ -1,0 +1,100 @@
+// One chunk of tokens on its way through the layers: the building blocks that the families
+// (runtime/arch) put together. All blocks give a token the same bits whatever the chunk.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "runtime/core/engine.h"
+#include "runtime/core/kv_cache.h"
+
+namespace stoker {
+
+// The experts that the router chose for each token of the chunk.
+struct Routes {
+  std::vector<int32_t> expert;  // [tokens][n_expert_used], best first
+  std::vector<float> weight;    // [tokens][n_expert_used]
+};
+
+class Forward {
+ public:
+  Forward(const Engine& engine, const KvCache& kv);
+
+  // Looks up and scales the embeddings of tokens [n] at positions position .. position + n - 1.
+  void begin(std::span<const int32_t> tokens, int64_t position);
+  // Rows of the residual stream through the final norm: out [n][n_embd], tokens [first, first + n).
+  void final_norm(int64_t first, int64_t n, float* out);
+  // Logits of n normalised rows: out [n][n_vocab].
+  void logits(const float* hidden, int64_t n, float* out);
+
+  int64_t tokens() const { return n_; }
+  const ModelConfig& config() const { return config_; }
+  const LayerWeights& layer(int64_t il) const {
+    return engine_.weights().layers[static_cast<size_t>(il)];
+  }
+  float* x() const { return s_.x; }  // [tokens][n_embd] residual stream
+  float* a() const { return s_.a; }  // [tokens][n_embd]
+  float* b() const { return s_.b; }  // [tokens][n_embd]
+
+  // out = rms_norm(in) * w, token by token; [tokens][n_embd]. An empty w copies nothing and is
+  // an error of the family.
+  void norm(const float* in, const Vector& w, float* out);
+  // y += x, [tokens][n_embd]
+  void add(float* y, const float* x);
+  // Projections, norms of q and k, rotation, cache, attention, output projection.
+  void attention(int64_t il, const float* in, float* out);
+  // Dense gated feed-forward.
+  void feed_forward(int64_t il, const float* in, float* out);
+  // The router's choice for every token, from in [tokens][n_embd].
+  Routes route(int64_t il, const float* in);
+  // Sum of the routed experts (and the shared expert where the layer has one).
+  void mixture(int64_t il, const float* in, const Routes& routes, float* out);
+
+ private:
+  // y[i][0 .. rows) = matrix * activations of the i-th token (of the list, if any).
+  struct Product {
+    const Matrix* matrix;
+    float* y;
+    int64_t y_stride;
+    const int32_t* token_list;  // [n], or null: tokens from `first`
+    int64_t first;
+    int64_t n;
+  };
+  // Runs several products of the same activations together, rows spread over the threads.
+  void multiply(std::span<const Product> products, const Activations& in);
+  // Quantizes rows [n][cols] where one of the matrices wants int8; the result is valid until the
+  // next call.
+  Activations activations(const float* x, int64_t n, int64_t cols, int64_t stride, bool quantize);
+  // gate = act(gate) * up on rows [n][width].
+  void gate_rows(float* gate, const float* up, int64_t n, int64_t width);
+  // f(row, thread) for n rows of about `width` values; on the calling thread alone where there
+  // is little to do.
+  template <class F>
+  void for_rows(int64_t n, int64_t width, F&& f) {
+    constexpr int64_t kSerialValues = 8192;
+    if (n * width <= kSerialValues) {
+      for (int64_t i = 0; i < n; ++i) f(i, 0);
+      return;
+    }
+    const int64_t grain = std::max<int64_t>(1, kSerialValues / 4 / std::max<int64_t>(width, 1));
+    engine_.pool().parallel_for(n, grain, [&](int64_t begin, int64_t end, int thread) {
+      for (int64_t i = begin; i < end; ++i) f(i, thread);
+    });
+  }
+  void store_kv(int64_t il);
+  void attend(int64_t il);
+  void shared_expert(int64_t il, const float* in, float* out);
+  uint8_t* thread_scratch(int thread) const { return s_.thread + thread * s_.thread_bytes; }
+
+  const Engine& engine_;
+  const ModelConfig& config_;
+  const Ops& ops_;
+  const KvCache& kv_;
+  Scratch& s_;
+  int64_t n_ = 0;
+  int64_t position_ = 0;
+};
+
+}  // namespace stoker

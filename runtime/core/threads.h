@@ -1,0 +1,78 @@
+// A pool of compute threads that spin briefly for the next phase and then park. One phase runs at
+// a time; the caller is thread 0. Sessions on several Python threads share a pool: each takes it
+// for one evaluation through Lease.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace stoker {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return size_; }
+
+  // Exclusive use of the pool. Workers spin while a lease is held and park soon after.
+  class Lease {
+   public:
+    explicit Lease(ThreadPool& pool) : lock_(pool.use_) {}
+
+   private:
+    std::unique_lock<std::mutex> lock_;
+  };
+
+  // f(begin, end, thread) over [0, n) in pieces of `grain`, handed out as threads become free.
+  // f must not throw. Returns when all pieces are done.
+  template <class F>
+  void parallel_for(int64_t n, int64_t grain, F&& f) {
+    if (n <= 0) return;
+    if (size_ == 1 || n <= grain) {
+      f(int64_t{0}, n, 0);
+      return;
+    }
+    next_.store(0, std::memory_order_relaxed);
+    struct Loop {
+      ThreadPool* pool;
+      int64_t n, grain;
+      std::remove_reference_t<F>* f;
+    } loop{this, n, grain, &f};
+    run(
+        [](void* context, int thread) {
+          auto* l = static_cast<Loop*>(context);
+          for (;;) {
+            int64_t begin = l->pool->next_.fetch_add(l->grain, std::memory_order_relaxed);
+            if (begin >= l->n) return;
+            int64_t end = begin + l->grain < l->n ? begin + l->grain : l->n;
+            (*l->f)(begin, end, thread);
+          }
+        },
+        &loop);
+  }
+
+ private:
+  using Body = void (*)(void* context, int thread);
+  void run(Body body, void* context);
+  void work(int thread);
+
+  const int size_;
+  std::mutex use_;
+  // Written by the caller before generation_ is released to the workers.
+  Body body_ = nullptr;
+  void* context_ = nullptr;
+  alignas(64) std::atomic<uint32_t> generation_{0};  // one more per phase; odd bits mean nothing
+  alignas(64) std::atomic<int> running_{0};          // workers still in the phase
+  alignas(64) std::atomic<int64_t> next_{0};         // next item of parallel_for
+  alignas(64) std::atomic<bool> stop_{false};
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace stoker

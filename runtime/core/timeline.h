@@ -1,0 +1,79 @@
+// One sequence of tokens on an engine: KV cache, position, the logits after the last token,
+// statistics. One thread at a time; others may cancel().
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "runtime/core/engine.h"
+#include "runtime/core/forward.h"
+#include "runtime/core/kv_cache.h"
+#include "runtime/core/sampler.h"
+
+namespace stoker {
+
+struct TimelineStats {
+  int64_t prompt_tokens = 0;   // evaluated several at a time
+  double prompt_seconds = 0;
+  int64_t decode_tokens = 0;   // evaluated one at a time
+  double decode_seconds = 0;
+  int64_t decode_bytes = 0;    // weight bytes those read
+};
+
+class Timeline {
+ public:
+  // poll is called on the evaluating thread at least every 20 ms of a long evaluation; it throws
+  // to interrupt it. May be empty.
+  Timeline(std::shared_ptr<const Engine> engine, std::function<void()> poll);
+
+  int64_t position() const { return position_; }
+  int64_t context() const { return kv_.context(); }
+  const Engine& engine() const { return *engine_; }
+  const TimelineStats& stats() const { return stats_; }
+
+  // Appends tokens [n], n >= 1. An interrupted evaluation leaves position() after the last whole
+  // chunk and the logits as they were.
+  void eval(std::span<const int32_t> tokens);
+  // The same, with the logits after each token: out [n][n_vocab].
+  void eval_all(std::span<const int32_t> tokens, float* out);
+  // The same, with the final-norm hidden state of each token: out [n][n_embd].
+  void eval_hidden(std::span<const int32_t> tokens, float* out);
+  // The same, with -ln p(tokens[i + 1]) after token i: out [n - 1], nats.
+  void eval_nll(std::span<const int32_t> tokens, double* out);
+  // Logits after the last token [n_vocab]. Throws Error(kOption) where nothing is evaluated.
+  const std::vector<float>& logits() const;
+  // Final-norm hidden state of the last token [n_embd].
+  const std::vector<float>& hidden() const;
+  int32_t sample(Sampler& sampler) { return sampler.sample(logits().data()); }
+  // sample(), then eval() of the choice; at the end of the context the token is not evaluated
+  // and the timeline stays as it is.
+  int32_t step(Sampler& sampler);
+  // Forgets the tokens from `position` on; the logits go with them.
+  void truncate(int64_t position);
+  void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
+
+ private:
+  // Receives the forward of a chunk whose tokens begin at index `first` of the evaluation.
+  using Sink = std::function<void(Forward& forward, int64_t first, int64_t n)>;
+  void run(std::span<const int32_t> tokens, const Sink& sink);
+  void interrupt_if_asked();
+  void keep_last(Forward& forward, int64_t n);
+
+  std::shared_ptr<const Engine> engine_;
+  std::function<void()> poll_;
+  KvCache kv_;
+  int64_t position_ = 0;
+  bool has_logits_ = false;
+  std::vector<float> hidden_;  // [n_embd]
+  std::vector<float> logits_;  // [n_vocab]
+  TimelineStats stats_;
+  std::atomic<bool> cancelled_{false};
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  double last_poll_ = 0;
+};
+
+}  // namespace stoker

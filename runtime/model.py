@@ -1,0 +1,285 @@
+"""A loaded model: immutable, shared by any number of sessions and threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from os import PathLike, fspath
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import OptionError
+from .options import GenerationOptions, LoadOptions
+from .perplexity import Perplexity, measure
+from .session import Message, Session, Tokens
+
+if TYPE_CHECKING:
+    from .chat import ChatTemplate
+    from .generate import Generation
+    from .tokenizer import Tokenizer
+
+
+def load(
+    path: str | PathLike[str],
+    *,
+    threads: int | None = None,
+    context: int | None = None,
+    kv_type: str = "f16",
+    download: bool = False,
+) -> Model:
+    """Loads a GGUF model.
+
+    path: a file (the first one of a sharded model), "hf:owner/name/file.gguf[@revision]", or a
+    name of the catalogue ("smollm2").
+    threads, context, kv_type: see LoadOptions.
+    download: fetch a named model that is not in the cache; without it that is a DownloadError.
+    Raises ModelFileError, UnsupportedModelError, DownloadError, OptionError, BudgetError.
+    """
+    from ..models.locate import locate
+
+    options = LoadOptions(threads=threads, context=context, kv_type=kv_type)
+    return Model(locate(fspath(path), download=download), options)
+
+
+class Model:
+    """Weights, configuration, tokenizer and chat template of one file. Made by `load`."""
+
+    def __init__(self, path: Path, options: LoadOptions | None = None) -> None:
+        from ._core import Engine, GgufFile
+
+        started = time.perf_counter()
+        options = options or LoadOptions()
+        self.path = path
+        self.options = options
+        self._file = GgufFile(str(path))
+        self._engine = Engine(
+            self._file,
+            threads=options.threads or 0,
+            context=options.context or 0,
+            kv_type=options.kv_type,
+        )
+        self._lazy = threading.RLock()
+        self._idle: Session | None = None  # kept for the next generate or chat
+        self.load_s = time.perf_counter() - started  # seconds that loading took
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """Architecture and sizes: architecture, n_layer, n_embd, n_vocab, context, ..."""
+        return MappingProxyType(dict(self._engine.config))
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """Where the memory goes, bytes by kind; threads; isa."""
+        return MappingProxyType(dict(self._engine.plan))
+
+    @cached_property
+    def metadata(self) -> Mapping[str, Any]:
+        """All metadata of the file."""
+        return MappingProxyType(dict(self._file.metadata))
+
+    @property
+    def name(self) -> str:
+        """The name in the file's metadata, or the file's own."""
+        return str(self._file.get("general.name") or self.path.stem)
+
+    @cached_property
+    def n_vocab(self) -> int:
+        """Size of the vocabulary."""
+        return int(self.config["n_vocab"])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Built at first use. Raises TokenizerError."""
+        with self._lazy:
+            return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        from .tokenizer import Tokenizer
+
+        return Tokenizer.from_metadata(self._file.get)
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The file's chat template, None where it has none. Raises ChatTemplateError."""
+        with self._lazy:
+            return self._chat_template
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate | None:
+        from .chat import ChatTemplate
+
+        return ChatTemplate.from_metadata(self._file.get)
+
+    def session(self, *, system: str | None = None) -> Session:
+        """A new, empty session with a KV cache of its own."""
+        return Session(self, system=system)
+
+    def generate(
+        self,
+        prompt: str | Tokens,
+        *,
+        options: GenerationOptions | None = None,
+        **overrides: Any,
+    ) -> Generation:
+        """Continues `prompt` as plain text (no chat template).
+
+        Special tokens written in the prompt are read as such. `overrides` are fields of
+        GenerationOptions. Raises ContextLengthError, OptionError.
+        """
+        session = self._take()
+        session.reset()
+        return self._lend(session, session.generate(prompt, options=options, **overrides))
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: GenerationOptions | None = None,
+        **overrides: Any,
+    ) -> Generation:
+        """Answers a conversation, a list of {"role", "content"}, in the model's chat format.
+
+        A string is one user message. What the KV cache still holds from the last call is not
+        evaluated again. Raises ChatTemplateError, ContextLengthError, OptionError.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        session = self._take()
+        generation = session.chat(messages, tools=tools, options=options, **overrides)
+        return self._lend(session, generation)
+
+    def logits(self, tokens: str | Tokens) -> npt.NDArray[np.float32]:
+        """The logits after each token, [n, n_vocab]; a string is tokenized first."""
+        ids = self._encode(tokens, add_special=True, parse_special=True)
+        with self._scratch(ids) as session:
+            return session._timeline.eval_all(ids)
+
+    def embed(self, text: str | Tokens, *, normalize: bool = False) -> npt.NDArray[np.float32]:
+        """The mean of the tokens' final hidden states, [n_embd]; normalize: to L2 norm 1."""
+        ids = self._encode(text, add_special=True, parse_special=False)
+        with self._scratch(ids) as session:
+            mean = session._timeline.eval_hidden(ids).mean(axis=0, dtype=np.float64)
+        if normalize:
+            mean /= max(float(np.linalg.norm(mean)), 1e-30)
+        return mean.astype(np.float32)
+
+    def perplexity(
+        self,
+        text: str | Tokens,
+        *,
+        context: int = 512,
+        stride: int | None = None,
+        max_chunks: int | None = None,
+        progress: Callable[[int, int, float], None] | None = None,
+    ) -> Perplexity:
+        """Perplexity of `text`.
+
+        stride None counts as llama.cpp's perplexity tool does: disjoint windows of `context`
+        tokens, the second half of each scored, the remainder left out. Otherwise windows overlap:
+        each moves on by `stride` tokens and scores those alone (the first window scores all), so
+        that every token but the first counts once, with at least context - stride tokens before
+        it. Each window begins with BOS where the model has one. A text shorter than `context` is
+        one window, all scored.
+        progress: called with (windows done, windows in all, ppl so far).
+        Raises OptionError.
+        """
+        ids = self._encode(text, add_special=True, parse_special=False)
+        bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+        with self._scratch(None) as session:
+            return measure(
+                session._timeline,
+                np.asarray(ids, dtype=np.int32),
+                context=min(context, max(len(ids), 2)),
+                stride=stride,
+                bos=bos,
+                max_chunks=max_chunks,
+                progress=progress,
+            )
+
+    def _take(self) -> Session:
+        """The idle session if there is one, or a new one."""
+        with self._lazy:
+            session, self._idle = self._idle, None
+        return session or Session(self)
+
+    def _give_back(self, session: Session) -> None:
+        with self._lazy:
+            self._idle = session
+
+    def _lend(self, session: Session, generation: Generation) -> Generation:
+        """`generation`, with its session given back when it ends."""
+        before = generation._on_end
+
+        def give_back(ended: Generation) -> None:
+            if before is not None:
+                before(ended)
+            if ended.finish_reason != "error":
+                self._give_back(session)
+
+        generation._on_end = give_back
+        return generation
+
+    @contextmanager
+    def _scratch(self, ids: list[int] | None) -> Iterator[Session]:
+        """An empty session; its timeline may be used directly, and is emptied afterwards."""
+        session = self._take()
+        session.reset()
+        if ids is not None:
+            if not ids:
+                raise OptionError("there are no tokens to evaluate")
+            session._check_length(ids)
+        yield session
+        session._timeline.truncate(0)
+        session._logits_at = -1
+        self._give_back(session)
+
+    def _encode(self, text: str | Tokens, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of a text, or the given ids, checked."""
+        if isinstance(text, str):
+            return self.tokenizer.encode(
+                text, add_special=add_special, parse_special=parse_special
+            )
+        try:
+            ids = np.asarray(text)
+        except ValueError:
+            ids = np.empty((0, 0))
+        if ids.size == 0 and ids.ndim == 1:
+            return []
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise OptionError("a prompt must be a string or a sequence of token ids")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.n_vocab:
+            bad = low if low < 0 else high
+            raise OptionError(f"token {bad} is outside the vocabulary of {self.n_vocab}")
+        return [int(i) for i in ids]
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins."""
+        from .errors import ChatTemplateError
+
+        template = self.chat_template
+        if template is None:
+            raise ChatTemplateError(
+                f"{self.path.name} has no chat template: use generate (stoker run --raw) instead"
+            )
+        text = template.render(messages, add_generation_prompt=True, tools=tools)
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(text, add_special=False, parse_special=True)
+        # Some templates write BOS themselves, others leave it to the tokenizer.
+        bos = tokenizer.bos_id
+        if tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        return ids
+
+

@@ -1,0 +1,97 @@
+"""Perplexity of a text under a model, counted as llama.cpp's tool counts it, or by a stride."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import OptionError
+
+if TYPE_CHECKING:
+    from ._core import Timeline
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """ppl = exp(nll); nll: mean negative log-likelihood, nats a token.
+
+    tokens: how many were scored; chunks: how many windows they came from; error: standard error
+    of ppl (0 for a single token).
+    """
+
+    ppl: float
+    nll: float
+    tokens: int
+    chunks: int
+    error: float
+
+
+def windows(n: int, context: int, stride: int | None) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, first scored token) of each window over n tokens; see Model.perplexity."""
+    if n < context:
+        yield 0, n, 1
+    elif stride is None:
+        # The token after position context / 2 is the first that llama.cpp scores.
+        for begin in range(0, n - context + 1, context):
+            yield begin, begin + context, begin + context // 2 + 1
+    else:
+        yield 0, context, 1
+        scored = context
+        while scored < n:
+            end = min(scored + stride, n)
+            yield end - context, end, scored
+            scored = end
+
+
+def measure(
+    timeline: Timeline,
+    tokens: npt.NDArray[np.int32],
+    *,
+    context: int,
+    stride: int | None,
+    bos: int | None,
+    max_chunks: int | None,
+    progress: Callable[[int, int, float], None] | None,
+) -> Perplexity:
+    """Perplexity of tokens [n] on an otherwise unused timeline.
+
+    bos: put in place of each window's first token (None where the model has none).
+    progress: called after each window with (windows done, windows in all, ppl so far).
+    """
+    if context < 2:
+        raise OptionError(f"context must be at least 2, not {context}")
+    if context > timeline.context:
+        raise OptionError(
+            f"context must be at most the {timeline.context} tokens that the model was loaded "
+            f"with, not {context}"
+        )
+    if stride is not None and not 1 <= stride < context:
+        raise OptionError(f"stride must be between 1 and {context - 1}, not {stride}")
+    if max_chunks is not None and max_chunks < 1:
+        raise OptionError(f"max_chunks must be at least 1, not {max_chunks}")
+    if len(tokens) < 2:
+        raise OptionError(f"the text has {len(tokens)} tokens; perplexity needs at least 2")
+    plan = list(windows(len(tokens), context, stride))[:max_chunks]
+    count, total, squares = 0, 0.0, 0.0
+    for done, (begin, end, first) in enumerate(plan, 1):
+        window = tokens[begin:end].copy()
+        if bos is not None:
+            window[0] = bos
+        timeline.truncate(0)
+        # nll[i] is that of the window's token i + 1.
+        nll = timeline.eval_nll(window)[first - begin - 1 :]
+        count += len(nll)
+        total += float(nll.sum())
+        squares += float((nll * nll).sum())
+        if progress is not None:
+            progress(done, len(plan), math.exp(min(total / count, 700.0)))
+    mean = total / count
+    ppl = math.exp(min(mean, 700.0))
+    variance = max(squares / count - mean * mean, 0.0)
+    error = ppl * math.sqrt(variance / (count - 1)) if count > 1 else 0.0
+    return Perplexity(ppl, mean, count, len(plan), error)

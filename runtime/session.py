@@ -1,0 +1,290 @@
+"""One mutable sequence over a shared model: its tokens, KV cache and conversation."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ContextLengthError, OptionError
+from .generate import Generation
+from .options import GenerationOptions, merge
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .model import Model
+
+Message = Mapping[str, Any]
+Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+_BUSY = "this session is in use by another thread: make one session for each (Model.session())"
+
+
+class Session:
+    """Made by `Model.session()`. For one thread at a time; another gets OptionError.
+
+    A call that fails or is interrupted leaves the session at the tokens it held before (an
+    interrupted generation: at its last complete token).
+    """
+
+    def __init__(self, model: Model, *, system: str | None = None) -> None:
+        self._model = model
+        self._timeline = model._engine.timeline()
+        # What the timeline shall hold. Its tail may not be evaluated yet: the timeline's own
+        # position says how far it is, so that an interrupt at any point leaves no contradiction.
+        self._tokens: list[int] = []
+        self._logits_at = -1  # the position whose logits the timeline holds
+        self._lock = threading.Lock()
+        self._active: weakref.ref[Generation] | None = None
+        self._system = system
+        self._messages: list[dict[str, Any]] = []
+
+    @property
+    def model(self) -> Model:
+        """The shared model."""
+        return self._model
+
+    @property
+    def position(self) -> int:
+        """Tokens in the session."""
+        return len(self._tokens)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the session can hold."""
+        return int(self._timeline.context)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens in the session (a copy)."""
+        return list(self._tokens)
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation that `chat` continues, the system message included (a copy)."""
+        return self._with_system(self._messages)
+
+    @property
+    def system(self) -> str | None:
+        """The system message put before the conversation; None for the template's own."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._system = text
+
+    def append(
+        self,
+        text: str | Tokens,
+        *,
+        add_special: bool | None = None,
+        parse_special: bool = False,
+    ) -> int:
+        """Evaluates text or token ids after what is there; returns how many tokens that were.
+
+        add_special: add BOS as the tokenizer says; None adds it at position 0 only.
+        parse_special: read "<|name|>" in the text as the special token it names.
+        Raises ContextLengthError, OptionError, Cancelled.
+        """
+        with self._exclusive():
+            if add_special is None:
+                add_special = not self._tokens
+            added = self._model._encode(text, add_special=add_special, parse_special=parse_special)
+            self._advance_to(self._tokens + added)
+        return len(added)
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The logits after the last token, [n_vocab]."""
+        with self._exclusive():
+            if not self._tokens:
+                raise OptionError("the session is empty: append something before asking for logits")
+            self._evaluate()
+            return self._timeline.logits()
+
+    def generate(
+        self,
+        prompt: str | Tokens = "",
+        *,
+        options: GenerationOptions | None = None,
+        **overrides: Any,
+    ) -> Generation:
+        """Continues the session's tokens and then `prompt`, as plain text (no chat template).
+
+        Special tokens written in the prompt are read as such. `overrides` are fields of
+        GenerationOptions. Raises ContextLengthError, OptionError.
+        """
+        started = time.perf_counter()
+        chosen = merge(options, overrides)
+        with self._exclusive():
+            added = self._model._encode(
+                prompt, add_special=not self._tokens, parse_special=True
+            )
+            return self._begin(self._tokens + added, chosen, started)
+
+    def chat(
+        self,
+        message: str | Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: GenerationOptions | None = None,
+        **overrides: Any,
+    ) -> Generation:
+        """Answers in the model's chat format, and remembers message and answer.
+
+        message: the next user turn, or a list of {"role", "content"} that replaces the whole
+        conversation. What the KV cache already holds of it is not evaluated again. A cancelled
+        answer is remembered as far as it came.
+        Raises ChatTemplateError, ContextLengthError, OptionError.
+        """
+        started = time.perf_counter()
+        chosen = merge(options, overrides)
+        if isinstance(message, str):
+            turns = [*self._messages, {"role": "user", "content": message}]
+        else:
+            turns = [dict(m) for m in message]
+        with self._exclusive():
+            rendered = self._with_system(turns) if isinstance(message, str) else turns
+            target = self._model._render(rendered, tools)
+            return self._begin(target, chosen, started, turns)
+
+    def truncate(self, position: int) -> None:
+        """Forgets every token from `position` on."""
+        with self._exclusive():
+            if not 0 <= position <= len(self._tokens):
+                raise OptionError(
+                    f"position must be between 0 and {len(self._tokens)}, not {position}"
+                )
+            self._truncate(position)
+
+    def reset(self) -> None:
+        """Forgets all tokens and the conversation (not the system message)."""
+        with self._exclusive():
+            self._truncate(0)
+            self._messages = []
+
+    def cancel(self) -> None:
+        """Stops what the session is doing, from any thread.
+
+        A generation ends with finish_reason "cancelled"; an append raises Cancelled.
+        """
+        self._cancel(self._active() if self._active is not None else None)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        active = self._active() if self._active is not None else None
+        if active is not None:
+            active.close()
+
+    def _with_system(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self._system is None or (turns and turns[0].get("role") == "system"):
+            return list(turns)
+        return [{"role": "system", "content": self._system}, *turns]
+
+    def _begin(
+        self,
+        target: list[int],
+        options: GenerationOptions,
+        started: float,
+        turns: list[dict[str, Any]] | None = None,
+    ) -> Generation:
+        if not target:
+            raise OptionError("the prompt is empty and the model has no beginning-of-text token")
+        self._check_length(target)
+
+        def remember(generation: Generation) -> None:
+            answered = generation.finish_reason in ("stop", "length")
+            if turns is not None and (answered or generation.text):
+                self._messages = [*turns, {"role": "assistant", "content": generation.text}]
+
+        generation = Generation(self, target, options, started=started, on_end=remember)
+        self._active = weakref.ref(generation)
+        return generation
+
+    @contextmanager
+    def _exclusive(self, caller: Generation | None = None) -> Iterator[None]:
+        """Holds the session for one call; ends a generation that the same thread left behind."""
+        if not self._lock.acquire(blocking=False):
+            raise OptionError(_BUSY)
+        try:
+            active = self._active() if self._active is not None else None
+            if active is not None and active is not caller and active.finish_reason is None:
+                running = {thread.ident for thread in threading.enumerate()}
+                if active._thread in running - {threading.get_ident()}:
+                    raise OptionError(_BUSY)
+                active._end("cancelled")
+            yield
+        finally:
+            self._lock.release()
+
+    def _cancel(self, generation: Generation | None) -> None:
+        if generation is not None:
+            generation._cancel.set()
+        # Only a step in progress is told: the request must not meet a later, unrelated call.
+        if self._lock.locked():
+            self._timeline.cancel()
+
+    def _check_length(self, target: list[int]) -> None:
+        if len(target) > self.context:
+            raise ContextLengthError(
+                f"{len(target)} tokens do not fit a context of {self.context}: "
+                "shorten the prompt, or load the model with a larger context"
+            )
+
+    def _advance_to(self, target: list[int]) -> int:
+        """Makes the timeline hold `target`; returns how many of its tokens were evaluated before.
+
+        On any exception the session keeps the part that it had in common with `target`.
+        """
+        self._check_length(target)
+        keep = _common_prefix(self._tokens, target)
+        reused = min(keep, self._timeline.position)
+        self._truncate(keep)
+        try:
+            self._tokens.extend(target[keep:])
+            self._evaluate()
+        except BaseException:
+            self._truncate(keep)
+            raise
+        return reused
+
+    def _truncate(self, position: int) -> None:
+        del self._tokens[position:]
+        if self._timeline.position > position:
+            self._logits_at = -1
+            self._timeline.truncate(position)
+
+    def _evaluate(self) -> None:
+        """Evaluates what is pending, so that the timeline has the logits of the last token."""
+        done = self._timeline.position
+        if done == len(self._tokens) and self._logits_at != done:
+            done -= 1  # truncated: the last token's logits are gone, compute them again
+            self._timeline.truncate(done)
+        if done < len(self._tokens):
+            self._logits_at = -1
+            self._timeline.eval(self._tokens[done:])
+            self._logits_at = len(self._tokens)
+
+    def _bytes_read(self) -> int:
+        return int(self._timeline.stats.get("bytes_read", 0))
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading elements `a` and `b` share."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])

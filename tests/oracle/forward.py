@@ -1,0 +1,174 @@
+"""Forward passes. `Oracle(path).logits(tokens)` is the answer an engine must give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from oracle import layers
+from oracle.config import ADJACENT_PAIRS, read_config
+from oracle.layers import Array, Route, rms_norm
+from oracle.weights import Weights
+
+RENORMALISED = {"llama": True, "qwen3moe": True, "smallthinker": True}
+RENORMALISED |= {"qwen2moe": False, "olmoe": False}
+FAMILIES = frozenset({"qwen2", "qwen3", "gemma3", *RENORMALISED})
+
+
+class Oracle:
+    """A model file and how to round on the way.
+
+    dtype: of weights and sums; float64 unless the model is too large for it.
+    int8_activations: round what a quantized matrix is multiplied with, as the engine does.
+    half_cache: round keys and values to f16, as the engine's f16 KV cache does.
+    half_gelu: GELU as llama.cpp's CPU backend computes it.
+    context: tokens of the session; only longrope asks.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        dtype: npt.DTypeLike = np.float64,
+        int8_activations: bool = False,
+        half_cache: bool = False,
+        half_gelu: bool = False,
+        context: int = 0,
+    ) -> None:
+        self.w = Weights(path, dtype)
+        self.c = read_config(self.w)
+        if self.c.architecture not in FAMILIES:
+            raise ValueError(f"no oracle for architecture {self.c.architecture!r}")
+        self._int8 = int8_activations
+        self._half_cache = half_cache
+        self._gelu = layers.gelu_tanh_half if half_gelu else layers.gelu_tanh
+        self._context = context or self.c.context
+        self.routes: list[Route] = []  # of the last call, one a mixture layer
+
+    def logits(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> Array:
+        """Logits after each of `tokens`, [n, n_vocab]."""
+        x = self.hidden(tokens)
+        head = "output.weight" if "output.weight" in self.w else "token_embd.weight"
+        return layers.softcap(self._linear(x, head, "output.bias"), self.c.final_softcap)
+
+    def hidden(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> Array:
+        """Final-norm hidden state after each of `tokens`, [n, n_embd]."""
+        self.routes = []
+        h = self.w["token_embd.weight"][np.asarray(tokens, dtype=np.int64)]
+        if self.c.architecture == "gemma3":
+            h = h * math.sqrt(self.c.n_embd)
+        block: Callable[[Array, int], Array] = {
+            "gemma3": self._sandwich_block,
+            "smallthinker": self._prerouted_block,
+        }.get(self.c.architecture, self._block)
+        for layer in range(self.c.n_layer):
+            h = block(h, layer)
+        return self._norm(h, "output_norm.weight")
+
+    # Layers.
+
+    def _block(self, h: Array, layer: int) -> Array:
+        """The common layer: attention, then FFN or mixture, each on a normed residual."""
+        b = f"blk.{layer}."
+        h = h + self._attention(self._norm(h, b + "attn_norm.weight"), layer)
+        x = self._norm(h, b + "ffn_norm.weight")
+        if not self.c.n_expert:
+            return h + self._ffn(x, b + "ffn_{}.weight", layers.silu)
+        out = self._experts(x, self._linear(x, b + "ffn_gate_inp.weight"), layer, layers.silu)
+        if self.c.architecture == "qwen2moe":
+            shared = self._ffn(x, b + "ffn_{}_shexp.weight", layers.silu)
+            gate = x @ self.w[b + "ffn_gate_inp_shexp.weight"].reshape(-1, 1)
+            out = out + shared / (1.0 + np.exp(-gate))
+        return h + out
+
+    def _sandwich_block(self, h: Array, layer: int) -> Array:
+        """gemma3: each half's output is normed before it is added."""
+        b = f"blk.{layer}."
+        a = self._attention(self._norm(h, b + "attn_norm.weight"), layer)
+        h = h + self._norm(a, b + "post_attention_norm.weight")
+        f = self._ffn(self._norm(h, b + "ffn_norm.weight"), b + "ffn_{}.weight", self._gelu)
+        return h + self._norm(f, b + "post_ffw_norm.weight")
+
+    def _prerouted_block(self, h: Array, layer: int) -> Array:
+        """smallthinker: the router sees the layer's raw input, before attention."""
+        b = f"blk.{layer}."
+        router_logits = self._linear(h, b + "ffn_gate_inp.weight")
+        h = h + self._attention(self._norm(h, b + "attn_norm.weight"), layer)
+        x = self._norm(h, b + "ffn_norm.weight")
+        return h + self._experts(x, router_logits, layer, layers.relu)
+
+    # Parts.
+
+    def _norm(self, x: Array, name: str) -> Array:
+        return rms_norm(x, self.w[name], self.c.rms_eps)
+
+    def _linear(self, x: Array, name: str, bias: str = "", expert: int | None = None) -> Array:
+        """x [n, in] -> [n, out]; a 3-d tensor holds one matrix an expert."""
+        matrix = self.w[name] if expert is None else self.w[name][expert]
+        if self._int8 and self.w.is_quantized(name):
+            x = layers.int8_activations(x)
+        y = x @ matrix.T
+        return y + self.w[bias] if bias and bias in self.w else y
+
+    def _ffn(self, x: Array, names: str, activation: Callable[[Array], Array]) -> Array:
+        """names: a pattern with {} for gate, up and down."""
+        gate, up, down = (names.format(part) for part in ("gate", "up", "down"))
+
+        def project(y: Array, name: str) -> Array:
+            return self._linear(y, name, name.replace(".weight", ".bias"))
+
+        return project(activation(project(x, gate)) * project(x, up), down)
+
+    def _experts(
+        self, x: Array, router_logits: Array, layer: int, activation: Callable[[Array], Array]
+    ) -> Array:
+        renormalise = RENORMALISED[self.c.architecture]
+        r = layers.route(router_logits, self.c, renormalise=renormalise)
+        self.routes.append(r)
+        b = f"blk.{layer}."
+        one_tensor = b + "ffn_gate_exps.weight" in self.w
+
+        def project(y: Array, part: str, e: int) -> Array:
+            if one_tensor:
+                return self._linear(y, f"{b}ffn_{part}_exps.weight", expert=e)
+            return self._linear(y, f"{b}ffn_{part}.{e}.weight")
+
+        def expert(e: int, y: Array) -> Array:
+            return project(activation(project(y, "gate", e)) * project(y, "up", e), "down", e)
+
+        return layers.mixture(x, r, expert)
+
+    def _attention(self, x: Array, layer: int) -> Array:
+        c, b = self.c, f"blk.{layer}."
+        n = x.shape[0]
+        q, k, v = (
+            self._linear(x, f"{b}attn_{part}.weight", f"{b}attn_{part}.bias") for part in "qkv"
+        )
+        if c.architecture == "olmoe":  # over the whole projection, not per head
+            q, k = self._norm(q, b + "attn_q_norm.weight"), self._norm(k, b + "attn_k_norm.weight")
+        q = q.reshape(n, c.n_head, c.head_dim)
+        k, v = (y.reshape(n, c.n_head_kv, c.head_dim) for y in (k, v))
+        if c.architecture in ("qwen3", "qwen3moe", "gemma3"):
+            q, k = self._norm(q, b + "attn_q_norm.weight"), self._norm(k, b + "attn_k_norm.weight")
+        if c.positions[layer]:
+            table = layers.rope_table(
+                c, np.arange(n), local=c.sliding[layer], divisors=self._rope_divisors()
+            )
+            adjacent = c.architecture in ADJACENT_PAIRS
+            q, k = (layers.rotate(y, table, adjacent=adjacent) for y in (q, k))
+        if self._half_cache:
+            k, v = (y.astype(np.float16).astype(x.dtype) for y in (k, v))
+        out = layers.attention(q, k, v, c, window=c.window if c.sliding[layer] else 0)
+        return self._linear(out, b + "attn_output.weight", b + "attn_output.bias")
+
+    def _rope_divisors(self) -> Array | None:
+        if self.c.architecture != "llama":
+            return None
+        if self.c.scaling.kind != "longrope":
+            return self.w.optional("rope_freqs.weight")
+        long = self._context > self.c.scaling.original_context
+        return self.w.optional(f"rope_factors_{'long' if long else 'short'}.weight")
