@@ -5,6 +5,7 @@
 
 #include "kernels_cpu/cpu.h"
 #include "kernels_cpu/kernel.h"
+#include "kernels_cpu/tile_blocking.h"
 #include "runtime/core/errors.h"
 
 namespace stoker {
@@ -91,6 +92,11 @@ MatmulFn matmul_kernel(const Format& f, Isa isa) {
     if (f.matmul[i] != nullptr && cpu().executes[i]) return f.matmul[i];
   }
   return f.matmul[0];
+}
+
+size_t matmul_scratch_bytes(int64_t cols) {
+  return static_cast<size_t>(packed_tokens_bytes(cols) + panel_bytes(cols) +
+                             short_matrix_bytes(cols));
 }
 
 }  // namespace stoker

@@ -13,6 +13,7 @@ inline constexpr int kTokens = 6;
 // This ISA multiplies unsigned weights with signed activations without saturating.
 template <int kMax>
 inline constexpr bool kSignedWeights = false;
+constexpr int micro_max(int) { return 255; }
 
 // The rows of one tile, at one place of each row.
 struct Rows {

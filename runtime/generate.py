@@ -67,6 +67,7 @@ class Generation:
         self._session = session
         self._target = target
         self._on_end = on_end
+        self._release: Callable[[Generation], None] | None = None
         self._pieces: list[str] = []
         self._prepare_s = time.perf_counter() - started
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
@@ -102,18 +103,21 @@ class Generation:
     def __next__(self) -> Chunk:
         if self.finish_reason is not None:
             raise StopIteration
-        with self._session._exclusive(self):
-            self._thread = threading.get_ident()
-            try:
-                return next(self._steps)
-            except StopIteration:
-                raise
-            except Cancelled:
-                self._end("cancelled")
-                raise StopIteration from None
-            except BaseException as error:
-                self._end("cancelled" if isinstance(error, KeyboardInterrupt) else "error")
-                raise
+        try:
+            with self._session._exclusive(self):
+                self._thread = threading.get_ident()
+                try:
+                    return next(self._steps)
+                except StopIteration:
+                    raise
+                except Cancelled:
+                    self._end("cancelled")
+                    raise StopIteration from None
+                except BaseException as error:
+                    self._end("cancelled" if isinstance(error, KeyboardInterrupt) else "error")
+                    raise
+        finally:
+            self._released()
 
     def read(self) -> str:
         """Runs to the end; returns the whole text."""
@@ -123,7 +127,8 @@ class Generation:
 
     def cancel(self) -> None:
         """Ends the generation at the next layer; callable from any thread."""
-        self._session._cancel(self)
+        if self.finish_reason is None:
+            self._session._cancel(self)
 
     def close(self) -> None:
         """Ends the generation now; the session stays usable at the tokens generated so far."""
@@ -133,6 +138,7 @@ class Generation:
                     self._end("cancelled")
                 finally:
                     self._session._lock.release()
+                self._released()
             else:
                 self.cancel()  # another thread is inside a step: it ends there
 
@@ -157,6 +163,12 @@ class Generation:
             self._on_end(self)
             self._on_end = None
 
+    def _released(self) -> None:
+        """Tells that the session is free, once it is (its lock is not held any more)."""
+        if self.finish_reason is not None and self._release is not None:
+            release, self._release = self._release, None
+            release(self)
+
     def _sampler(self) -> Sampler:
         from ._core import Sampler
 
@@ -179,7 +191,8 @@ class Generation:
             logprobs=o.logprobs,
         )
         if o.penalizes:
-            for token in self._target[-o.penalty_window :]:
+            first = 0 if o.penalty_window < 0 else len(self._target) - o.penalty_window
+            for token in self._target[max(first, 0) :]:
                 sampler.accept(token)
         return sampler
 

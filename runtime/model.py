@@ -176,7 +176,7 @@ class Model:
         self,
         text: str | Tokens,
         *,
-        context: int = 512,
+        context: int | None = None,
         stride: int | None = None,
         max_chunks: int | None = None,
         progress: Callable[[int, int, float], None] | None = None,
@@ -189,6 +189,7 @@ class Model:
         that every token but the first counts once, with at least context - stride tokens before
         it. Each window begins with BOS where the model has one. A text shorter than `context` is
         one window, all scored.
+        context: None takes 512, or the model's context where that is smaller.
         progress: called with (windows done, windows in all, ppl so far).
         Raises OptionError.
         """
@@ -198,7 +199,7 @@ class Model:
             return measure(
                 session._timeline,
                 np.asarray(ids, dtype=np.int32),
-                context=min(context, max(len(ids), 2)),
+                context=min(512, session.context) if context is None else context,
                 stride=stride,
                 bos=bos,
                 max_chunks=max_chunks,
@@ -217,15 +218,12 @@ class Model:
 
     def _lend(self, session: Session, generation: Generation) -> Generation:
         """`generation`, with its session given back when it ends."""
-        before = generation._on_end
 
         def give_back(ended: Generation) -> None:
-            if before is not None:
-                before(ended)
             if ended.finish_reason != "error":
                 self._give_back(session)
 
-        generation._on_end = give_back
+        generation._release = give_back
         return generation
 
     @contextmanager

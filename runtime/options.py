@@ -89,7 +89,8 @@ class GenerationOptions:
     min_p: drop tokens below this fraction of the likeliest one's probability (0 keeps all).
     repetition_penalty: divides positive logits (multiplies negative ones) of tokens in the window.
     frequency_penalty, presence_penalty: subtracted once per occurrence / once if present.
-    penalty_window: how many of the last tokens (prompt included) the penalties look at.
+    penalty_window: how many of the last tokens (prompt included) the penalties look at;
+        -1 looks at all of them.
     logit_bias: token id -> number added to its logit (-inf bans the token).
     seed: of the sampler; None draws a fresh one (`Generation.seed` tells which).
     stop: strings that end the text; they, and any beginning of them, are never part of it.
@@ -125,7 +126,7 @@ class GenerationOptions:
             ),
             "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -100, 100),
             "presence_penalty": _number("presence_penalty", self.presence_penalty, -100, 100),
-            "penalty_window": _integer("penalty_window", self.penalty_window, 0),
+            "penalty_window": _integer("penalty_window", self.penalty_window, -1),
             "logit_bias": _logit_bias(self.logit_bias),
             "stop": _stop_strings(self.stop),
             "logprobs": _integer("logprobs", self.logprobs, 0, 1000),
@@ -142,7 +143,7 @@ class GenerationOptions:
     @property
     def penalizes(self) -> bool:
         """Whether any penalty is on, so that the sampler must see the prompt's tokens."""
-        return self.penalty_window > 0 and (
+        return self.penalty_window != 0 and (
             self.repetition_penalty != 1.0
             or self.frequency_penalty != 0.0
             or self.presence_penalty != 0.0

@@ -2,12 +2,17 @@
 
 Needs llama-cpp-python, which the tests themselves never import:
 
-    python tests/make_golden.py --models DIR --text wikitext2-test-tokenised.txt.gz
+    python tests/tiny_models.py TINY       # with the gguf package
+    python tests/make_golden.py --models DIR --text wikitext2-test-tokenised.txt.gz --tiny TINY
 
-Two runs a model. `exact`: the file's weights converted to F32 by llama.cpp (dequantization is
-exact), F32 cache, so that nothing but float32 is rounded. `default`: the file as it is, with the
-int8 activations and the f16 cache that llama.cpp uses. An engine should be as near to `exact` as
-`default` is; how near the two engines are to each other says less, their roundings differ.
+golden_tiny.npz holds, for each tiny variant that llama.cpp can run, logits_{variant} [4, n_vocab]
+after the tokens at `positions` of `tokens`, and weights_{variant}, the fingerprint of its weights.
+
+The others hold real models, two runs each. `exact`: the file's weights converted to F32 by
+llama.cpp (dequantization is exact), F32 cache, so that nothing but float32 is rounded. `default`:
+the file as it is, with the int8 activations and the f16 cache that llama.cpp uses. An engine
+should be as near to `exact` as `default` is; how near the two engines are to each other says
+less, their roundings differ.
 
 Each npz holds, for one model, natural logarithms throughout:
     llama_cpp                version of llama-cpp-python
@@ -28,6 +33,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,6 +44,15 @@ import numpy as np
 CONTEXT = 1024
 TOP = 64
 GREEDY_TOKENS = 64
+TINY_POSITIONS = (7, 31, 63, 99)
+# What llama.cpp does not compute as the file says, and why.
+NOT_IN_LLAMA_CPP = {
+    "mixtral-split": "one tensor an expert is no longer read",
+    "smallthinker-window": "the window is 4096 whatever the file says",
+    "smallthinker-pattern-3": "the window is 4096 whatever the file says",
+    "llama-attention-softcap": "the key is not read for llama",
+    "llama-attention-scale": "the key is not read for llama",
+}
 CHAT = (
     "<|im_start|>system\n{system}<|im_end|>\n"
     "<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
@@ -93,10 +108,10 @@ def greedy(model: llama_cpp.Llama, prompt: list[int]) -> tuple[np.ndarray, np.nd
     return np.array(chosen, np.int32), np.array(leads, np.float32)
 
 
-def load(path: Path, **options: Any) -> llama_cpp.Llama:
+def load(path: Path, *, context: int = CONTEXT, **options: Any) -> llama_cpp.Llama:
     return llama_cpp.Llama(
         str(path),
-        n_ctx=CONTEXT,
+        n_ctx=context,
         logits_all=True,
         n_threads=2,
         flash_attn=False,
@@ -153,13 +168,35 @@ def golden(path: Path, text: str, n: int, prompts: tuple[str, ...]) -> dict[str,
     return out
 
 
+def golden_tiny(folder: Path) -> dict[str, Any]:
+    about = json.loads((folder / "tiny.json").read_text())
+    tokens = about["tokens"]
+    out: dict[str, Any] = {
+        "llama_cpp": llama_cpp.__version__,
+        "tokens": np.array(tokens, np.int32),
+        "positions": np.array(TINY_POSITIONS, np.int32),
+    }
+    for name, weights in about["fingerprints"].items():
+        if name in NOT_IN_LLAMA_CPP:
+            continue
+        f32 = llama_cpp.GGML_TYPE_F32
+        model = load(folder / f"{name}.gguf", context=256, type_k=f32, type_v=f32)
+        model.eval(tokens)
+        out[f"logits_{name}"] = np.array(model.scores)[list(TINY_POSITIONS)].astype(np.float32)
+        out[f"weights_{name}"] = weights
+    return out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, required=True, help="folder of the GGUF files")
     parser.add_argument("--text", type=Path, required=True, help="gzipped text to evaluate")
+    parser.add_argument("--tiny", type=Path, required=True, help="folder of tiny_models.py")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     args = parser.parse_args()
-    text = gzip.open(args.text, "rt", encoding="utf8").read().lstrip()[:20000]
+    np.savez_compressed(args.out / "golden_tiny.npz", **golden_tiny(args.tiny))
+    with gzip.open(args.text, "rt", encoding="utf8") as file_of_text:
+        text = file_of_text.read().lstrip()[:20000]
     for name, (file, n, prompts) in MODELS.items():
         out = golden(args.models / file, text, n, prompts)
         target = args.out / f"golden_{name}.npz"

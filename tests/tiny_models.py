@@ -1,6 +1,7 @@
 """Tiny random GGUF models of every family, with a working byte-level tokenizer.
 
     make("/tmp/m.gguf", "qwen3moe", quant="Q4_0", seed=1, n_expert_used=3)
+    python tests/tiny_models.py DIR        # all VARIANTS as DIR/<variant>.gguf, for make_golden.py
 
 The values of a tensor depend on the seed and on its name alone, so that two variants of a model
 (split or joined experts, say) hold the same weights. `VARIANTS` is the list that the family tests
@@ -9,6 +10,8 @@ run; a new family or feature is one line there.
 
 from __future__ import annotations
 
+import argparse
+import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
+
+N_TOKENS = 100  # that tests evaluate: beyond the windows and scaled contexts of the variants
 
 MOE = frozenset({"llama-moe", "qwen2moe", "qwen3moe", "olmoe", "smallthinker"})
 HEAD_NORMS = frozenset({"qwen3", "qwen3moe", "gemma3"})
@@ -70,6 +75,7 @@ class Spec:
     window_pattern: int | tuple[bool, ...] | None = None
     gating: int = 1  # smallthinker: 1 softmax, 2 sigmoid
     attention_softcap: float = 0.0
+    attention_scale: float = 0.0
     final_softcap: float = 0.0
     router_gain: float = 2.5  # spread of router logits
     embedding_quant: str | None = None
@@ -105,7 +111,9 @@ FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
-# The variants that test_families.py runs in F32: name -> (family, overrides).
+# The variants that test_families.py runs in F32: name -> (family, overrides). The seeds are ones
+# at which no router hesitates over the first N_TOKENS of some_tokens(), so that rounding does not
+# decide what is computed.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tied": True}),
@@ -136,11 +144,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"rope_scaling": "longrope", "rope_original_context": 64, "rope_attention_factor": 1.1},
     ),
+    "llama-attention-softcap": ("llama", {"attention_softcap": 2.0}),
+    "llama-attention-scale": ("llama", {"attention_scale": 0.5}),
     "llama-window-key-ignored": ("llama", {"window": 8}),
-    "mixtral": ("llama-moe", {}),
-    "mixtral-split": ("llama-moe", {"split_experts": True}),
-    "mixtral-top1": ("llama-moe", {"n_expert_used": 1}),
-    "mixtral-top4": ("llama-moe", {"n_expert_used": 4}),
+    "mixtral": ("llama-moe", {"seed": 2}),
+    "mixtral-split": ("llama-moe", {"seed": 2, "split_experts": True}),
+    "mixtral-top1": ("llama-moe", {"seed": 1, "n_expert_used": 1}),
+    "mixtral-top4": ("llama-moe", {"seed": 4, "n_expert_used": 4}),
     "mixtral-all": ("llama-moe", {"n_expert": 4, "n_expert_used": 4}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tied": True}),
@@ -148,17 +158,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 64},
     ),
-    "qwen2moe": ("qwen2moe", {}),
-    "qwen2moe-top4": ("qwen2moe", {"n_expert_used": 4, "n_ff_shared": 128}),
+    "qwen2moe": ("qwen2moe", {"seed": 1}),
+    "qwen2moe-top4": ("qwen2moe", {"seed": 4, "n_expert_used": 4, "n_ff_shared": 128}),
     "qwen3": ("qwen3", {}),
     "qwen3-untied": ("qwen3", {"tied": False}),
     "qwen3moe": ("qwen3moe", {}),
-    "qwen3moe-top3": ("qwen3moe", {"n_expert_used": 3, "n_expert": 12}),
+    "qwen3moe-top3": ("qwen3moe", {"seed": 2, "n_expert_used": 3, "n_expert": 12}),
     "olmoe": ("olmoe", {}),
-    "olmoe-top4": ("olmoe", {"n_expert_used": 4, "n_expert": 16}),
+    "olmoe-top4": ("olmoe", {"seed": 2, "n_expert_used": 4, "n_expert": 16}),
     "gemma3": ("gemma3", {}),
     "gemma3-global": ("gemma3", {"window": 0, "n_layer": 3}),
     "gemma3-linear": ("gemma3", {"rope_scaling": "linear", "rope_factor": 8.0}),
+    "gemma3-local-base": ("gemma3", {"rope_base_local": 500.0}),
     "gemma3-pattern-2": ("gemma3", {"window_pattern": 2, "n_layer": 4}),
     "gemma3-pattern-list": (
         "gemma3",
@@ -168,8 +179,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-partial-rope": ("gemma3", {"rope_dim": 16}),
     "gemma3-untied": ("gemma3", {"tied": False, "n_head_kv": 2}),
     "smallthinker": ("smallthinker", {}),
-    "smallthinker-sigmoid": ("smallthinker", {"gating": 2, "n_expert_used": 3}),
+    "smallthinker-sigmoid": (
+        "smallthinker",
+        {"seed": 8, "gating": 2, "n_expert_used": 3, "router_gain": 0.6},
+    ),
     "smallthinker-window": ("smallthinker", {"window": 16, "n_layer": 6}),
+    "smallthinker-pattern-3": ("smallthinker", {"window": 16, "window_pattern": 3, "n_layer": 6}),
     "smallthinker-window-4096": ("smallthinker", {"window": 4096, "n_layer": 6}),
     "smallthinker-untied": ("smallthinker", {"tied": False, "n_expert_used": 1}),
 }
@@ -257,12 +272,11 @@ def tensors(s: Spec, seed: int) -> Iterator[tuple[str, Array]]:
         if biases:
             for part, n in (("q", n_q), ("k", n_kv), ("v", n_kv)):
                 yield b + f"attn_{part}.bias", normal(b + f"attn_{part}.bias", (n,), 0.5)
-        if s.arch in HEAD_NORMS:
-            yield b + "attn_q_norm.weight", normal(b + "attn_q_norm.weight", (s.head_dim,), 0.3, 1.5)
-            yield b + "attn_k_norm.weight", normal(b + "attn_k_norm.weight", (s.head_dim,), 0.3, 1.2)
-        if s.arch == "olmoe":
-            yield b + "attn_q_norm.weight", normal(b + "attn_q_norm.weight", (n_q,), 0.3, 1.5)
-            yield b + "attn_k_norm.weight", normal(b + "attn_k_norm.weight", (n_kv,), 0.3, 1.2)
+        if s.arch in HEAD_NORMS or s.arch == "olmoe":
+            whole = s.arch == "olmoe"  # one norm over all heads instead of one a head
+            for part, n, mean in (("q", n_q, 1.5), ("k", n_kv, 1.2)):
+                name = b + f"attn_{part}_norm.weight"
+                yield name, normal(name, (n if whole else s.head_dim,), 0.3, mean)
         if biases and s.family == "llama":
             for part, n in (("attn_output", s.n_embd), ("ffn_gate", s.n_ff), ("ffn_up", s.n_ff)):
                 yield b + part + ".bias", normal(b + part + ".bias", (n,), 0.3)
@@ -282,9 +296,7 @@ def expert_tensors(s: Spec, b: str, matrix: Any) -> Iterator[tuple[str, Array]]:
     shapes = {"gate": (s.n_ff_expert, s.n_embd), "up": (s.n_ff_expert, s.n_embd)}
     shapes["down"] = (s.n_embd, s.n_ff_expert)
     for part, (n_out, n_in) in shapes.items():
-        each = [
-            matrix(f"{b}ffn_{part}.{e}.weight", n_out, n_in, 2.0) for e in range(s.n_expert)
-        ]
+        each = [matrix(f"{b}ffn_{part}.{e}.weight", n_out, n_in, 2.0) for e in range(s.n_expert)]
         if s.split_experts:
             yield from each
         else:
@@ -333,6 +345,8 @@ def write_metadata(out: gguf.GGUFWriter, s: Spec) -> None:
             out.add_array(key, list(s.window_pattern))
     if s.attention_softcap:
         out.add_attn_logit_softcapping(s.attention_softcap)
+    if s.attention_scale:
+        out.add_attention_scale(s.attention_scale)
     if s.final_softcap:
         out.add_final_logit_softcapping(s.final_softcap)
     if s.moe:
@@ -358,6 +372,14 @@ def write_metadata(out: gguf.GGUFWriter, s: Spec) -> None:
     out.add_eos_token_id(2)
     out.add_add_bos_token(False)
     out.add_chat_template(CHAT_TEMPLATE)
+
+
+def fingerprint(path: str | Path) -> int:
+    """CRC-32 of all tensor bytes in file order: equal where the weights are."""
+    crc = 0
+    for tensor in gguf.GGUFReader(str(path)).tensors:
+        crc = zlib.crc32(np.ascontiguousarray(tensor.data).tobytes(), crc)
+    return crc
 
 
 def quantized(values: Array, quant: str) -> npt.NDArray[Any]:
@@ -390,9 +412,7 @@ def make(
         embedding = name == "token_embd.weight" and s.embedding_quant
         kind = (s.embedding_quant if embedding else quant) if is_matrix else "F32"
         assert kind is not None
-        out.add_tensor(
-            name, quantized(values, kind), raw_dtype=gguf.GGMLQuantizationType[kind]
-        )
+        out.add_tensor(name, quantized(values, kind), raw_dtype=gguf.GGMLQuantizationType[kind])
     out.write_header_to_file()
     out.write_kv_data_to_file()
     out.write_tensors_to_file()
@@ -400,7 +420,24 @@ def make(
     return Path(path)
 
 
-def tokens(n: int, seed: int = 0) -> npt.NDArray[np.int32]:
+def some_tokens(n: int, seed: int = 0) -> npt.NDArray[np.int32]:
     """n pseudo-random tokens of the tiny vocabulary, specials among them."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, len(vocabulary()[0]), n, dtype=np.int32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes every variant as a GGUF file.")
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for name, (family, overrides) in VARIANTS.items():
+        weights[name] = fingerprint(make(folder / f"{name}.gguf", family, **overrides))
+    (folder / "tiny.json").write_text(
+        json.dumps({"tokens": some_tokens(N_TOKENS).tolist(), "fingerprints": weights})
+    )
+
+
+if __name__ == "__main__":
+    main()

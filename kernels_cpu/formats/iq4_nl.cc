@@ -1,6 +1,7 @@
 // IQ4_NL: 32 weights of 4 bits that index a fixed non-linear table. w = d * kIq4Codes[v].
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
@@ -26,6 +27,20 @@ struct IQ4_NL {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockIQ4_NL*>(dst);
+  for (int64_t i = 0; i < n; i += 32, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    const Scaled<32> v(src + i, weight);
+    const float d = v.zero ? 0.0f : v.rounded(fit_scale<32>(v.x, v.weight, Iq4Codes{}));
+    const float inv = inverse(d);
+    uint8_t code[32];
+    for (int j = 0; j < 32; ++j) code[j] = iq4_index(Iq4Codes{}(v.x[j] * inv));
+    store_f16(block->d, v.in_source_units(d));
+    pack_nibbles32(code, block->qs);
+  }
+}
+
 }  // namespace
 
 const Format kFormat_IQ4_NL = {
@@ -35,7 +50,7 @@ const Format kFormat_IQ4_NL = {
     18,
     ActKind::i8,
     dequantize_scalar<IQ4_NL>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<IQ4_NL>,
         STOKER_ON_X86(nullptr),    // avx2

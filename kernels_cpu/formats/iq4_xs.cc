@@ -2,6 +2,7 @@
 // w = d * (sc - 32) * kIq4Codes[v].
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
@@ -30,6 +31,27 @@ struct IQ4_XS {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockIQ4_XS*>(dst);
+  for (int64_t i = 0; i < n; i += 256, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    ScaledGroups<32> groups;
+    quantize_scaled_groups<32>(src + i, weight, Iq4Codes{}, -32, 31, &groups);
+    *block = {};
+    store_f16(block->d, groups.d);
+    uint16_t high = 0;
+    for (int g = 0; g < 8; ++g) {
+      const int sc = groups.scale[g] + 32;
+      block->scales_l[g / 2] |= static_cast<uint8_t>((sc & 15) << 4 * (g % 2));
+      high |= static_cast<uint16_t>(sc >> 4 << 2 * g);
+      uint8_t code[32];
+      for (int j = 0; j < 32; ++j) code[j] = iq4_index(groups.code[32 * g + j]);
+      pack_nibbles32(code, block->qs + 16 * g);
+    }
+    store_u16(block->scales_h, high);
+  }
+}
+
 }  // namespace
 
 const Format kFormat_IQ4_XS = {
@@ -39,7 +61,7 @@ const Format kFormat_IQ4_XS = {
     136,
     ActKind::i8,
     dequantize_scalar<IQ4_XS>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<IQ4_XS>,
         STOKER_ON_X86(nullptr),    // avx2

@@ -10,6 +10,25 @@ namespace stoker {
 inline constexpr int8_t kIq4Codes[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                          1,    13,   25,  38,  53,  69,  89,  113};
 
+// The value in the table nearest to v, and the index of a value of the table.
+struct Iq4Codes {
+  float low = -127, high = 113;
+  float step = 0.008f;  // of the search's candidate grids (search.h)
+  float operator()(float v) const {
+    float code = kIq4Codes[0];
+    for (int i = 1; i < 16; ++i) {
+      const float middle = 0.5f * static_cast<float>(kIq4Codes[i - 1] + kIq4Codes[i]);
+      code = v > middle ? static_cast<float>(kIq4Codes[i]) : code;
+    }
+    return code;
+  }
+};
+inline uint8_t iq4_index(float code) {
+  uint8_t index = 0;
+  while (static_cast<float>(kIq4Codes[index]) < code) ++index;
+  return index;
+}
+
 // qs[j] holds weight j in its low and weight j + 16 in its high nibble (j < 16).
 inline void unpack_nibbles32(const uint8_t* qs, int8_t* q, int offset) {
   for (int j = 0; j < 16; ++j) {

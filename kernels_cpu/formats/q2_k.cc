@@ -1,6 +1,7 @@
 // Q2_K: 256 weights of 2 bits in 16 groups of 16, whose 4-bit scales and minima are themselves scaled.
 // w = d * sc * v - dmin * mn.
 #include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
@@ -30,6 +31,24 @@ struct Q2_K {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockQ2_K*>(dst);
+  for (int64_t i = 0; i < n; i += 256, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    AffineGroups<16> groups;
+    quantize_affine_groups<16>(src + i, weight, 3, 15, &groups);
+    *block = {};
+    store_f16(block->d, groups.d);
+    store_f16(block->dmin, groups.dmin);
+    for (int g = 0; g < 16; ++g) {
+      block->scales[g] = static_cast<uint8_t>(groups.scale[g] | groups.min[g] << 4);
+    }
+    for (int k = 0; k < 256; ++k) {
+      block->qs[32 * (k / 128) + k % 32] |= static_cast<uint8_t>(groups.code[k] << k % 128 / 32 * 2);
+    }
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q2_K = {
@@ -39,7 +58,7 @@ const Format kFormat_Q2_K = {
     84,
     ActKind::i8,
     dequantize_scalar<Q2_K>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q2_K>,
         STOKER_ON_X86(nullptr),    // avx2

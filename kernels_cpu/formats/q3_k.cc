@@ -1,5 +1,6 @@
 // Q3_K: 256 weights of 3 bits in 16 groups of 16 with 6-bit scales. w = d * (sc - 32) * (v - 4).
 #include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
@@ -36,6 +37,27 @@ struct Q3_K {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockQ3_K*>(dst);
+  for (int64_t i = 0; i < n; i += 256, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    ScaledGroups<16> groups;
+    quantize_scaled_groups<16>(src + i, weight, LinearCodes::of_bits(3), -32, 31, &groups);
+    *block = {};
+    store_f16(block->d, groups.d);
+    for (int g = 0; g < 16; ++g) {
+      const int sc = groups.scale[g] + 32;
+      block->scales[g % 8] |= static_cast<uint8_t>((sc & 15) << 4 * (g / 8));
+      block->scales[8 + g % 4] |= static_cast<uint8_t>(sc >> 4 << 2 * (g / 4));
+    }
+    for (int k = 0; k < 256; ++k) {
+      const int v = static_cast<int>(groups.code[k]) + 4;
+      block->qs[32 * (k / 128) + k % 32] |= static_cast<uint8_t>((v & 3) << k % 128 / 32 * 2);
+      block->hmask[k % 32] |= static_cast<uint8_t>(v >> 2 << k / 32);
+    }
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q3_K = {
@@ -45,7 +67,7 @@ const Format kFormat_Q3_K = {
     110,
     ActKind::i8,
     dequantize_scalar<Q3_K>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q3_K>,
         STOKER_ON_X86(nullptr),    // avx2

@@ -1,8 +1,12 @@
 // Q4_0: 32 weights of 4 bits. w = d * (v - 8).
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
+
+#define STOKER_UNPACKER "kernels_cpu/formats/x86/q4_0.h"
+#include "kernels_cpu/tile_x86.h"
 
 namespace stoker {
 namespace {
@@ -26,6 +30,16 @@ struct Q4_0 {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockQ4_0*>(dst);
+  for (int64_t i = 0; i < n; i += 32, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    uint8_t code[32];
+    store_f16(block->d, quantize_scale32(src + i, weight, 8, code));
+    pack_nibbles32(code, block->qs);
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q4_0 = {
@@ -35,12 +49,10 @@ const Format kFormat_Q4_0 = {
     18,
     ActKind::i8,
     dequantize_scalar<Q4_0>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q4_0>,
-        STOKER_ON_X86(nullptr),    // avx2
-        STOKER_ON_X86(nullptr),    // avxvnni
-        STOKER_ON_X86(nullptr),    // avx512
+        STOKER_X86_MATMUL,
         STOKER_ON_ARM64(nullptr),  // neon
         STOKER_ON_ARM64(nullptr),  // i8mm
     }};

@@ -1,8 +1,12 @@
 // Q4_1: 32 weights of 4 bits. w = d * v + m.
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
+
+#define STOKER_UNPACKER "kernels_cpu/formats/x86/q4_1.h"
+#include "kernels_cpu/tile_x86.h"
 
 namespace stoker {
 namespace {
@@ -27,6 +31,19 @@ struct Q4_1 {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockQ4_1*>(dst);
+  for (int64_t i = 0; i < n; i += 32, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    uint8_t code[32];
+    float d, m;
+    quantize_affine32(src + i, weight, 15, &d, &m, code);
+    store_f16(block->d, d);
+    store_f16(block->m, m);
+    pack_nibbles32(code, block->qs);
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q4_1 = {
@@ -36,12 +53,10 @@ const Format kFormat_Q4_1 = {
     20,
     ActKind::i8,
     dequantize_scalar<Q4_1>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q4_1>,
-        STOKER_ON_X86(nullptr),    // avx2
-        STOKER_ON_X86(nullptr),    // avxvnni
-        STOKER_ON_X86(nullptr),    // avx512
+        STOKER_X86_MATMUL,
         STOKER_ON_ARM64(nullptr),  // neon
         STOKER_ON_ARM64(nullptr),  // i8mm
     }};

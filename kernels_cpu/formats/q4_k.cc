@@ -2,6 +2,7 @@
 // w = d * sc * v - dmin * mn.
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
@@ -34,6 +35,22 @@ struct Q4_K {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockQ4_K*>(dst);
+  for (int64_t i = 0; i < n; i += 256, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    AffineGroups<32> groups;
+    quantize_affine_groups<32>(src + i, weight, 15, 63, &groups);
+    store_f16(block->d, groups.d);
+    store_f16(block->dmin, groups.dmin);
+    pack_scale_min6(groups.scale, groups.min, block->scales);
+    for (int k = 0; k < 128; ++k) {
+      const uint8_t* code = groups.code + 64 * (k / 32) + k % 32;
+      block->qs[k] = static_cast<uint8_t>(code[0] | code[32] << 4);
+    }
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q4_K = {
@@ -43,7 +60,7 @@ const Format kFormat_Q4_K = {
     144,
     ActKind::i8,
     dequantize_scalar<Q4_K>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q4_K>,
         STOKER_ON_X86(nullptr),    // avx2

@@ -1,6 +1,7 @@
 // Q5_0: 32 weights of 5 bits. w = d * (v - 16).
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
@@ -27,6 +28,16 @@ struct Q5_0 {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockQ5_0*>(dst);
+  for (int64_t i = 0; i < n; i += 32, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    uint8_t code[32];
+    store_f16(block->d, quantize_scale32(src + i, weight, 16, code));
+    store_u32(block->qh, pack_five_bits32(code, block->qs));
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q5_0 = {
@@ -36,7 +47,7 @@ const Format kFormat_Q5_0 = {
     22,
     ActKind::i8,
     dequantize_scalar<Q5_0>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q5_0>,
         STOKER_ON_X86(nullptr),    // avx2

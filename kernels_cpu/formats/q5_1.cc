@@ -1,6 +1,7 @@
 // Q5_1: 32 weights of 5 bits. w = d * v + m.
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
@@ -28,6 +29,19 @@ struct Q5_1 {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockQ5_1*>(dst);
+  for (int64_t i = 0; i < n; i += 32, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    uint8_t code[32];
+    float d, m;
+    quantize_affine32(src + i, weight, 31, &d, &m, code);
+    store_f16(block->d, d);
+    store_f16(block->m, m);
+    store_u32(block->qh, pack_five_bits32(code, block->qs));
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q5_1 = {
@@ -37,7 +51,7 @@ const Format kFormat_Q5_1 = {
     24,
     ActKind::i8,
     dequantize_scalar<Q5_1>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q5_1>,
         STOKER_ON_X86(nullptr),    // avx2

@@ -2,6 +2,7 @@
 // w = d * sc * v - dmin * mn.
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
@@ -37,6 +38,26 @@ struct Q5_K {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockQ5_K*>(dst);
+  for (int64_t i = 0; i < n; i += 256, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    AffineGroups<32> groups;
+    quantize_affine_groups<32>(src + i, weight, 31, 63, &groups);
+    *block = {};
+    store_f16(block->d, groups.d);
+    store_f16(block->dmin, groups.dmin);
+    pack_scale_min6(groups.scale, groups.min, block->scales);
+    for (int k = 0; k < 128; ++k) {
+      const uint8_t* code = groups.code + 64 * (k / 32) + k % 32;
+      block->qs[k] = static_cast<uint8_t>((code[0] & 15) | (code[32] & 15) << 4);
+    }
+    for (int k = 0; k < 256; ++k) {
+      block->qh[k % 32] |= static_cast<uint8_t>(groups.code[k] >> 4 << k / 32);
+    }
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q5_K = {
@@ -46,7 +67,7 @@ const Format kFormat_Q5_K = {
     176,
     ActKind::i8,
     dequantize_scalar<Q5_K>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q5_K>,
         STOKER_ON_X86(nullptr),    // avx2

@@ -1,6 +1,7 @@
 // Q6_K: 256 weights of 6 bits in 16 groups of 16 with 8-bit scales. w = d * sc * (v - 32).
 // Weight 128 * h + 32 * c + l (l < 32) is column c of half h.
 #include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
@@ -34,6 +35,24 @@ struct Q6_K {
   }
 };
 
+void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance) {
+  auto* block = reinterpret_cast<BlockQ6_K*>(dst);
+  for (int64_t i = 0; i < n; i += 256, ++block) {
+    const float* weight = importance == nullptr ? nullptr : importance + i;
+    ScaledGroups<16> groups;
+    quantize_scaled_groups<16>(src + i, weight, LinearCodes::of_bits(6), -128, 127, &groups);
+    *block = {};
+    store_f16(block->d, groups.d);
+    for (int g = 0; g < 16; ++g) block->scales[g] = static_cast<int8_t>(groups.scale[g]);
+    for (int k = 0; k < 256; ++k) {
+      const int v = static_cast<int>(groups.code[k]) + 32;
+      const int h = k / 128, c = k % 128 / 32, l = k % 32;
+      block->ql[64 * h + 32 * (c % 2) + l] |= static_cast<uint8_t>((v & 15) << 4 * (c / 2));
+      block->qh[32 * h + l] |= static_cast<uint8_t>(v >> 4 << 2 * c);
+    }
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q6_K = {
@@ -43,7 +62,7 @@ const Format kFormat_Q6_K = {
     210,
     ActKind::i8,
     dequantize_scalar<Q6_K>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q6_K>,
         STOKER_ON_X86(nullptr),    // avx2

@@ -1,7 +1,13 @@
 // Q8_0: 32 weights of 8 bits. w = d * q.
+#include <cmath>
+
 #include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
+
+#define STOKER_UNPACKER "kernels_cpu/formats/x86/q8_0.h"
+#include "kernels_cpu/tile_x86.h"
 
 namespace stoker {
 namespace {
@@ -25,6 +31,20 @@ struct Q8_0 {
   }
 };
 
+// Rounds halves away from zero, as the published reference quantizer does. Eight bits leave nothing
+// for importances to decide.
+void quantize(const float* src, uint8_t* dst, int64_t n, const float*) {
+  auto* block = reinterpret_cast<BlockQ8_0*>(dst);
+  for (int64_t i = 0; i < n; i += 32, ++block) {
+    const float d = std::fabs(extreme32(src + i)) / 127;
+    const float inv = d < 1e-37f ? 0.0f : 1 / d;
+    store_f16(block->d, round_to_f16(d));
+    for (int j = 0; j < 32; ++j) {
+      block->qs[j] = static_cast<int8_t>(std::round(src[i + j] * inv));
+    }
+  }
+}
+
 }  // namespace
 
 const Format kFormat_Q8_0 = {
@@ -34,12 +54,10 @@ const Format kFormat_Q8_0 = {
     34,
     ActKind::i8,
     dequantize_scalar<Q8_0>,
-    nullptr,
+    quantize,
     {
         matmul_scalar<Q8_0>,
-        STOKER_ON_X86(nullptr),    // avx2
-        STOKER_ON_X86(nullptr),    // avxvnni
-        STOKER_ON_X86(nullptr),    // avx512
+        STOKER_X86_MATMUL,
         STOKER_ON_ARM64(nullptr),  // neon
         STOKER_ON_ARM64(nullptr),  // i8mm
     }};

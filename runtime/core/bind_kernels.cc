@@ -2,6 +2,7 @@
 // and matmul. For tests, benches and the export tools; the engine never comes through here.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
 #include <cmath>

@@ -70,28 +70,36 @@ class Sampler {
     int32_t slot;
   };
 
-  void count(int token);
+  void validate() const;
   const float* adjust(const float* logits);
   float checked_max(const float* logits, int* argmax) const;
   void select(const float* logits, int64_t k, std::vector<Candidate>* best) const;
   int draw(const float* logits, float max);
   int draw_from_all(const float* logits, float max);
-  void cut_top_p(const float* logits, float max);
+  void take_top_p(const float* logits, float max);
+  void take_min_p(const float* logits, float max);
+  bool cut_top_p(double total, float max);
+  double sum_blocks(const float* logits, float max, double inverse_temperature);
   void measure(const float* logits, int token);
+  void count(int token);
+  void forget(int token);
   double uniform();
 
   int n_vocab_;
   Options options_;
-  bool penalize_ = false;
+  bool penalize_;
+  double log_min_p_;
+  double inverse_temperature_;
+  uint64_t key_;                         // of the generator, from the seed
+  uint64_t draws_ = 0;                   // its counter
   std::vector<float> adjusted_;          // [n_vocab] where there is a bias or penalty, else empty
   std::vector<Occurrence> occurrences_;  // [n_vocab] where there are penalties, else empty
-  std::vector<int32_t> distinct_;        // the tokens with count > 0
+  std::vector<int32_t> distinct_;        // the tokens with a count > 0, in any order
   std::vector<int32_t> window_;          // ring of the last penalty_window tokens
-  int64_t accepted_ = 0;                 // tokens ever counted
-  std::vector<Candidate> candidates_;
-  std::vector<Candidate> ranking_;  // scratch of top_logprobs
-  std::vector<double> cumulative_;  // running sums of candidate weights, or of whole blocks
-  uint64_t draws_ = 0;
+  int64_t counted_ = 0;                  // tokens ever counted
+  std::vector<Candidate> candidates_;    // what the stages have left, best first
+  std::vector<Candidate> ranking_;       // of top_logprobs
+  std::vector<double> cumulative_;       // running sums of weights: of candidates or of blocks
   double logprob_;
   std::vector<std::pair<int, double>> top_logprobs_;
 };

@@ -87,9 +87,11 @@ def read_config(w: Weights) -> Config:
     positions = [True] * n_layer
     if window > 0 and arch == "gemma3":
         period = 6 if pattern is None else pattern
-        sliding = [layer % period < period - 1 for layer in range(n_layer)] if isinstance(
-            period, int
-        ) else list(pattern)
+        sliding = (
+            [layer % period < period - 1 for layer in range(n_layer)]
+            if isinstance(period, int)
+            else list(pattern)
+        )
     if window > 0 and arch == "smallthinker":
         period = SMALLTHINKER_PERIOD if pattern is None else pattern
         sliding = (

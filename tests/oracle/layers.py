@@ -133,10 +133,8 @@ def route(router_logits: Array, c: Config, *, renormalise: bool) -> Route:
     """Chooses n_expert_used of [n, n_expert]; the lower index wins a tie."""
     if c.gating not in (GATE_SOFTMAX, GATE_SIGMOID):
         raise ValueError(f"expert_gating_func 1 or 2 expected, found {c.gating}")
-    if c.gating == GATE_SOFTMAX:
-        p = softmax(router_logits)
-    else:
-        p = 1.0 / (1.0 + np.exp(-router_logits))
+    soft = c.gating == GATE_SOFTMAX
+    p = softmax(router_logits) if soft else 1.0 / (1.0 + np.exp(-router_logits))
     order = np.argsort(-router_logits, axis=-1, kind="stable")
     experts = order[:, : c.n_expert_used]
     weights = np.take_along_axis(p, experts, axis=-1)
@@ -144,8 +142,8 @@ def route(router_logits: Array, c: Config, *, renormalise: bool) -> Route:
         weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), MIN_WEIGHT_SUM)
     ranked = np.take_along_axis(router_logits, order, axis=-1)
     last = c.n_expert_used
-    margin = ranked[:, last - 1] - ranked[:, last] if last < c.n_expert else np.full(
-        len(ranked), np.inf
+    margin = (
+        ranked[:, last - 1] - ranked[:, last] if last < c.n_expert else np.full(len(ranked), np.inf)
     )
     return Route(experts, weights, margin)
 

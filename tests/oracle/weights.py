@@ -49,4 +49,4 @@ class Weights:
 
     def optional(self, name: str) -> npt.NDArray[Any] | None:
         """The tensor, or None where the file has none of that name."""
-        return self[name] if name in self else None
+        return self[name] if name in self._tensors else None

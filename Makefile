@@ -1,0 +1,66 @@
+# make demo   builds, fetches SmolLM2-135M-Instruct and answers a chat question, with figures
+# make test   builds and runs every test
+# make lint   formatting, linting, types, warnings as errors
+# make bench  stoker against llama-cpp-python on the same file (installs the baseline: 5 minutes)
+# make sanitize  the test suite under ASan + UBSan, the engine tests under TSan
+# make neon   the native tests as aarch64 code under qemu-user
+# make fuzz   the GGUF reader for FUZZ_SECONDS (600)
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= smollm2-135m-instruct
+FUZZ_SECONDS ?= 600
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
+
+SOURCES := pyproject.toml CMakeLists.txt $(shell find runtime offload kernels_cpu models mobile_bench export -type f -not -name '*.pyc')
+
+.PHONY: demo test test-python test-native neon lint bench sanitize fuzz clean
+
+$(VENV)/.python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.python $(SOURCES)
+	$(BIN)/python -m pip install --quiet .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/stoker pull $(MODEL)
+	$(BIN)/stoker run $(MODEL) --chat --temperature 0 --max-tokens 128 --stats "Why is the sky blue? Answer in two sentences."
+
+test: test-native test-python
+
+test-python: $(VENV)/.dev
+	$(BIN)/stoker pull $(MODEL)
+	$(BIN)/python -m pytest
+
+NATIVE := build/native
+test-native: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet cmake ninja
+	$(BIN)/cmake -S . -B $(NATIVE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSTOKER_PYTHON=OFF -DSTOKER_NATIVE_TESTS=ON >/dev/null
+	$(BIN)/cmake --build $(NATIVE)
+	$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure
+
+neon:
+	bash tests/native/run_neon.sh
+
+lint: $(VENV)/.dev
+	bash tests/lint.sh $(BIN)
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m stoker.mobile_bench.compare --install-baseline $(MODEL)
+
+sanitize: $(VENV)/.dev
+	bash tests/sanitize.sh $(BIN)
+
+fuzz: $(VENV)/.dev
+	bash tests/fuzz/run.sh $(BIN) $(FUZZ_SECONDS)
+
+clean:
+	rm -rf build $(VENV)

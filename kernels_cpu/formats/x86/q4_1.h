@@ -1,0 +1,19 @@
+// Q4_1 unpacked: see tile_matmul.h. Included by tile_x86.h.
+struct Unpack {
+  static constexpr int kUnit = 32, kUnitBytes = 20, kGroup = 32, kZero = 0, kMax = 15;
+  static constexpr bool kOffset = true;
+
+  template <class Sink>
+  static STOKER_INLINE void unpack(const Rows& rows, Sink& sink) {
+    const V low = set8(15);
+    const V dm = load_words(rows, 0);
+    V n[4], q[8];
+    load_columns(rows, 4, n);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      q[j] = bit_and(n[j], low);
+      q[4 + j] = bit_and(shift_right<4>(n[j]), low);
+    }
+    sink.template group<0>(q, low_f16(dm), high_f16(dm));
+  }
+};

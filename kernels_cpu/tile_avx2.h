@@ -1,0 +1,252 @@
+// AVX2 and AVX-VNNI: the vocabulary that the x86 sections of formats/x86/ are written in, and the
+// inner product of a group, for tiles of 8 rows. Included by tile_x86.h twice, inside namespace
+// stoker::avx2 with STOKER_VNNI 0 and stoker::avxvnni with STOKER_VNNI 1, each inside its target
+// region; not to be included elsewhere.
+//
+// A register q[j] holds, in 32-bit lane r, the bytes u[4j .. 4j+3] of row r; u = q + zero point.
+
+using V = __m256i;
+using VF = __m256;
+inline constexpr int kRows = 8;
+// The micro-kernel's register tile: kSubtiles x 8 rows by up to kTokens tokens.
+inline constexpr int kSubtiles = 2;
+inline constexpr int kTokens = 4;
+// vpmaddubsw adds two products in 16 bits: with weights above 127 that saturates, and the sign of
+// the weight moves to the activation instead.
+template <int kMax>
+inline constexpr bool kSignedWeights = !STOKER_VNNI && (kMax > 127);
+constexpr int micro_max(int max) { return STOKER_VNNI ? 255 : max; }
+
+// The rows of one tile, at one place of each row.
+struct Rows {
+  const uint8_t* base[2];   // rows 0, 4
+  int64_t stride, stride3;  // bytes
+  STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes)
+      : base{w, w + 4 * row_bytes}, stride(row_bytes), stride3(3 * row_bytes) {}
+  STOKER_INLINE const uint8_t* at(int r) const {
+    const int i = r & 3;
+    return base[r >> 2] + (i == 0 ? 0 : i == 1 ? stride : i == 2 ? 2 * stride : stride3);
+  }
+  STOKER_INLINE void advance(int64_t bytes) {
+    for (auto& p : base) p += bytes;
+  }
+};
+
+STOKER_INLINE V set8(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
+STOKER_INLINE V set32(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+STOKER_INLINE V bit_and(V a, V b) { return _mm256_and_si256(a, b); }
+STOKER_INLINE V bit_or(V a, V b) { return _mm256_or_si256(a, b); }
+STOKER_INLINE V bit_xor(V a, V b) { return _mm256_xor_si256(a, b); }
+// (a & mask) | b
+STOKER_INLINE V and_or(V a, V mask, V b) { return bit_or(bit_and(a, mask), b); }
+template <int kBits>
+STOKER_INLINE V shift_right(V a) {
+  return _mm256_srli_epi32(a, kBits);
+}
+template <int kBits>
+STOKER_INLINE V shift_left(V a) {
+  return _mm256_slli_epi32(a, kBits);
+}
+STOKER_INLINE V sub32(V a, V b) { return _mm256_sub_epi32(a, b); }
+STOKER_INLINE VF to_float(V a) { return _mm256_cvtepi32_ps(a); }
+STOKER_INLINE VF as_float(V a) { return _mm256_castsi256_ps(a); }
+STOKER_INLINE VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
+STOKER_INLINE VF negate(VF a) {
+  return _mm256_castsi256_ps(_mm256_xor_si256(_mm256_castps_si256(a), set32(0x80000000u)));
+}
+// Byte i, zero-extended, or sign-extended.
+template <int i>
+STOKER_INLINE V byte(V a) {
+  if constexpr (i == 3) return _mm256_srli_epi32(a, 24);
+  return _mm256_and_si256(_mm256_srli_epi32(a, 8 * i), set32(0xff));
+}
+template <int i>
+STOKER_INLINE V signed_byte(V a) {
+  return _mm256_srai_epi32(_mm256_slli_epi32(a, 24 - 8 * i), 24);
+}
+// table[index[.]] for the 16-byte table; indices 0..15.
+STOKER_INLINE V table16(const int8_t* table) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+STOKER_INLINE V lookup(V table, V index) { return _mm256_shuffle_epi8(table, index); }
+// Bits 4j .. 4j+3 of each lane's word as the bits 4 of the lane's four bytes; other bits are junk.
+template <int j>
+STOKER_INLINE V bits_to_bit4(V word) {
+  // Byte j / 2 of every word four times over, then one bit of each.
+  constexpr int kLane = 0x01010101 * (j / 2);
+  const V spread = _mm256_shuffle_epi8(
+      word, _mm256_setr_epi32(kLane, kLane + 0x04040404, kLane + 0x08080808, kLane + 0x0c0c0c0c,
+                              kLane, kLane + 0x04040404, kLane + 0x08080808, kLane + 0x0c0c0c0c));
+  const V bit = set32(j % 2 == 0 ? 0x08040201u : 0x80402010u);
+  return _mm256_cmpeq_epi8(_mm256_and_si256(spread, bit), bit);
+}
+
+STOKER_INLINE __m128i load_128(const uint8_t* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+STOKER_INLINE int load_int32(const void* p) {
+  int x;
+  __builtin_memcpy(&x, p, 4);
+  return x;
+}
+STOKER_INLINE int load_uint16(const uint8_t* p) {
+  uint16_t x;
+  __builtin_memcpy(&x, p, 2);
+  return x;
+}
+
+// Rows i and 4 + i, 16 bytes of each.
+STOKER_INLINE V half(const Rows& rows, int64_t at, int i) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(rows.at(i) + at)),
+                                 load_128(rows.at(4 + i) + at), 1);
+}
+// out[j], lane r: bytes at + 4j .. at + 4j+3 of row r.
+STOKER_INLINE void load_columns(const Rows& rows, int64_t at, V out[4]) {
+  const V x0 = half(rows, at, 0), x1 = half(rows, at, 1);
+  const V x2 = half(rows, at, 2), x3 = half(rows, at, 3);
+  const V t0 = _mm256_unpacklo_epi32(x0, x1), t1 = _mm256_unpackhi_epi32(x0, x1);
+  const V t2 = _mm256_unpacklo_epi32(x2, x3), t3 = _mm256_unpackhi_epi32(x2, x3);
+  out[0] = _mm256_unpacklo_epi64(t0, t2);
+  out[1] = _mm256_unpackhi_epi64(t0, t2);
+  out[2] = _mm256_unpacklo_epi64(t1, t3);
+  out[3] = _mm256_unpackhi_epi64(t1, t3);
+}
+// The 4 bytes at `at` of every row.
+STOKER_INLINE __m128i four_words(const Rows& rows, int64_t at, int r) {
+  __m128i x = _mm_cvtsi32_si128(load_int32(rows.at(r) + at));
+  x = _mm_insert_epi32(x, load_int32(rows.at(r + 1) + at), 1);
+  x = _mm_insert_epi32(x, load_int32(rows.at(r + 2) + at), 2);
+  return _mm_insert_epi32(x, load_int32(rows.at(r + 3) + at), 3);
+}
+STOKER_INLINE V load_words(const Rows& rows, int64_t at) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(rows, at, 0)),
+                                 four_words(rows, at, 4), 1);
+}
+// The f16 at `at` of every row; the f16 in the low or high half of every lane.
+STOKER_INLINE VF load_f16(const Rows& rows, int64_t at) {
+  __m128i x = _mm_cvtsi32_si128(load_uint16(rows.at(0) + at));
+  x = _mm_insert_epi16(x, load_uint16(rows.at(1) + at), 1);
+  x = _mm_insert_epi16(x, load_uint16(rows.at(2) + at), 2);
+  x = _mm_insert_epi16(x, load_uint16(rows.at(3) + at), 3);
+  x = _mm_insert_epi16(x, load_uint16(rows.at(4) + at), 4);
+  x = _mm_insert_epi16(x, load_uint16(rows.at(5) + at), 5);
+  x = _mm_insert_epi16(x, load_uint16(rows.at(6) + at), 6);
+  x = _mm_insert_epi16(x, load_uint16(rows.at(7) + at), 7);
+  return _mm256_cvtph_ps(x);
+}
+STOKER_INLINE VF high_f16(V a) {
+  const V upper = _mm256_srli_epi32(a, 16);
+  return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(upper),
+                                          _mm256_extracti128_si256(upper, 1)));
+}
+STOKER_INLINE VF low_f16(V a) { return high_f16(_mm256_slli_epi32(a, 16)); }
+// The byte at `at` of every row, zero-extended.
+STOKER_INLINE V load_bytes(const Rows& rows, int64_t at) {
+  __m128i x = _mm_setzero_si128();
+  x = _mm_insert_epi8(x, rows.at(0)[at], 0);
+  x = _mm_insert_epi8(x, rows.at(1)[at], 1);
+  x = _mm_insert_epi8(x, rows.at(2)[at], 2);
+  x = _mm_insert_epi8(x, rows.at(3)[at], 3);
+  x = _mm_insert_epi8(x, rows.at(4)[at], 4);
+  x = _mm_insert_epi8(x, rows.at(5)[at], 5);
+  x = _mm_insert_epi8(x, rows.at(6)[at], 6);
+  x = _mm_insert_epi8(x, rows.at(7)[at], 7);
+  return _mm256_cvtepu8_epi32(x);
+}
+
+// Lanes [low, high) of a tile belong to the caller's rows.
+struct Lanes {
+  V mask;
+  STOKER_INLINE Lanes(int64_t low, int64_t high) {
+    const V lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    mask = _mm256_andnot_si256(
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(low)), lane),
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(high)), lane));
+  }
+};
+STOKER_INLINE VF zero_f() { return _mm256_setzero_ps(); }
+STOKER_INLINE VF load_f(const float* p) { return _mm256_loadu_ps(p); }
+STOKER_INLINE VF load_f(const float* p, Lanes n) { return _mm256_maskload_ps(p, n.mask); }
+STOKER_INLINE void store_f(float* p, VF v) { _mm256_storeu_ps(p, v); }
+STOKER_INLINE void store_f(float* p, VF v, Lanes n) { _mm256_maskstore_ps(p, n.mask, v); }
+STOKER_INLINE VF set_f(float x) { return _mm256_set1_ps(x); }
+STOKER_INLINE VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+STOKER_INLINE V load_v(const uint8_t* p) {
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+}
+STOKER_INLINE void store_v(uint8_t* p, V v) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p), v);
+}
+
+// sum[m][t] += sum over a group of u * a, for kSub registers of rows and kCount tokens.
+// weights(m, j) gives register j of subtile m, acts(t) the address of token t's activations.
+template <int kGroup, int kMax, int kSub, int kCount, class Weights, class Acts>
+STOKER_INLINE void dot_group(const Weights& weights, const Acts& acts, V (&sum)[kSub][kCount]) {
+#if STOKER_VNNI
+#pragma GCC unroll 8
+  for (int j = 0; j < kGroup / 4; ++j) {
+    V w[kSub];
+#pragma GCC unroll 2
+    for (int m = 0; m < kSub; ++m) w[m] = weights(m, j);
+#pragma GCC unroll 8
+    for (int t = 0; t < kCount; ++t) {
+      const V a = _mm256_set1_epi32(load_int32(acts(t) + 4 * j));
+#pragma GCC unroll 2
+      for (int m = 0; m < kSub; ++m) sum[m][t] = _mm256_dpbusd_avx_epi32(sum[m][t], w[m], a);
+    }
+  }
+#else
+  const V ones = _mm256_set1_epi16(1);
+  if constexpr (kSignedWeights<kMax>) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kGroup / 4; ++j) {
+      V w[kSub], magnitude[kSub];
+#pragma GCC unroll 2
+      for (int m = 0; m < kSub; ++m) {
+        w[m] = weights(m, j);
+        magnitude[m] = _mm256_abs_epi8(w[m]);
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < kCount; ++t) {
+        const V a = _mm256_set1_epi32(load_int32(acts(t) + 4 * j));
+#pragma GCC unroll 2
+        for (int m = 0; m < kSub; ++m) {
+          // |q| <= 128 and |a| <= 127: two products stay below 2^15.
+          const V pair = _mm256_maddubs_epi16(magnitude[m], _mm256_sign_epi8(a, w[m]));
+          sum[m][t] = _mm256_add_epi32(sum[m][t], _mm256_madd_epi16(pair, ones));
+        }
+      }
+    }
+  } else {
+    constexpr int kFit = 32767 / (2 * 127 * kMax);  // steps whose sum fits 16 bits
+    constexpr int kSteps = kFit < kGroup / 4 ? kFit : kGroup / 4;
+    static_assert(kGroup / 4 % kSteps == 0 || kSteps > 1, "at least one step");
+#pragma GCC unroll 8
+    for (int first = 0; first < kGroup / 4; first += kSteps) {
+      V pair[kSub][kCount];
+#pragma GCC unroll 8
+      for (int j = first; j < first + kSteps && j < kGroup / 4; ++j) {
+        V w[kSub];
+#pragma GCC unroll 2
+        for (int m = 0; m < kSub; ++m) w[m] = weights(m, j);
+#pragma GCC unroll 8
+        for (int t = 0; t < kCount; ++t) {
+          const V a = _mm256_set1_epi32(load_int32(acts(t) + 4 * j));
+#pragma GCC unroll 2
+          for (int m = 0; m < kSub; ++m) {
+            const V p = _mm256_maddubs_epi16(w[m], a);
+            pair[m][t] = j == first ? p : _mm256_add_epi16(pair[m][t], p);
+          }
+        }
+      }
+#pragma GCC unroll 8
+      for (int t = 0; t < kCount; ++t) {
+#pragma GCC unroll 2
+        for (int m = 0; m < kSub; ++m) {
+          sum[m][t] = _mm256_add_epi32(sum[m][t], _mm256_madd_epi16(pair[m][t], ones));
+        }
+      }
+    }
+  }
+#endif
+}

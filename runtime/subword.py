@@ -1,0 +1,466 @@
+"""The subword algorithms: from a piece of text to token ids, without special tokens.
+
+Every class has `encode(text) -> list[int]` for one run of plain text. All are exact, in Python:
+merging runs once a distinct word (words repeat, so a dictionary of words does most of the work)
+and needs nothing built beyond the dictionaries of the vocabulary, so that a tokenizer is ready
+in a fraction of the time that a library takes to index 500,000 merges.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import insort
+from collections.abc import Callable, Mapping, Sequence
+from heapq import heapify, heappop, heappush
+from typing import Protocol
+
+SPACE = "▁"  # how SentencePiece writes a space inside a token
+
+_CACHED_WORDS = 1 << 16
+_CACHED_WORD_LENGTH = 48
+_UNKNOWN_PENALTY = 10.0  # SentencePiece: an unknown character scores this much below the worst
+
+
+class Subword(Protocol):
+    """What all algorithms of this file share."""
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one run of plain text."""
+        ...
+
+
+def byte_fallback(ids: Mapping[str, int], unk: int | None) -> Callable[[str], list[int]]:
+    """For a character without a token: its UTF-8 bytes as <0xXX> tokens, else `unk` if any."""
+
+    def fallback(piece: str) -> list[int]:
+        found = [ids.get(f"<0x{byte:02X}>") for byte in piece.encode()]
+        known = [i for i in found if i is not None]
+        if len(known) == len(found):
+            return known
+        return known if unk is None else [unk]
+
+    return fallback
+
+
+class Merges:
+    """Byte-pair merging of one word: the cheapest adjacent pair first, the leftmost among equals.
+
+    costs: of a pair, under the key left + joint + right. For merge lists it is the rank, for
+    SentencePiece the negated score of the joined token (and `joint` is empty).
+    """
+
+    def __init__(
+        self,
+        ids: Mapping[str, int],
+        costs: Mapping[str, float],
+        joint: str,
+        fallback: Callable[[str], list[int]],
+    ) -> None:
+        self._ids = ids
+        self._costs = costs
+        self._joint = joint
+        self._fallback = fallback
+        self._words: dict[str, tuple[int, ...]] = {}
+
+    def word(self, word: str) -> tuple[int, ...]:
+        """The token ids of one word."""
+        known = self._words.get(word)
+        if known is not None:
+            return known
+        ids: list[int] = []
+        for piece in self._merge(word):
+            found = self._ids.get(piece)
+            if found is None:
+                ids += self._fallback(piece)
+            else:
+                ids.append(found)
+        result = tuple(ids)
+        if len(word) <= _CACHED_WORD_LENGTH:
+            if len(self._words) >= _CACHED_WORDS:
+                self._words.clear()
+            self._words[word] = result
+        return result
+
+    def _merge(self, word: str) -> list[str]:
+        pieces = list(word)
+        count = len(pieces)
+        if count < 2:
+            return pieces
+        cost, joint = self._costs.get, self._joint
+        after = list(range(1, count + 1))
+        before = list(range(-1, count - 1))
+        heap: list[tuple[float, int, int, str]] = []
+        for i in range(count - 1):
+            key = pieces[i] + joint + pieces[i + 1]
+            c = cost(key)
+            if c is not None:
+                heap.append((c, i, i + 1, key))
+        heapify(heap)
+        while heap:
+            _, left, right, key = heappop(heap)
+            # A merged-away piece is empty, so a pair that changed no longer spells its key.
+            if not pieces[right] or pieces[left] + joint + pieces[right] != key:
+                continue
+            pieces[left] += pieces[right]
+            pieces[right] = ""
+            following = after[left] = after[right]
+            if following < count:
+                before[following] = left
+                key = pieces[left] + joint + pieces[following]
+                c = cost(key)
+                if c is not None:
+                    heappush(heap, (c, left, following, key))
+            previous = before[left]
+            if previous >= 0:
+                key = pieces[previous] + joint + pieces[left]
+                c = cost(key)
+                if c is not None:
+                    heappush(heap, (c, previous, left, key))
+        return [piece for piece in pieces if piece]
+
+
+class ByteLevelBpe:
+    """GPT-2's byte-level BPE.
+
+    split: text to words in the byte alphabet (pretokenizers.byte_level_words).
+    whole_words: a word that is a token is taken whole (ignore_merges).
+    """
+
+    def __init__(
+        self,
+        ids: Mapping[str, int],
+        costs: Mapping[str, float],
+        joint: str,
+        split: Callable[[str], list[str]],
+        whole_words: bool,
+    ) -> None:
+        self._ids = ids
+        self._split = split
+        self._whole_words = whole_words
+        # A character here is one byte; one that has no token at all is dropped, as elsewhere.
+        self._merges = Merges(
+            ids, costs, joint, lambda piece: [ids[c] for c in piece if c in ids]
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one run of plain text."""
+        out: list[int] = []
+        word_ids = self._merges.word
+        if self._whole_words:
+            for word in self._split(text):
+                whole = self._ids.get(word)
+                if whole is None:
+                    out += word_ids(word)
+                else:
+                    out.append(whole)
+        else:
+            for word in self._split(text):
+                out += word_ids(word)
+        return out
+
+
+class EscapedBpe:
+    """Merging over whole lines in which "▁" stands for a space: SentencePiece BPE, and Gemma 4.
+
+    Where no token holds "x▁" a merge can never cross that place, so the text is cut there and
+    each part is merged (and remembered) on its own; the result is the same.
+
+    newlines: runs of newlines are cut out first, and taken whole where they are a token.
+    """
+
+    def __init__(
+        self, ids: Mapping[str, int], merges: Merges, spellings: str, *, newlines: bool
+    ) -> None:
+        """spellings: all that merging can produce, separated by NUL characters."""
+        self._ids = ids
+        self._merges = merges
+        self._newlines = newlines
+        crossed = "".join(sorted(set(re.findall(f"([^{SPACE}\0])(?={SPACE})", spellings))))
+        part = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
+        if crossed:
+            part = f"(?:{part})(?:(?<=[{re.escape(crossed)}]){SPACE}+[^{SPACE}]*)*"
+        self._parts = re.compile(part).findall
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one run of plain text."""
+        text = text.replace(" ", SPACE)
+        out: list[int] = []
+        if not self._newlines:
+            for part in self._parts(text):
+                out += self._merges.word(part)
+            return out
+        for line in re.findall(r"[^\n]+|\n+", text):
+            if line[0] == "\n":
+                whole = self._ids.get(line)
+                out += self._merges.word(line) if whole is None else (whole,)
+            else:
+                for part in self._parts(line):
+                    out += self._merges.word(part)
+        return out
+
+
+class PrecompiledMap:
+    """SentencePiece's precompiled_charsmap: the longest matching prefix is replaced.
+
+    The blob: uint32 length of a trie in bytes; the trie, a double array of uint32 units (bits
+    0-7 label and bit 31, bit 8 has-value, bit 9 wide offset, bits 10-30 offset); then the
+    replacements, NUL-terminated UTF-8. Source: SentencePiece's normalizer, and the darts-clone
+    library for the unit's layout.
+    """
+
+    def __init__(self, blob: bytes) -> None:
+        """ValueError where the blob is not of that form."""
+        size = int.from_bytes(blob[:4], "little")
+        if len(blob) < 8 or size < 4 or size % 4 or 4 + size > len(blob):
+            raise ValueError(f"expected a trie of {size} bytes within {len(blob)}")
+        self._units = memoryview(blob[4 : 4 + size]).cast("I")
+        self._replacements = blob[4 + size :]
+
+    def replace(self, text: bytes, start: int) -> tuple[bytes, int] | None:
+        """The replacement of the longest known prefix at `start` and its length in bytes."""
+        units, best = self._units, None
+        node = self._offset(units[0])
+        for end in range(start, len(text)):
+            byte = text[end]
+            node ^= byte
+            if byte == 0 or node >= len(units):
+                break
+            unit = units[node]
+            if unit & 0x8000_00FF != byte:
+                break
+            node ^= self._offset(unit)
+            if node >= len(units):
+                break
+            if unit & 0x100:
+                value = units[node] & 0x7FFF_FFFF
+                stop = self._replacements.find(b"\0", value)
+                if stop >= 0:
+                    best = (self._replacements[value:stop], end + 1 - start)
+        return best
+
+    @staticmethod
+    def _offset(unit: int) -> int:
+        return unit >> 10 << ((unit & 0x200) >> 6)
+
+
+class Unigram:
+    """SentencePiece's unigram model: the segmentation of highest total score (Viterbi).
+
+    scores: token -> (score, id) of the tokens that may be matched.
+    verbatim: user-defined tokens, which normalization leaves alone.
+    """
+
+    def __init__(
+        self,
+        scores: Mapping[str, tuple[float, int]],
+        unk: int,
+        lowest: float,
+        charsmap: PrecompiledMap | None,
+        verbatim: Sequence[str],
+        *,
+        add_space_prefix: bool,
+        remove_extra_whitespaces: bool,
+    ) -> None:
+        self._scores = scores
+        self._unk = unk
+        self._unk_score = lowest - _UNKNOWN_PENALTY
+        self._charsmap = charsmap
+        self._verbatim = [t.encode() for t in sorted(verbatim, key=len, reverse=True)]
+        self._add_space_prefix = add_space_prefix
+        self._remove_extra_whitespaces = remove_extra_whitespaces
+        # Token lengths in characters by first character: what is worth looking up at a place.
+        lengths: dict[str, list[int]] = {}
+        for token in scores:
+            if token:
+                known = lengths.setdefault(token[0], [])
+                if len(token) not in known:
+                    insort(known, len(token))
+        self._lengths = lengths
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one run of plain text."""
+        text = self._normalize(text)
+        n = len(text)
+        best = [0.0] + [float("-inf")] * n  # by end position, in characters
+        back: list[tuple[int, int]] = [(self._unk, 0)] * (n + 1)  # token, its start
+        for start in range(n):
+            score = best[start]
+            single = False
+            for length in self._lengths.get(text[start], ()):
+                end = start + length
+                if end > n:
+                    break
+                found = self._scores.get(text[start:end])
+                if found is None:
+                    continue
+                single = single or length == 1
+                if score + found[0] > best[end]:
+                    best[end] = score + found[0]
+                    back[end] = (found[1], start)
+            if not single and score + self._unk_score > best[start + 1]:
+                best[start + 1] = score + self._unk_score
+                back[start + 1] = (self._unk, start)
+        out: list[int] = []
+        end = n
+        while end > 0:
+            token, end = back[end]
+            if not (out and out[-1] == token == self._unk):  # a run of unknowns is one
+                out.append(token)
+        out.reverse()
+        return out
+
+    def _normalize(self, text: str) -> str:
+        pieces: list[str] = []
+        inside = False  # within a run of characters other than spaces
+        prefix = self._add_space_prefix
+        merge = self._remove_extra_whitespaces
+        for char in self._mapped(text):
+            if char != " ":
+                if not inside and (prefix or merge):
+                    pieces.append(SPACE)
+                    prefix = False
+                inside = True
+                pieces.append(char)
+            else:
+                inside = False
+                if not merge:
+                    pieces.append(SPACE)
+        return "".join(pieces)
+
+    def _mapped(self, text: str) -> str:
+        charsmap = self._charsmap
+        if charsmap is None:
+            return text
+        data = text.encode()
+        out = bytearray()
+        at = 0
+        while at < len(data):
+            kept = next((t for t in self._verbatim if data.startswith(t, at)), None)
+            if kept is not None:
+                out += kept
+                at += len(kept)
+                continue
+            found = charsmap.replace(data, at)
+            if found is not None:
+                out += found[0]
+                at += found[1]
+                continue
+            end = at + 1
+            while end < len(data) and data[end] & 0xC0 == 0x80:
+                end += 1
+            out += data[at:end]
+            at = end
+        return out.decode(errors="replace")
+
+
+class WordPiece:
+    """BERT's WordPiece over a vocabulary that marks the start of a word with "▁".
+
+    The text is lowercased and stripped of accents (NFD, marks dropped) as asked; punctuation and
+    each CJK ideograph are words of their own; a word is cut into the longest tokens from the
+    left, or is `unk` where that does not cover it.
+    """
+
+    def __init__(
+        self, ids: Mapping[str, int], unk: int, *, lowercase: bool, strip_accents: bool
+    ) -> None:
+        self._ids = ids
+        self._unk = unk
+        self._lowercase = lowercase
+        self._strip_accents = strip_accents
+        self._longest = max(map(len, ids), default=0)
+        self._words: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one run of plain text."""
+        out: list[int] = []
+        for word in self._split(text):
+            known = self._words.get(word)
+            if known is None:
+                known = self._word(SPACE + word)
+                if len(self._words) >= _CACHED_WORDS:
+                    self._words.clear()
+                self._words[word] = known
+            out += known
+        return out
+
+    def _word(self, word: str) -> list[int]:
+        out: list[int] = []
+        start = 0
+        while start < len(word):
+            for end in range(min(len(word), start + self._longest), start, -1):
+                found = self._ids.get(word[start:end])
+                if found is not None:
+                    out.append(found)
+                    start = end
+                    break
+            else:
+                return [self._unk]
+        return out
+
+    def _split(self, text: str) -> list[str]:
+        if self._strip_accents:
+            text = unicodedata.normalize("NFD", text)
+        marked: list[str] = []
+        for char in text:
+            category = unicodedata.category(char)
+            if char.isspace() or category[0] == "Z":
+                marked.append(" ")
+            elif category[0] == "C" or char == "\ufffd":
+                continue
+            elif self._strip_accents and category == "Mn":
+                continue
+            elif _is_word(char, category):
+                marked.append(f" {char} ")
+            else:
+                marked.append(char)
+        joined = "".join(marked)
+        return (joined.lower() if self._lowercase else joined).split()
+
+
+def _is_word(char: str, category: str) -> bool:
+    """Whether a character is a BERT word of its own: punctuation, or a CJK ideograph."""
+    if category[0] == "P" or (char < "\x7f" and category[0] == "S"):
+        return True
+    # The ranges of BERT's own tokenizer (U+2B920 as in its Rust port).
+    point = ord(char)
+    return point >= 0x3400 and (
+        0x4E00 <= point <= 0x9FFF
+        or 0x3400 <= point <= 0x4DBF
+        or 0xF900 <= point <= 0xFAFF
+        or 0x20000 <= point <= 0x2A6DF
+        or 0x2A700 <= point <= 0x2B81F
+        or 0x2B920 <= point <= 0x2CEAF
+        or 0x2F800 <= point <= 0x2FA1F
+    )
+
+
+class LongestMatch:
+    """RWKV's tokenizer: at every place the longest token, in bytes; `unk` for a byte of none."""
+
+    def __init__(self, tokens: Mapping[bytes, int], unk: int | None) -> None:
+        self._tokens = tokens
+        self._unk = unk
+        lengths: dict[bytes, set[int]] = {}
+        for token in tokens:
+            lengths.setdefault(token[:2], set()).add(len(token))
+        self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one run of plain text."""
+        data = text.encode()
+        out: list[int] = []
+        at = 0
+        while at < len(data):
+            step = 1
+            token = self._tokens.get(data[at : at + 1], self._unk)
+            for length in self._lengths.get(data[at : at + 2], ()):
+                found = self._tokens.get(data[at : at + length])
+                if found is not None and length > 1:
+                    token, step = found, length
+                    break
+            if token is not None:
+                out.append(token)
+            at += step
+        return out
