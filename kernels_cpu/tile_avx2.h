@@ -47,7 +47,9 @@ template <int kBits>
 STOKER_INLINE V shift_left(V a) {
   return _mm256_slli_epi32(a, kBits);
 }
+STOKER_INLINE V add32(V a, V b) { return _mm256_add_epi32(a, b); }
 STOKER_INLINE V sub32(V a, V b) { return _mm256_sub_epi32(a, b); }
+STOKER_INLINE V max32(V a, V b) { return _mm256_max_epi32(a, b); }
 STOKER_INLINE VF to_float(V a) { return _mm256_cvtepi32_ps(a); }
 STOKER_INLINE VF as_float(V a) { return _mm256_castsi256_ps(a); }
 STOKER_INLINE VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
@@ -219,13 +221,14 @@ STOKER_INLINE void dot_group(const Weights& weights, const Acts& acts, V (&sum)[
     }
   } else {
     constexpr int kFit = 32767 / (2 * 127 * kMax);  // steps whose sum fits 16 bits
-    constexpr int kSteps = kFit < kGroup / 4 ? kFit : kGroup / 4;
-    static_assert(kGroup / 4 % kSteps == 0 || kSteps > 1, "at least one step");
+    constexpr int kPower = kFit >= 8 ? 8 : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+    constexpr int kSteps = kPower < kGroup / 4 ? kPower : kGroup / 4;
 #pragma GCC unroll 8
     for (int first = 0; first < kGroup / 4; first += kSteps) {
       V pair[kSub][kCount];
 #pragma GCC unroll 8
-      for (int j = first; j < first + kSteps && j < kGroup / 4; ++j) {
+      for (int i = 0; i < kSteps; ++i) {
+        const int j = first + i;
         V w[kSub];
 #pragma GCC unroll 2
         for (int m = 0; m < kSub; ++m) w[m] = weights(m, j);
@@ -235,7 +238,7 @@ STOKER_INLINE void dot_group(const Weights& weights, const Acts& acts, V (&sum)[
 #pragma GCC unroll 2
           for (int m = 0; m < kSub; ++m) {
             const V p = _mm256_maddubs_epi16(w[m], a);
-            pair[m][t] = j == first ? p : _mm256_add_epi16(pair[m][t], p);
+            pair[m][t] = i == 0 ? p : _mm256_add_epi16(pair[m][t], p);
           }
         }
       }

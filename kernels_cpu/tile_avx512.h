@@ -47,7 +47,9 @@ template <int kBits>
 STOKER_INLINE V shift_left(V a) {
   return _mm512_slli_epi32(a, kBits);
 }
+STOKER_INLINE V add32(V a, V b) { return _mm512_add_epi32(a, b); }
 STOKER_INLINE V sub32(V a, V b) { return _mm512_sub_epi32(a, b); }
+STOKER_INLINE V max32(V a, V b) { return _mm512_max_epi32(a, b); }
 STOKER_INLINE VF to_float(V a) { return _mm512_cvtepi32_ps(a); }
 STOKER_INLINE VF as_float(V a) { return _mm512_castsi512_ps(a); }
 STOKER_INLINE VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }

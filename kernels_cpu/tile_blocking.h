@@ -22,7 +22,7 @@ inline int64_t packed_tokens_bytes(int64_t cols) {
 inline int64_t panel_bytes(int64_t cols) {
   return round_up_64((cols < kBlockCols ? cols : kBlockCols) * kPanelRows * 3 / 2);
 }
-// Bytes of a copy of a matrix with fewer rows than the register tile (34 bytes per 32: Q8_0).
+// Bytes of a copy of fewer rows than the register tile has (34 bytes per 32 weights: Q8_0).
 inline int64_t short_matrix_bytes(int64_t cols) {
   return round_up_64(kRowsAtOnce * (cols / 32) * 34);
 }

@@ -17,6 +17,10 @@ struct Traits {
   static constexpr int kZero = kSigned ? 0 : U::kZero;
 };
 
+#ifndef STOKER_HINT
+#define STOKER_HINT 3
+#define STOKER_AHEAD 1
+#endif
 // ---- few tokens: registers are consumed as they are unpacked ----
 
 struct RegisterWeights {
@@ -37,10 +41,16 @@ struct Accumulate {
   const float* scale[kCount];    // at the unit's first 32
   const int32_t* sum16[kCount];  // at the unit's first 16
   VF acc[kCount];
+  const char* next;  // what the next tile will read instead of this unit
 
   template <int i>
   STOKER_INLINE void group(const V* q, VF s, [[maybe_unused]] VF m) {
     constexpr int kGroup = U::kGroup;
+    constexpr int kLines = (kRows * U::kUnitBytes + 63) / 64, kGroups = U::kUnit / kGroup;
+#pragma GCC unroll 64
+    for (int line = i * kLines / kGroups; line < (i + 1) * kLines / kGroups; ++line) {
+      __builtin_prefetch(next + 64 * line, 0, STOKER_HINT);
+    }
     V sum[1][kCount];
     int32_t a_sum[kCount];
 #pragma GCC unroll 8
@@ -74,8 +84,8 @@ struct Accumulate {
 };
 
 // The tile that covers rows from `row` on: its first row, and the lanes [low, high) that are new.
-// The tile of the last rows begins earlier, so that no row beyond the last is read; only a matrix
-// with fewer rows than a tile (copy_short) has high < kRows.
+// The tile of the last rows begins earlier, so that no row beyond the last is read; only with
+// fewer rows than a tile (copy_short) is high < kRows.
 struct Tile {
   int64_t first, low, high;
   STOKER_INLINE Tile(int64_t row, int64_t row_end) {
@@ -97,8 +107,9 @@ template <class U, int kCount>
 void matmul_few(const MatmulArgs& args) {
   const Activations& x = args.x;
   const int64_t units = x.cols / U::kUnit;
-  constexpr int kTileBytes = kRows * U::kUnitBytes;
-  for (int64_t row = args.row_begin; row < args.row_end;) {
+  const int64_t tile_bytes = kRows * args.row_bytes;
+  const int64_t ahead = (STOKER_AHEAD + tile_bytes - 1) / tile_bytes * tile_bytes;
+  for (int64_t row = 0; row < args.row_end;) {
     const Tile tile(row, args.row_end);
     const uint8_t* w = args.w + tile.first * args.row_bytes;
     Rows rows(w, args.row_bytes);
@@ -112,14 +123,12 @@ void matmul_few(const MatmulArgs& args) {
     }
     // As many row streams as a tile has are too many for the hardware's prefetchers, but the next
     // tile's bytes follow this one's: they are asked for in one sweep.
-    const char* next = reinterpret_cast<const char*>(w + kRows * args.row_bytes);
+    sink.next = reinterpret_cast<const char*>(w + ahead);
     for (int64_t u = 0; u < units; ++u) {
-#pragma GCC unroll 64
-      for (int line = 0; line < kTileBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
-      next += kTileBytes;
       U::unpack(rows, sink);
       rows.advance(U::kUnitBytes);
       sink.advance(U::kUnit);
+      sink.next += kRows * U::kUnitBytes;
     }
     for (int t = 0; t < kCount; ++t) {
       store_rows(args.y + t * args.y_stride + tile.first, sink.acc[t], tile.low, tile.high);
@@ -317,7 +326,7 @@ void matmul_many(const MatmulArgs& args) {
         pack_tokens<kGroup, kZero, U::kOffset>(x, args.token_list, token + t, n, col, cols,
                                                packed + t * packed_token);
       }
-      for (int64_t row = args.row_begin; row < args.row_end;) {
+      for (int64_t row = 0; row < args.row_end;) {
         Target to;
         to.y_stride = args.y_stride;
         to.resume = col > 0;
@@ -352,7 +361,7 @@ void matmul_many(const MatmulArgs& args) {
   }
 }
 
-// A matrix with fewer rows than a tile: its rows, the last one repeated, copied to scratch.
+// Fewer rows than a tile: the rows, the last one repeated, copied to scratch.
 STOKER_INLINE void copy_short(MatmulArgs* args) {
   uint8_t* copy = args->scratch;
   for (int64_t r = 0; r < kRows; ++r) {
@@ -368,6 +377,11 @@ template <class U>
 void matmul(const MatmulArgs& given) {
   MatmulArgs args = given;
   if (args.row_begin >= args.row_end || args.n_tokens <= 0) return;
+  // From here on the rows given are all there is: others may not be readable.
+  args.w += args.row_begin * args.row_bytes;
+  args.y += args.row_begin;
+  args.row_end -= args.row_begin;
+  args.row_begin = 0;
   if (args.row_end < kRows) copy_short(&args);
   switch (args.n_tokens) {
     case 1:

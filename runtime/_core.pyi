@@ -32,9 +32,15 @@ class Engine:
     """An immutable model: configuration, weights, plan. Shared by any number of timelines."""
 
     # threads 0: physical performance cores. context 0: the model's limit, at most 4096.
-    # kv_type: "f16" or "f32".
+    # kv_type: "f16" or "f32". precision: "fast", "balanced" or "high" (engine.h, Precision).
     def __init__(
-        self, file: GgufFile, *, threads: int = 0, context: int = 0, kv_type: str = "f16"
+        self,
+        file: GgufFile,
+        *,
+        threads: int = 0,
+        context: int = 0,
+        kv_type: str = "f16",
+        precision: str = "balanced",
     ) -> None: ...
     @property
     def config(self) -> dict[str, Any]: ...  # architecture, n_layer, n_embd, n_vocab, context, ...
@@ -104,3 +110,6 @@ def matmul(
     format: str, isa: str, w: npt.NDArray[np.uint8], rows: int, x: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
     """y[t, r] = W[r] . x[t]; x [tokens, cols]; w rows * row_bytes bytes. For tests and benches."""
+
+def read_bandwidth(threads: int, bytes: int) -> float: ...  # bytes a second
+def int8_peak(isa: str, threads: int) -> float: ...  # operations a second, a multiply-add is two

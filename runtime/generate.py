@@ -54,10 +54,12 @@ class Generation:
         options: GenerationOptions,
         *,
         started: float,
+        begins_text: bool = False,
         on_end: Callable[[Generation], None] | None = None,
     ) -> None:
         """target: all tokens the timeline shall hold before the first choice; started: the
-        perf_counter() of the call, from which the time to first token counts.
+        perf_counter() of the call, from which the time to first token counts; begins_text: the
+        answer is a text of its own, not a continuation.
         """
         self.options = options
         self.seed: int = secrets.randbits(63) if options.seed is None else options.seed
@@ -66,6 +68,7 @@ class Generation:
         self.tokens: list[int] = []  # generated, without an end-of-generation token
         self._session = session
         self._target = target
+        self._begins_text = begins_text
         self._on_end = on_end
         self._release: Callable[[Generation], None] | None = None
         self._pieces: list[str] = []
@@ -210,7 +213,7 @@ class Generation:
             return
         tokenizer = session._model.tokenizer
         eog = frozenset(tokenizer.eog_ids)
-        decoder = tokenizer.stream()
+        decoder = tokenizer.stream(skip_special=True, at_start=self._begins_text)
         matcher = StopMatcher(options.stop)
         reason: FinishReason | None = None
         while not self._cancel.is_set():
@@ -247,10 +250,10 @@ class Generation:
             if reason is not None:
                 return
             begin = clock()
-            bytes_before = session._bytes_read()
+            bytes_before = session._decode_bytes()
             session._evaluate()
             self._decode_tokens += 1
-            self._decode_bytes += session._bytes_read() - bytes_before
+            self._decode_bytes += session._decode_bytes() - bytes_before
         self._end("cancelled")
 
     def _chunk(self, text: str, token: int, sampler: Sampler) -> Chunk:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OptionError
+from .errors import ChatTemplateError, OptionError
 from .options import GenerationOptions, LoadOptions
 from .perplexity import Perplexity, measure
 from .session import Message, Session, Tokens
@@ -116,7 +116,13 @@ class Model:
     def _chat_template(self) -> ChatTemplate | None:
         from .chat import ChatTemplate
 
-        return ChatTemplate.from_metadata(self._file.get)
+        named = ("tokenizer.chat_template", "tokenizer.chat_templates")
+        try:
+            return ChatTemplate.from_metadata(self._file.get, self.tokenizer)
+        except ChatTemplateError:
+            if any(self._file.get(key) for key in named):
+                raise  # it has one, and that one is malformed
+            return None
 
     def session(self, *, system: str | None = None) -> Session:
         """A new, empty session with a KV cache of its own."""
@@ -170,7 +176,7 @@ class Model:
             mean = session._timeline.eval_hidden(ids).mean(axis=0, dtype=np.float64)
         if normalize:
             mean /= max(float(np.linalg.norm(mean)), 1e-30)
-        return mean.astype(np.float32)
+        return np.asarray(mean, dtype=np.float32)
 
     def perplexity(
         self,
@@ -220,7 +226,7 @@ class Model:
         """`generation`, with its session given back when it ends."""
 
         def give_back(ended: Generation) -> None:
-            if ended.finish_reason != "error":
+            if ended.finish_reason in ("stop", "length"):
                 self._give_back(session)
 
         generation._release = give_back
@@ -243,9 +249,7 @@ class Model:
     def _encode(self, text: str | Tokens, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of a text, or the given ids, checked."""
         if isinstance(text, str):
-            return self.tokenizer.encode(
-                text, add_special=add_special, parse_special=parse_special
-            )
+            return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
         try:
             ids = np.asarray(text)
         except ValueError:
@@ -264,8 +268,6 @@ class Model:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> list[int]:
         """Token ids of a conversation, up to where the answer begins."""
-        from .errors import ChatTemplateError
-
         template = self.chat_template
         if template is None:
             raise ChatTemplateError(
@@ -279,5 +281,3 @@ class Model:
         if tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         return ids
-
-

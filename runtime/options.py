@@ -6,9 +6,9 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Integral, Real
+from operator import index
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 from .errors import OptionError
 
@@ -17,21 +17,25 @@ _MAX_SEED = 2**64 - 1
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise OptionError(f"{name} must be an integer, not {value!r}")
-    if value < low or (high is not None and value > high):
+    number = index(value)  # numpy's integers too
+    if number < low or (high is not None and number > high):
         limits = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise OptionError(f"{name} must be {limits}, not {value}")
-    return int(value)
+        raise OptionError(f"{name} must be {limits}, not {number}")
+    return number
 
 
 def _number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise OptionError(f"{name} must be a finite number, not {value!r}")
-    if not low <= value <= high:
-        limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise OptionError(f"{name} must be {limits}, not {value:g}")
-    return float(value)
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        raise OptionError(f"{name} must be a number, not {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high:
+        limits = "finite" if low == -math.inf else f"between {low:g} and {high:g}"
+        if low != -math.inf and high == math.inf:
+            limits = f"finite and at least {low:g}"
+        raise OptionError(f"{name} must be {limits}, not {number:g}")
+    return number
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:
@@ -48,11 +52,12 @@ def _logit_bias(value: object) -> Mapping[int, float]:
     if not isinstance(value, Mapping):
         raise OptionError(f"logit_bias must map token ids to numbers, not {value!r}")
     bias: dict[int, float] = {}
-    for token, number in value.items():
-        token = _integer("logit_bias token", token, 0)
-        if number != -math.inf:  # bans the token
-            number = _number(f"logit_bias[{token}]", number, -math.inf, math.inf)
-        bias[token] = float(number)
+    for key, number in value.items():
+        token = _integer("logit_bias token", key, 0)
+        banned = isinstance(number, float) and number == -math.inf
+        bias[token] = (
+            -math.inf if banned else _number(f"logit_bias[{token}]", number, -math.inf, math.inf)
+        )
     return MappingProxyType(bias)
 
 

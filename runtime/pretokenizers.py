@@ -6,6 +6,7 @@ are segments ("isolated" in the terms of Hugging Face tokenizers). The patterns 
 models' own published tokenizer.json; the kinds' names and flags are those of llama.cpp.
 """
 
+# ruff: noqa: RUF001 (the published patterns hold letters that look like others)
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -44,17 +45,16 @@ _DIGITS_FROM_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 
 def _contracted(number: str, spaces: str = _SPACES, head: str = f"{_CONTRACTION}|") -> str:
     """The pattern of the Llama 3 and Qwen 2 families; `number` is what differs."""
-    return (
-        head
-        + r"[^\r\n\p{L}\p{N}]?\p{L}+|"
-        + number
-        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-        + spaces
-    )
+    return head + r"[^\r\n\p{L}\p{N}]?\p{L}+|" + number + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + spaces
 
 
-def _cased(number: str, contraction: str = f"{_CONTRACTION}?", upper: str = _UPPER,
-           lower: str = _LOWER, head: str = "") -> str:
+def _cased(
+    number: str,
+    contraction: str = f"{_CONTRACTION}?",
+    upper: str = _UPPER,
+    lower: str = _LOWER,
+    head: str = "",
+) -> str:
     """The pattern of o200k and Tekken: a word also ends where lower case turns into upper case."""
     start = r"[^\r\n\p{L}\p{N}]?"
     return (
@@ -89,7 +89,7 @@ _THREE_DIGITS = PreTokenizer((_contracted(r"\p{N}{1,3}"),))
 _QWEN2 = PreTokenizer((_contracted(r"\p{N}"),))
 _DEEPSEEK3 = PreTokenizer((r"\p{N}{1,3}", _CJK_KANA, _marked(rf"[\r\n]*|{_SPACES}")))
 _GPT4O = PreTokenizer((_cased(r"\p{N}{1,3}"),))
-_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"  # noqa: RUF001 (the published pattern)
+_BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 _BAILING = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]|\s+(?!\S)|\s+"
@@ -121,7 +121,7 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
             (
                 r"[\r\n]",
                 rf"\s?[{_DEEPSEEK_LETTERS}]+",
-                r"\s?[!-/:-~！-／：-～‘-‟　-。]+",  # noqa: RUF001 (the published pattern)
+                r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
                 r"\s+$",
                 "[一-龥ࠀ-一가-퟿]+",
                 r"\p{N}+",
@@ -143,7 +143,7 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
         "youtu",
         PreTokenizer(
             (
-                "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|" + _CJK_KANA,  # noqa: RUF001
+                "[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|" + _CJK_KANA,
                 _cased(r"\p{N}"),
             ),
             ignore_merges=True,
@@ -221,7 +221,7 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
         PreTokenizer(
             (
                 _DIGITS_FROM_RIGHT,
-                "[一-鿿㐀-䶿\uF900-\uFAFF぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+",
+                "[一-鿿㐀-䶿\uf900-\ufaff぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+",
                 _marked(rf"[\r\n]*|{_SPACES}"),
             )
         ),
@@ -263,7 +263,9 @@ def byte_level_words(kind: PreTokenizer) -> Callable[[str], list[str]]:
     """A function that cuts a text into the words of `kind`, spelled in GPT-2's byte alphabet."""
     from tokenizers import Regex, pre_tokenizers
 
-    steps = [pre_tokenizers.Split(Regex(p), "isolated") for p in kind.patterns]
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns
+    ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     split = pre_tokenizers.Sequence(steps).pre_tokenize_str
     return lambda text: [word for word, _ in split(text)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ContextLengthError, OptionError
+from .errors import Cancelled, ContextLengthError, OptionError
 from .generate import Generation
 from .options import GenerationOptions, merge
 
@@ -42,6 +42,7 @@ class Session:
         self._tokens: list[int] = []
         self._logits_at = -1  # the position whose logits the timeline holds
         self._lock = threading.Lock()
+        self._stop = threading.Event()  # cancel() was called during the present call
         self._active: weakref.ref[Generation] | None = None
         self._system = system
         self._messages: list[dict[str, Any]] = []
@@ -123,9 +124,7 @@ class Session:
         started = time.perf_counter()
         chosen = merge(options, overrides)
         with self._exclusive():
-            added = self._model._encode(
-                prompt, add_special=not self._tokens, parse_special=True
-            )
+            added = self._model._encode(prompt, add_special=not self._tokens, parse_special=True)
             return self._begin(self._tokens + added, chosen, started)
 
     def chat(
@@ -145,12 +144,12 @@ class Session:
         """
         started = time.perf_counter()
         chosen = merge(options, overrides)
-        if isinstance(message, str):
-            turns = [*self._messages, {"role": "user", "content": message}]
-        else:
-            turns = [dict(m) for m in message]
-        with self._exclusive():
-            rendered = self._with_system(turns) if isinstance(message, str) else turns
+        with self._exclusive():  # which may first put an unfinished answer into the conversation
+            if isinstance(message, str):
+                turns = [*self._messages, {"role": "user", "content": message}]
+                rendered = self._with_system(turns)
+            else:
+                turns = rendered = [dict(turn) for turn in message]
             target = self._model._render(rendered, tools)
             return self._begin(target, chosen, started, turns)
 
@@ -210,7 +209,14 @@ class Session:
             if turns is not None and (answered or generation.text):
                 self._messages = [*turns, {"role": "assistant", "content": generation.text}]
 
-        generation = Generation(self, target, options, started=started, on_end=remember)
+        generation = Generation(
+            self,
+            target,
+            options,
+            started=started,
+            begins_text=turns is not None,
+            on_end=remember,
+        )
         self._active = weakref.ref(generation)
         return generation
 
@@ -220,6 +226,7 @@ class Session:
         if not self._lock.acquire(blocking=False):
             raise OptionError(_BUSY)
         try:
+            self._stop.clear()
             active = self._active() if self._active is not None else None
             if active is not None and active is not caller and active.finish_reason is None:
                 running = {thread.ident for thread in threading.enumerate()}
@@ -233,8 +240,8 @@ class Session:
     def _cancel(self, generation: Generation | None) -> None:
         if generation is not None:
             generation._cancel.set()
-        # Only a step in progress is told: the request must not meet a later, unrelated call.
         if self._lock.locked():
+            self._stop.set()
             self._timeline.cancel()
 
     def _check_length(self, target: list[int]) -> None:
@@ -269,17 +276,22 @@ class Session:
 
     def _evaluate(self) -> None:
         """Evaluates what is pending, so that the timeline has the logits of the last token."""
-        done = self._timeline.position
-        if done == len(self._tokens) and self._logits_at != done:
-            done -= 1  # truncated: the last token's logits are gone, compute them again
-            self._timeline.truncate(done)
-        if done < len(self._tokens):
+        end = len(self._tokens)
+        if self._timeline.position == end and self._logits_at != end:
+            # Truncated: the last token's logits are gone, compute them again.
+            self._timeline.truncate(end - 1)
+        while self._timeline.position < end:
             self._logits_at = -1
-            self._timeline.eval(self._tokens[done:])
-            self._logits_at = len(self._tokens)
+            try:
+                self._timeline.eval(self._tokens[self._timeline.position :])
+            except Cancelled:
+                if self._stop.is_set():
+                    raise
+                # Otherwise the request came as an earlier call was ending, and was meant for it.
+        self._logits_at = end
 
-    def _bytes_read(self) -> int:
-        return int(self._timeline.stats.get("bytes_read", 0))
+    def _decode_bytes(self) -> int:
+        return int(self._timeline.stats["decode_bytes"])
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -46,19 +46,20 @@ def byte_fallback(ids: Mapping[str, int], unk: int | None) -> Callable[[str], li
 class Merges:
     """Byte-pair merging of one word: the cheapest adjacent pair first, the leftmost among equals.
 
-    costs: of a pair, under the key left + joint + right. For merge lists it is the rank, for
-    SentencePiece the negated score of the joined token (and `joint` is empty).
+    cost: of a pair, under the key left + joint + right; None where it cannot be merged. For merge
+    lists it is the rank, for SentencePiece the negated score of the joined token (and `joint` is
+    empty).
     """
 
     def __init__(
         self,
         ids: Mapping[str, int],
-        costs: Mapping[str, float],
+        cost: Callable[[str], float | None],
         joint: str,
         fallback: Callable[[str], list[int]],
     ) -> None:
         self._ids = ids
-        self._costs = costs
+        self._cost = cost
         self._joint = joint
         self._fallback = fallback
         self._words: dict[str, tuple[int, ...]] = {}
@@ -87,7 +88,7 @@ class Merges:
         count = len(pieces)
         if count < 2:
             return pieces
-        cost, joint = self._costs.get, self._joint
+        cost, joint = self._cost, self._joint
         after = list(range(1, count + 1))
         before = list(range(-1, count - 1))
         heap: list[tuple[float, int, int, str]] = []
@@ -130,7 +131,7 @@ class ByteLevelBpe:
     def __init__(
         self,
         ids: Mapping[str, int],
-        costs: Mapping[str, float],
+        cost: Callable[[str], float | None],
         joint: str,
         split: Callable[[str], list[str]],
         whole_words: bool,
@@ -139,9 +140,7 @@ class ByteLevelBpe:
         self._split = split
         self._whole_words = whole_words
         # A character here is one byte; one that has no token at all is dropped, as elsewhere.
-        self._merges = Merges(
-            ids, costs, joint, lambda piece: [ids[c] for c in piece if c in ids]
-        )
+        self._merges = Merges(ids, cost, joint, lambda piece: [ids[c] for c in piece if c in ids])
 
     def encode(self, text: str) -> list[int]:
         """The token ids of one run of plain text."""
@@ -172,11 +171,12 @@ class EscapedBpe:
     def __init__(
         self, ids: Mapping[str, int], merges: Merges, spellings: str, *, newlines: bool
     ) -> None:
-        """spellings: all that merging can produce, separated by NUL characters."""
+        """spellings: all tokens, separated by NUL characters."""
         self._ids = ids
         self._merges = merges
         self._newlines = newlines
-        crossed = "".join(sorted(set(re.findall(f"([^{SPACE}\0])(?={SPACE})", spellings))))
+        before = {part[-1:] for part in spellings.split(SPACE)[:-1]}
+        crossed = "".join(sorted(before - {"", "\0"}))
         part = f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"
         if crossed:
             part = f"(?:{part})(?:(?<=[{re.escape(crossed)}]){SPACE}+[^{SPACE}]*)*"
@@ -405,11 +405,11 @@ class WordPiece:
         marked: list[str] = []
         for char in text:
             category = unicodedata.category(char)
-            if char.isspace() or category[0] == "Z":
+            if category[0] == "Z" or char in "\t\n\v\f\r\x85":
                 marked.append(" ")
-            elif category[0] == "C" or char == "\ufffd":
-                continue
-            elif self._strip_accents and category == "Mn":
+            elif (
+                category[0] == "C" or char == "\ufffd" or (self._strip_accents and category == "Mn")
+            ):
                 continue
             elif _is_word(char, category):
                 marked.append(f" {char} ")
@@ -464,3 +464,28 @@ class LongestMatch:
                 out.append(token)
             at += step
         return out
+
+
+def unescape_rwkv(spelling: str) -> bytes:
+    r"""The bytes of an RWKV token, which is spelled with \t, \n, \r and \x00 escapes."""
+    out = bytearray()
+    at = 0
+    while at < len(spelling):
+        char = spelling[at]
+        if char != "\\" or at + 1 == len(spelling):
+            out += char.encode()
+            at += 1
+            continue
+        code = spelling[at + 1]
+        if code == "x":
+            try:
+                out.append(int(spelling[at + 2 : at + 4], 16))
+            except ValueError:
+                raise ValueError(
+                    f"tokenizer.ggml.tokens: bad escape in token {spelling!r}"
+                ) from None
+            at += 4
+            continue
+        out += {"t": b"\t", "n": b"\n", "r": b"\r"}.get(code, code.encode())
+        at += 2
+    return bytes(out)

@@ -3,7 +3,8 @@
 Needs llama-cpp-python, which the tests themselves never import:
 
     python tests/tiny_models.py TINY       # with the gguf package
-    python tests/make_golden.py --models DIR --text wikitext2-test-tokenised.txt.gz --tiny TINY
+    python tests/make_golden.py --tiny TINY
+    python tests/make_golden.py --models DIR --text wikitext2-test-tokenised.txt.gz
 
 golden_tiny.npz holds, for each tiny variant that llama.cpp can run, logits_{variant} [4, n_vocab]
 after the tokens at `positions` of `tokens`, and weights_{variant}, the fingerprint of its weights.
@@ -189,12 +190,15 @@ def golden_tiny(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=Path, required=True, help="folder of the GGUF files")
-    parser.add_argument("--text", type=Path, required=True, help="gzipped text to evaluate")
-    parser.add_argument("--tiny", type=Path, required=True, help="folder of tiny_models.py")
+    parser.add_argument("--models", type=Path, help="folder of the real GGUF files")
+    parser.add_argument("--text", type=Path, help="gzipped text to evaluate")
+    parser.add_argument("--tiny", type=Path, help="folder written by tiny_models.py")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     args = parser.parse_args()
-    np.savez_compressed(args.out / "golden_tiny.npz", **golden_tiny(args.tiny))
+    if args.tiny:
+        np.savez_compressed(args.out / "golden_tiny.npz", **golden_tiny(args.tiny))
+    if not args.models:
+        return
     with gzip.open(args.text, "rt", encoding="utf8") as file_of_text:
         text = file_of_text.read().lstrip()[:20000]
     for name, (file, n, prompts) in MODELS.items():

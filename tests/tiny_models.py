@@ -63,13 +63,15 @@ class Spec:
     rope_base: float = 10000.0
     rope_base_local: float | None = None
     rope_dim: int = 0  # 0: head_dim
-    rope_scaling: str | None = None  # linear, yarn, longrope
+    rope_scaling: str | None = None  # linear, yarn, longrope; old: linear by its former key
     rope_factor: float = 1.0
     rope_original_context: int = 0
     rope_attention_factor: float | None = None
     rope_freqs: bool = False  # llama 3's divisors
     tied: bool = False
-    biases: bool | None = None  # of q, k and v (and all of llama's); None: as the family has them
+    arrays: bool = False  # head counts and widths as one value a layer
+    biases: bool | None = None  # of q, k, v (llama: and of the output); None: as the family has
+    output_bias: bool = False
     split_experts: bool = False  # one tensor an expert, as early Mixtral files
     window: int = 0
     window_pattern: int | tuple[bool, ...] | None = None
@@ -107,7 +109,8 @@ FAMILY: dict[str, dict[str, Any]] = {
         "window": 16,
         "rms_eps": 1e-6,
     },
-    "smallthinker": {"n_layer": 4, "tied": True},
+    # Its router reads the residual itself, which is long: a small gain keeps it well-conditioned.
+    "smallthinker": {"n_layer": 4, "tied": True, "router_gain": 0.4},
 }
 
 
@@ -123,6 +126,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-wide-heads": ("llama", {"head_dim": 32}),
     "llama-rope-freqs": ("llama", {"rope_freqs": True, "rope_base": 5e5}),
     "llama-linear": ("llama", {"rope_scaling": "linear", "rope_factor": 4.0}),
+    "llama-linear-old-key": ("llama", {"rope_scaling": "old", "rope_factor": 4.0}),
+    "llama-arrays": ("llama", {"arrays": True}),
+    "llama-odd-sizes": (
+        "llama",
+        {"n_embd": 72, "n_head": 3, "n_head_kv": 1, "head_dim": 24, "n_ff": 100},
+    ),
     "llama-yarn": (
         "llama",
         {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 64, "head_dim": 32},
@@ -154,6 +163,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-all": ("llama-moe", {"n_expert": 4, "n_expert_used": 4}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tied": True}),
+    "qwen2-output-bias": ("qwen2", {"output_bias": True}),
     "qwen2-yarn": (
         "qwen2",
         {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 64},
@@ -163,12 +173,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3-untied": ("qwen3", {"tied": False}),
     "qwen3moe": ("qwen3moe", {}),
+    "qwen3moe-odd-sizes": (
+        "qwen3moe",
+        {"n_embd": 56, "n_head": 6, "head_dim": 8, "n_ff_expert": 20, "n_expert": 5},
+    ),
     "qwen3moe-top3": ("qwen3moe", {"seed": 2, "n_expert_used": 3, "n_expert": 12}),
     "olmoe": ("olmoe", {}),
     "olmoe-top4": ("olmoe", {"seed": 2, "n_expert_used": 4, "n_expert": 16}),
     "gemma3": ("gemma3", {}),
     "gemma3-global": ("gemma3", {"window": 0, "n_layer": 3}),
     "gemma3-linear": ("gemma3", {"rope_scaling": "linear", "rope_factor": 8.0}),
+    "gemma3-window-37": ("gemma3", {"window": 37}),
     "gemma3-local-base": ("gemma3", {"rope_base_local": 500.0}),
     "gemma3-pattern-2": ("gemma3", {"window_pattern": 2, "n_layer": 4}),
     "gemma3-pattern-list": (
@@ -178,14 +193,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-final-softcap": ("gemma3", {"final_softcap": 3.0}),
     "gemma3-partial-rope": ("gemma3", {"rope_dim": 16}),
     "gemma3-untied": ("gemma3", {"tied": False, "n_head_kv": 2}),
-    "smallthinker": ("smallthinker", {}),
+    "smallthinker": ("smallthinker", {"seed": 10}),
     "smallthinker-sigmoid": (
         "smallthinker",
-        {"seed": 8, "gating": 2, "n_expert_used": 3, "router_gain": 0.6},
+        {"seed": 8, "gating": 2, "n_expert_used": 3},
     ),
-    "smallthinker-window": ("smallthinker", {"window": 16, "n_layer": 6}),
-    "smallthinker-pattern-3": ("smallthinker", {"window": 16, "window_pattern": 3, "n_layer": 6}),
-    "smallthinker-window-4096": ("smallthinker", {"window": 4096, "n_layer": 6}),
+    "smallthinker-window": ("smallthinker", {"seed": 10, "window": 16, "n_layer": 6}),
+    "smallthinker-pattern-3": (
+        "smallthinker",
+        {"seed": 10, "window": 16, "window_pattern": 3, "n_layer": 6},
+    ),
+    "smallthinker-window-4096": ("smallthinker", {"seed": 10, "window": 4096, "n_layer": 6}),
     "smallthinker-untied": ("smallthinker", {"tied": False, "n_expert_used": 1}),
 }
 
@@ -250,6 +268,8 @@ def tensors(s: Spec, seed: int) -> Iterator[tuple[str, Array]]:
     yield norm("output_norm.weight", s.n_embd)
     if not s.tied:
         yield matrix("output.weight", n_vocab, s.n_embd, 3.0)
+    if s.output_bias:
+        yield "output.bias", normal("output.bias", (n_vocab,), 2.0)
     half = (s.rope_dim or s.head_dim) // 2
     ramp = np.linspace(0.0, 1.0, half, dtype=np.float32)
     if s.rope_freqs:
@@ -278,9 +298,7 @@ def tensors(s: Spec, seed: int) -> Iterator[tuple[str, Array]]:
                 name = b + f"attn_{part}_norm.weight"
                 yield name, normal(name, (n if whole else s.head_dim,), 0.3, mean)
         if biases and s.family == "llama":
-            for part, n in (("attn_output", s.n_embd), ("ffn_gate", s.n_ff), ("ffn_up", s.n_ff)):
-                yield b + part + ".bias", normal(b + part + ".bias", (n,), 0.3)
-            yield b + "ffn_down.bias", normal(b + "ffn_down.bias", (s.n_embd,), 0.3)
+            yield b + "attn_output.bias", normal(b + "attn_output.bias", (s.n_embd,), 0.5)
         if s.moe:
             yield from expert_tensors(s, b, matrix)
         else:
@@ -291,7 +309,6 @@ def tensors(s: Spec, seed: int) -> Iterator[tuple[str, Array]]:
 
 def expert_tensors(s: Spec, b: str, matrix: Any) -> Iterator[tuple[str, Array]]:
     """Router, experts and shared expert of the layer with prefix `b`."""
-    # smallthinker's router reads the residual itself, whose length varies with the layer.
     yield matrix(b + "ffn_gate_inp.weight", s.n_expert, s.n_embd, s.router_gain)
     shapes = {"gate": (s.n_ff_expert, s.n_embd), "up": (s.n_ff_expert, s.n_embd)}
     shapes["down"] = (s.n_embd, s.n_ff_expert)
@@ -316,11 +333,12 @@ def write_metadata(out: gguf.GGUFWriter, s: Spec) -> None:
     out.add_block_count(s.n_layer)
     out.add_context_length(s.context)
     out.add_embedding_length(s.n_embd)
-    out.add_head_count(s.n_head)
-    out.add_head_count_kv(s.n_head_kv)
+    out.add_head_count([s.n_head] * s.n_layer if s.arrays else s.n_head)
+    out.add_head_count_kv([s.n_head_kv] * s.n_layer if s.arrays else s.n_head_kv)
     out.add_layer_norm_rms_eps(s.rms_eps)
     out.add_rope_freq_base(s.rope_base)
-    out.add_feed_forward_length(s.n_ff_expert if s.family in ("llama-moe", "olmoe") else s.n_ff)
+    n_ff = s.n_ff_expert if s.family in ("llama-moe", "olmoe") else s.n_ff
+    out.add_feed_forward_length([n_ff] * s.n_layer if s.arrays else n_ff)
     if s.head_dim != s.n_embd // s.n_head:
         out.add_key_length(s.head_dim)
         out.add_value_length(s.head_dim)
@@ -328,7 +346,9 @@ def write_metadata(out: gguf.GGUFWriter, s: Spec) -> None:
         out.add_rope_dimension_count(s.rope_dim or s.head_dim)
     if s.rope_base_local is not None:
         out.add_float32(f"{a}.rope.freq_base_swa", s.rope_base_local)
-    if s.rope_scaling:
+    if s.rope_scaling == "old":
+        out.add_float32(f"{a}.rope.scale_linear", s.rope_factor)
+    elif s.rope_scaling:
         out.add_string(f"{a}.rope.scaling.type", s.rope_scaling)
         out.add_float32(f"{a}.rope.scaling.factor", s.rope_factor)
     if s.rope_original_context:

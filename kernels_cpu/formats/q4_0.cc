@@ -6,6 +6,7 @@
 #include "kernels_cpu/tile_scalar.h"
 
 #define STOKER_UNPACKER "kernels_cpu/formats/x86/q4_0.h"
+#include "kernels_cpu/tile_arm64.h"
 #include "kernels_cpu/tile_x86.h"
 
 namespace stoker {
@@ -53,8 +54,7 @@ const Format kFormat_Q4_0 = {
     {
         matmul_scalar<Q4_0>,
         STOKER_X86_MATMUL,
-        STOKER_ON_ARM64(nullptr),  // neon
-        STOKER_ON_ARM64(nullptr),  // i8mm
+        STOKER_ARM64_MATMUL,
     }};
 
 }  // namespace stoker

@@ -5,6 +5,10 @@
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
+#define STOKER_UNPACKER "kernels_cpu/formats/x86/q6_k.h"
+#include "kernels_cpu/tile_arm64.h"
+#include "kernels_cpu/tile_x86.h"
+
 namespace stoker {
 namespace {
 
@@ -65,11 +69,8 @@ const Format kFormat_Q6_K = {
     quantize,
     {
         matmul_scalar<Q6_K>,
-        STOKER_ON_X86(nullptr),    // avx2
-        STOKER_ON_X86(nullptr),    // avxvnni
-        STOKER_ON_X86(nullptr),    // avx512
-        STOKER_ON_ARM64(nullptr),  // neon
-        STOKER_ON_ARM64(nullptr),  // i8mm
+        STOKER_X86_MATMUL,
+        STOKER_ARM64_MATMUL,
     }};
 
 }  // namespace stoker

@@ -7,6 +7,7 @@
 #include "kernels_cpu/tile_scalar.h"
 
 #define STOKER_UNPACKER "kernels_cpu/formats/x86/q8_0.h"
+#include "kernels_cpu/tile_arm64.h"
 #include "kernels_cpu/tile_x86.h"
 
 namespace stoker {
@@ -58,8 +59,7 @@ const Format kFormat_Q8_0 = {
     {
         matmul_scalar<Q8_0>,
         STOKER_X86_MATMUL,
-        STOKER_ON_ARM64(nullptr),  // neon
-        STOKER_ON_ARM64(nullptr),  // i8mm
+        STOKER_ARM64_MATMUL,
     }};
 
 }  // namespace stoker

@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 
 #include <memory>
 #include <string>
@@ -63,6 +64,15 @@ void poll_signals() {
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
+constexpr const char* kPrecisions[] = {"fast", "balanced", "high"};
+
+stoker::Precision to_precision(const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name == kPrecisions[i]) return static_cast<stoker::Precision>(i);
+  }
+  throw Error(ErrorKind::kOption, "precision: expected fast, balanced or high, found " + name);
+}
+
 nb::dict config_of(const Engine& e) {
   const stoker::ModelConfig& c = e.config();
   nb::dict d;
@@ -92,10 +102,12 @@ nb::dict plan_of(const Engine& e) {
   d["context"] = p.context;
   d["chunk"] = p.chunk;
   d["kv_type"] = e.kv_f16() ? "f16" : "f32";
+  d["precision"] = kPrecisions[static_cast<int>(e.precision())];
   d["weight_bytes"] = p.weight_bytes;
   d["kv_bytes"] = p.kv_bytes;
   d["scratch_bytes"] = p.scratch_bytes;
   d["token_bytes"] = p.token_bytes;
+  d["layer_macs"] = p.layer_macs;
   return d;
 }
 
@@ -115,7 +127,7 @@ nb::dict stats_of(const Timeline& t) {
 void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine")
       .def(nb::new_([](std::shared_ptr<const stoker::GgufFile> file, int threads, int64_t context,
-                       const std::string& kv_type) {
+                       const std::string& kv_type, const std::string& precision) {
              if (kv_type != "f16" && kv_type != "f32") {
                throw Error(ErrorKind::kOption, "kv_type: expected f16 or f32, found " + kv_type);
              }
@@ -123,11 +135,12 @@ void bind_engine(nb::module_& m) {
              options.threads = threads;
              options.context = context;
              options.kv_f16 = kv_type == "f16";
+             options.precision = to_precision(precision);
              nb::gil_scoped_release release;
              return std::make_shared<Engine>(std::move(file), options);
            }),
            nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("context") = 0,
-           nb::arg("kv_type") = "f16")
+           nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced")
       .def_prop_ro("config", config_of)
       .def_prop_ro("plan", plan_of)
       .def("timeline", [](std::shared_ptr<Engine> e) {

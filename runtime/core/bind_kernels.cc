@@ -18,6 +18,7 @@
 
 #include "kernels_cpu/cpu.h"
 #include "kernels_cpu/kernel.h"
+#include "kernels_cpu/peak.h"
 #include "runtime/core/bind.h"
 #include "runtime/core/errors.h"
 
@@ -264,4 +265,21 @@ void bind_kernels(nb::module_& m) {
   m.def("matmul", &matmul, nb::arg("format"), nb::arg("isa"), nb::arg("w"), nb::arg("rows"),
         nb::arg("x"),
         "y[t, r] = W[r] . x[t]: w uint8, rows * row bytes; x f32 [tokens, cols]; y f32.");
+  m.def(
+      "read_bandwidth",
+      [](int threads, int64_t bytes) {
+        nb::gil_scoped_release release;
+        return stoker::read_bandwidth(threads, bytes);
+      },
+      nb::arg("threads"), nb::arg("bytes"),
+      "Bytes a second that the threads read together from a buffer of `bytes` bytes.");
+  m.def(
+      "int8_peak",
+      [](const std::string& isa, int threads) {
+        const stoker::Isa which = isa_of(isa);
+        nb::gil_scoped_release release;
+        return stoker::int8_peak(which, threads);
+      },
+      nb::arg("isa"), nb::arg("threads"),
+      "int8 operations a second of the ISA's best instruction, operands in registers.");
 }

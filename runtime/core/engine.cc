@@ -7,6 +7,7 @@
 #include "kernels_cpu/cpu.h"
 #include "runtime/arch/families.h"
 #include "runtime/core/errors.h"
+#include "runtime/core/forward.h"
 #include "runtime/core/kv_cache.h"
 
 namespace stoker {
@@ -67,6 +68,7 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
   pool_ = std::make_unique<ThreadPool>(plan_.threads);
   plan_.weight_bytes = weights_.resident_bytes;
   plan_.token_bytes = weights_.token_bytes;
+  plan_.layer_macs = weights_.layer_macs;
   plan_.kv_bytes = KvCache::nbytes(c, plan_.context, options.kv_f16);
   plan_scratch();
 }
@@ -93,10 +95,12 @@ void Engine::plan_scratch() {
       std::max(chunk * std::max(c.n_ff, c.n_ff_shared), pairs * c.n_ff_expert);
   Scratch& s = scratch_;
   s.rows = rows;
-  s.thread_bytes = round_up(
-      std::max<int64_t>(static_cast<int64_t>(matmul_scratch_bytes(widest)),
-                        std::max(attention_scratch_floats(c.head_dim_v), c.n_expert + 16) * 4),
+  s.thread_low = round_up(
+      std::max<int64_t>(
+          static_cast<int64_t>(matmul_scratch_bytes(widest)),
+          std::max({attention_scratch_floats(c.head_dim_v), c.n_expert, widest}) * 4 + 64),
       64);
+  s.thread_bytes = s.thread_low + round_up(Forward::max_piece_values(rows) * 4 + 64, 64);
   const int64_t n_rot = std::max<int64_t>(2, c.rope.n_rot);
   // +16 floats each: whole-vector stores may run over the last row's end.
   struct Part {
@@ -117,9 +121,9 @@ void Engine::plan_scratch() {
       {reinterpret_cast<void**>(&s.pairs), floats(rows * (c.is_mixture() ? c.n_embd : 0))},
       {reinterpret_cast<void**>(&s.router), floats(chunk * std::max<int64_t>(1, c.n_expert))},
       {reinterpret_cast<void**>(&s.angles), floats(2 * chunk * n_rot)},
-      {reinterpret_cast<void**>(&s.act_q), rows * widest},
-      {reinterpret_cast<void**>(&s.act_scale), floats(rows * (widest / 32))},
-      {reinterpret_cast<void**>(&s.act_sum), floats(rows * (widest / 16))},
+      {reinterpret_cast<void**>(&s.act_q), 2 * rows * widest},
+      {reinterpret_cast<void**>(&s.act_scale), floats(2 * rows * (widest / 32))},
+      {reinterpret_cast<void**>(&s.act_sum), floats(2 * rows * (widest / 16))},
       {reinterpret_cast<void**>(&s.thread), plan_.threads * s.thread_bytes},
   };
   int64_t total = 64;

@@ -27,10 +27,18 @@ struct Family {
   void (*layer)(Forward& forward, int64_t il);
 };
 
+// Which products take their activations in two int8 terms (forward.h) instead of one.
+enum class Precision {
+  kFast,      // none
+  kBalanced,  // q, k, v, routers and output: a sixth of the work, half of the rounding noise
+  kHigh,      // all: within float32 rounding of exact activations, at twice the arithmetic
+};
+
 struct EngineOptions {
   int threads = 0;       // 0: the physical performance cores
   int64_t context = 0;   // 0: the model's limit, at most 4096
   bool kv_f16 = true;
+  Precision precision = Precision::kBalanced;
 };
 
 // Where the memory goes, bytes; fixed at load.
@@ -43,6 +51,7 @@ struct Plan {
   int64_t kv_bytes = 0;       // of one timeline at its full context
   int64_t scratch_bytes = 0;
   int64_t token_bytes = 0;    // weight bytes that one decoded token reads
+  int64_t layer_macs = 0;     // multiply-adds of one prompt token (the output's excluded)
 };
 
 // Buffers of one evaluation, used under the pool's lease. T = plan.chunk tokens; all 64-byte
@@ -60,11 +69,12 @@ struct Scratch {
   float* pairs = nullptr;    // [T * n_expert_used][n_embd] outputs of single experts
   float* router = nullptr;   // [T][n_expert] logits
   float* angles = nullptr;   // [2][T][n_rot] cos and sin: global and sliding-window layers
-  int8_t* act_q = nullptr;       // [rows][act_stride] quantized activations
-  float* act_scale = nullptr;    // [rows][widest / 32]
-  int32_t* act_sum = nullptr;    // [rows][widest / 16]
+  int8_t* act_q = nullptr;       // [2][rows][widest] quantized activations, two terms
+  float* act_scale = nullptr;    // [2][rows][widest / 32]
+  int32_t* act_sum = nullptr;    // [2][rows][widest / 16]
   uint8_t* thread = nullptr;     // [threads][thread_bytes]
   int64_t thread_bytes = 0;
+  int64_t thread_low = 0;        // where a thread's [T][rows of a piece] second terms begin
   int64_t rows = 0;              // rows of act_*: max(T, pairs)
   struct Free {
     void operator()(void* p) const { std::free(p); }
@@ -85,6 +95,7 @@ class Engine {
   const Family& family() const { return *family_; }
   const Ops& ops() const { return *ops_; }
   bool kv_f16() const { return options_.kv_f16; }
+  Precision precision() const { return options_.precision; }
   const Rope& rope(bool sliding) const { return sliding ? rope_sliding_ : rope_; }
   ThreadPool& pool() const { return *pool_; }
   Scratch& scratch() const { return scratch_; }  // under pool()'s lease

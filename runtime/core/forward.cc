@@ -12,8 +12,25 @@ constexpr int64_t kPieceBytes = 24 * 1024;
 // Kernels walk rows in tiles of 16; a prompt's piece of 64 rows reuses the packed tokens.
 constexpr int64_t kRowTile = 16;
 constexpr int64_t kPromptRows = 64;
+// Fewer tokens than this are decoding: pieces by bytes, at most this many rows.
+constexpr int64_t kDecodeTokens = 8;
+constexpr int64_t kDecodeRows = 4096;
 // Query rows (token, head) of one piece of attention.
 constexpr int64_t kAttentionRows = 64;
+
+bool int8(const Matrix& m) { return m.format->act == ActKind::i8; }
+
+// The rows of `a` from row `first` on, for a matrix that wants `kind`.
+Activations from_row(Activations a, int64_t first, ActKind kind) {
+  a.kind = kind;
+  a.x += first * a.x_stride;
+  if (a.q) {
+    a.q += first * a.q_stride;
+    a.scale += first * (a.cols / 32);
+    a.sum16 += first * (a.cols / 16);
+  }
+  return a;
+}
 
 }  // namespace
 
@@ -23,6 +40,10 @@ Forward::Forward(const Engine& engine, const KvCache& kv)
       ops_(engine.ops()),
       kv_(kv),
       s_(engine.scratch()) {}
+
+int64_t Forward::max_piece_values(int64_t rows) {
+  return std::max(kDecodeTokens * kDecodeRows, rows * kPromptRows);
+}
 
 void Forward::begin(std::span<const int32_t> tokens, int64_t position) {
   const ModelConfig& c = config_;
@@ -55,28 +76,42 @@ void Forward::add(float* y, const float* x) {
   for_rows(n_, n, [&](int64_t i, int) { ops_.add(y + i * n, x + i * n, n); });
 }
 
-Activations Forward::activations(const float* x, int64_t n, int64_t cols, int64_t stride,
-                                 bool quantize) {
-  Activations a;
+Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quantize,
+                              bool two_terms) {
+  Input in;
+  Activations& a = in.high;
   a.kind = ActKind::f32;
   a.tokens = n;
   a.cols = cols;
   a.x = x;
-  a.x_stride = stride;
-  if (!quantize) return a;
+  a.x_stride = cols;
+  if (!quantize) return in;
   a.q = s_.act_q;
   a.q_stride = (cols + 63) / 64 * 64;
   a.scale = s_.act_scale;
   a.sum16 = s_.act_sum;
-  const QuantizeActFn f = quantize_act_kernel(engine_.plan().isa);
-  for_rows(n, cols, [&](int64_t i, int) {
-    f(x + i * stride, cols, s_.act_q + i * a.q_stride, s_.act_scale + i * (cols / 32),
-      s_.act_sum + i * (cols / 16));
+  if (two_terms) {
+    in.low = a;
+    in.low.q += s_.rows * a.q_stride;
+    in.low.scale += s_.rows * (cols / 32);
+    in.low.sum16 += s_.rows * (cols / 16);
+  }
+  const QuantizeActFn quantize_row = quantize_act_kernel(engine_.plan().isa);
+  const auto row = [&](const float* values, int64_t i) {
+    quantize_row(values, cols, s_.act_q + i * a.q_stride, s_.act_scale + i * (cols / 32),
+                 s_.act_sum + i * (cols / 16));
+  };
+  for_rows(n, cols, [&](int64_t i, int thread) {
+    row(x + i * cols, i);
+    if (!two_terms) return;
+    auto* error = reinterpret_cast<float*>(thread_scratch(thread));
+    ops_.rounding_error(x + i * cols, a.q + i * a.q_stride, a.scale + i * (cols / 32), error, cols);
+    row(error, s_.rows + i);
   });
-  return a;
+  return in;
 }
 
-void Forward::multiply(std::span<const Product> products, const Activations& in) {
+void Forward::multiply(std::span<const Product> products, const Input& in) {
   // One numbering of the row pieces of all products, so that one phase covers them.
   struct Part {
     int64_t first_piece, rows_per_piece;
@@ -92,11 +127,11 @@ void Forward::multiply(std::span<const Product> products, const Activations& in)
   for (size_t i = 0; i < products.size(); ++i) {
     const Product& p = products[i];
     int64_t rows = kPromptRows;
-    if (p.n < 8) {
+    if (p.n < kDecodeTokens) {
       rows = kPieceBytes / p.matrix->stride / kRowTile * kRowTile;
       // At least four pieces a thread even out threads of unequal speed.
       const int64_t fair = p.matrix->rows / (4 * engine_.plan().threads) / kRowTile * kRowTile;
-      rows = std::max(kRowTile, std::max(rows, std::min(fair, int64_t{4096})));
+      rows = std::clamp(std::max(rows, fair), kRowTile, kDecodeRows);
     }
     part[i] = {pieces, rows};
     pieces += (p.matrix->rows + rows - 1) / rows;
@@ -112,22 +147,25 @@ void Forward::multiply(std::span<const Product> products, const Activations& in)
       args.row_bytes = m.stride;
       args.row_begin = (piece - part[i].first_piece) * part[i].rows_per_piece;
       args.row_end = std::min(m.rows, args.row_begin + part[i].rows_per_piece);
-      args.x = in;
-      args.x.kind = m.format->act;
+      args.x = from_row(in.high, p.first, m.format->act);
       args.token_list = p.token_list;
-      if (!p.token_list && p.first != 0) {
-        args.x.x += p.first * in.x_stride;
-        if (in.q) {
-          args.x.q += p.first * in.q_stride;
-          args.x.scale += p.first * (in.cols / 32);
-          args.x.sum16 += p.first * (in.cols / 16);
-        }
-      }
       args.n_tokens = p.n;
       args.y = p.y;
       args.y_stride = p.y_stride;
       args.scratch = thread_scratch(thread);
-      matmul_kernel(*m.format, engine_.plan().isa)(args);
+      const MatmulFn matmul = matmul_kernel(*m.format, engine_.plan().isa);
+      matmul(args);
+      if (!in.low.q || m.format->act != ActKind::i8) continue;
+      // The piece's weights are still in the cache.
+      const int64_t rows = args.row_end - args.row_begin;
+      auto* low = reinterpret_cast<float*>(thread_scratch(thread) + s_.thread_low);
+      args.x = from_row(in.low, p.first, ActKind::i8);
+      args.y = low - args.row_begin;
+      args.y_stride = rows;
+      matmul(args);
+      for (int64_t t = 0; t < p.n; ++t) {
+        ops_.add(p.y + t * p.y_stride + args.row_begin, low + t * rows, rows);
+      }
     }
   });
 }
@@ -225,16 +263,15 @@ void Forward::attend(int64_t il) {
 void Forward::attention(int64_t il, const float* in, float* out) {
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
-  const auto int8 = [](const Matrix& m) { return m.format->act == ActKind::i8; };
-  const Activations x =
-      activations(in, n_, c.n_embd, c.n_embd, int8(w.q) || int8(w.k) || int8(w.v));
+  const Input x = input(in, n_, c.n_embd, int8(w.q) || int8(w.k) || int8(w.v),
+                        two_terms(Precision::kBalanced));
   const Product qkv[] = {{&w.q, s_.q, w.q.rows, nullptr, 0, n_},
                          {&w.k, s_.k, w.k.rows, nullptr, 0, n_},
                          {&w.v, s_.v, w.v.rows, nullptr, 0, n_}};
   multiply(qkv, x);
   store_kv(il);
   attend(il);
-  const Activations o = activations(s_.o, n_, w.o.cols, w.o.cols, int8(w.o));
+  const Input o = input(s_.o, n_, w.o.cols, int8(w.o), two_terms(Precision::kHigh));
   const Product product[] = {{&w.o, out, c.n_embd, nullptr, 0, n_}};
   multiply(product, o);
   if (!w.o_bias.empty()) {
@@ -252,13 +289,13 @@ void Forward::gate_rows(float* gate, const float* up, int64_t n, int64_t width) 
 void Forward::feed_forward(int64_t il, const float* in, float* out) {
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
-  const auto int8 = [](const Matrix& m) { return m.format->act == ActKind::i8; };
-  const Activations x = activations(in, n_, c.n_embd, c.n_embd, int8(w.gate) || int8(w.up));
+  const Input x =
+      input(in, n_, c.n_embd, int8(w.gate) || int8(w.up), two_terms(Precision::kHigh));
   const Product gate_up[] = {{&w.gate, s_.gate, c.n_ff, nullptr, 0, n_},
                              {&w.up, s_.up, c.n_ff, nullptr, 0, n_}};
   multiply(gate_up, x);
   gate_rows(s_.gate, s_.up, n_, c.n_ff);
-  const Activations h = activations(s_.gate, n_, c.n_ff, c.n_ff, int8(w.down));
+  const Input h = input(s_.gate, n_, c.n_ff, int8(w.down), two_terms(Precision::kHigh));
   const Product down[] = {{&w.down, out, c.n_embd, nullptr, 0, n_}};
   multiply(down, h);
 }
@@ -274,8 +311,8 @@ void Forward::final_norm(int64_t first, int64_t n, float* out) {
 void Forward::logits(const float* hidden, int64_t n, float* out) {
   const ModelConfig& c = config_;
   const Weights& w = engine_.weights();
-  const Activations x =
-      activations(hidden, n, c.n_embd, c.n_embd, w.output.format->act == ActKind::i8);
+  const Input x =
+      input(hidden, n, c.n_embd, int8(w.output), two_terms(Precision::kBalanced));
   const Product product[] = {{&w.output, out, c.n_vocab, nullptr, 0, n}};
   multiply(product, x);
   if (w.output_bias.empty() && c.final_softcap == 0) return;

@@ -22,6 +22,9 @@ class Forward {
  public:
   Forward(const Engine& engine, const KvCache& kv);
 
+  // Output values that one piece of a product can have, for inputs of up to `rows` rows.
+  static int64_t max_piece_values(int64_t rows);
+
   // Looks up and scales the embeddings of tokens [n] at positions position .. position + n - 1.
   void begin(std::span<const int32_t> tokens, int64_t position);
   // Rows of the residual stream through the final norm: out [n][n_embd], tokens [first, first + n).
@@ -53,7 +56,14 @@ class Forward {
   void mixture(int64_t il, const float* in, const Routes& routes, float* out);
 
  private:
-  // y[i][0 .. rows) = matrix * activations of the i-th token (of the list, if any).
+  // Rows of activations: as they are, and where a format wants it as int8, in one term or two.
+  // The second term is the first one's rounding error, quantized again: together they carry about
+  // 15 bits, and a product with both differs from one with floats by float32 rounding only.
+  struct Input {
+    Activations high;
+    Activations low;  // q null: one term
+  };
+  // y[i][0 .. rows) = matrix * input of the i-th token (of the list, if any).
   struct Product {
     const Matrix* matrix;
     float* y;
@@ -62,11 +72,11 @@ class Forward {
     int64_t first;
     int64_t n;
   };
-  // Runs several products of the same activations together, rows spread over the threads.
-  void multiply(std::span<const Product> products, const Activations& in);
-  // Quantizes rows [n][cols] where one of the matrices wants int8; the result is valid until the
-  // next call.
-  Activations activations(const float* x, int64_t n, int64_t cols, int64_t stride, bool quantize);
+  // Runs several products of the same input together, rows spread over the threads.
+  void multiply(std::span<const Product> products, const Input& in);
+  // Quantizes rows x [n][cols] for matrices that want int8. Valid until the next call.
+  Input input(const float* x, int64_t n, int64_t cols, bool quantize, bool two_terms);
+  bool two_terms(Precision least) const { return engine_.precision() >= least; }
   // gate = act(gate) * up on rows [n][width].
   void gate_rows(float* gate, const float* up, int64_t n, int64_t width);
   // f(row, thread) for n rows of about `width` values; on the calling thread alone where there

@@ -338,7 +338,7 @@ void GgufParser::place_tensors(uint64_t alignment) {
       fail("tensor " + in_quotes(t.name) + ": expected an offset that is a multiple of " +
            std::to_string(alignment) + ", found " + std::to_string(t.offset));
     }
-    if (t.offset > room || t.nbytes > room - t.offset) {
+    if (data_begin > file_size_ || t.offset > room || t.nbytes > room - t.offset) {
       fail("tensor " + in_quotes(t.name) + ": expected " + std::to_string(t.nbytes) +
            " bytes at offset " + std::to_string(t.offset) + " of the data section, found " +
            std::to_string(room) + " bytes of data: the file is truncated or corrupt");

@@ -46,7 +46,7 @@ void choose(const ModelConfig& c, const float* logits, float* p, int32_t* expert
 Routes Forward::route(int64_t il, const float* in) {
   const ModelConfig& c = config_;
   const Matrix& router = layer(il).router;
-  const Activations x = activations(in, n_, c.n_embd, c.n_embd, int8(router));
+  const Input x = input(in, n_, c.n_embd, int8(router), two_terms(Precision::kBalanced));
   const Product product[] = {{&router, s_.router, c.n_expert, nullptr, 0, n_}};
   multiply(product, x);
   Routes r;
@@ -90,6 +90,7 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
   // Experts are computed in the order in which they become ready; their outputs wait in
   // s_.pairs, so that the sum below does not depend on that order.
   const std::unique_ptr<ExpertLease> lease = engine_.weights().experts->acquire(il, experts);
+  const bool high = two_terms(Precision::kHigh);
   std::vector<Product> gate_up, down;
   for (;;) {
     const std::span<const int32_t> ready = lease->next_ready();
@@ -108,10 +109,10 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
       quantize_in |= int8(e.gate) || int8(e.up);
       quantize_hidden |= int8(e.down);
     }
-    multiply(gate_up, activations(in, n_, c.n_embd, c.n_embd, quantize_in));
+    multiply(gate_up, input(in, n_, c.n_embd, quantize_in, high));
     // Rows of experts that are not ready hold old values; they are finite and unused.
     gate_rows(s_.gate, s_.up, pairs, ff);
-    multiply(down, activations(s_.gate, pairs, ff, ff, quantize_hidden));
+    multiply(down, input(s_.gate, pairs, ff, quantize_hidden, high));
   }
   for_rows(n_, c.n_embd * k, [&](int64_t i, int) {
     float* y = out + i * c.n_embd;
@@ -129,15 +130,16 @@ void Forward::shared_expert(int64_t il, const float* in, float* out) {
   const LayerWeights& w = layer(il);
   const int64_t ff = c.n_ff_shared;
   const bool gated = static_cast<bool>(w.shared_router);
-  const Activations x = activations(
-      in, n_, c.n_embd, c.n_embd,
-      int8(w.shared_gate) || int8(w.shared_up) || (gated && int8(w.shared_router)));
+  const bool high = two_terms(Precision::kHigh);
+  const Input x =
+      input(in, n_, c.n_embd,
+            int8(w.shared_gate) || int8(w.shared_up) || (gated && int8(w.shared_router)), high);
   const Product products[] = {{&w.shared_gate, s_.gate, ff, nullptr, 0, n_},
                               {&w.shared_up, s_.up, ff, nullptr, 0, n_},
                               {&w.shared_router, s_.router, 1, nullptr, 0, n_}};
   multiply(std::span(products, gated ? 3 : 2), x);
   gate_rows(s_.gate, s_.up, n_, ff);
-  const Activations h = activations(s_.gate, n_, ff, ff, int8(w.shared_down));
+  const Input h = input(s_.gate, n_, ff, int8(w.shared_down), high);
   const Product down[] = {{&w.shared_down, s_.pairs, c.n_embd, nullptr, 0, n_}};
   multiply(down, h);
   for_rows(n_, c.n_embd, [&](int64_t i, int) {

@@ -48,6 +48,9 @@ struct Ops {
   void (*softcap)(float* y, float cap, int64_t n);              // y = cap * tanh(y / cap)
   // gate = activation(gate) * up
   void (*gate_mul)(Activation kind, float* gate, const float* up, int64_t n);
+  // error[i] = x[i] - q[i] * scale[i / 32]: what quantizing x has lost. [n], n a multiple of 32
+  void (*rounding_error)(const float* x, const int8_t* q, const float* scale, float* error,
+                         int64_t n);
   // Rotates one head in place. cos_sin: [2][n_rot / 2]. neox: pairs (i, i + n_rot / 2), else
   // (2i, 2i + 1).
   void (*rope)(float* x, const float* cos_sin, int64_t n_rot, bool neox);

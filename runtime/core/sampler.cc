@@ -17,13 +17,18 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kLeastPower = -709.1;  // e to it is taken as 0: 2^-1023 in exp_clamped
 constexpr int kLanes = 16;    // independent chains of a reduction: what lets compilers vectorise it
 constexpr int kBlock = 1024;  // logits summed as one when drawing from the whole vocabulary
 
+struct KeyRange {
+  int32_t least;
+  int32_t largest;
+};
 struct Loops {
   double (*weigh)(const float* logits, int n, double max, double inverse_temperature,
                   double* weights);
-  float (*largest)(const float* logits, int n, bool* has_nan);
+  KeyRange (*key_range)(const float* logits, int n);
   int (*find_above)(const float* logits, int begin, int n, float threshold);
 };
 
@@ -163,18 +168,21 @@ const float* Sampler::adjust(const float* logits) {
 // all are -inf.
 float Sampler::checked_max(const float* logits, int* argmax) const {
   constexpr int kStretch = 4096;
-  float max = -kInfinity;
+  const auto key_range = loops().key_range;
+  const int32_t plus_inf = baseline::order_key(std::bit_cast<int32_t>(kInfinity));
+  const int32_t minus_inf = baseline::order_key(std::bit_cast<int32_t>(-kInfinity));
+  int32_t largest = std::numeric_limits<int32_t>::min();
   int best = 0;  // start of the stretch that has it
-  bool has_nan = false;
+  bool good = true;
   for (int begin = 0; begin < n_vocab_; begin += kStretch) {
-    const int end = std::min(begin + kStretch, n_vocab_);
-    const float top = loops().largest(logits + begin, end - begin, &has_nan);
-    if (top > max) {
-      max = top;
+    const KeyRange range = key_range(logits + begin, std::min(kStretch, n_vocab_ - begin));
+    good = good && range.least >= minus_inf && range.largest < plus_inf;
+    if (range.largest > largest) {
+      largest = range.largest;
       best = begin;
     }
   }
-  if (has_nan || max == kInfinity) {
+  if (!good) {
     const float* bad = std::find_if(logits, logits + n_vocab_,
                                     [](float x) { return std::isnan(x) || x == kInfinity; });
     throw Error(ErrorKind::kModelFile,
@@ -183,10 +191,12 @@ float Sampler::checked_max(const float* logits, int* argmax) const {
                     std::to_string(bad - logits) +
                     ": the weights are damaged or the computation overflowed");
   }
+  const float max = std::bit_cast<float>(baseline::order_key(largest));  // its own inverse
   if (max == -kInfinity) {
     throw Error(options_.logit_bias.empty() ? ErrorKind::kModelFile : ErrorKind::kOption,
                 "logits: expected a token to choose, found -inf for all of them");
   }
+  if (max == 0.0f) best = 0;  // -0 equals +0 but has a lower key
   *argmax = static_cast<int>(std::find(logits + best, logits + n_vocab_, max) - logits);
   return max;
 }
@@ -287,7 +297,7 @@ double Sampler::sum_blocks(const float* logits, float max, double inverse_temper
 // Top-p over the whole vocabulary: the few best nearly always reach p, so sort no more than that.
 void Sampler::take_top_p(const float* logits, float max) {
   const double total = sum_blocks(logits, max, 1.0);
-  for (int64_t k = 256;; k *= 16) {
+  for (int64_t k = 256;; k *= 4) {
     select(logits, std::min<int64_t>(k, n_vocab_), &candidates_);
     const bool complete = candidates_.size() < static_cast<size_t>(k);
     if (cut_top_p(total, max) || complete) return;
@@ -317,8 +327,12 @@ bool Sampler::cut_top_p(double total, float max) {
 
 // Min-p over the whole vocabulary needs no order: candidates by id.
 void Sampler::take_min_p(const float* logits, float max) {
+  // Below every float that passes the exact comparison in draw().
+  const float below = std::nextafter(static_cast<float>(max + log_min_p_), -kInfinity);
+  const auto find = loops().find_above;
   candidates_.clear();
-  for (int i = 0; i < n_vocab_; ++i) {
+  for (int i = find(logits, 0, n_vocab_, below); i < n_vocab_;
+       i = find(logits, i + 1, n_vocab_, below)) {
     if (static_cast<double>(logits[i]) - max >= log_min_p_) candidates_.push_back({logits[i], i});
   }
 }

@@ -240,13 +240,13 @@ class Loader {
   mutable std::set<const GgufTensor*> used_;
 };
 
-int64_t layer_token_bytes(const LayerWeights& w) {
-  int64_t total = 0;
+// Adds what one token reads of a layer's own matrices.
+void count_layer(const LayerWeights& w, int64_t* bytes, int64_t* macs) {
   for (const Matrix* m : {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down, &w.router,
                           &w.shared_gate, &w.shared_up, &w.shared_down, &w.shared_router}) {
-    total += m->nbytes();
+    *bytes += m->nbytes();
+    *macs += m->rows * m->cols;
   }
-  return total;
 }
 
 }  // namespace
@@ -332,10 +332,11 @@ Weights load_weights(const GgufFile& file, const ModelConfig& config, int thread
   w.token_bytes = w.output.nbytes();
   for (int64_t il = 0; il < c.n_layer; ++il) {
     w.layers.push_back(loader.layer(il));
-    w.token_bytes += layer_token_bytes(w.layers.back());
+    count_layer(w.layers.back(), &w.token_bytes, &w.layer_macs);
     if (!w.layers.back().router) continue;
     for (int64_t e = 0; e < c.n_expert; ++e) experts->add(il, loader.expert(il, e));
     w.token_bytes += experts->layer_bytes(il) / c.n_expert * c.n_expert_used;
+    w.layer_macs += c.n_expert_used * 3 * c.n_ff_expert * c.n_embd;
   }
   loader.check_all_used();
   w.experts = std::move(experts);

@@ -59,6 +59,7 @@ struct Weights {
 
   int64_t resident_bytes = 0;   // of the loaded shards
   int64_t token_bytes = 0;      // weight bytes that one decoded token reads
+  int64_t layer_macs = 0;       // multiplications by weights of one token, output excluded
 };
 
 Weights load_weights(const GgufFile& file, const ModelConfig& config, int threads);

@@ -16,6 +16,8 @@ from oracle.weights import Weights
 
 RENORMALISED = {"llama": True, "qwen3moe": True, "smallthinker": True}
 RENORMALISED |= {"qwen2moe": False, "olmoe": False}
+# Matrices that precision="balanced" multiplies with activations of two int8 terms.
+BALANCED = frozenset({"attn_q", "attn_k", "attn_v", "ffn_gate_inp", "output", "token_embd"})
 FAMILIES = frozenset({"qwen2", "qwen3", "gemma3", *RENORMALISED})
 
 
@@ -23,7 +25,8 @@ class Oracle:
     """A model file and how to round on the way.
 
     dtype: of weights and sums; float64 unless the model is too large for it.
-    int8_activations: round what a quantized matrix is multiplied with, as the engine does.
+    precision: round what quantized matrices are multiplied with to int8, as the engine does with
+        its option of that name: fast, balanced or high; None: do not round.
     half_cache: round keys and values to f16, as the engine's f16 KV cache does.
     half_gelu: GELU as llama.cpp's CPU backend computes it.
     context: tokens of the session; only longrope asks.
@@ -34,7 +37,7 @@ class Oracle:
         path: str | Path,
         *,
         dtype: npt.DTypeLike = np.float64,
-        int8_activations: bool = False,
+        precision: str | None = None,
         half_cache: bool = False,
         half_gelu: bool = False,
         context: int = 0,
@@ -43,7 +46,7 @@ class Oracle:
         self.c = read_config(self.w)
         if self.c.architecture not in FAMILIES:
             raise ValueError(f"no oracle for architecture {self.c.architecture!r}")
-        self._int8 = int8_activations
+        self._precision = precision
         self._half_cache = half_cache
         self._gelu = layers.gelu_tanh_half if half_gelu else layers.gelu_tanh
         self._context = context or self.c.context
@@ -109,10 +112,15 @@ class Oracle:
     def _linear(self, x: Array, name: str, bias: str = "", expert: int | None = None) -> Array:
         """x [n, in] -> [n, out]; a 3-d tensor holds one matrix an expert."""
         matrix = self.w[name] if expert is None else self.w[name][expert]
-        if self._int8 and self.w.is_quantized(name):
-            x = layers.int8_activations(x)
+        if self._precision and self.w.is_quantized(name):
+            x = layers.int8_activations(x, terms=2 if self._two_terms(name) else 1)
         y = x @ matrix.T
         return y + self.w[bias] if bias and bias in self.w else y
+
+    def _two_terms(self, name: str) -> bool:
+        if self._precision == "balanced":
+            return name.split(".")[-2] in BALANCED
+        return self._precision == "high"
 
     def _ffn(self, x: Array, names: str, activation: Callable[[Array], Array]) -> Array:
         """names: a pattern with {} for gate, up and down."""

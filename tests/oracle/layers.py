@@ -53,13 +53,20 @@ def softcap(x: Array, cap: float) -> Array:
     return cap * np.tanh(x / cap) if cap else x
 
 
-def int8_activations(x: Array) -> Array:
-    """x [n, cols] rounded to int8 in groups of 32, as the engine does before a quantized matrix."""
-    groups = x.astype(np.float32).reshape(x.shape[0], -1, ACTIVATION_GROUP)
-    peak = np.abs(groups).max(axis=-1, keepdims=True)
-    inverse = np.divide(np.float32(127.0), peak, out=np.zeros_like(peak), where=peak > 0)
-    q = np.rint(groups * inverse)
-    return (q * (peak / np.float32(127.0))).reshape(x.shape).astype(x.dtype)
+def int8_activations(x: Array, terms: int = 1) -> Array:
+    """x [n, cols] as the engine passes it to a quantized matrix: int8 in groups of 32.
+
+    With two terms the error of the first is rounded in the same way and added.
+    """
+    exact = x.astype(np.float32).reshape(x.shape[0], -1, ACTIVATION_GROUP)
+    out = np.zeros(exact.shape, np.float64)
+    for _ in range(terms):
+        peak = np.abs(exact).max(axis=-1, keepdims=True)
+        inverse = np.divide(np.float32(127.0), peak, out=np.zeros_like(peak), where=peak > 0)
+        term = np.rint(exact * inverse).astype(np.float64) * (peak / np.float32(127.0))
+        out += term
+        exact = (exact - term).astype(np.float32)
+    return out.reshape(x.shape).astype(x.dtype)
 
 
 def yarn_ramp(n_rot: int, base: float, original_context: int) -> Array:

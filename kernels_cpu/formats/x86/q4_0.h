@@ -5,14 +5,9 @@ struct Unpack {
 
   template <class Sink>
   static STOKER_INLINE void unpack(const Rows& rows, Sink& sink) {
-    const V low = set8(15);
     V n[4], q[8];
     load_columns(rows, 2, n);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      q[j] = bit_and(n[j], low);
-      q[4 + j] = bit_and(shift_right<4>(n[j]), low);
-    }
+    split_nibbles(n, q);
     sink.template group<0>(q, load_f16(rows, 0), zero_f());
   }
 };

@@ -5,15 +5,10 @@ struct Unpack {
 
   template <class Sink>
   static STOKER_INLINE void unpack(const Rows& rows, Sink& sink) {
-    const V low = set8(15);
     const V dm = load_words(rows, 0);
     V n[4], q[8];
     load_columns(rows, 4, n);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      q[j] = bit_and(n[j], low);
-      q[4 + j] = bit_and(shift_right<4>(n[j]), low);
-    }
+    split_nibbles(n, q);
     sink.template group<0>(q, low_f16(dm), high_f16(dm));
   }
 };

@@ -1,0 +1,77 @@
+"""The cache directory of downloaded models: where it is, and locks against concurrent pulls."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from .catalogue import Entry
+
+# Called with what is being done, bytes done and bytes in all (None: unknown).
+Progress = Callable[[str, int, "int | None"], None]
+
+
+def directory() -> Path:
+    """Where catalogue models are kept.
+
+    STOKER_MODELS, else models/ in STOKER_CACHE, else stoker/models/ in the user's cache
+    (XDG_CACHE_HOME, ~/.cache; %LOCALAPPDATA% on Windows).
+    """
+    if models := os.environ.get("STOKER_MODELS"):
+        return Path(models).expanduser()
+    if cache := os.environ.get("STOKER_CACHE"):
+        return Path(cache).expanduser() / "models"
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "stoker" / "models"
+    if sys.platform == "win32" and (cache := os.environ.get("LOCALAPPDATA")):
+        return Path(cache) / "stoker" / "models"
+    return Path.home() / ".cache" / "stoker" / "models"
+
+
+def cached(entry: Entry) -> Path | None:
+    """The entry's file in the cache, None where it is absent or has another size."""
+    path = directory() / entry.file
+    try:
+        return path if path.stat().st_size == entry.size else None
+    except OSError:
+        return None
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Holds an exclusive lock on `path` (made if absent, and left) between processes.
+
+    waiting: called once if another process holds it. The system drops the lock of a process that
+    dies.
+    """
+    with path.open("ab") as file:
+        told = False
+        while not _try_lock(file):
+            if waiting is not None and not told:
+                waiting()
+            told = True
+            time.sleep(0.2)
+        yield  # closing the file releases the lock
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,83 @@
+"""From what a user typed to a model file: a path, a name of the catalogue, or hf:repo/file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+from ..runtime.errors import DownloadError, ModelFileError, OptionError
+from . import cache, catalogue, hub
+from .cache import Progress
+
+
+def locate(
+    spec: str,
+    *,
+    download: bool = False,
+    progress: Progress | None = None,
+    waiting: Callable[[], None] | None = None,
+) -> Path:
+    """The file that `spec` means, downloaded if `download` allows it.
+
+    A file that exists comes before a name. progress, waiting: see models/pull.py.
+    Raises ModelFileError where there is no such file or name, DownloadError where it is not in
+    the cache (or could not be fetched), OptionError for a malformed "hf:".
+    """
+    if spec.startswith("hf:"):
+        file = hub.parse(spec)
+        path = hub.cached(file)
+        if path is not None:
+            return path
+        if not download:
+            raise DownloadError(_not_cached(str(file)))
+        return fetch(spec, progress=progress, waiting=waiting)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        raise ModelFileError(f"{spec}: expected a GGUF file, found a directory")
+    if path.exists():
+        return path
+    entry = catalogue.find(spec)
+    if entry is None:
+        raise ModelFileError(f"{spec}: no such file" + _suggestion(spec))
+    path = cache.cached(entry)
+    if path is not None:
+        return path
+    if not download:
+        raise DownloadError(_not_cached(entry.name))
+    return fetch(spec, progress=progress, waiting=waiting)
+
+
+def fetch(
+    spec: str,
+    *,
+    progress: Progress | None = None,
+    waiting: Callable[[], None] | None = None,
+) -> Path:
+    """Downloads a catalogue model or hf: file, the latter also where the hub has a newer one.
+
+    Raises DownloadError, OptionError for any other name.
+    """
+    from .pull import pull
+
+    if spec.startswith("hf:"):
+        return hub.pull(hub.parse(spec), progress=progress, waiting=waiting)
+    entry = catalogue.find(spec)
+    if entry is None:
+        names = ", ".join(entry.name for entry in catalogue.entries())
+        raise OptionError(f"{spec}: expected hf:owner/name/file.gguf or one of {names}")
+    return pull(entry, progress=progress, waiting=waiting)
+
+
+def _not_cached(name: str) -> str:
+    return f"{name} is not downloaded yet: run `stoker pull {name}` or load with download=True"
+
+
+def _suggestion(spec: str) -> str:
+    if "/" in spec or spec.endswith(".gguf"):
+        return ""
+    names = [name for e in catalogue.entries() for name in (e.name, *e.aliases)]
+    close = difflib.get_close_matches(spec.lower(), names, n=1)
+    if close:
+        return f" and no model of that name; did you mean {close[0]}?"
+    return " and no model of that name (`stoker pull list` shows those there are)"

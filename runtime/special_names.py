@@ -1,0 +1,52 @@
+"""The names of tokens that end a turn or a generation, for files that do not say which they are.
+
+The names are those that llama.cpp knows.
+"""
+
+from __future__ import annotations
+
+# Names that end a turn, in the order in which one of them is taken for tokenizer.ggml.eot_token_id.
+EOT_NAMES = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's spelling)
+    "<end_of_utterance>",
+)
+EOM_NAMES = ("<|eom_id|>",)
+# Names that end a generation, besides those above.
+EOG_NAMES = (
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "</s>",
+    "[EOS]",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "[e~[",
+)
+# Fill-in-the-middle tokens after which nothing sensible follows: (metadata key, names).
+FIM_END = (
+    ("fim_pad_token_id", ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]")),
+    (
+        "fim_rep_token_id",
+        ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    ),
+    ("fim_sep_token_id", ("<|file_sep|>",)),
+)
+FIM_NAMES = (
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",  # noqa: RUF001
+    "<|code_prefix|>", "<|prefix|>",
+    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",  # noqa: RUF001
+    "<|code_suffix|>", "<|suffix|>",
+    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>",  # noqa: RUF001
+    "<|code_middle|>", "<|middle|>",
+)  # fmt: skip

@@ -1,0 +1,134 @@
+"""What the commands write: progress bars, a status line below streamed text, safe text."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from ..models.cache import Progress
+
+# A model can write any character; those that steer a terminal are not passed on to one.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """The text without control characters, except newline and tab."""
+    return _CONTROL.sub("", text)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in binary units: 96.2 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+@contextmanager
+def byte_progress() -> Iterator[Progress]:
+    """A progress callback for downloads, on stderr: a bar in a terminal, lines elsewhere."""
+    if sys.stderr.isatty():
+        with _bars() as report:
+            yield report
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def report(label: str, done: int, total: int | None) -> None:
+            if label not in tasks:
+                tasks[label] = bars.add_task(label, total=total)
+            bars.update(tasks[label], completed=done, total=total)
+
+        yield report
+
+
+def _lines() -> Progress:
+    shown: dict[str, int] = {}  # label -> quarters reported
+
+    def report(label: str, done: int, total: int | None) -> None:
+        quarters = 4 * done // total if total else 0
+        if quarters > shown.get(label, -1):
+            shown[label] = quarters
+            print(f"{label}: {25 * quarters}% of {size(total or 0)}", file=sys.stderr, flush=True)
+
+    return report
+
+
+class StatusLine:
+    """The terminal's last row, while text streams in the rows above it.
+
+    The text scrolls in a region that leaves the row out (DECSTBM), so that the terminal itself
+    does the wrapping and the scrollback holds nothing but the text. Does nothing where `out` is
+    no terminal that understands this.
+    """
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._rows = 0
+        self._shown_at = 0.0
+        self.enabled = (
+            out.isatty() and sys.platform != "win32" and os.environ.get("TERM", "dumb") != "dumb"
+        )
+
+    def __enter__(self) -> StatusLine:
+        if self.enabled:
+            self._reserve()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.enabled:
+            # Back to the full screen (which moves the cursor home), the status row cleared.
+            self._out.write(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
+            self._out.flush()
+
+    def show(self, text: str, *, now: bool = False) -> None:
+        """Replaces the status, at most ten times a second unless `now`."""
+        if not self.enabled or (not now and time.monotonic() - self._shown_at < 0.1):
+            return
+        self._shown_at = time.monotonic()
+        columns, rows = shutil.get_terminal_size()
+        if rows != self._rows:
+            self._reserve()
+        line = text[: max(columns - 1, 0)]
+        self._out.write(f"\x1b7\x1b[{self._rows};1H\x1b[2K\x1b[2m{line}\x1b[0m\x1b8")
+        self._out.flush()
+
+    def _reserve(self) -> None:
+        self._rows = shutil.get_terminal_size().lines
+        if self._rows < 3:
+            self.enabled = False
+            return
+        # A newline first and up again: the cursor may stand on the row that is to be reserved.
+        self._out.write(f"\n\x1b7\x1b[1;{self._rows - 1}r\x1b8\x1b[1A")
+        self._out.flush()
