@@ -17,18 +17,33 @@ template <int kMax>
 inline constexpr bool kSignedWeights = !STOKER_VNNI && (kMax > 127);
 constexpr int micro_max(int max) { return STOKER_VNNI ? 255 : max; }
 
-// The rows of one tile, at one place of each row.
+// The rows of one tile, at one unit of each row.
 struct Rows {
   const uint8_t* base[2];   // rows 0, 4
   int64_t stride, stride3;  // bytes
-  STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes)
-      : base{w, w + 4 * row_bytes}, stride(row_bytes), stride3(3 * row_bytes) {}
+  const uint8_t* next;      // what a later tile will read, kRows units one after the other
+
+  STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes, const uint8_t* later)
+      : base{w, w + 4 * row_bytes},
+        stride(row_bytes),
+        stride3(3 * row_bytes),
+        next(later) {}
   STOKER_INLINE const uint8_t* at(int r) const {
     const int i = r & 3;
     return base[r >> 2] + (i == 0 ? 0 : i == 1 ? stride : i == 2 ? 2 * stride : stride3);
   }
-  STOKER_INLINE void advance(int64_t bytes) {
-    for (auto& p : base) p += bytes;
+  STOKER_INLINE void advance(int unit_bytes) {
+    for (auto& p : base) p += unit_bytes;
+    next += kRows * unit_bytes;
+  }
+  // As many row streams as a tile has are too many for the hardware's prefetchers. But the bytes of
+  // a later tile lie in one piece: while bytes [from, to) of every row's unit are read, the same
+  // share of that piece is asked for. Spread like this, the requests never fill the queue.
+  STOKER_INLINE void fetch(int from, int to) const {
+#pragma GCC unroll 16
+    for (int i = (from * kRows + 63) / 64; i < (to * kRows + 63) / 64; ++i) {
+      __builtin_prefetch(next + 64 * i);
+    }
   }
 };
 
@@ -98,12 +113,14 @@ STOKER_INLINE int load_uint16(const uint8_t* p) {
 }
 
 // Rows i and 4 + i, 16 bytes of each.
-STOKER_INLINE V half(const Rows& rows, int64_t at, int i) {
+STOKER_INLINE V half(const Rows& rows, int at, int i) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(rows.at(i) + at)),
                                  load_128(rows.at(4 + i) + at), 1);
 }
-// out[j], lane r: bytes at + 4j .. at + 4j+3 of row r.
-STOKER_INLINE void load_columns(const Rows& rows, int64_t at, V out[4]) {
+// out[j], lane r: bytes at + 4j .. at + 4j+3 of row r; the first `fetched` of the 16 bytes have
+// been read (and their share of the later tile been fetched) before.
+STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int fetched = 0) {
+  rows.fetch(at + fetched, at + 16);
   const V x0 = half(rows, at, 0), x1 = half(rows, at, 1);
   const V x2 = half(rows, at, 2), x3 = half(rows, at, 3);
   const V t0 = _mm256_unpacklo_epi32(x0, x1), t1 = _mm256_unpackhi_epi32(x0, x1);
@@ -114,18 +131,20 @@ STOKER_INLINE void load_columns(const Rows& rows, int64_t at, V out[4]) {
   out[3] = _mm256_unpackhi_epi64(t1, t3);
 }
 // The 4 bytes at `at` of every row.
-STOKER_INLINE __m128i four_words(const Rows& rows, int64_t at, int r) {
+STOKER_INLINE __m128i four_words(const Rows& rows, int at, int r) {
   __m128i x = _mm_cvtsi32_si128(load_int32(rows.at(r) + at));
   x = _mm_insert_epi32(x, load_int32(rows.at(r + 1) + at), 1);
   x = _mm_insert_epi32(x, load_int32(rows.at(r + 2) + at), 2);
   return _mm_insert_epi32(x, load_int32(rows.at(r + 3) + at), 3);
 }
-STOKER_INLINE V load_words(const Rows& rows, int64_t at) {
+STOKER_INLINE V load_words(const Rows& rows, int at) {
+  rows.fetch(at, at + 4);
   return _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(rows, at, 0)),
                                  four_words(rows, at, 4), 1);
 }
 // The f16 at `at` of every row; the f16 in the low or high half of every lane.
-STOKER_INLINE VF load_f16(const Rows& rows, int64_t at) {
+STOKER_INLINE VF load_f16(const Rows& rows, int at) {
+  rows.fetch(at, at + 2);
   __m128i x = _mm_cvtsi32_si128(load_uint16(rows.at(0) + at));
   x = _mm_insert_epi16(x, load_uint16(rows.at(1) + at), 1);
   x = _mm_insert_epi16(x, load_uint16(rows.at(2) + at), 2);
@@ -143,7 +162,8 @@ STOKER_INLINE VF high_f16(V a) {
 }
 STOKER_INLINE VF low_f16(V a) { return high_f16(_mm256_slli_epi32(a, 16)); }
 // The byte at `at` of every row, zero-extended.
-STOKER_INLINE V load_bytes(const Rows& rows, int64_t at) {
+STOKER_INLINE V load_bytes(const Rows& rows, int at) {
+  rows.fetch(at, at + 1);
   __m128i x = _mm_setzero_si128();
   x = _mm_insert_epi8(x, rows.at(0)[at], 0);
   x = _mm_insert_epi8(x, rows.at(1)[at], 1);

@@ -4,7 +4,7 @@
 //   Block                  the block as it lies in the file, alignment 1
 //   kBlock, kGroup         weights a block and a group (16 or 32); kGroup divides kBlock
 //   kOffset                true where the format has an offset m
-//   unpack(b, g, q, s, m)  group g of block b: q[kGroup] int8, scale s, offset m (0 without kOffset)
+//   unpack(b, g, q, s, m)  group g of block b: q[kGroup] int8, scale s, offset m (0 where !kOffset)
 // The arithmetic is that of kernel.h, "One arithmetic"; every other ISA is tested against this.
 #pragma once
 
@@ -38,8 +38,7 @@ void matmul_scalar(const MatmulArgs& args) {
   constexpr int kGroupsPerBlock = Codec::kBlock / kGroup;
   const Activations& x = args.x;
   for (int64_t r = args.row_begin; r < args.row_end; ++r) {
-    const auto* row =
-        reinterpret_cast<const typename Codec::Block*>(args.w + r * args.row_bytes);
+    const auto* row = reinterpret_cast<const typename Codec::Block*>(args.w + r * args.row_bytes);
     for (int64_t i = 0; i < args.n_tokens; ++i) {
       const int64_t token = args.token_list ? args.token_list[i] : i;
       const int8_t* a = x.q + token * x.q_stride;

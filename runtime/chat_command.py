@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .errors import ChatTemplateError, ContextLengthError, OptionError
 from .options import GenerationOptions
-from .terminal import StatusLine, printable
+from .terminal import StatusLine, WordWrap, printable
 
 if TYPE_CHECKING:
     from .generate import Generation
@@ -116,10 +116,10 @@ class Chat:
             return
         with StatusLine(sys.stdout) as status:
             status.show(f"reading {generation.stats.prompt_tokens} tokens", now=True)
+            wrapped = WordWrap(sys.stdout)
             try:
                 for chunk in generation:
-                    sys.stdout.write(printable(chunk.text))
-                    sys.stdout.flush()
+                    wrapped.write(printable(chunk.text))
                     status.show(self._status(generation))
             except KeyboardInterrupt:
                 pass

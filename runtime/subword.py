@@ -481,9 +481,7 @@ def unescape_rwkv(spelling: str) -> bytes:
             try:
                 out.append(int(spelling[at + 2 : at + 4], 16))
             except ValueError:
-                raise ValueError(
-                    f"tokenizer.ggml.tokens: bad escape in token {spelling!r}"
-                ) from None
+                raise ValueError(f"bad escape in token {spelling!r}") from None
             at += 4
             continue
         out += {"t": b"\t", "n": b"\n", "r": b"\r"}.get(code, code.encode())

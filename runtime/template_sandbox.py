@@ -128,6 +128,8 @@ def _bounded(size: int) -> None:
 
 def _size(value: object) -> int:
     """About how many characters a value prints as, shared parts counted each time they occur."""
+    from jinja2.utils import Namespace
+
     total = 0
     rest = [value]
     while rest:
@@ -144,10 +146,9 @@ def _size(value: object) -> int:
             _bounded(total)
             rest += item
         else:
-            inner = getattr(item, "_Namespace__attrs", None)  # Jinja's namespace()
             total += 1
-            if inner is not None:
-                rest.append(inner)
+            if isinstance(item, Namespace):
+                rest.append(object.__getattribute__(item, "_Namespace__attrs"))
         _bounded(total)
     return total
 

@@ -85,6 +85,50 @@ def _lines() -> Progress:
     return report
 
 
+class WordWrap:
+    """Breaks streamed text between words at the width of the terminal.
+
+    A word that turns out too long for its row is taken back and written on the next one.
+    """
+
+    def __init__(self, out: TextIO) -> None:
+        from rich.cells import cell_len
+
+        self._out = out
+        self._width_of = cell_len  # in columns: 2 for East Asian and most emoji
+        self._column = 0
+        self._word = ""  # the end of the row since the last space
+
+    def write(self, text: str) -> None:
+        """Writes text that has no control characters but newline and tab."""
+        # The last column stays free: a terminal that is about to wrap moves its cursor oddly.
+        limit = shutil.get_terminal_size().columns - 1
+        for char in text.expandtabs(4):
+            if char == "\n":
+                self._out.write(char)
+                self._column, self._word = 0, ""
+                continue
+            width = self._width_of(char)
+            if self._column + width > limit:
+                if char == " ":  # the next word opens the next row
+                    self._column, self._word = limit, ""
+                    continue
+                self._break(limit)
+            self._out.write(char)
+            self._column += width
+            self._word = "" if char == " " else self._word + char
+        self._out.flush()
+
+    def _break(self, limit: int) -> None:
+        moved = self._width_of(self._word)
+        if 0 < moved <= limit * 3 // 4:
+            self._out.write(f"\x1b[{moved}D\x1b[K\n{self._word}")
+            self._column = moved
+        else:  # text without spaces: a word of its own, or a script that does not use them
+            self._out.write("\n")
+            self._column, self._word = 0, ""
+
+
 class StatusLine:
     """The terminal's last row, while text streams in the rows above it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from stoker.runtime.terminal import WordWrap
 from tiny_models import make
 
 TESTS = Path(__file__).parent
@@ -398,6 +400,10 @@ def test_chat_from_a_pipe(recital: str) -> None:
     assert joined.stderr.startswith("stoker: error: 12 tokens do not fit a context of 10")
 
 
+# Save the cursor, write on the last row, go back.
+STATUS = re.compile(r"\x1b7\x1b\[24;1H\x1b\[2K\x1b\[2m(.*?)\x1b\[0m\x1b8")
+
+
 class Terminal:
     """A command in a pseudo-terminal of 24 rows and 80 columns."""
 
@@ -415,6 +421,7 @@ class Terminal:
                 os._exit(127)
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.seen = ""
+        self.statuses = ""  # what was written on the status row
 
     def expect(self, text: str, seconds: float = 20) -> str:
         """Reads until `text` comes; returns what came with it."""
@@ -429,6 +436,8 @@ class Terminal:
             if not data:
                 raise AssertionError(f"expected {text!r}, found the end after {self.seen!r}")
             self.seen += data.decode(errors="replace")
+            self.statuses += "\n".join(STATUS.findall(self.seen))
+            self.seen = STATUS.sub("", self.seen)
         before, _, self.seen = self.seen.partition(text)
         return before + text
 
@@ -465,7 +474,8 @@ def test_chat_in_a_terminal(recital: str, terminals: list[Terminal]) -> None:
     terminal.type("hello\r")
     answer = terminal.expect("words. ")
     assert "\x1b[1;23r" in answer  # the last row is kept for the status
-    assert re.search(r"\d tokens \| [\d.]+ tok/s \| \d+ of 4096 tokens of context", answer)
+    status = r"\d tokens \| [\d.]+ tok/s \| \d+ of 4096 tokens of context"
+    assert re.search(status, terminal.statuses)
     rest = terminal.expect("> ")
     assert "\x1b[r" in rest  # and given back
     # Ctrl-C stops the answer, not the program; what was said is remembered.
@@ -488,6 +498,33 @@ def test_chat_in_a_terminal(recital: str, terminals: list[Terminal]) -> None:
     terminal.expect("> ")
     terminal.type("\x04")
     assert terminal.wait() == 0
+
+
+WRAPPED = [
+    ("The quick brown fox jumps", "The quick brown fox\njumps"),
+    ("Over the extraordinary", "Over the\nextraordinary"),
+    ("one\n\n  two", "one\n\n  two"),
+    ("supercalifragilisticexpialidocious", "supercalifragilisti\ncexpialidocious"),
+    ("\u4e16\u754c" * 6, "\u4e16\u754c" * 4 + "\u4e16\n" + "\u754c\u4e16\u754c"),
+    ("exactly nineteen ch exactly", "exactly nineteen ch\nexactly"),
+]
+
+
+@pytest.mark.parametrize(("text", "shown"), WRAPPED)
+@pytest.mark.parametrize("piece", [1, 4, 100])
+def test_words_are_not_broken(
+    text: str, shown: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    out = io.StringIO()
+    wrap = WordWrap(out)
+    for i in range(0, len(text), piece):
+        wrap.write(text[i : i + piece])
+    screen = ""  # what a terminal makes of it
+    for part in re.split(r"(\x1b\[\d+D\x1b\[K)", out.getvalue()):
+        back = re.fullmatch(r"\x1b\[(\d+)D\x1b\[K", part)
+        screen = screen[: -int(back[1])] if back else screen + part
+    assert [line.rstrip() for line in screen.split("\n")] == shown.split("\n")
 
 
 def test_chat_survives_a_full_context(recital: str, terminals: list[Terminal]) -> None:

@@ -449,6 +449,13 @@ def test_broken_files(name: str, write: Callable[..., str]) -> None:
     assert all(word in message for word in words), message
 
 
+def test_a_count_that_fits_a_huge_file_is_refused_unread(write: Callable[..., str]) -> None:
+    """A damaged length must not pull gigabytes of weights into memory as if they were header."""
+    path = write(file_bytes([text("k") + struct.pack("<IIQ", ARRAY, F64, 1 << 29)]))
+    os.truncate(path, 8 << 30)  # sparse
+    refused(path, "header of at most 256 MiB", "4096 MiB")
+
+
 @pytest.mark.parametrize(
     ("version", "words"),
     [(1, ["2 or 3", "found 1"]), (4, ["found 4"]), (0, ["found 0"]), (3 << 24, ["big-endian"])],

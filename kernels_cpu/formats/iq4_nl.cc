@@ -47,18 +47,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_IQ4_NL = {
-    "IQ4_NL",
-    FormatId::IQ4_NL,
-    32,
-    18,
-    ActKind::i8,
-    dequantize_scalar<IQ4_NL>,
-    quantize,
-    {
-        matmul_scalar<IQ4_NL>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_IQ4_NL = {"IQ4_NL",
+                               FormatId::IQ4_NL,
+                               32,
+                               18,
+                               ActKind::i8,
+                               dequantize_scalar<IQ4_NL>,
+                               quantize,
+                               {
+                                   matmul_scalar<IQ4_NL>,
+                                   STOKER_X86_MATMUL,
+                                   STOKER_ARM64_MATMUL,
+                               }};
 
 }  // namespace stoker

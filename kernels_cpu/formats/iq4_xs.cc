@@ -1,5 +1,5 @@
-// IQ4_XS: 256 weights of 4 bits that index the table of IQ4_NL, in 8 groups of 32 with 6-bit scales.
-// w = d * (sc - 32) * kIq4Codes[v].
+// IQ4_XS: 256 weights of 4 bits that index the table of IQ4_NL, in 8 groups of 32 with 6-bit
+// scales. w = d * (sc - 32) * kIq4Codes[v].
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
 #include "kernels_cpu/formats/search.h"
@@ -29,7 +29,8 @@ struct IQ4_XS {
 
   static void unpack(const Block& b, int g, int8_t* q, float* s, float* m) {
     unpack_nibbles32(b.qs + 16 * g, q, kIq4Codes);
-    const int sc = (b.scales_l[g / 2] >> 4 * (g % 2) & 15) | (load_u16(b.scales_h) >> 2 * g & 3) << 4;
+    const int sc = (b.scales_l[g / 2] >> 4 * (g % 2) & 15) | (load_u16(b.scales_h) >> 2 * g & 3)
+                                                                 << 4;
     *s = load_f16(b.d) * static_cast<float>(sc - 32);
     *m = 0;
   }
@@ -58,18 +59,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_IQ4_XS = {
-    "IQ4_XS",
-    FormatId::IQ4_XS,
-    256,
-    136,
-    ActKind::i8,
-    dequantize_scalar<IQ4_XS>,
-    quantize,
-    {
-        matmul_scalar<IQ4_XS>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_IQ4_XS = {"IQ4_XS",
+                               FormatId::IQ4_XS,
+                               256,
+                               136,
+                               ActKind::i8,
+                               dequantize_scalar<IQ4_XS>,
+                               quantize,
+                               {
+                                   matmul_scalar<IQ4_XS>,
+                                   STOKER_X86_MATMUL,
+                                   STOKER_ARM64_MATMUL,
+                               }};
 
 }  // namespace stoker

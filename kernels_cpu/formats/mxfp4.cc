@@ -1,6 +1,6 @@
-// MXFP4: 32 weights of 4-bit floats (E2M1: sign, 2 exponent bits, 1 mantissa bit) under one power of
-// two (OCP Microscaling Formats v1.0). w = 2^(e - 127) * fp4(v); kDoubled holds 2 * fp4, so that the
-// codes are integers, and the scale is halved.
+// MXFP4: 32 weights of 4-bit floats (E2M1: sign, 2 exponent bits, 1 mantissa bit) under one power
+// of two (OCP Microscaling Formats v1.0). w = 2^(e - 127) * fp4(v); kDoubled holds 2 * fp4, so that
+// the codes are integers, and the scale is halved.
 #include <algorithm>
 #include <cmath>
 
@@ -26,9 +26,7 @@ constexpr int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6,
 
 // 2^(e - 128): a normal float from e = 2 on, 2^-128 and 2^-127 are subnormal. (e = 255, NaN in the
 // standard, is read as 2^127, as the other readers of GGUF do.)
-float half_scale(uint8_t e) {
-  return f32_from_bits(e < 2 ? 0x00200000u << e : (e - 1u) << 23);
-}
+float half_scale(uint8_t e) { return f32_from_bits(e < 2 ? 0x00200000u << e : (e - 1u) << 23); }
 
 struct MXFP4 {
   using Block = BlockMXFP4;
@@ -48,6 +46,7 @@ float block_error(const float* x, const float* importance, uint8_t e, uint8_t* c
   float total = 0;
   for (int j = 0; j < 32; ++j) {
     float smallest = INFINITY;
+    code[j] = 0;
     for (int v = 0; v < 16; ++v) {  // the first of equals
       const float error = std::fabs(d * static_cast<float>(kDoubled[v]) - x[j]);
       if (error < smallest) {
@@ -90,18 +89,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_MXFP4 = {
-    "MXFP4",
-    FormatId::MXFP4,
-    32,
-    17,
-    ActKind::i8,
-    dequantize_scalar<MXFP4>,
-    quantize,
-    {
-        matmul_scalar<MXFP4>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_MXFP4 = {"MXFP4",
+                              FormatId::MXFP4,
+                              32,
+                              17,
+                              ActKind::i8,
+                              dequantize_scalar<MXFP4>,
+                              quantize,
+                              {
+                                  matmul_scalar<MXFP4>,
+                                  STOKER_X86_MATMUL,
+                                  STOKER_ARM64_MATMUL,
+                              }};
 
 }  // namespace stoker

@@ -1,5 +1,5 @@
-// Q2_K: 256 weights of 2 bits in 16 groups of 16, whose 4-bit scales and minima are themselves scaled.
-// w = d * sc * v - dmin * mn.
+// Q2_K: 256 weights of 2 bits in 16 groups of 16, whose 4-bit scales and minima are themselves
+// scaled. w = d * sc * v - dmin * mn.
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
@@ -48,25 +48,25 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
       block->scales[g] = static_cast<uint8_t>(groups.scale[g] | groups.min[g] << 4);
     }
     for (int k = 0; k < 256; ++k) {
-      block->qs[32 * (k / 128) + k % 32] |= static_cast<uint8_t>(groups.code[k] << k % 128 / 32 * 2);
+      block->qs[32 * (k / 128) + k % 32] |=
+          static_cast<uint8_t>(groups.code[k] << k % 128 / 32 * 2);
     }
   }
 }
 
 }  // namespace
 
-const Format kFormat_Q2_K = {
-    "Q2_K",
-    FormatId::Q2_K,
-    256,
-    84,
-    ActKind::i8,
-    dequantize_scalar<Q2_K>,
-    quantize,
-    {
-        matmul_scalar<Q2_K>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q2_K = {"Q2_K",
+                             FormatId::Q2_K,
+                             256,
+                             84,
+                             ActKind::i8,
+                             dequantize_scalar<Q2_K>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q2_K>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

@@ -13,8 +13,9 @@ namespace {
 
 struct BlockQ3_K {
   uint8_t hmask[32];   // bit 2 of v: weight 32 * i + l is bit i of byte l
-  uint8_t qs[64];      // bits 0, 1: weight 128 * h + 32 * c + l is bits 2c, 2c + 1 of byte 32 * h + l
-  uint8_t scales[12];  // sc: nibble g / 8 of byte g % 8, bits 4 and 5 in pair g / 4 of byte 8 + g % 4
+  uint8_t qs[64];      // bits 0, 1: those of weight 128 * h + 32 * c + l are bits 2c, 2c + 1 of
+                       // byte 32 * h + l
+  uint8_t scales[12];  // sc: nibble g / 8 of byte g % 8; bits 4, 5: pair g / 4 of byte 8 + g % 4
   uint8_t d[2];        // f16 scale of the scales
 };
 static_assert(sizeof(BlockQ3_K) == 110);
@@ -64,18 +65,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_Q3_K = {
-    "Q3_K",
-    FormatId::Q3_K,
-    256,
-    110,
-    ActKind::i8,
-    dequantize_scalar<Q3_K>,
-    quantize,
-    {
-        matmul_scalar<Q3_K>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q3_K = {"Q3_K",
+                             FormatId::Q3_K,
+                             256,
+                             110,
+                             ActKind::i8,
+                             dequantize_scalar<Q3_K>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q3_K>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

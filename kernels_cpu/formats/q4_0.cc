@@ -43,18 +43,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_Q4_0 = {
-    "Q4_0",
-    FormatId::Q4_0,
-    32,
-    18,
-    ActKind::i8,
-    dequantize_scalar<Q4_0>,
-    quantize,
-    {
-        matmul_scalar<Q4_0>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q4_0 = {"Q4_0",
+                             FormatId::Q4_0,
+                             32,
+                             18,
+                             ActKind::i8,
+                             dequantize_scalar<Q4_0>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q4_0>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

@@ -47,18 +47,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_Q4_1 = {
-    "Q4_1",
-    FormatId::Q4_1,
-    32,
-    20,
-    ActKind::i8,
-    dequantize_scalar<Q4_1>,
-    quantize,
-    {
-        matmul_scalar<Q4_1>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q4_1 = {"Q4_1",
+                             FormatId::Q4_1,
+                             32,
+                             20,
+                             ActKind::i8,
+                             dequantize_scalar<Q4_1>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q4_1>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

@@ -1,5 +1,5 @@
-// Q4_K: 256 weights of 4 bits in 8 groups of 32, whose 6-bit scales and minima are themselves scaled.
-// w = d * sc * v - dmin * mn.
+// Q4_K: 256 weights of 4 bits in 8 groups of 32, whose 6-bit scales and minima are themselves
+// scaled. w = d * sc * v - dmin * mn.
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
 #include "kernels_cpu/formats/search.h"
@@ -57,18 +57,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_Q4_K = {
-    "Q4_K",
-    FormatId::Q4_K,
-    256,
-    144,
-    ActKind::i8,
-    dequantize_scalar<Q4_K>,
-    quantize,
-    {
-        matmul_scalar<Q4_K>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q4_K = {"Q4_K",
+                             FormatId::Q4_K,
+                             256,
+                             144,
+                             ActKind::i8,
+                             dequantize_scalar<Q4_K>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q4_K>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

@@ -44,18 +44,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_Q5_0 = {
-    "Q5_0",
-    FormatId::Q5_0,
-    32,
-    22,
-    ActKind::i8,
-    dequantize_scalar<Q5_0>,
-    quantize,
-    {
-        matmul_scalar<Q5_0>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q5_0 = {"Q5_0",
+                             FormatId::Q5_0,
+                             32,
+                             22,
+                             ActKind::i8,
+                             dequantize_scalar<Q5_0>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q5_0>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

@@ -48,18 +48,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_Q5_1 = {
-    "Q5_1",
-    FormatId::Q5_1,
-    32,
-    24,
-    ActKind::i8,
-    dequantize_scalar<Q5_1>,
-    quantize,
-    {
-        matmul_scalar<Q5_1>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q5_1 = {"Q5_1",
+                             FormatId::Q5_1,
+                             32,
+                             24,
+                             ActKind::i8,
+                             dequantize_scalar<Q5_1>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q5_1>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

@@ -1,5 +1,5 @@
-// Q5_K: 256 weights of 5 bits in 8 groups of 32, whose 6-bit scales and minima are themselves scaled.
-// w = d * sc * v - dmin * mn.
+// Q5_K: 256 weights of 5 bits in 8 groups of 32, whose 6-bit scales and minima are themselves
+// scaled. w = d * sc * v - dmin * mn.
 #include "kernels_cpu/format_table.h"
 #include "kernels_cpu/formats/packing.h"
 #include "kernels_cpu/formats/search.h"
@@ -18,8 +18,8 @@ struct BlockQ5_K {
   uint8_t dmin[2];     // f16 scale of the minima
   uint8_t scales[12];  // sc and mn, packed as packing.h says
   uint8_t qh[32];      // bit 4 of v: weight 32 * g + l is bit g of byte l
-  uint8_t qs[128];     // bits 0..3: weight 64 * i + l in the low nibble of byte 32 * i + l (l < 32),
-                       // weight 64 * i + 32 + l in the high one
+  uint8_t qs[128];  // bits 0..3: weight 64 * i + l in the low nibble of byte 32 * i + l (l < 32),
+                    // weight 64 * i + 32 + l in the high one
 };
 static_assert(sizeof(BlockQ5_K) == 176);
 
@@ -64,18 +64,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_Q5_K = {
-    "Q5_K",
-    FormatId::Q5_K,
-    256,
-    176,
-    ActKind::i8,
-    dequantize_scalar<Q5_K>,
-    quantize,
-    {
-        matmul_scalar<Q5_K>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q5_K = {"Q5_K",
+                             FormatId::Q5_K,
+                             256,
+                             176,
+                             ActKind::i8,
+                             dequantize_scalar<Q5_K>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q5_K>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

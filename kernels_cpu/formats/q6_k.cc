@@ -59,18 +59,17 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
 
 }  // namespace
 
-const Format kFormat_Q6_K = {
-    "Q6_K",
-    FormatId::Q6_K,
-    256,
-    210,
-    ActKind::i8,
-    dequantize_scalar<Q6_K>,
-    quantize,
-    {
-        matmul_scalar<Q6_K>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q6_K = {"Q6_K",
+                             FormatId::Q6_K,
+                             256,
+                             210,
+                             ActKind::i8,
+                             dequantize_scalar<Q6_K>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q6_K>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

@@ -41,25 +41,24 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float*) {
     const float inv = d < 1e-37f ? 0.0f : 1 / d;
     store_f16(block->d, round_to_f16(d));
     for (int j = 0; j < 32; ++j) {
-      block->qs[j] = static_cast<int8_t>(std::round(src[i + j] * inv));
+      block->qs[j] = static_cast<int8_t>(clamp(std::round(src[i + j] * inv), -127, 127));
     }
   }
 }
 
 }  // namespace
 
-const Format kFormat_Q8_0 = {
-    "Q8_0",
-    FormatId::Q8_0,
-    32,
-    34,
-    ActKind::i8,
-    dequantize_scalar<Q8_0>,
-    quantize,
-    {
-        matmul_scalar<Q8_0>,
-        STOKER_X86_MATMUL,
-        STOKER_ARM64_MATMUL,
-    }};
+const Format kFormat_Q8_0 = {"Q8_0",
+                             FormatId::Q8_0,
+                             32,
+                             34,
+                             ActKind::i8,
+                             dequantize_scalar<Q8_0>,
+                             quantize,
+                             {
+                                 matmul_scalar<Q8_0>,
+                                 STOKER_X86_MATMUL,
+                                 STOKER_ARM64_MATMUL,
+                             }};
 
 }  // namespace stoker

@@ -33,6 +33,10 @@ inline float lane_sum(F f) {
 // baseline and is vectorized.)
 inline float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
+// v held in low..high; a NaN gives low, so that no conversion to an integer is undefined (callers
+// refuse numbers that are not finite; whatever slips through gives some valid block).
+inline float clamp(float v, float low, float high) { return std::min(std::max(low, v), high); }
+
 // Codes low..high in steps of 1.
 struct LinearCodes {
   float low, high;
@@ -41,13 +45,11 @@ struct LinearCodes {
     const float half = static_cast<float>(1 << (bits - 1));
     return {-half, half - 1, 0.1f / half};
   }
-  float operator()(float v) const { return nearest(std::min(std::max(v, low), high)); }
+  float operator()(float v) const { return nearest(clamp(v, low, high)); }
 };
 
 // v rounded to what an f16 field holds; values beyond its range are held at the largest.
-inline float round_to_f16(float v) {
-  return f16_to_f32(f32_to_f16(std::min(std::max(v, -65504.0f), 65504.0f)));
-}
+inline float round_to_f16(float v) { return f16_to_f32(f32_to_f16(clamp(v, -65504.0f, 65504.0f))); }
 
 // x * 2^-exponent and the weights of its n values' squared errors. Without importances large
 // weights count a little more than small ones; zero importances still count a little.
@@ -141,7 +143,7 @@ void fit_affine(const float* x, const float* weight, int top, bool offset_below_
       float code[n];
       const float inv = inverse(s);
       for (int i = 0; i < n; ++i) {
-        code[i] = nearest(std::min(std::max((x[i] - o) * inv, 0.0f), limit));
+        code[i] = nearest(clamp((x[i] - o) * inv, 0.0f, limit));
       }
       const float wc = lane_sum<n>([&](int i) { return weight[i] * code[i]; });
       const float wcc = lane_sum<n>([&](int i) { return weight[i] * code[i] * code[i]; });
@@ -172,8 +174,8 @@ void fit_affine(const float* x, const float* weight, int top, bool offset_below_
 template <int kGroup>
 struct ScaledGroups {
   static constexpr int kGroups = 256 / kGroup;
-  float d;               // as the f16 field holds it
-  int scale[kGroups];    // sc
+  float d;             // as the f16 field holds it
+  int scale[kGroups];  // sc
   float code[256];
 };
 
@@ -201,8 +203,7 @@ void quantize_scaled_groups(const float* source, const float* importance, const 
       const float* x = v.x + g * kGroup;
       const float* weight = v.weight + g * kGroup;
       const float ideal = pass == 0 ? fitted[g] * inverse(d) : static_cast<float>(out->scale[g]);
-      const int middle =
-          static_cast<int>(nearest(std::min(std::max(ideal, -1000.0f), 1000.0f)));
+      const int middle = static_cast<int>(nearest(clamp(ideal, -1000.0f, 1000.0f)));
       float group_error = INFINITY;
       for (int sc = middle - 1; sc <= middle + 1; ++sc) {
         const int clipped = std::min(std::max(sc, scale_low), scale_high);
@@ -270,7 +271,7 @@ void quantize_affine_groups(const float* source, const float* importance, int to
     trial.d = v.in_source_units(d);
     trial.dmin = v.in_source_units(dmin);
     const auto clip = [&](float ideal, int shift) {
-      const float in_range = std::min(std::max(ideal, 0.0f), static_cast<float>(scale_top));
+      const float in_range = clamp(ideal, 0.0f, static_cast<float>(scale_top));
       return std::min(std::max(static_cast<int>(nearest(in_range)) + shift, 0), scale_top);
     };
     float error = 0;
@@ -281,8 +282,7 @@ void quantize_affine_groups(const float* source, const float* importance, int to
       const float* weight = v.weight + g * kGroup;
       const float ideal_scale =
           pass == 0 ? scale[g] * inverse(d) : static_cast<float>(out->scale[g]);
-      const float ideal_min =
-          pass == 0 ? min[g] * inverse(dmin) : static_cast<float>(out->min[g]);
+      const float ideal_min = pass == 0 ? min[g] * inverse(dmin) : static_cast<float>(out->min[g]);
       float group_error = INFINITY;
       for (int shift = 0; shift < 9; ++shift) {
         const int sc = clip(ideal_scale, shift % 3 - 1);
@@ -292,7 +292,7 @@ void quantize_affine_groups(const float* source, const float* importance, int to
         const float inv = inverse(s);
         float code[kGroup];
         for (int i = 0; i < kGroup; ++i) {
-          code[i] = nearest(std::min(std::max((x[i] + m) * inv, 0.0f), limit));
+          code[i] = nearest(clamp((x[i] + m) * inv, 0.0f, limit));
         }
         const float e = lane_sum<kGroup>([&](int i) {
           const float difference = s * code[i] - m - x[i];
@@ -351,7 +351,7 @@ inline float quantize_scale32(const float* x, const float* importance, int top, 
     const float d = extreme32(x) / -half;
     const float inv = std::fabs(d) < 1e-37f ? 0.0f : 1 / d;
     for (int i = 0; i < 32; ++i) {
-      code[i] = static_cast<uint8_t>(std::min(x[i] * inv + (half + 0.5f), 2 * half - 1));
+      code[i] = static_cast<uint8_t>(clamp(x[i] * inv + (half + 0.5f), 0.0f, 2 * half - 1));
     }
     return round_to_f16(d);
   }
@@ -374,7 +374,7 @@ inline void quantize_affine32(const float* x, const float* importance, int top, 
     const float step = std::isfinite(*high - *low) ? (*high - *low) / limit : 1e38f;
     const float inv = step < 1e-37f ? 0.0f : 1 / step;
     for (int i = 0; i < 32; ++i) {
-      code[i] = static_cast<uint8_t>(std::min((x[i] - *low) * inv + 0.5f, limit));
+      code[i] = static_cast<uint8_t>(clamp((x[i] - *low) * inv + 0.5f, 0.0f, limit));
     }
     *d = round_to_f16(step);
     *m = round_to_f16(*low);
@@ -387,8 +387,7 @@ inline void quantize_affine32(const float* x, const float* importance, int top, 
   offset = v.rounded(offset);
   const float inv = inverse(scale);
   for (int i = 0; i < 32; ++i) {
-    code[i] = static_cast<uint8_t>(
-        nearest(std::min(std::max((v.x[i] - offset) * inv, 0.0f), limit)));
+    code[i] = static_cast<uint8_t>(nearest(clamp((v.x[i] - offset) * inv, 0.0f, limit)));
   }
   *d = v.in_source_units(scale);
   *m = v.in_source_units(offset);

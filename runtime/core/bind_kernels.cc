@@ -85,9 +85,8 @@ void check_finite(const float* x, size_t n, const std::string& name) {
 template <class T>
 struct Buffer {
   explicit Buffer(size_t n)
-      : data(new(std::align_val_t{64}) T[n > 0 ? n : 1], [](T* p) {
-          ::operator delete[](p, std::align_val_t{64});
-        }) {}
+      : data(new (std::align_val_t{64}) T[n > 0 ? n : 1],
+             [](T* p) { ::operator delete[](p, std::align_val_t{64}); }) {}
   T* get() const { return data.get(); }
   std::unique_ptr<T[], void (*)(T*)> data;
 };
@@ -95,9 +94,8 @@ struct Buffer {
 template <class T>
 nb::ndarray<nb::numpy, T> to_numpy(Buffer<T> buffer, const std::vector<size_t>& shape) {
   T* p = buffer.data.release();
-  nb::capsule owner(p, [](void* q) noexcept {
-    ::operator delete[](static_cast<T*>(q), std::align_val_t{64});
-  });
+  nb::capsule owner(
+      p, [](void* q) noexcept { ::operator delete[](static_cast<T*>(q), std::align_val_t{64}); });
   return nb::ndarray<nb::numpy, T>(p, shape.size(), shape.data(), owner);
 }
 
@@ -228,8 +226,8 @@ nb::ndarray<nb::numpy, float> matmul(const std::string& format, const std::strin
     if (integer) {
       const stoker::QuantizeActFn quantize_act = stoker::quantize_act_kernel(isa);
       for (int64_t t = 0; t < tokens; ++t) {
-        quantize_act(x.data() + t * cols, cols, q.get() + t * stride,
-                     scale.get() + t * (cols / 32), sum16.get() + t * (cols / 16));
+        quantize_act(x.data() + t * cols, cols, q.get() + t * stride, scale.get() + t * (cols / 32),
+                     sum16.get() + t * (cols / 16));
       }
       args.x.q = q.get();
       args.x.q_stride = stride;
@@ -251,7 +249,7 @@ nb::ndarray<nb::numpy, float> matmul(const std::string& format, const std::strin
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
-  m.def("formats", &formats, "Every weight format: name, GGUF id, weights and bytes a block, quantizes.");
+  m.def("formats", &formats, "Every weight format: name, GGUF id, block, bytes, quantizes.");
   m.def("isas", &isas, "Every compiled instruction set and whether it executes here.");
   m.def(
       "active_isa", [] { return std::string(stoker::isa_name(stoker::active_isa())); },

@@ -77,7 +77,7 @@ void Forward::add(float* y, const float* x) {
 }
 
 Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quantize,
-                              bool two_terms) {
+                              bool two_terms, std::span<const int32_t> rows) {
   Input in;
   Activations& a = in.high;
   a.kind = ActKind::f32;
@@ -101,7 +101,9 @@ Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quan
     quantize_row(values, cols, s_.act_q + i * a.q_stride, s_.act_scale + i * (cols / 32),
                  s_.act_sum + i * (cols / 16));
   };
-  for_rows(n, cols, [&](int64_t i, int thread) {
+  const int64_t count = rows.empty() ? n : static_cast<int64_t>(rows.size());
+  for_rows(count, cols, [&](int64_t r, int thread) {
+    const int64_t i = rows.empty() ? r : rows[static_cast<size_t>(r)];
     row(x + i * cols, i);
     if (!two_terms) return;
     auto* error = reinterpret_cast<float*>(thread_scratch(thread));
@@ -280,8 +282,11 @@ void Forward::attention(int64_t il, const float* in, float* out) {
   }
 }
 
-void Forward::gate_rows(float* gate, const float* up, int64_t n, int64_t width) {
-  for_rows(n, 4 * width, [&](int64_t i, int) {
+void Forward::gate_rows(float* gate, const float* up, int64_t n, int64_t width,
+                        std::span<const int32_t> rows) {
+  const int64_t count = rows.empty() ? n : static_cast<int64_t>(rows.size());
+  for_rows(count, 4 * width, [&](int64_t r, int) {
+    const int64_t i = rows.empty() ? r : rows[static_cast<size_t>(r)];
     ops_.gate_mul(config_.activation, gate + i * width, up + i * width, width);
   });
 }

@@ -74,11 +74,14 @@ class Forward {
   };
   // Runs several products of the same input together, rows spread over the threads.
   void multiply(std::span<const Product> products, const Input& in);
-  // Quantizes rows x [n][cols] for matrices that want int8. Valid until the next call.
-  Input input(const float* x, int64_t n, int64_t cols, bool quantize, bool two_terms);
+  // Quantizes rows x [n][cols] for matrices that want int8; with `rows`, only those. Valid until
+  // the next call.
+  Input input(const float* x, int64_t n, int64_t cols, bool quantize, bool two_terms,
+              std::span<const int32_t> rows = {});
   bool two_terms(Precision least) const { return engine_.precision() >= least; }
-  // gate = act(gate) * up on rows [n][width].
-  void gate_rows(float* gate, const float* up, int64_t n, int64_t width);
+  // gate = act(gate) * up on rows [n][width]; with `rows`, only those.
+  void gate_rows(float* gate, const float* up, int64_t n, int64_t width,
+                 std::span<const int32_t> rows = {});
   // f(row, thread) for n rows of about `width` values; on the calling thread alone where there
   // is little to do.
   template <class F>

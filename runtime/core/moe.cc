@@ -92,17 +92,20 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
   const std::unique_ptr<ExpertLease> lease = engine_.weights().experts->acquire(il, experts);
   const bool high = two_terms(Precision::kHigh);
   std::vector<Product> gate_up, down;
+  std::vector<int32_t> rows;  // pairs whose experts are ready
   for (;;) {
     const std::span<const int32_t> ready = lease->next_ready();
     if (ready.empty()) break;
     gate_up.clear();
     down.clear();
+    rows.clear();
     bool quantize_in = false, quantize_hidden = false;
     for (int32_t j : ready) {
       const Expert& e = lease->expert(j);
       const size_t i = static_cast<size_t>(j);
       const int64_t first = begin[i], n = begin[i + 1] - first;
       const int32_t* list = token.data() + first;
+      for (int64_t r = first; r < first + n; ++r) rows.push_back(static_cast<int32_t>(r));
       gate_up.push_back({&e.gate, s_.gate + first * ff, ff, list, 0, n});
       gate_up.push_back({&e.up, s_.up + first * ff, ff, list, 0, n});
       down.push_back({&e.down, s_.pairs + first * c.n_embd, c.n_embd, nullptr, first, n});
@@ -110,9 +113,8 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
       quantize_hidden |= int8(e.down);
     }
     multiply(gate_up, input(in, n_, c.n_embd, quantize_in, high));
-    // Rows of experts that are not ready hold old values; they are finite and unused.
-    gate_rows(s_.gate, s_.up, pairs, ff);
-    multiply(down, input(s_.gate, pairs, ff, quantize_hidden, high));
+    gate_rows(s_.gate, s_.up, pairs, ff, rows);
+    multiply(down, input(s_.gate, pairs, ff, quantize_hidden, high, rows));
   }
   for_rows(n_, c.n_embd * k, [&](int64_t i, int) {
     float* y = out + i * c.n_embd;

@@ -167,10 +167,9 @@ double exact_dot(const Format& f, const uint8_t* row, const stoker::Activations&
   double sum = 0;
   *magnitude = 0;
   for (int64_t k = 0; k < x.cols; ++k) {
-    const double a =
-        x.kind == ActKind::f32
-            ? x.x[token * x.x_stride + k]
-            : static_cast<double>(x.q[token * x.q_stride + k]) * x.scale[token * (x.cols / 32) + k / 32];
+    const double a = x.kind == ActKind::f32 ? x.x[token * x.x_stride + k]
+                                            : static_cast<double>(x.q[token * x.q_stride + k]) *
+                                                  x.scale[token * (x.cols / 32) + k / 32];
     sum += w[k] * a;
     *magnitude += std::fabs(w[k] * a);
   }
@@ -203,9 +202,9 @@ bool check_scalar(const Format& f, const std::vector<uint8_t>& w, const stoker::
 
 struct Shape {
   int row_begin, row_end, tokens;
-  bool list;       // pick tokens through token_list
-  bool at_start;   // weights start (rather than end) at an unreadable page
-  int gap;         // bytes between the weights and that page
+  bool list;      // pick tokens through token_list
+  bool at_start;  // weights start (rather than end) at an unreadable page
+  int gap;        // bytes between the weights and that page
 };
 
 // Runs one kernel on one shape and compares every output, and the bytes between them.

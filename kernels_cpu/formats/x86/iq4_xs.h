@@ -7,7 +7,7 @@ struct Unpack {
   template <int g, class Sink>
   static STOKER_INLINE void block(const Rows& rows, VF d, const V* head, Sink& sink) {
     V n[4], q[8];
-    load_columns(rows, 8 + 16 * g, n);
+    load_columns(rows, 8 + 16 * g, n, g == 0 ? 8 : 0);
     look_up_nibbles(n, table16(kIq4Unsigned), q);
     const V low = bit_and(shift_right<4 * g>(head[1]), set32(15));
     const V sc = and_or(shift_right<12 + 2 * g>(head[0]), set32(48), low);

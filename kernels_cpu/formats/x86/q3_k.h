@@ -41,7 +41,7 @@ struct Unpack {
   template <class Sink>
   static STOKER_INLINE void unpack(const Rows& rows, Sink& sink) {
     V p[4];  // the last 4 bytes of qs, then the 12 bytes of scales
-    load_columns(rows, 92, p);
+    load_columns(rows, 92, p, 4);
     const V four = set8(15), upper = set8(48);
     V scales[4];
     scales[0] = and_or(shift_left<4>(p[3]), upper, bit_and(p[1], four));

@@ -8,7 +8,7 @@ struct Unpack {
     V head[4], n[4], q[8];
     load_columns(rows, 0, head);  // d and the low half of qh, the high half of qh, ...
     const V high = bit_or(shift_right<16>(head[0]), shift_left<16>(head[1]));
-    load_columns(rows, 6, n);
+    load_columns(rows, 6, n, 10);
     split_five_bits(n, high, q);
     sink.template group<0>(q, low_f16(head[0]), zero_f());
   }
