@@ -382,6 +382,8 @@ class Tokenizer:
         if not _is_list(ranks):
             raise TokenizerError("tokenizer.ggml.merges: expected a list of merges, found none")
         cost = dict(zip(ranks, range(len(ranks)), strict=True)).get
+        if set(map(type, ranks)) - {str}:
+            raise TokenizerError("tokenizer.ggml.merges: expected strings, found other values")
         if pre.escaped:
             merges = Merges(ids, cost, joint, byte_fallback(ids, None))
             return EscapedBpe(ids, merges, "\0".join(self._tokens), newlines=True)
@@ -432,7 +434,12 @@ class Tokenizer:
                 f"tokenizer.ggml.scores: expected {self.vocab_size} values, "
                 f"found {len(scores) if _is_list(scores) else 'none'}"
             )
-        return array("f", scores[: self.vocab_size])
+        try:
+            return array("f", scores[: self.vocab_size])
+        except TypeError:
+            raise TokenizerError(
+                "tokenizer.ggml.scores: expected numbers, found other values"
+            ) from None
 
     def _index_special(self) -> tuple[dict[int, int], dict[str, list[int]]]:
         """Special tokens: their types by id, and their ids by their first three characters.
