@@ -86,22 +86,27 @@ def make_tokens(folder: Path) -> None:
 
 
 def make_chat(folder: Path) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils
 
+    class FixedDay(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> FixedDay:
+            return cls(2026, 1, 2)
+
+    chat_template_utils.datetime = FixedDay
     found: dict[str, dict[str, str | None]] = {}
     for path in sorted((folder / "templates").glob("*.jinja")):
         source = path.read_text(encoding="utf-8")
         found[path.name] = {}
         for name, (messages, tools, prompt) in CASES.items():
             try:
-                text = render_jinja_template(
+                text = chat_template_utils.render_jinja_template(
                     [messages],
                     chat_template=source,
                     tools=tools,
                     add_generation_prompt=prompt,
                     bos_token="<s>",
                     eos_token="</s>",
-                    strftime_now=fixed_date,
                 )[0][0]
             except Exception:
                 found[path.name][name] = None

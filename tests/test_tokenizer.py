@@ -152,17 +152,16 @@ letters = st.text(alphabet="ab▁", min_size=1, max_size=4)
     costs=st.lists(st.integers(0, 5), min_size=25, max_size=25),
     word=st.text(alphabet="ab▁c", max_size=20),
 )
-def test_merging_is_as_defined(
-    pairs: list[tuple[str, str]], costs: list[int], word: str
-) -> None:
+def test_merging_is_as_defined(pairs: list[tuple[str, str]], costs: list[int], word: str) -> None:
     table: dict[str, float] = {f"{a} {b}": c for (a, b), c in zip(pairs, costs, strict=False)}
     tokens = sorted({a + b for a, b in pairs} | set("ab▁c"))
     ids = {token: i for i, token in enumerate(tokens)}
     merges = Merges(ids, table.get, " ", byte_fallback(ids, None))
     assert merges.word(word) == tuple(ids[piece] for piece in naive(word, table.get))
     # Cutting before "▁" changes nothing.
-    bpe = EscapedBpe(ids, Merges(ids, table.get, " ", byte_fallback(ids, None)), "\0".join(ids),
-                     newlines=False)
+    bpe = EscapedBpe(
+        ids, Merges(ids, table.get, " ", byte_fallback(ids, None)), "\0".join(ids), newlines=False
+    )
     assert bpe.encode(word) == list(merges.word(word))
 
 
@@ -207,7 +206,10 @@ def test_lone_surrogates_become_replacement_characters() -> None:
 
 def test_sentencepiece_scores_ties_and_bytes() -> None:
     tokenizer = sentencepiece({"▁": -9, "a": -9, "aa": -1, "aaa": -1, "b": -9, "ab": -0.5})
-    plain = lambda text: spelled(tokenizer, tokenizer.encode(text, add_special=False))  # noqa: E731
+
+    def plain(text: str) -> list[str]:
+        return spelled(tokenizer, tokenizer.encode(text, add_special=False))
+
     assert plain("aaab") == ["▁", "aa", "ab"]  # the higher score first
     assert plain("aaa") == ["▁", "aaa"]  # then the leftmost of equals
     assert plain("é") == ["▁", "<0xC3>", "<0xA9>"]

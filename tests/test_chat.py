@@ -1,0 +1,300 @@
+"""Chat templates: the published ones as transformers renders them, bad messages, hostile code."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from make_text_golden import CASES, digest, fixed_date
+from stoker.runtime import template_sandbox
+from stoker.runtime.chat import ChatTemplate
+from stoker.runtime.errors import ChatTemplateError
+from stoker.runtime.tokenizer import Tokenizer
+
+GOLDEN: dict[str, dict[str, str | None]] = json.loads(
+    (Path(__file__).parent / "data" / "golden_chat.json").read_text()
+)
+USER = {"role": "user", "content": "Hello"}
+PRINT = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+
+
+def render(source: str, *messages: Any, **extra: Any) -> str:
+    return ChatTemplate(source, bos_token="<s>", eos_token="</s>").render(
+        list(messages) or [USER], **extra
+    )
+
+
+def tokenizer_of(*tokens: str) -> Tokenizer:
+    values = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *tokens],
+        "tokenizer.ggml.scores": [0.0] * (3 + len(tokens)),
+    }
+    return Tokenizer.from_metadata(values.get)
+
+
+# The published templates.
+
+
+@pytest.mark.parametrize("file", sorted(GOLDEN))
+def test_published_templates(vocab_dir: Path, file: str) -> None:
+    source = (vocab_dir / "templates" / file).read_text(encoding="utf-8")
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    for case, (messages, tools, prompt) in CASES.items():
+        expected = GOLDEN[file][case]
+        try:
+            text = template.render(
+                messages, tools=tools, add_generation_prompt=prompt, strftime_now=fixed_date
+            )
+        except ChatTemplateError as error:
+            assert expected is None, (case, error)
+            assert str(error).startswith("chat template 'default'")
+            assert "\n" not in str(error)
+        else:
+            # Templates for tools that transformers cannot render without any, we can.
+            assert expected == digest(text) or (expected is None and tools is None), case
+            assert str(messages[-1]["content"]) in text
+
+
+def test_every_published_template_has_a_golden(vocab_dir: Path) -> None:
+    assert {path.name for path in (vocab_dir / "templates").glob("*.jinja")} == set(GOLDEN)
+
+
+# Files.
+
+
+def test_templates_of_a_file() -> None:
+    values: dict[str, Any] = {
+        "tokenizer.chat_template": "{{ bos_token }}plain",
+        "tokenizer.chat_templates": ["tool_use", "rag"],
+        "tokenizer.chat_template.tool_use": "{{ tools | length }} tools{{ eos_token }}",
+        "tokenizer.chat_template.rag": "rag",
+    }
+    template = ChatTemplate.from_metadata(values.get, tokenizer_of())
+    assert template.names == ("default", "tool_use", "rag")
+    assert template.render([USER]) == "<s>plain"
+    assert template.render([USER], tools=[{"name": "f"}]) == "1 tools</s>"
+    assert template.render([USER], template="rag") == "rag"
+    with pytest.raises(ChatTemplateError, match="no chat template 'x'; the model has: default, "):
+        template.render([USER], template="x")
+
+
+def test_a_file_without_template() -> None:
+    def nothing(key: str) -> None:
+        return None
+
+    template = ChatTemplate.from_metadata(nothing, tokenizer_of("<|im_start|>", "<|im_end|>"))
+    system = {"role": "system", "content": "Be brief"}
+    assert template.render([system, USER]) == (
+        "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert template.render([USER], add_generation_prompt=False).endswith("Hello<|im_end|>\n")
+    with pytest.raises(ChatTemplateError, match=r"no tokenizer\.chat_template.* of your own"):
+        ChatTemplate.from_metadata(nothing, tokenizer_of("<|im_start|>"))
+
+
+# What templates may use.
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ {'a': '<é>', 'b': [1, 2.5, none]} | tojson }}", '{"a": "<é>", "b": [1, 2.5, null]}'),
+        ("{{ {'é': 1} | tojson(ensure_ascii=True, indent=1) }}", '{\n "\\u00e9": 1\n}'),
+        ("{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':'), sort_keys=True) }}", '{"a":2,"b":1}'),
+        ("{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}", "01"),
+        ("{% for i in [0, 1] %}{% if i == 0 %}{% continue %}{% endif %}{{ i }}{% endfor %}", "1"),
+        ("a{% generation %}{{ messages[0].content }}{% endgeneration %}b", "aHellob"),
+        ("  {% if true %}\n  x\n  {% endif %}\n", "  x\n"),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+         "{{ ns.n }}", "1"),
+        ("{{ 'a' ~ 1 ~ (none if true) ~ missing }}", "a1None"),
+        ("{{ (1, [2, {'k': 'v'}]) }}", "(1, [2, {'k': 'v'}])"),
+        ("{{ ['a', 'b'] | join('-') }}{{ '/'.join(['c', 'd']) }}", "a-bc/d"),
+        ("{{ '%s is %03d' % ('x', 7) }} {{ '{:>4}'.format(5) }} {{ 'y' | indent(2, true) }}",
+         "x is 007    5   y"),
+        ("{{ 'aXbX'.replace('X', '--') }}{{ 'q' | replace('q', 'r') }}", "a--b--r"),
+        ("{% macro f(x) %}{{ x }}{{ caller() }}{% endmacro %}{% call f(1) %}2{% endcall %}", "12"),
+        ("{% for a, b in {'x': 1}.items() %}{{ a }}{{ b }}{% endfor %}", "x1"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{{ enable_thinking }} {{ tools }} {{ documents }}", "False None None"),
+    ],
+)  # fmt: skip
+def test_language(source: str, expected: str) -> None:
+    assert render(source, enable_thinking=False) == expected
+
+
+def test_rejections_and_faults_name_the_line() -> None:
+    with pytest.raises(ChatTemplateError) as caught:
+        render("{{ raise_exception('Roles must\nalternate') }}")
+    assert str(caught.value) == (
+        "chat template 'default' rejects the conversation: Roles must alternate"
+    )
+    with pytest.raises(ChatTemplateError, match="'default', line 2: 'nope' is undefined"):
+        render("a\n{{ nope.x.y }}")
+    with pytest.raises(ChatTemplateError, match=r"'default', line 3: .*unknown tag 'zap'"):
+        render("\n\n{% zap %}")
+    with pytest.raises(ChatTemplateError, match="expected at most"):
+        render("x" * (template_sandbox.MAX_SOURCE + 1))
+
+
+# Messages.
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert render(PRINT, {"role": "user", "content": parts}) == "[user:ab]"
+
+
+def test_templates_that_want_parts_get_them() -> None:
+    source = (
+        "{% for m in messages %}{% for p in m.content %}"
+        "{% if p.type == 'text' %}{{ p.text }};{% endif %}{% endfor %}{% endfor %}"
+    )
+    assert render(source, USER, {"role": "assistant", "content": "Hi"}) == "Hello;Hi;"
+
+
+def test_tool_calls_need_no_content() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert render(PRINT, USER, call) == "[user:Hello][assistant:None]"
+    assert render(PRINT, {"role": "assistant"}) == "[assistant:]"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", "messages: expected a list of messages, found str"),
+        ([], "expected at least one message"),
+        (["hi"], r"messages\[0\]: expected a mapping, found str"),
+        ([USER, {"content": "x"}], r"messages\[1\].role: expected a name .* found None"),
+        ([{"role": 3, "content": "x"}], r"messages\[0\].role: .* found 3"),
+        ([{"role": "user"}], r"messages\[0\].content: expected text .* found None"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content: .* found 5"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}],
+         r"messages\[0\].content\[0\]: expected .* found a part of type 'image_url'"),
+        ([{"role": "user", "content": ["x"]}], r"content\[0\]: .* found a part of type 'str'"),
+    ],
+)  # fmt: skip
+def test_bad_messages(messages: Any, message: str) -> None:
+    with pytest.raises(ChatTemplateError, match=message):
+        ChatTemplate(PRINT).render(messages)
+
+
+def test_messages_stay_as_they_were() -> None:
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    before = json.dumps(messages)
+    ChatTemplate(PRINT).render(messages)
+    assert json.dumps(messages) == before
+
+
+# Hostile templates.
+
+STOPPED = r"is stopped: (more than|a value of|a number of|a width of)"
+GROW = "{% set ns = namespace(s='aa', l=['a'], n=9) %}{% for i in range(99) %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'a': 1}) }}",
+        "{{ (messages | map(attribute='__class__') | list)[0].mro }}",
+        "{{ raise_exception.__globals__.os }}",
+        "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
+        "{{ lipsum(n=10**9) }}",
+    ],
+)
+def test_nothing_to_reach(source: str) -> None:
+    with pytest.raises(ChatTemplateError):
+        render(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(90) }}",
+        "{{ 'a' * 10 ** 10 }}",
+        "{{ [0] * 10 ** 10 }}",
+        "{{ 9 ** 9999999 }}",
+        GROW + "{% set ns.s = ns.s + ns.s %}{% endfor %}",
+        GROW + "{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        GROW + "{% set ns.n = ns.n * ns.n %}{% endfor %}",
+        GROW + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}",
+        GROW + "{% set ns.l = (ns.l, ns.l) %}{% endfor %}",
+        GROW + "{% set ns.l = {'a': ns.l, 'b': ns.l} %}{% endfor %}",
+        GROW + "{% set ns.l = dict(a=ns.l, b=ns.l) %}{% endfor %}",
+        GROW + "{% set ns.l = ns.l + ns.l %}{% endfor %}",
+        "{% set ns = namespace() %}{% set ns.a = ns %}{{ ns }}",
+        "{{ 'a'.center(10 ** 10) }}",
+        "{{ 'a'.ljust(width=10 ** 10) }}",
+        "{{ 'a'.zfill(10 ** 10) }}",
+        "{{ 'a' | center(10 ** 10) }}",
+        "{{ 'a' | indent(10 ** 10, true) }}",
+        "{{ [1] | batch(10 ** 9, 'x') | list }}",
+        "{{ 1.5 | round(10 ** 9) }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '%*d' % (10 ** 9, 1) }}",
+        "{{ '%9999999999d' | format(1) }}",
+        "{{ '{:9999999999}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 9999999999) }}",
+        "{{ strftime_now('%9999999999d') }}",
+        "{{ messages | tojson(indent=10 ** 9) }}",
+        "{% set a = 'a' * 10 ** 6 %}{{ a.replace('a', a) }}",
+        "{% set a = 'a' * 10 ** 6 %}{{ a | replace('a', a) }}",
+        "{% set a = 'a' * 10 ** 6 %}{{ a.join(a) }}",
+        "{% set a = 'a' * 10 ** 6 %}{{ range(99999) | join(a) }}",
+    ],
+)
+def test_nothing_runs_away(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 20_000)
+    monkeypatch.setattr(template_sandbox, "MAX_OUTPUT", 1 << 18)
+    start = time.perf_counter()
+    with pytest.raises(ChatTemplateError, match=STOPPED):
+        render(source)
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ range(10 ** 9) | list }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ " + "[" * 3000 + "]" * 3000 + " }}",
+    ],
+)
+def test_depth_and_ranges_are_limited(source: str) -> None:
+    with pytest.raises(ChatTemplateError):
+        render(source)
+
+
+def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.05)
+    with pytest.raises(ChatTemplateError, match=r"is stopped: more than 0\.05 seconds"):
+        render("{% for a in range(99999) %}{{ ('x' * 10000) | length }}{% endfor %}")
+
+
+def test_threads_have_budgets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_sandbox, "MAX_STEPS", 1500)
+    template = ChatTemplate("{% for i in range(1000) %}x{% endfor %}")
+    found: list[int] = []
+
+    def work() -> None:
+        found.extend(len(template.render([USER])) for _ in range(20))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [1000] * 80
