@@ -95,6 +95,9 @@ class Sampler:
     ) -> None: ...
     def sample(self, logits: npt.NDArray[np.float32]) -> int: ...  # logits [n_vocab], unchanged
     def accept(self, token: int) -> None: ...  # a prompt token, for the penalties
+    def reset(self) -> None: ...  # no history, first draw of the seed
+    @property
+    def n_vocab(self) -> int: ...
     @property
     def logprob(self) -> float: ...  # of the last choice, from the unmodified logits, in nats
     @property

@@ -123,7 +123,14 @@ def run(
     *,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt here.")] = None,
     system: System = None,
-    raw: Annotated[bool, typer.Option(help="Continue the prompt as plain text.")] = False,
+    chat_format: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            help="Use the chat template, or continue the prompt as plain text "
+            "[default: the template where the model has one].",
+        ),
+    ] = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = 0.8,
     top_k: TopK = 40,
@@ -147,8 +154,8 @@ def run(
 ) -> None:
     """Answer one prompt and exit.
 
-    The prompt goes through the model's chat template; without one, or with --raw, it is continued
-    as plain text. A model of the catalogue is downloaded at first use.
+    The prompt goes through the model's chat template; where there is none, or with --raw, it is
+    continued as plain text. A model of the catalogue is downloaded at first use.
 
     \b
     stoker run smollm2 "What is gravity?" --temperature 0 --stats
@@ -180,7 +187,7 @@ def run(
         text,
         options,
         system=system,
-        raw=raw,
+        chat=chat_format,
         as_json=as_json,
         stats=stats,
     )

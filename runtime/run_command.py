@@ -78,14 +78,16 @@ def run(
     options: GenerationOptions,
     *,
     system: str | None,
-    raw: bool,
+    chat: bool | None,
     as_json: bool,
     stats: bool,
 ) -> None:
-    """Answers `prompt` on stdout; see the command's help."""
-    if raw and system is not None:
+    """Answers `prompt` on stdout; chat None: in the chat format if the model has one."""
+    if chat is None:
+        chat = system is not None or model.chat_template is not None
+    if not chat and system is not None:
         raise OptionError("--system needs the chat format: leave out --raw")
-    if raw or (model.chat_template is None and system is None):
+    if not chat:
         generation = model.generate(prompt, options=options)
     else:
         messages = [{"role": "user", "content": prompt}]

@@ -17,7 +17,7 @@ from typing import Protocol
 
 SPACE = "▁"  # how SentencePiece writes a space inside a token
 
-_CACHED_WORDS = 1 << 16
+_CACHED_WORDS = 1 << 15
 _CACHED_WORD_LENGTH = 48
 _UNKNOWN_PENALTY = 10.0  # SentencePiece: an unknown character scores this much below the worst
 

@@ -327,7 +327,7 @@ def sandbox() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[LoopControlExtension, GenerationBlock],
-        optimized=False,  # constants are folded at compile time, where nothing is bounded
+        optimized=False,  # folding constants would run code outside of a rendering and its budget
         finalize=_printed,
     )
     filters = environment.filters

@@ -164,15 +164,12 @@ class Tokenizer:
         if not text.isascii():
             # Lone surrogates have no UTF-8; they become U+FFFD.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        after_special = True
+        prefix = " " if self.kind == "llama" and self.add_space_prefix else ""
         for part in self._partition(text, parse_special):
             if isinstance(part, int):
                 out.append(part)
-                after_special = True
-                continue
-            prefix = self.kind == "llama" and self.add_space_prefix and after_special
-            out += self._subword.encode(" " + part if prefix else part)
-            after_special = False
+            else:  # text starts here or follows a special token
+                out += self._subword.encode(prefix + part)
         if add_special and self.add_eos:
             end = self.sep_id if self.kind == "bert" else self.eos_id
             if end is not None:

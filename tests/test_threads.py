@@ -87,3 +87,10 @@ def test_reproducible_for_any_number_of_threads(tmp_path: Path) -> None:
         logits.append(timeline.eval_all(TOKENS))
     for other in logits[1:]:
         np.testing.assert_array_equal(other, logits[0])
+
+
+def test_a_sampler_for_another_vocabulary_is_refused(engine: _core.Engine) -> None:
+    timeline = engine.timeline()
+    timeline.eval(TOKENS[:2])
+    with pytest.raises(errors.OptionError, match="sampler"):
+        timeline.sample(_core.Sampler(engine.config["n_vocab"] + 1))

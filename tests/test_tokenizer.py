@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from make_text_golden import TEXTS
 from stoker.runtime._core import GgufFile
@@ -152,6 +152,7 @@ letters = st.text(alphabet="ab▁", min_size=1, max_size=4)
     costs=st.lists(st.integers(0, 5), min_size=25, max_size=25),
     word=st.text(alphabet="ab▁c", max_size=20),
 )
+@example(pairs=[("a", "▁"), ("a▁", "b"), ("▁", "b")], costs=[0, 1, 2] + [0] * 22, word="ba▁b▁b")
 def test_merging_is_as_defined(pairs: list[tuple[str, str]], costs: list[int], word: str) -> None:
     table: dict[str, float] = {f"{a} {b}": c for (a, b), c in zip(pairs, costs, strict=False)}
     tokens = sorted({a + b for a, b in pairs} | set("ab▁c"))
@@ -254,6 +255,32 @@ def test_special_tokens() -> None:
     assert [stream.push(i) for i in (end or 0, plain[0])] == ["", "x"]
 
 
+def test_an_end_of_message_is_not_the_end() -> None:
+    """In gpt-oss <|end|> ends one message of several, <|return|> and <|call|> end the answer."""
+    names = ("<|end|>", "<|return|>", "<|call|>")
+    tokenizer = byte_level([], dict.fromkeys(names, 3))
+    end, back, call = map(tokenizer.token_to_id, names)
+    assert tokenizer.eog_ids == {back, call} and tokenizer.eot_id is None
+    assert byte_level([], {"<|end|>": 3}).eog_ids == {end}
+
+
+def test_gemma_4_always_wants_bos() -> None:
+    tokens = ["<bos>", "▁", "a", "▁a", "\n", "\n\n", "<0xC3>", "<0xA9>"]
+    values = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 1, 1, 1, 1, 1, 6, 6],
+        "tokenizer.ggml.merges": ["▁ a"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    tokenizer = Tokenizer.from_metadata(values.get)
+    ids = tokenizer.encode("a a\n\naé")
+    # A run of newlines is looked up whole although no merge makes it.
+    assert spelled(tokenizer, ids) == ["<bos>", "a", "▁a", "\n\n", "a", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(ids, skip_special=True) == "a a\n\naé"
+
+
 def test_phi_3_special_tokens_swallow_spaces() -> None:
     tokenizer = sentencepiece({"▁": -3, "x": -4, "▁x": -1}, {"<|end|>": 3}, general__name="Phi3")
     assert spelled(tokenizer, tokenizer.encode("<|end|> \n x")) == ["<s>", "<|end|>", "▁x"]
@@ -285,6 +312,10 @@ def test_unigram_takes_the_best_total() -> None:
         "▁", "ab", "▁", "<unk>", "▁a", "</s>",
     ]  # fmt: skip
     assert tokenizer.encode("", add_special=False) == []
+    # Of equals the one that was found first stays: fewer, longer tokens.
+    values["tokenizer.ggml.scores"] = [0.0, 0.0, 0.0, -3.0, -0.5, -0.5, -4.0, -1.0, -9.0]
+    tokenizer = Tokenizer.from_metadata(values.get)
+    assert spelled(tokenizer, tokenizer.encode("ab", add_special=False)) == ["▁", "ab"]
 
 
 def test_wordpiece() -> None:

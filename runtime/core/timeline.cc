@@ -167,6 +167,14 @@ const std::vector<float>& Timeline::hidden() const {
   return hidden_;
 }
 
+int32_t Timeline::sample(Sampler& sampler) const {
+  if (sampler.n_vocab() != static_cast<int>(logits_.size())) {
+    throw Error(ErrorKind::kOption, "sampler: expected one for " + std::to_string(logits_.size()) +
+                                        " tokens, found " + std::to_string(sampler.n_vocab()));
+  }
+  return sampler.sample(logits().data());
+}
+
 int32_t Timeline::step(Sampler& sampler) {
   const int32_t token = sample(sampler);
   if (position_ < context()) eval(std::span(&token, 1));

@@ -48,7 +48,8 @@ class Timeline {
   const std::vector<float>& logits() const;
   // Final-norm hidden state of the last token [n_embd].
   const std::vector<float>& hidden() const;
-  int32_t sample(Sampler& sampler) { return sampler.sample(logits().data()); }
+  // Throws Error(kOption) where the sampler is for another vocabulary.
+  int32_t sample(Sampler& sampler) const;
   // sample(), then eval() of the choice; at the end of the context the token is not evaluated
   // and the timeline stays as it is.
   int32_t step(Sampler& sampler);

@@ -1,9 +1,5 @@
 // libFuzzer target: any bytes as a GGUF file give an Error or a file all of which can be read.
-//   cmake -S . -B build/fuzz -DSTOKER_PYTHON=OFF -DSTOKER_FUZZ=ON \
-//     -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_C_COMPILER=clang \
-//     -DCMAKE_CXX_FLAGS=-fsanitize=fuzzer-no-link -DSTOKER_SANITIZE=address,undefined
-//   python tests/fuzz/make_seeds.py corpus
-//   build/fuzz/gguf_fuzz -rss_limit_mb=2048 -malloc_limit_mb=64 -max_len=16384 corpus
+// `make fuzz` builds and runs it; make_seeds.py writes the seed corpus.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
