@@ -70,15 +70,15 @@ STOKER_END_TARGET
 STOKER_BEGIN_AVX512
 int probe_avx512(const int8_t* bytes) {
   const __m512i v = _mm512_loadu_si512(bytes);
-  const __m512i p = _mm512_permutexvar_epi8(v, v);                   // VBMI
-  const __m512i d = _mm512_dpbusd_epi32(v, p, v);                    // VNNI
-  const __mmask64 m = _mm512_cmpgt_epi8_mask(d, v);                  // BW
-  const __m512i x = _mm512_mask_add_epi8(v, m, d, p);                // BW
-  const __m256i half = _mm256_mask_add_epi32(_mm512_castsi512_si256(x), 0x5a,
-                                             _mm512_castsi512_si256(p),
-                                             _mm512_extracti32x8_epi32(d, 1));  // VL, DQ
-  const __m512 f = _mm512_fmadd_ps(_mm512_cvtph_ps(half), _mm512_cvtepi32_ps(x),
-                                   _mm512_cvtepi32_ps(d));
+  const __m512i p = _mm512_permutexvar_epi8(v, v);     // VBMI
+  const __m512i d = _mm512_dpbusd_epi32(v, p, v);      // VNNI
+  const __mmask64 m = _mm512_cmpgt_epi8_mask(d, v);    // BW
+  const __m512i x = _mm512_mask_add_epi8(v, m, d, p);  // BW
+  const __m256i half =
+      _mm256_mask_add_epi32(_mm512_castsi512_si256(x), 0x5a, _mm512_castsi512_si256(p),
+                            _mm512_extracti32x8_epi32(d, 1));  // VL, DQ
+  const __m512 f =
+      _mm512_fmadd_ps(_mm512_cvtph_ps(half), _mm512_cvtepi32_ps(x), _mm512_cvtepi32_ps(d));
   return static_cast<int>(_mm512_movepi32_mask(_mm512_castps_si512(f)));
 }
 STOKER_END_TARGET
@@ -176,15 +176,14 @@ void announced(bool* isa) {
   constexpr unsigned long kDotProd = 1ul << 20;  // HWCAP_ASIMDDP
   constexpr unsigned long kI8mm = 1ul << 13;     // HWCAP2_I8MM
   isa[static_cast<int>(Isa::neon)] = (getauxval(AT_HWCAP) & kDotProd) != 0;
-  isa[static_cast<int>(Isa::i8mm)] = (getauxval(AT_HWCAP) & kDotProd) != 0 &&
-                                     (getauxval(AT_HWCAP2) & kI8mm) != 0;
+  isa[static_cast<int>(Isa::i8mm)] =
+      (getauxval(AT_HWCAP) & kDotProd) != 0 && (getauxval(AT_HWCAP2) & kI8mm) != 0;
 #else
   (void)isa;
 #endif
 }
 
-constexpr Probe kProbes[kIsaCount] = {nullptr, nullptr,    nullptr,
-                                      nullptr, probe_neon, probe_i8mm};
+constexpr Probe kProbes[kIsaCount] = {nullptr, nullptr, nullptr, nullptr, probe_neon, probe_i8mm};
 std::string processor_name() { return "aarch64"; }
 #else
 void announced(bool*) {}

@@ -48,9 +48,9 @@ Isa choose_isa() {
   for (int i = 0; i < kIsaCount; ++i) {
     if (std::strcmp(wanted, kIsaNames[i]) != 0) continue;
     if (cpu().executes[i]) return static_cast<Isa>(i);
-    throw Error(ErrorKind::kOption, std::string("STOKER_ISA=") + wanted +
-                                        ": this machine does not execute it; usable here: " +
-                                        usable_names());
+    throw Error(ErrorKind::kOption,
+                std::string("STOKER_ISA=") + wanted +
+                    ": this machine does not execute it; usable here: " + usable_names());
   }
   throw Error(ErrorKind::kOption, std::string("STOKER_ISA=") + wanted +
                                       ": no such instruction set; usable here: " + usable_names());

@@ -86,9 +86,7 @@ const Format* find_format(const char* name);
 const Format* const* all_formats(int* count);
 
 // Bytes of one row of `cols` weights.
-inline int64_t row_bytes(const Format& f, int64_t cols) {
-  return cols / f.block * f.block_bytes;
-}
+inline int64_t row_bytes(const Format& f, int64_t cols) { return cols / f.block * f.block_bytes; }
 
 const char* isa_name(Isa isa);
 // True where the instruction set was compiled in and has been seen to EXECUTE on this machine.

@@ -163,15 +163,21 @@ using Dot = int64_t (*)(int64_t steps, uint64_t* out);
 Dot dot_for(Isa isa) {
   switch (isa) {
 #if STOKER_X86
-    case Isa::avx2: return dot_avx2;
-    case Isa::avxvnni: return dot_avxvnni;
-    case Isa::avx512: return dot_avx512;
+    case Isa::avx2:
+      return dot_avx2;
+    case Isa::avxvnni:
+      return dot_avxvnni;
+    case Isa::avx512:
+      return dot_avx512;
 #endif
 #if STOKER_ARM64
-    case Isa::neon: return dot_neon;
-    case Isa::i8mm: return dot_i8mm;
+    case Isa::neon:
+      return dot_neon;
+    case Isa::i8mm:
+      return dot_i8mm;
 #endif
-    default: return dot_scalar;
+    default:
+      return dot_scalar;
   }
 }
 

@@ -24,10 +24,7 @@ struct Rows {
   const uint8_t* next;      // what a later tile will read, kRows units one after the other
 
   STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes, const uint8_t* later)
-      : base{w, w + 4 * row_bytes},
-        stride(row_bytes),
-        stride3(3 * row_bytes),
-        next(later) {}
+      : base{w, w + 4 * row_bytes}, stride(row_bytes), stride3(3 * row_bytes), next(later) {}
   STOKER_INLINE const uint8_t* at(int r) const {
     const int i = r & 3;
     return base[r >> 2] + (i == 0 ? 0 : i == 1 ? stride : i == 2 ? 2 * stride : stride3);
@@ -103,12 +100,12 @@ STOKER_INLINE __m128i load_128(const uint8_t* p) {
 }
 STOKER_INLINE int load_int32(const void* p) {
   int x;
-  __builtin_memcpy(&x, p, 4);
+  std::memcpy(&x, p, 4);
   return x;
 }
 STOKER_INLINE int load_uint16(const uint8_t* p) {
   uint16_t x;
-  __builtin_memcpy(&x, p, 2);
+  std::memcpy(&x, p, 2);
   return x;
 }
 
@@ -157,8 +154,8 @@ STOKER_INLINE VF load_f16(const Rows& rows, int at) {
 }
 STOKER_INLINE VF high_f16(V a) {
   const V upper = _mm256_srli_epi32(a, 16);
-  return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(upper),
-                                          _mm256_extracti128_si256(upper, 1)));
+  return _mm256_cvtph_ps(
+      _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
 }
 STOKER_INLINE VF low_f16(V a) { return high_f16(_mm256_slli_epi32(a, 16)); }
 // The byte at `at` of every row, zero-extended.
@@ -181,9 +178,8 @@ struct Lanes {
   V mask;
   STOKER_INLINE Lanes(int64_t low, int64_t high) {
     const V lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    mask = _mm256_andnot_si256(
-        _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(low)), lane),
-        _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(high)), lane));
+    mask = _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(low)), lane),
+                               _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(high)), lane));
   }
 };
 STOKER_INLINE VF zero_f() { return _mm256_setzero_ps(); }

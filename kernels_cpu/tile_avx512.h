@@ -89,8 +89,8 @@ template <int j>
 STOKER_INLINE V bits_to_bit4(V word) {
   // Each byte takes 8 bits of its 64-bit lane from 4 below the wanted bit on (modulo 64).
   constexpr uint64_t kLow = (4 * j + 60) % 64;
-  constexpr uint64_t kStart = ((kLow + 0) % 64) | ((kLow + 1) % 64) << 8 |
-                              ((kLow + 2) % 64) << 16 | ((kLow + 3) % 64) << 24;
+  constexpr uint64_t kStart = ((kLow + 0) % 64) | ((kLow + 1) % 64) << 8 | ((kLow + 2) % 64) << 16 |
+                              ((kLow + 3) % 64) << 24;
   constexpr uint64_t kHigh = (4 * j + 92) % 64;
   constexpr uint64_t kStartHigh = ((kHigh + 0) % 64) | ((kHigh + 1) % 64) << 8 |
                                   ((kHigh + 2) % 64) << 16 | ((kHigh + 3) % 64) << 24;
@@ -103,12 +103,12 @@ STOKER_INLINE __m128i load_128(const uint8_t* p) {
 }
 STOKER_INLINE int load_int32(const void* p) {
   int x;
-  __builtin_memcpy(&x, p, 4);
+  std::memcpy(&x, p, 4);
   return x;
 }
 STOKER_INLINE int load_uint16(const uint8_t* p) {
   uint16_t x;
-  __builtin_memcpy(&x, p, 2);
+  std::memcpy(&x, p, 2);
   return x;
 }
 
@@ -159,9 +159,8 @@ STOKER_INLINE __m128i eight_halves(const Rows& rows, int at, int r) {
 }
 STOKER_INLINE VF load_f16(const Rows& rows, int at) {
   rows.fetch(at, at + 2);
-  return _mm512_cvtph_ps(
-      _mm256_inserti128_si256(_mm256_castsi128_si256(eight_halves(rows, at, 0)),
-                              eight_halves(rows, at, 8), 1));
+  return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(eight_halves(rows, at, 0)),
+                                                 eight_halves(rows, at, 8), 1));
 }
 STOKER_INLINE VF low_f16(V a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 STOKER_INLINE VF high_f16(V a) { return low_f16(_mm512_srli_epi32(a, 16)); }

@@ -7,10 +7,10 @@
 
 namespace stoker {
 
-inline constexpr int64_t kBlockCols = 1024;    // a multiple of 256, the longest block of a format
-inline constexpr int64_t kBlockTokens = 192;   // tokens packed at a time
-inline constexpr int64_t kPanelRows = 32;      // rows unpacked at a time
-inline constexpr int64_t kRowsAtOnce = 16;     // rows of the widest register tile
+inline constexpr int64_t kBlockCols = 1024;   // a multiple of 256, the longest block of a format
+inline constexpr int64_t kBlockTokens = 192;  // tokens packed at a time
+inline constexpr int64_t kPanelRows = 32;     // rows unpacked at a time
+inline constexpr int64_t kRowsAtOnce = 16;    // rows of the widest register tile
 
 inline int64_t round_up_64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 

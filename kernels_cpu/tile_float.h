@@ -17,8 +17,9 @@ enum class FloatKind { f32, f16, bf16 };
 
 #define STOKER_VEC UnalignedScalarVec
 #define STOKER_ROWS 1
-#define STOKER_HALF_ROWS 1
 #define STOKER_TOKENS 1
+#define STOKER_HALF_ROWS 1
+#define STOKER_HALF_TOKENS 1
 #define STOKER_DECODE_ROWS 1
 namespace float_scalar {
 // Plain C++ may not read 16-bit or 32-bit values at odd addresses: bytes are copied out first.
@@ -45,40 +46,45 @@ struct UnalignedScalarVec : ScalarVec {
 }  // namespace float_scalar
 #undef STOKER_VEC
 #undef STOKER_ROWS
-#undef STOKER_HALF_ROWS
 #undef STOKER_TOKENS
+#undef STOKER_HALF_ROWS
+#undef STOKER_HALF_TOKENS
 #undef STOKER_DECODE_ROWS
 
 #if STOKER_X86
 STOKER_BEGIN_AVX2
 #define STOKER_VEC Avx2Vec
 #define STOKER_ROWS 3
-#define STOKER_HALF_ROWS 2
 #define STOKER_TOKENS 2
-#define STOKER_DECODE_ROWS 4
+#define STOKER_HALF_ROWS 1
+#define STOKER_HALF_TOKENS 4
+#define STOKER_DECODE_ROWS 3
 namespace float_avx2 {
 #include "kernels_cpu/tile_float.inc"
 }  // namespace float_avx2
 #undef STOKER_VEC
 #undef STOKER_ROWS
-#undef STOKER_HALF_ROWS
 #undef STOKER_TOKENS
+#undef STOKER_HALF_ROWS
+#undef STOKER_HALF_TOKENS
 #undef STOKER_DECODE_ROWS
 STOKER_END_TARGET
 
 STOKER_BEGIN_AVX512
 #define STOKER_VEC Avx512Vec
 #define STOKER_ROWS 4
-#define STOKER_HALF_ROWS 4
 #define STOKER_TOKENS 4
+#define STOKER_HALF_ROWS 4
+#define STOKER_HALF_TOKENS 4
 #define STOKER_DECODE_ROWS 4
 namespace float_avx512 {
 #include "kernels_cpu/tile_float.inc"
 }  // namespace float_avx512
 #undef STOKER_VEC
 #undef STOKER_ROWS
-#undef STOKER_HALF_ROWS
 #undef STOKER_TOKENS
+#undef STOKER_HALF_ROWS
+#undef STOKER_HALF_TOKENS
 #undef STOKER_DECODE_ROWS
 STOKER_END_TARGET
 #endif
@@ -87,16 +93,18 @@ STOKER_END_TARGET
 STOKER_BEGIN_NEON
 #define STOKER_VEC NeonVec
 #define STOKER_ROWS 2
-#define STOKER_HALF_ROWS 2
 #define STOKER_TOKENS 2
+#define STOKER_HALF_ROWS 2
+#define STOKER_HALF_TOKENS 2
 #define STOKER_DECODE_ROWS 4
 namespace float_neon {
 #include "kernels_cpu/tile_float.inc"
 }  // namespace float_neon
 #undef STOKER_VEC
 #undef STOKER_ROWS
-#undef STOKER_HALF_ROWS
 #undef STOKER_TOKENS
+#undef STOKER_HALF_ROWS
+#undef STOKER_HALF_TOKENS
 #undef STOKER_DECODE_ROWS
 STOKER_END_TARGET
 #endif

@@ -48,9 +48,8 @@ struct Accumulate {
       if constexpr (U::kOffset || Traits<U>::kZero != 0) {
         a_sum[t] = kGroup == 16 ? sum16[t][i] : sum16[t][2 * i] + sum16[t][2 * i + 1];
       }
-      sum[0][t] = set32(Traits<U>::kZero == 0
-                            ? 0u
-                            : static_cast<uint32_t>(-Traits<U>::kZero * a_sum[t]));
+      sum[0][t] =
+          set32(Traits<U>::kZero == 0 ? 0u : static_cast<uint32_t>(-Traits<U>::kZero * a_sum[t]));
     }
     dot_group<kGroup, U::kMax, 1, kCount>(RegisterWeights{q, Traits<U>::kSigned},
                                           TokenPointers<kCount>{a, i * kGroup}, sum);
@@ -95,10 +94,7 @@ STOKER_INLINE void store_rows(float* y, VF v, int64_t low, int64_t high) {
 
 // How far ahead of the tile being read memory is asked for, at least: at 25 to 40 GB/s and 100 to
 // 300 ns a tile of short rows is too little.
-#ifndef STOKER_AHEAD
-#define STOKER_AHEAD 12288
-#endif
-inline constexpr int64_t kAheadBytes = STOKER_AHEAD;
+inline constexpr int64_t kAheadBytes = 12288;
 
 template <class U, int kCount>
 void matmul_few(const MatmulArgs& args) {
@@ -173,7 +169,7 @@ void pack_tokens(const Activations& x, const int32_t* tokens, int64_t token_begi
     for (int t = 0; t < n; ++t) {
       const int64_t i = token_begin + t;
       const int64_t token = tokens ? tokens[i] : i;
-      __builtin_memcpy(out + 32 * t, x.q + token * x.q_stride + k, 32);
+      std::memcpy(out + 32 * t, x.q + token * x.q_stride + k, 32);
       scale[t] = x.scale[token * (x.cols / 32) + k / 32];
       const int32_t* sum16 = x.sum16 + token * (x.cols / 16) + k / 16;
       for (int g = 0; g < 32 / kGroup; ++g) {
@@ -219,9 +215,9 @@ void micro(const uint8_t* q, const float* s, const float* m, const uint8_t* acts
   for (int t = 0; t < kCount; ++t) {
 #pragma GCC unroll 2
     for (int i = 0; i < kSub; ++i) {
-      acc[i][t] = to.resume ? load_f(to.y + t * to.y_stride + to.first[i],
-                                     Lanes(to.low[i], to.high[i]))
-                            : zero_f();
+      acc[i][t] = to.resume
+                      ? load_f(to.y + t * to.y_stride + to.first[i], Lanes(to.low[i], to.high[i]))
+                      : zero_f();
     }
   }
   for (int64_t k = 0; k < cols; k += 32) {
@@ -326,8 +322,7 @@ void matmul_many(const MatmulArgs& args) {
         int subtiles = 0;
         while (subtiles < kSubtiles && row < args.row_end) {
           const Tile tile(row, args.row_end);
-          const uint8_t* w =
-              args.w + tile.first * args.row_bytes + col / U::kUnit * U::kUnitBytes;
+          const uint8_t* w = args.w + tile.first * args.row_bytes + col / U::kUnit * U::kUnitBytes;
           Rows rows(w, args.row_bytes, cols == x.cols ? w + kRows * args.row_bytes : w);
           Panel<U> sink{panel_q + subtiles * (kGroup / 4) * static_cast<int>(sizeof(V)),
                         panel_s + subtiles * kRows, panel_m + subtiles * kRows};
@@ -360,8 +355,8 @@ STOKER_INLINE void copy_short(MatmulArgs* args) {
   uint8_t* copy = args->scratch;
   for (int64_t r = 0; r < kRows; ++r) {
     const int64_t from = r < args->row_end ? r : args->row_end - 1;
-    __builtin_memcpy(copy + r * args->row_bytes, args->w + from * args->row_bytes,
-                     static_cast<size_t>(args->row_bytes));
+    std::memcpy(copy + r * args->row_bytes, args->w + from * args->row_bytes,
+                static_cast<size_t>(args->row_bytes));
   }
   args->w = copy;
   args->scratch += short_matrix_bytes(args->x.cols);

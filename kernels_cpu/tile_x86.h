@@ -4,6 +4,7 @@
 // Format::matmul. The unpacker is compiled three times, once per instruction set.
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels_cpu/kernel.h"
 #include "kernels_cpu/target.h"

@@ -72,8 +72,8 @@ struct Avx2Vec {
     return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)};
   }
   static STOKER_INLINE __m256 scale_exponent8(__m256 p, __m256 magic) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(
-        _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(magic), 23)));
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p),
+                                                _mm256_slli_epi32(_mm256_castps_si256(magic), 23)));
   }
   static STOKER_INLINE Avx2Vec scale_exponent(Avx2Vec p, Avx2Vec magic) {
     return {scale_exponent8(p.a, magic.a), scale_exponent8(p.b, magic.b)};

@@ -51,12 +51,8 @@ struct Avx512Vec {
   static STOKER_INLINE Avx512Vec select_lt(Avx512Vec a, Avx512Vec b, Avx512Vec x, Avx512Vec y) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
   }
-  static STOKER_INLINE Avx512Vec min(Avx512Vec a, Avx512Vec b) {
-    return {_mm512_min_ps(a.v, b.v)};
-  }
-  static STOKER_INLINE Avx512Vec max(Avx512Vec a, Avx512Vec b) {
-    return {_mm512_max_ps(a.v, b.v)};
-  }
+  static STOKER_INLINE Avx512Vec min(Avx512Vec a, Avx512Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+  static STOKER_INLINE Avx512Vec max(Avx512Vec a, Avx512Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   static STOKER_INLINE Avx512Vec scale_exponent(Avx512Vec p, Avx512Vec magic) {
     return {_mm512_castsi512_ps(_mm512_add_epi32(
         _mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(magic.v), 23)))};

@@ -54,9 +54,7 @@ class ExpertStore {
 class ResidentExperts : public ExpertStore {
  public:
   explicit ResidentExperts(int64_t n_layer) : layers_(static_cast<size_t>(n_layer)) {}
-  void add(int64_t layer, Expert expert) {
-    layers_[static_cast<size_t>(layer)].push_back(expert);
-  }
+  void add(int64_t layer, Expert expert) { layers_[static_cast<size_t>(layer)].push_back(expert); }
   std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts) override;
   int64_t layer_bytes(int64_t layer) const override;
 

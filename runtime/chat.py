@@ -63,7 +63,8 @@ class ChatTemplate:
         default = get("tokenizer.chat_template")
         if default is not None:
             sources["default"] = default
-        for name in get("tokenizer.chat_templates") or ():
+        names = get("tokenizer.chat_templates")
+        for name in names if isinstance(names, (list, tuple)) else ():
             source = get(f"tokenizer.chat_template.{name}")
             if source is not None:
                 sources.setdefault(str(name), source)

@@ -60,6 +60,9 @@ Context = Annotated[
     typer.Option("--context", "-c", help="Tokens of context [default: the model's, at most 4096]."),
 ]
 KvType = Annotated[str, typer.Option(help="Element type of the KV cache: f16 or f32.")]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", help="Of activations: fast, balanced or high (slower).")
+]
 MaxTokens = Annotated[
     int | None,
     typer.Option("--max-tokens", "-n", help="Tokens to generate at most [default: no limit]."),
@@ -104,10 +107,12 @@ def root(
         typer.echo(context.get_help())
 
 
-def _load_options(threads: int | None, context: int | None, kv_type: str) -> LoadOptions:
+def _load_options(
+    threads: int | None, context: int | None, kv_type: str, precision: str
+) -> LoadOptions:
     from .options import LoadOptions
 
-    return LoadOptions(threads=threads, context=context, kv_type=kv_type)
+    return LoadOptions(threads=threads, context=context, kv_type=kv_type, precision=precision)
 
 
 def _generation_options(stop: Sequence[str] | None, **values: Any) -> GenerationOptions:
@@ -147,6 +152,7 @@ def run(
     threads: Threads = None,
     context: Context = None,
     kv_type: KvType = "f16",
+    precision: PrecisionOption = "balanced",
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON lines: one for each token, then the summary.")
     ] = False,
@@ -180,7 +186,7 @@ def run(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    load_options = _load_options(threads, context, kv_type)
+    load_options = _load_options(threads, context, kv_type, precision)
     text = run_command.read_prompt(prompt, file)
     run_command.run(
         run_command.open_model(model, load_options),
@@ -212,6 +218,7 @@ def chat(
     threads: Threads = None,
     context: Context = None,
     kv_type: KvType = "f16",
+    precision: PrecisionOption = "balanced",
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -239,7 +246,11 @@ def chat(
         penalty_window=penalty_window,
         seed=seed,
     )
-    Chat(open_model(model, _load_options(threads, context, kv_type)), options, system=system).loop()
+    Chat(
+        open_model(model, _load_options(threads, context, kv_type, precision)),
+        options,
+        system=system,
+    ).loop()
 
 
 @app.command()
@@ -328,6 +339,7 @@ def perplexity(
     max_chunks: Annotated[int | None, typer.Option(help="Windows to evaluate at most.")] = None,
     threads: Threads = None,
     kv_type: KvType = "f16",
+    precision: PrecisionOption = "balanced",
     as_json: Json = False,
 ) -> None:
     """Measure how well a model predicts a text.
@@ -340,7 +352,7 @@ def perplexity(
     from . import run_command
 
     text = run_command.read_text(file)
-    options = _load_options(threads, window, kv_type)
+    options = _load_options(threads, window, kv_type, precision)
     run_command.perplexity(
         run_command.open_model(model, options),
         text,

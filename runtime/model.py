@@ -32,19 +32,20 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     kv_type: str = "f16",
+    precision: str = "balanced",
     download: bool = False,
 ) -> Model:
     """Loads a GGUF model.
 
     path: a file (the first one of a sharded model), "hf:owner/name/file.gguf[@revision]", or a
     name of the catalogue ("smollm2").
-    threads, context, kv_type: see LoadOptions.
+    threads, context, kv_type, precision: see LoadOptions.
     download: fetch a named model that is not in the cache; without it that is a DownloadError.
     Raises ModelFileError, UnsupportedModelError, DownloadError, OptionError, BudgetError.
     """
     from ..models.locate import locate
 
-    options = LoadOptions(threads=threads, context=context, kv_type=kv_type)
+    options = LoadOptions(threads=threads, context=context, kv_type=kv_type, precision=precision)
     return Model(locate(fspath(path), download=download), options)
 
 
@@ -64,6 +65,7 @@ class Model:
             threads=options.threads or 0,
             context=options.context or 0,
             kv_type=options.kv_type,
+            precision=options.precision,
         )
         self._lazy = threading.RLock()
         self._idle: Session | None = None  # kept for the next generate or chat

@@ -13,6 +13,7 @@ from typing import Any, SupportsFloat, SupportsIndex
 from .errors import OptionError
 
 KV_TYPES = ("f16", "f32")
+PRECISIONS = ("fast", "balanced", "high")
 _MAX_SEED = 2**64 - 1
 
 
@@ -68,11 +69,15 @@ class LoadOptions:
     threads: compute threads; None takes the physical performance cores.
     context: tokens that a session holds; None takes the model's limit, at most 4096.
     kv_type: element type of the KV cache, "f16" or "f32".
+    precision: how activations are rounded for the integer kernels. "fast": int8. "balanced": two
+        int8 terms (about 15 bits) for q, k, v, routers and the output, which halves the rounding
+        noise. "high": two terms everywhere, exact to float32 rounding, at twice the arithmetic.
     """
 
     threads: int | None = None
     context: int | None = None
     kv_type: str = "f16"
+    precision: str = "balanced"
 
     def __post_init__(self) -> None:
         if self.threads is not None:
@@ -81,6 +86,10 @@ class LoadOptions:
             _integer("context", self.context, 1)
         if self.kv_type not in KV_TYPES:
             raise OptionError(f"kv_type must be one of {', '.join(KV_TYPES)}, not {self.kv_type!r}")
+        if self.precision not in PRECISIONS:
+            raise OptionError(
+                f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -378,9 +378,9 @@ class Tokenizer:
             ranks, joint = self._tokens, ""  # tiktoken's rule: the lower id is merged first
         if not _is_list(ranks):
             raise TokenizerError("tokenizer.ggml.merges: expected a list of merges, found none")
-        cost = dict(zip(ranks, range(len(ranks)), strict=True)).get
         if set(map(type, ranks)) - {str}:
             raise TokenizerError("tokenizer.ggml.merges: expected strings, found other values")
+        cost = dict(zip(ranks, range(len(ranks)), strict=True)).get
         if pre.escaped:
             merges = Merges(ids, cost, joint, byte_fallback(ids, None))
             return EscapedBpe(ids, merges, "\0".join(self._tokens), newlines=True)

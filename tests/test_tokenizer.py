@@ -419,7 +419,7 @@ def metadata(**changes: Any) -> Callable[[str], Any]:
         ({"bos_token_id": "x"}, "tokenizer.ggml.bos_token_id: expected a token id, found 'x'"),
         ({"model": "gpt2", "pre": "default"}, "tokenizer.ggml.merges: expected a list"),
         ({"model": "gpt2", "pre": "nope"}, "unknown pre-tokenizer 'nope'; known: .*llama-bpe"),
-        ({"model": "gpt2", "merges": [1, 2]}, "tokenizer.ggml.merges: expected strings"),
+        ({"model": "gpt2", "merges": [[1], "a b"]}, "tokenizer.ggml.merges: expected strings"),
         ({"model": "t5", "precompiled_charsmap": [1, 2, 3]}, "precompiled_charsmap: expected"),
         ({"model": "rwkv", "tokens": [r"\xzz"], "token_type": None}, "bad escape"),
     ],

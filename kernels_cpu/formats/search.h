@@ -112,8 +112,9 @@ float fit_scale(const float* x, const float* weight, const Codes& codes) {
   };
   for (int i = -9; i <= 9; ++i) {
     for (const float limit : {codes.low, codes.high}) {
+      const float before = best_gain;
       const float scale = attempt(limit * (1 + codes.step * static_cast<float>(i)) / extreme);
-      attempt(inverse(scale));
+      if (best_gain > before) attempt(inverse(scale));
     }
   }
   return best;
@@ -161,11 +162,10 @@ void fit_affine(const float* x, const float* weight, int top, bool offset_below_
         const float difference = s * code[i] + o - x[i];
         return weight[i] * difference * difference;
       });
-      if (error < best_error) {
-        best_error = error;
-        *scale = s;
-        *offset = o;
-      }
+      if (error >= best_error) break;
+      best_error = error;
+      *scale = s;
+      *offset = o;
     }
   }
 }

@@ -180,8 +180,8 @@ int main(int argc, char** argv) {
       if (only_isa.empty() ? isa == Isa::scalar : only_isa != stoker::isa_name(isa)) continue;
       std::printf("%-8s %-8s %12.1f %12.1f %10.1f %10.1f\n", f.name, stoker::isa_name(isa),
                   gigabytes_per_second(f, isa, cols, megabytes << 20),
-                  gigabytes_per_second(f, isa, cols, 8 << 20),
-                  giga_ops(f, isa, cols, 576, 8), giga_ops(f, isa, cols, 576, tokens));
+                  gigabytes_per_second(f, isa, cols, 8 << 20), giga_ops(f, isa, cols, 576, 8),
+                  giga_ops(f, isa, cols, 576, tokens));
       std::fflush(stdout);
     }
   }

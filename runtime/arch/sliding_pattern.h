@@ -30,7 +30,8 @@ inline void set_sliding_layers(const GgufFile& file, ModelConfig& c, int64_t per
   }
   for (size_t il = 0; il < n; ++il) {
     const int64_t at = period > 0 ? static_cast<int64_t>(il) % period : 0;
-    c.sliding[il] = period > 0 && (dense_first ? at != 0 : at != period - 1);
+    // A period of 0 makes every layer slide.
+    c.sliding[il] = period <= 0 || (dense_first ? at != 0 : at != period - 1);
   }
 }
 

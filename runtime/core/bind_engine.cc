@@ -33,8 +33,8 @@ std::vector<int32_t> to_tokens(nb::handle object) {
   for (nb::handle item : nb::borrow<nb::iterable>(object)) {
     const long long value = nb::cast<long long>(nb::int_(item));
     if (value < INT32_MIN || value > INT32_MAX) {
-      throw Error(ErrorKind::kOption, "token: expected a 32-bit integer, found " +
-                                          std::to_string(value));
+      throw Error(ErrorKind::kOption,
+                  "token: expected a 32-bit integer, found " + std::to_string(value));
     }
     tokens.push_back(static_cast<int32_t>(value));
   }
@@ -162,8 +162,7 @@ void bind_engine(nb::module_& m) {
            [](Timeline& t, nb::handle tokens) {
              const std::vector<int32_t> ids = to_tokens(tokens);
              const auto n_vocab = static_cast<size_t>(t.engine().config().n_vocab);
-             return filled<float>({ids.size(), n_vocab},
-                                  [&](float* out) { t.eval_all(ids, out); });
+             return filled<float>({ids.size(), n_vocab}, [&](float* out) { t.eval_all(ids, out); });
            })
       .def("eval_hidden",
            [](Timeline& t, nb::handle tokens) {

@@ -12,13 +12,20 @@ namespace {
 
 const char* class_name(stoker::ErrorKind kind) {
   switch (kind) {
-    case stoker::ErrorKind::kModelFile: return "ModelFileError";
-    case stoker::ErrorKind::kUnsupported: return "UnsupportedModelError";
-    case stoker::ErrorKind::kContext: return "ContextLengthError";
-    case stoker::ErrorKind::kBudget: return "BudgetError";
-    case stoker::ErrorKind::kOption: return "OptionError";
-    case stoker::ErrorKind::kInterrupted: return "Cancelled";
-    case stoker::ErrorKind::kDevice: return "DeviceError";
+    case stoker::ErrorKind::kModelFile:
+      return "ModelFileError";
+    case stoker::ErrorKind::kUnsupported:
+      return "UnsupportedModelError";
+    case stoker::ErrorKind::kContext:
+      return "ContextLengthError";
+    case stoker::ErrorKind::kBudget:
+      return "BudgetError";
+    case stoker::ErrorKind::kOption:
+      return "OptionError";
+    case stoker::ErrorKind::kInterrupted:
+      return "Cancelled";
+    case stoker::ErrorKind::kDevice:
+      return "DeviceError";
   }
   return "StokerError";
 }

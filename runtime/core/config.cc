@@ -48,9 +48,9 @@ struct Reader {
   double number(const char* name, double fallback) const {
     const double v = file.get_float(key(name), fallback);
     if (!std::isfinite(v)) {
-      throw Error(ErrorKind::kModelFile,
-                  file.path() + ": " + key(name) + ": expected a finite number, found " +
-                      std::to_string(v));
+      throw Error(ErrorKind::kModelFile, file.path() + ": " + key(name) +
+                                             ": expected a finite number, found " +
+                                             std::to_string(v));
     }
     return v;
   }
@@ -63,8 +63,8 @@ void read_rope(const Reader& r, ModelConfig& c) {
   rope.base_sliding = r.number("rope.freq_base_swa", 0.0);
   rope.factor = r.number("rope.scaling.factor", r.number("rope.scale_linear", 1.0));
   if (rope.factor <= 0) rope.factor = 1.0;
-  const std::string type(r.file.get_string(r.key("rope.scaling.type"),
-                                           rope.factor == 1.0 ? "none" : "linear"));
+  const std::string type(
+      r.file.get_string(r.key("rope.scaling.type"), rope.factor == 1.0 ? "none" : "linear"));
   if (type == "none") {
     rope.scaling = RopeScaling::kNone;
     rope.factor = 1.0;
@@ -75,9 +75,9 @@ void read_rope(const Reader& r, ModelConfig& c) {
   } else if (type == "longrope") {
     rope.scaling = RopeScaling::kLongRope;
   } else {
-    throw Error(ErrorKind::kUnsupported,
-                r.file.path() + ": " + r.key("rope.scaling.type") +
-                    ": expected none, linear, yarn or longrope, found " + type);
+    throw Error(ErrorKind::kUnsupported, r.file.path() + ": " + r.key("rope.scaling.type") +
+                                             ": expected none, linear, yarn or longrope, found " +
+                                             type);
   }
   rope.original_context =
       r.size("rope.scaling.original_context_length", c.context_train, 1, int64_t{1} << 32);
@@ -115,8 +115,7 @@ ModelConfig read_config(const GgufFile& file) {
   c.norm_eps = static_cast<float>(r.number("attention.layer_norm_rms_epsilon", 1e-5));
   read_rope(r, c);
 
-  c.attention_scale =
-      static_cast<float>(r.number("attention.scale", 0.0));
+  c.attention_scale = static_cast<float>(r.number("attention.scale", 0.0));
   if (c.attention_scale == 0) {
     c.attention_scale = 1.0f / std::sqrt(static_cast<float>(c.head_dim));
   }

@@ -14,15 +14,15 @@ namespace stoker {
 enum class RopeScaling { kNone, kLinear, kYarn, kLongRope };
 
 struct RopeConfig {
-  int64_t n_rot = 0;        // rotated values of a head; 0: no rotation
-  bool neox = false;        // pairs (i, i + n_rot / 2) instead of (2i, 2i + 1)
+  int64_t n_rot = 0;  // rotated values of a head; 0: no rotation
+  bool neox = false;  // pairs (i, i + n_rot / 2) instead of (2i, 2i + 1)
   double base = 10000.0;
   double base_sliding = 0;  // base of sliding-window layers, unscaled; 0: as the others
   RopeScaling scaling = RopeScaling::kNone;
-  double factor = 1.0;             // positions are divided by it
-  int64_t original_context = 0;    // context before scaling (yarn, longrope)
-  double attention_factor = 1.0;   // multiplies cos and sin
-  double beta_fast = 32.0;         // yarn
+  double factor = 1.0;            // positions are divided by it
+  int64_t original_context = 0;   // context before scaling (yarn, longrope)
+  double attention_factor = 1.0;  // multiplies cos and sin
+  double beta_fast = 32.0;        // yarn
   double beta_slow = 1.0;
 };
 
@@ -36,29 +36,29 @@ struct ModelConfig {
   int64_t n_vocab = 0;
   int64_t n_head = 0;
   int64_t n_head_kv = 0;
-  int64_t head_dim = 0;      // of queries and keys
-  int64_t head_dim_v = 0;    // of values
-  int64_t n_ff = 0;          // dense feed-forward width; 0 where every layer is a mixture
+  int64_t head_dim = 0;    // of queries and keys
+  int64_t head_dim_v = 0;  // of values
+  int64_t n_ff = 0;        // dense feed-forward width; 0 where every layer is a mixture
   int64_t context_train = 0;
   float norm_eps = 1e-5f;
   RopeConfig rope;
 
-  float attention_scale = 0;     // of q . k
-  float attention_softcap = 0;   // 0: none
+  float attention_scale = 0;    // of q . k
+  float attention_softcap = 0;  // 0: none
   float final_softcap = 0;
   float embedding_scale = 1;
   Activation activation = Activation::kSilu;
-  int64_t sliding_window = 0;     // 0: none
-  std::vector<bool> sliding;      // [n_layer] layers that use the window
-  std::vector<bool> rotates;      // [n_layer] layers with rotary embedding
-  bool qk_norm_full = false;      // q and k normalised over all heads at once, not each head
+  int64_t sliding_window = 0;  // 0: none
+  std::vector<bool> sliding;   // [n_layer] layers that use the window
+  std::vector<bool> rotates;   // [n_layer] layers with rotary embedding
+  bool qk_norm_full = false;   // q and k normalised over all heads at once, not each head
 
-  int64_t n_expert = 0;           // 0: dense
+  int64_t n_expert = 0;  // 0: dense
   int64_t n_expert_used = 0;
   int64_t n_ff_expert = 0;
-  int64_t n_ff_shared = 0;        // width of the shared expert; 0: none
+  int64_t n_ff_shared = 0;  // width of the shared expert; 0: none
   Gating gating = Gating::kSoftmax;
-  bool normalize_experts = false; // used experts' weights divided by their sum
+  bool normalize_experts = false;  // used experts' weights divided by their sum
 
   bool is_mixture() const { return n_expert > 0; }
 };

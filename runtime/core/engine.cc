@@ -25,8 +25,8 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 const Family& find_family(const GgufFile& file, const std::string& architecture) {
   std::string known;
-#define STOKER_ARCH(name, family)                           \
-  if (architecture == name) return kFamily_##family;        \
+#define STOKER_ARCH(name, family)                    \
+  if (architecture == name) return kFamily_##family; \
   known += std::string(known.empty() ? "" : " ") + (name);
 #include "runtime/arch/archs.inc"
 #undef STOKER_ARCH
@@ -60,9 +60,9 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
   }
   weights_ = load_weights(*file_, c, plan_.threads);
   const bool longrope = c.rope.scaling == RopeScaling::kLongRope;
-  const Vector& factors = !longrope                                     ? weights_.rope_factors
-                          : plan_.context > c.rope.original_context     ? weights_.rope_factors_long
-                                                                        : weights_.rope_factors_short;
+  const Vector& factors = !longrope                                 ? weights_.rope_factors
+                          : plan_.context > c.rope.original_context ? weights_.rope_factors_long
+                                                                    : weights_.rope_factors_short;
   rope_ = Rope(c.rope, c.rope.base, true, factors);
   if (c.rope.base_sliding > 0) rope_sliding_ = Rope(c.rope, c.rope.base_sliding, false, {});
   pool_ = std::make_unique<ThreadPool>(plan_.threads);
@@ -95,11 +95,11 @@ void Engine::plan_scratch() {
       std::max(chunk * std::max(c.n_ff, c.n_ff_shared), pairs * c.n_ff_expert);
   Scratch& s = scratch_;
   s.rows = rows;
-  s.thread_low = round_up(
-      std::max<int64_t>(
-          static_cast<int64_t>(matmul_scratch_bytes(widest)),
-          std::max({attention_scratch_floats(c.head_dim_v), c.n_expert, widest}) * 4 + 64),
-      64);
+  s.thread_low =
+      round_up(std::max<int64_t>(
+                   static_cast<int64_t>(matmul_scratch_bytes(widest)),
+                   std::max({attention_scratch_floats(c.head_dim_v), c.n_expert, widest}) * 4 + 64),
+               64);
   s.thread_bytes = s.thread_low + round_up(Forward::max_piece_values(rows) * 4 + 64, 64);
   const int64_t n_rot = std::max<int64_t>(2, c.rope.n_rot);
   // +16 floats each: whole-vector stores may run over the last row's end.

@@ -35,8 +35,8 @@ enum class Precision {
 };
 
 struct EngineOptions {
-  int threads = 0;       // 0: the physical performance cores
-  int64_t context = 0;   // 0: the model's limit, at most 4096
+  int threads = 0;      // 0: the physical performance cores
+  int64_t context = 0;  // 0: the model's limit, at most 4096
   bool kv_f16 = true;
   Precision precision = Precision::kBalanced;
 };
@@ -46,36 +46,36 @@ struct Plan {
   Isa isa = Isa::scalar;
   int threads = 1;
   int64_t context = 0;
-  int64_t chunk = 0;          // prompt tokens that pass a layer together
+  int64_t chunk = 0;  // prompt tokens that pass a layer together
   int64_t weight_bytes = 0;
-  int64_t kv_bytes = 0;       // of one timeline at its full context
+  int64_t kv_bytes = 0;  // of one timeline at its full context
   int64_t scratch_bytes = 0;
-  int64_t token_bytes = 0;    // weight bytes that one decoded token reads
-  int64_t layer_macs = 0;     // multiply-adds of one prompt token (the output's excluded)
+  int64_t token_bytes = 0;  // weight bytes that one decoded token reads
+  int64_t layer_macs = 0;   // multiply-adds of one prompt token (the output's excluded)
 };
 
 // Buffers of one evaluation, used under the pool's lease. T = plan.chunk tokens; all 64-byte
 // aligned parts of one allocation.
 struct Scratch {
-  float* x = nullptr;        // [T][n_embd] residual stream
-  float* a = nullptr;        // [T][n_embd] normalised input of a block
-  float* b = nullptr;        // [T][n_embd] output of a block
-  float* q = nullptr;        // [T][n_head * head_dim]
-  float* k = nullptr;        // [T][n_head_kv * head_dim]
-  float* v = nullptr;        // [T][n_head_kv * head_dim_v]
-  float* o = nullptr;        // [T][n_head * head_dim_v]
-  float* gate = nullptr;     // [T or pairs][widest feed-forward]
-  float* up = nullptr;       // the same
-  float* pairs = nullptr;    // [T * n_expert_used][n_embd] outputs of single experts
-  float* router = nullptr;   // [T][n_expert] logits
-  float* angles = nullptr;   // [2][T][n_rot] cos and sin: global and sliding-window layers
-  int8_t* act_q = nullptr;       // [2][rows][widest] quantized activations, two terms
-  float* act_scale = nullptr;    // [2][rows][widest / 32]
-  int32_t* act_sum = nullptr;    // [2][rows][widest / 16]
-  uint8_t* thread = nullptr;     // [threads][thread_bytes]
+  float* x = nullptr;          // [T][n_embd] residual stream
+  float* a = nullptr;          // [T][n_embd] normalised input of a block
+  float* b = nullptr;          // [T][n_embd] output of a block
+  float* q = nullptr;          // [T][n_head * head_dim]
+  float* k = nullptr;          // [T][n_head_kv * head_dim]
+  float* v = nullptr;          // [T][n_head_kv * head_dim_v]
+  float* o = nullptr;          // [T][n_head * head_dim_v]
+  float* gate = nullptr;       // [T or pairs][widest feed-forward]
+  float* up = nullptr;         // the same
+  float* pairs = nullptr;      // [T * n_expert_used][n_embd] outputs of single experts
+  float* router = nullptr;     // [T][n_expert] logits
+  float* angles = nullptr;     // [2][T][n_rot] cos and sin: global and sliding-window layers
+  int8_t* act_q = nullptr;     // [2][rows][widest] quantized activations, two terms
+  float* act_scale = nullptr;  // [2][rows][widest / 32]
+  int32_t* act_sum = nullptr;  // [2][rows][widest / 16]
+  uint8_t* thread = nullptr;   // [threads][thread_bytes]
   int64_t thread_bytes = 0;
-  int64_t thread_low = 0;        // where a thread's [T][rows of a piece] second terms begin
-  int64_t rows = 0;              // rows of act_*: max(T, pairs)
+  int64_t thread_low = 0;  // where a thread's [T][rows of a piece] second terms begin
+  int64_t rows = 0;        // rows of act_*: max(T, pairs)
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };

@@ -59,7 +59,8 @@ void Forward::begin(std::span<const int32_t> tokens, int64_t position) {
     if (half == 0) return;
     engine_.rope(false).angles(position + i, s_.angles + i * c.rope.n_rot);
     if (sliding) {
-      engine_.rope(true).angles(position + i, s_.angles + (engine_.plan().chunk + i) * c.rope.n_rot);
+      engine_.rope(true).angles(position + i,
+                                s_.angles + (engine_.plan().chunk + i) * c.rope.n_rot);
     }
   });
 }
@@ -265,8 +266,8 @@ void Forward::attend(int64_t il) {
 void Forward::attention(int64_t il, const float* in, float* out) {
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
-  const Input x = input(in, n_, c.n_embd, int8(w.q) || int8(w.k) || int8(w.v),
-                        two_terms(Precision::kBalanced));
+  const Input x =
+      input(in, n_, c.n_embd, int8(w.q) || int8(w.k) || int8(w.v), two_terms(Precision::kBalanced));
   const Product qkv[] = {{&w.q, s_.q, w.q.rows, nullptr, 0, n_},
                          {&w.k, s_.k, w.k.rows, nullptr, 0, n_},
                          {&w.v, s_.v, w.v.rows, nullptr, 0, n_}};
@@ -294,8 +295,7 @@ void Forward::gate_rows(float* gate, const float* up, int64_t n, int64_t width,
 void Forward::feed_forward(int64_t il, const float* in, float* out) {
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
-  const Input x =
-      input(in, n_, c.n_embd, int8(w.gate) || int8(w.up), two_terms(Precision::kHigh));
+  const Input x = input(in, n_, c.n_embd, int8(w.gate) || int8(w.up), two_terms(Precision::kHigh));
   const Product gate_up[] = {{&w.gate, s_.gate, c.n_ff, nullptr, 0, n_},
                              {&w.up, s_.up, c.n_ff, nullptr, 0, n_}};
   multiply(gate_up, x);
@@ -316,8 +316,7 @@ void Forward::final_norm(int64_t first, int64_t n, float* out) {
 void Forward::logits(const float* hidden, int64_t n, float* out) {
   const ModelConfig& c = config_;
   const Weights& w = engine_.weights();
-  const Input x =
-      input(hidden, n, c.n_embd, int8(w.output), two_terms(Precision::kBalanced));
+  const Input x = input(hidden, n, c.n_embd, int8(w.output), two_terms(Precision::kBalanced));
   const Product product[] = {{&w.output, out, c.n_vocab, nullptr, 0, n}};
   multiply(product, x);
   if (w.output_bias.empty() && c.final_softcap == 0) return;

@@ -56,15 +56,19 @@ STOKER_END_TARGET
 const Ops& ops_for(Isa isa) {
   switch (isa) {
 #if STOKER_X86
-    case Isa::avx512: return avx512_ops::kOps;
+    case Isa::avx512:
+      return avx512_ops::kOps;
     case Isa::avx2:
-    case Isa::avxvnni: return avx2_ops::kOps;
+    case Isa::avxvnni:
+      return avx2_ops::kOps;
 #endif
 #if STOKER_ARM64
     case Isa::neon:
-    case Isa::i8mm: return neon_ops::kOps;
+    case Isa::i8mm:
+      return neon_ops::kOps;
 #endif
-    default: return scalar_ops::kOps;
+    default:
+      return scalar_ops::kOps;
   }
 }
 

@@ -25,15 +25,15 @@ struct KvHead {
 // Attention of `rows` query rows (token, head) that share one KV head.
 struct AttentionArgs {
   KvHead kv;
-  int64_t head_dim = 0;      // of q and k
-  int64_t head_dim_v = 0;    // of v and the output; both multiples of 8
+  int64_t head_dim = 0;    // of q and k
+  int64_t head_dim_v = 0;  // of v and the output; both multiples of 8
   int64_t rows = 0;
-  const float* const* q = nullptr;    // [rows] -> [head_dim], already scaled
-  float* const* out = nullptr;        // [rows] -> [head_dim_v]
-  const int64_t* first = nullptr;     // [rows] first position attended to (sliding window)
-  const int64_t* last = nullptr;      // [rows] last position attended to (the token's own)
-  float softcap = 0.0f;               // 0: none; else s = softcap * tanh(s / softcap)
-  float* scratch = nullptr;           // attention_scratch_floats(head_dim_v) floats
+  const float* const* q = nullptr;  // [rows] -> [head_dim], already scaled
+  float* const* out = nullptr;      // [rows] -> [head_dim_v]
+  const int64_t* first = nullptr;   // [rows] first position attended to (sliding window)
+  const int64_t* last = nullptr;    // [rows] last position attended to (the token's own)
+  float softcap = 0.0f;             // 0: none; else s = softcap * tanh(s / softcap)
+  float* scratch = nullptr;         // attention_scratch_floats(head_dim_v) floats
 };
 int64_t attention_scratch_floats(int64_t head_dim_v);
 
@@ -42,10 +42,10 @@ enum class Activation { kSilu, kGelu, kRelu };
 struct Ops {
   // y = x / sqrt(mean(x^2) + eps) * w; w null: no weight. y may be x. [n]
   void (*rms_norm)(const float* x, const float* w, float eps, float* y, int64_t n);
-  void (*add)(float* y, const float* x, int64_t n);             // y += x
+  void (*add)(float* y, const float* x, int64_t n);                  // y += x
   void (*add_scaled)(float* y, const float* x, float a, int64_t n);  // y = fma(a, x, y)
-  void (*scale)(float* y, float a, int64_t n);                  // y *= a
-  void (*softcap)(float* y, float cap, int64_t n);              // y = cap * tanh(y / cap)
+  void (*scale)(float* y, float a, int64_t n);                       // y *= a
+  void (*softcap)(float* y, float cap, int64_t n);                   // y = cap * tanh(y / cap)
   // gate = activation(gate) * up
   void (*gate_mul)(Activation kind, float* gate, const float* up, int64_t n);
   // error[i] = x[i] - q[i] * scale[i / 32]: what quantizing x has lost. [n], n a multiple of 32

@@ -17,11 +17,11 @@
 namespace stoker {
 
 struct TimelineStats {
-  int64_t prompt_tokens = 0;   // evaluated several at a time
+  int64_t prompt_tokens = 0;  // evaluated several at a time
   double prompt_seconds = 0;
-  int64_t decode_tokens = 0;   // evaluated one at a time
+  int64_t decode_tokens = 0;  // evaluated one at a time
   double decode_seconds = 0;
-  int64_t decode_bytes = 0;    // weight bytes those read
+  int64_t decode_bytes = 0;  // weight bytes those read
 };
 
 class Timeline {

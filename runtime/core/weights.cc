@@ -51,8 +51,7 @@ std::string read_pieces(const std::string& path, uint64_t begin, uint64_t size, 
       if (piece >= size || error.load() != 0 || short_at.load() != UINT64_MAX) return;
       const uint64_t end = std::min(size, piece + kReadPiece);
       for (uint64_t done = piece; done < end;) {
-        const ssize_t n =
-            ::pread(fd, base + done, end - done, static_cast<off_t>(begin + done));
+        const ssize_t n = ::pread(fd, base + done, end - done, static_cast<off_t>(begin + done));
         if (n > 0) {
           done += static_cast<uint64_t>(n);
         } else if (n == 0) {
@@ -251,8 +250,7 @@ void count_layer(const LayerWeights& w, int64_t* bytes, int64_t* macs) {
 
 }  // namespace
 
-ShardMemory::ShardMemory(const std::string& path, uint64_t begin, uint64_t file_size,
-                         int threads) {
+ShardMemory::ShardMemory(const std::string& path, uint64_t begin, uint64_t file_size, int threads) {
   begin_ = std::min(begin, file_size);
   size_ = file_size - begin_;
   if (size_ == 0) return;

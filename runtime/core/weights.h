@@ -15,17 +15,17 @@ namespace stoker {
 using Vector = std::vector<float>;  // a norm's weight or a bias; empty: none
 
 struct LayerWeights {
-  Vector attn_norm;         // [n_embd]
-  Matrix q, k, v, o;        // [heads * head_dim][n_embd]; o: [n_embd][n_head * head_dim_v]
+  Vector attn_norm;   // [n_embd]
+  Matrix q, k, v, o;  // [heads * head_dim][n_embd]; o: [n_embd][n_head * head_dim_v]
   Vector q_bias, k_bias, v_bias, o_bias;
-  Vector q_norm, k_norm;    // [head_dim], or [heads * head_dim] with qk_norm_full
-  Vector post_attn_norm;    // [n_embd], after attention, before the residual sum
-  Vector ffn_norm;          // [n_embd]
-  Matrix gate, up, down;    // dense feed-forward
-  Vector post_ffn_norm;     // [n_embd]
-  Matrix router;            // [n_expert][n_embd]
+  Vector q_norm, k_norm;  // [head_dim], or [heads * head_dim] with qk_norm_full
+  Vector post_attn_norm;  // [n_embd], after attention, before the residual sum
+  Vector ffn_norm;        // [n_embd]
+  Matrix gate, up, down;  // dense feed-forward
+  Vector post_ffn_norm;   // [n_embd]
+  Matrix router;          // [n_expert][n_embd]
   Matrix shared_gate, shared_up, shared_down;  // shared expert
-  Matrix shared_router;     // [1][n_embd]: its sigmoid scales the shared expert
+  Matrix shared_router;                        // [1][n_embd]: its sigmoid scales the shared expert
 };
 
 // Bytes of a whole file in memory of our own: the weights cannot change or vanish under a running
@@ -47,19 +47,19 @@ class ShardMemory {
 };
 
 struct Weights {
-  Matrix embedding;      // [n_vocab][n_embd]
-  Matrix output;         // [n_vocab][n_embd]; the embedding where the file has none
-  Vector output_norm;    // [n_embd]
-  Vector output_bias;    // [n_vocab]
-  Vector rope_factors;   // [n_rot / 2] divisors of the frequencies; empty: none
+  Matrix embedding;     // [n_vocab][n_embd]
+  Matrix output;        // [n_vocab][n_embd]; the embedding where the file has none
+  Vector output_norm;   // [n_embd]
+  Vector output_bias;   // [n_vocab]
+  Vector rope_factors;  // [n_rot / 2] divisors of the frequencies; empty: none
   Vector rope_factors_long, rope_factors_short;
   std::vector<LayerWeights> layers;
   std::unique_ptr<ExpertStore> experts;  // null for dense models
   std::vector<std::unique_ptr<ShardMemory>> shards;
 
-  int64_t resident_bytes = 0;   // of the loaded shards
-  int64_t token_bytes = 0;      // weight bytes that one decoded token reads
-  int64_t layer_macs = 0;       // multiplications by weights of one token, output excluded
+  int64_t resident_bytes = 0;  // of the loaded shards
+  int64_t token_bytes = 0;     // weight bytes that one decoded token reads
+  int64_t layer_macs = 0;      // multiplications by weights of one token, output excluded
 };
 
 Weights load_weights(const GgufFile& file, const ModelConfig& config, int threads);
