@@ -16,13 +16,15 @@ template <int kMax>
 inline constexpr bool kSignedWeights = (kMax > 127);
 constexpr int micro_max(int) { return 127; }
 
-// The rows of one tile, at one place of each row.
+// The rows of one tile, at one unit of each row. Four streams are few enough for the hardware's
+// prefetchers: what a later tile will read is not asked for here.
 struct Rows {
   const uint8_t* base;
   int64_t stride;  // bytes
-  STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes) : base(w), stride(row_bytes) {}
+  STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes, const uint8_t*)
+      : base(w), stride(row_bytes) {}
   STOKER_INLINE const uint8_t* at(int r) const { return base + r * stride; }
-  STOKER_INLINE void advance(int64_t bytes) { base += bytes; }
+  STOKER_INLINE void advance(int unit_bytes) { base += unit_bytes; }
 };
 
 STOKER_INLINE V from_bytes(uint8x16_t a) { return vreinterpretq_u32_u8(a); }
@@ -90,8 +92,8 @@ STOKER_INLINE uint16_t load_uint16(const uint8_t* p) {
   return x;
 }
 
-// out[j], lane r: bytes at + 4j .. at + 4j+3 of row r.
-STOKER_INLINE void load_columns(const Rows& rows, int64_t at, V out[4]) {
+// out[j], lane r: bytes at + 4j .. at + 4j+3 of row r. (The last parameter serves prefetching.)
+STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int = 0) {
   const V x0 = from_bytes(vld1q_u8(rows.at(0) + at)), x1 = from_bytes(vld1q_u8(rows.at(1) + at));
   const V x2 = from_bytes(vld1q_u8(rows.at(2) + at)), x3 = from_bytes(vld1q_u8(rows.at(3) + at));
   const uint64x2_t t0 = vreinterpretq_u64_u32(vzip1q_u32(x0, x1));
@@ -104,14 +106,14 @@ STOKER_INLINE void load_columns(const Rows& rows, int64_t at, V out[4]) {
   out[3] = vreinterpretq_u32_u64(vzip2q_u64(t1, t3));
 }
 // The 4 bytes at `at` of every row.
-STOKER_INLINE V load_words(const Rows& rows, int64_t at) {
+STOKER_INLINE V load_words(const Rows& rows, int at) {
   int32x4_t x = vdupq_n_s32(load_int32(rows.at(0) + at));
   x = vsetq_lane_s32(load_int32(rows.at(1) + at), x, 1);
   x = vsetq_lane_s32(load_int32(rows.at(2) + at), x, 2);
   return from_int(vsetq_lane_s32(load_int32(rows.at(3) + at), x, 3));
 }
 // The f16 at `at` of every row; the f16 in the low or high half of every lane.
-STOKER_INLINE VF load_f16(const Rows& rows, int64_t at) {
+STOKER_INLINE VF load_f16(const Rows& rows, int at) {
   uint16x4_t x = vdup_n_u16(load_uint16(rows.at(0) + at));
   x = vset_lane_u16(load_uint16(rows.at(1) + at), x, 1);
   x = vset_lane_u16(load_uint16(rows.at(2) + at), x, 2);
@@ -121,7 +123,7 @@ STOKER_INLINE VF load_f16(const Rows& rows, int64_t at) {
 STOKER_INLINE VF low_f16(V a) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(a))); }
 STOKER_INLINE VF high_f16(V a) { return vcvt_f32_f16(vreinterpret_f16_u16(vshrn_n_u32(a, 16))); }
 // The byte at `at` of every row, zero-extended.
-STOKER_INLINE V load_bytes(const Rows& rows, int64_t at) {
+STOKER_INLINE V load_bytes(const Rows& rows, int at) {
   V x = vdupq_n_u32(rows.at(0)[at]);
   x = vsetq_lane_u32(rows.at(1)[at], x, 1);
   x = vsetq_lane_u32(rows.at(2)[at], x, 2);

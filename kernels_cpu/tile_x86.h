@@ -11,7 +11,7 @@
 #include "kernels_cpu/tile_blocking.h"
 
 #if defined(STOKER_X86)
-
+// clang-format off: the order of the includes matters
 STOKER_BEGIN_AVX2
 namespace stoker::avx2 {
 #define STOKER_VNNI 0
@@ -48,6 +48,7 @@ namespace {
 }
 }  // namespace stoker::avx512
 STOKER_END_TARGET
+// clang-format on
 
 #define STOKER_X86_MATMUL \
   avx2::matmul<avx2::Unpack>, avxvnni::matmul<avxvnni::Unpack>, avx512::matmul<avx512::Unpack>

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
-import inspect
 import os
 import re
 import shutil
@@ -25,8 +24,6 @@ from .cache import Progress, directory, locked
 _SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_NO_CONNECTION = ("ConnectError", "ConnectionError", "RemoteProtocolError", "TimeoutException",
-                  "NetworkError", "Timeout", "ChunkedEncodingError")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,6 @@ def _download(
     headers: dict[str, str] = _hub_utility("build_hf_headers")()
     if urlsplit(location).netloc != urlsplit(url).netloc:
         headers.pop("authorization", None)  # signed storage elsewhere; the token is not theirs
-    arguments: dict[str, Any] = {}
-    if progress is not None and "tqdm_class" in inspect.signature(http_get).parameters:
-        arguments["tqdm_class"] = _bar(f"downloading {file.file}", progress)
     with part.open("ab") as out:
         done = out.tell()
         if done > size:
@@ -173,25 +167,30 @@ def _verify(file: HubFile, part: Path, etag: str, progress: Progress | None) -> 
         )
 
 
-def _reason(error: BaseException) -> str:
-    """One line for an exception of huggingface-hub or of the HTTP library under it."""
-    from huggingface_hub import errors
+# What exceptions of huggingface-hub and of the HTTP library under it mean, by the names of their
+# classes: where these are found, and which HTTP library it is, differs between versions.
+_MEANINGS = {
+    "GatedRepoError": "the repository is gated: accept its terms on the hub and set HF_TOKEN",
+    "RepositoryNotFoundError": "no such repository (or it is private: set HF_TOKEN)",
+    "RevisionNotFoundError": "no such revision",
+    "EntryNotFoundError": "the repository has no such file",
+    **dict.fromkeys(
+        ("ConnectError", "ConnectionError", "NetworkError", "RemoteProtocolError", "Timeout",
+         "TimeoutException", "ChunkedEncodingError"),
+        "the hub cannot be reached, or the connection broke; pull again to go on",
+    ),
+}  # fmt: skip
 
+
+def _reason(error: BaseException) -> str:
+    """One line for an exception met while downloading."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, errors.GatedRepoError):
-            return "the repository is gated: accept its terms on the hub and set HF_TOKEN"
-        if isinstance(cause, errors.RepositoryNotFoundError):
-            return "no such repository (or it is private: set HF_TOKEN)"
-        if isinstance(cause, errors.RevisionNotFoundError):
-            return "no such revision"
-        if isinstance(cause, errors.EntryNotFoundError):
-            return "the repository has no such file"
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"no space left in {directory()}"
-        # The HTTP library differs between versions of huggingface-hub; its names do not.
-        if any(base.__name__ in _NO_CONNECTION for base in type(cause).__mro__):
-            return "the hub cannot be reached, or the connection broke; pull again to go on"
+        for base in type(cause).__mro__:
+            if base.__name__ in _MEANINGS:
+                return _MEANINGS[base.__name__]
         cause = cause.__cause__ or cause.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -63,11 +63,17 @@ class Engine:
     delay = 0.0  # seconds that one evaluation takes
 
     def __init__(
-        self, file: GgufFile, *, threads: int = 0, context: int = 0, kv_type: str = "f16"
+        self,
+        file: GgufFile,
+        *,
+        threads: int = 0,
+        context: int = 0,
+        kv_type: str = "f16",
+        precision: str = "balanced",
     ) -> None:
         self.context = context or 4096
         self.config = {"architecture": "recital", "n_vocab": N_VOCAB, "n_embd": 2}
-        self.plan = {"threads": threads or 1, "kv_type": kv_type}
+        self.plan = {"threads": threads or 1, "kv_type": kv_type, "precision": precision}
 
     def timeline(self) -> Timeline:
         return Timeline(self)

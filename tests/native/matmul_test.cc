@@ -338,55 +338,6 @@ void test_format(const Format& f, bool quick) {
               isas.c_str());
 }
 
-// Quantized activations: the same bits on every ISA.
-void test_quantize_act() {
-  Random rng(7);
-  std::normal_distribution<float> normal;
-  for (int64_t cols = 32; cols <= 1056; cols += 32) {
-    for (int kind = 0; kind < 6; ++kind) {
-      std::vector<float> x(cols);
-      for (int64_t i = 0; i < cols; ++i) {
-        x[i] = normal(rng);
-        if (kind == 1) x[i] *= 1e30f;
-        if (kind == 2) x[i] *= 1e-30f;
-        if (kind == 3 && i / 32 % 2 == 0) x[i] = i % 2 == 0 ? 0.0f : -0.0f;
-        if (kind == 4) x[i] = static_cast<float>(uniform(rng, -254, 254)) * 0.5f;  // ties
-        if (kind == 5 && i % 32 != 5) x[i] *= 1e-3f;
-      }
-      if (kind == 4) {
-        for (int64_t i = 0; i < cols; i += 32) x[i] = 127.0f;
-      }
-      const int64_t padded = (cols + 63) / 64 * 64;
-      const auto run = [&](Isa isa) {
-        Guarded in(cols * 4), q(padded), scale(cols / 8), sum16(cols / 4);
-        std::snprintf(g_case, sizeof g_case, "quantize_act %s cols %lld", stoker::isa_name(isa),
-                      static_cast<long long>(cols));
-        float* src = reinterpret_cast<float*>(in.tail(cols * 4));
-        std::memcpy(src, x.data(), cols * 4);
-        uint8_t* codes = q.tail(padded);
-        std::memset(codes, 0x55, padded);
-        uint8_t* scales = scale.tail(cols / 32 * 4);
-        uint8_t* sums = sum16.tail(cols / 16 * 4);
-        stoker::quantize_act_kernel(isa)(src, cols, reinterpret_cast<int8_t*>(codes),
-                                         reinterpret_cast<float*>(scales),
-                                         reinterpret_cast<int32_t*>(sums));
-        std::string bits(reinterpret_cast<char*>(codes), padded);
-        bits.append(reinterpret_cast<char*>(scales), cols / 8);
-        bits.append(reinterpret_cast<char*>(sums), cols / 4);
-        ++g_cases;
-        return bits;
-      };
-      const std::string want = run(Isa::scalar);
-      for (int i = 1; i < stoker::kIsaCount; ++i) {
-        if (stoker::isa_usable(static_cast<Isa>(i)) && run(static_cast<Isa>(i)) != want) {
-          std::fprintf(stderr, "%s kind %d: differs from scalar\n", g_case, kind);
-          ++g_failures;
-        }
-      }
-    }
-  }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -395,7 +346,6 @@ int main(int argc, char** argv) {
   std::signal(SIGSEGV, report_crash);
   std::signal(SIGBUS, report_crash);
   std::signal(SIGILL, report_crash);
-  test_quantize_act();
   int count = 0;
   const Format* const* formats = stoker::all_formats(&count);
   for (int i = 0; i < count; ++i) {
