@@ -42,7 +42,6 @@ test-python: $(VENV)/.dev
 
 NATIVE := build/native
 test-native: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet cmake ninja
 	$(BIN)/cmake -S . -B $(NATIVE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSTOKER_PYTHON=OFF -DSTOKER_NATIVE_TESTS=ON >/dev/null
 	$(BIN)/cmake --build $(NATIVE)
 	$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure

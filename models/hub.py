@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import inspect
 import os
 import re
 import shutil
@@ -119,9 +120,9 @@ def _pull_one(file: HubFile, progress: Progress | None, waiting: Callable[[], No
             os.replace(part, path)
             state.write_text(etag)
             return path
-    except DownloadError:
-        raise
-    except Exception as error:
+    except (DownloadError, AttributeError, NameError, TypeError):
+        raise  # the latter are our own mistakes, and shall look so
+    except Exception as error:  # whatever huggingface-hub and its HTTP library raise
         raise DownloadError(f"{file}: {_reason(error)}") from error
 
 
@@ -144,6 +145,13 @@ def _download(
             done = 0
         if shutil.disk_usage(part.parent).free < size - done:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        arguments: dict[str, Any] = {}
+        if progress is not None:
+            bar = _bar(f"downloading {file.file}", progress)
+            if "tqdm_class" in inspect.signature(http_get).parameters:
+                arguments["tqdm_class"] = bar
+            else:  # huggingface-hub before 1.0
+                arguments["_tqdm_bar"] = bar(total=size, initial=done)
         http_get(location, out, resume_size=done, headers=headers, expected_size=size, **arguments)
         out.flush()
         os.fsync(out.fileno())
@@ -196,7 +204,7 @@ def _reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _bar(label: str, progress: Progress) -> type:
+def _bar(label: str, progress: Progress) -> Any:
     """A stand-in for the tqdm class that reports to `progress` and prints nothing."""
     base: Any = _hub_utility("tqdm")
 
