@@ -129,7 +129,7 @@ def _pull_one(file: HubFile, progress: Progress | None, waiting: Callable[[], No
 def _download(
     file: HubFile, part: Path, *, url: str, location: str, size: int, progress: Progress | None
 ) -> None:
-    """Appends to `part` what it lacks. The library retries when a connection breaks.
+    """Appends to `part` what it lacks.
 
     Not hf_hub_download: since huggingface-hub 2 that starts from nothing after an interrupt.
     """
@@ -139,20 +139,33 @@ def _download(
     if urlsplit(location).netloc != urlsplit(url).netloc:
         headers.pop("authorization", None)  # signed storage elsewhere; the token is not theirs
     with part.open("ab") as out:
-        done = out.tell()
-        if done > size:
+        if out.tell() > size:
             out.truncate(0)
-            done = 0
-        if shutil.disk_usage(part.parent).free < size - done:
+        if shutil.disk_usage(part.parent).free < size - out.tell():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        arguments: dict[str, Any] = {}
-        if progress is not None:
-            bar = _bar(f"downloading {file.file}", progress)
-            if "tqdm_class" in inspect.signature(http_get).parameters:
-                arguments["tqdm_class"] = bar
-            else:  # huggingface-hub before 1.0
-                arguments["_tqdm_bar"] = bar(total=size, initial=done)
-        http_get(location, out, resume_size=done, headers=headers, expected_size=size, **arguments)
+        while True:
+            done = out.tell()
+            arguments: dict[str, Any] = {}
+            if progress is not None:
+                bar = _bar(f"downloading {file.file}", progress)
+                if "tqdm_class" in inspect.signature(http_get).parameters:
+                    arguments["tqdm_class"] = bar
+                else:  # huggingface-hub before 1.0
+                    arguments["_tqdm_bar"] = bar(total=size, initial=done)
+            try:
+                http_get(
+                    location,
+                    out,
+                    resume_size=done,
+                    headers=headers,
+                    expected_size=size,
+                    **arguments,
+                )
+                break
+            except Exception as error:
+                # The library itself goes on after most breaks; as long as data comes, so do we.
+                if out.tell() == done or _reason(error) != _BROKEN:
+                    raise
         out.flush()
         os.fsync(out.fileno())
 
@@ -175,6 +188,7 @@ def _verify(file: HubFile, part: Path, etag: str, progress: Progress | None) -> 
         )
 
 
+_BROKEN = "the hub cannot be reached, or the connection broke; pull again to go on"
 # What exceptions of huggingface-hub and of the HTTP library under it mean, by the names of their
 # classes: where these are found, and which HTTP library it is, differs between versions.
 _MEANINGS = {
@@ -185,7 +199,7 @@ _MEANINGS = {
     **dict.fromkeys(
         ("ConnectError", "ConnectionError", "NetworkError", "RemoteProtocolError", "Timeout",
          "TimeoutException", "ChunkedEncodingError"),
-        "the hub cannot be reached, or the connection broke; pull again to go on",
+        _BROKEN,
     ),
 }  # fmt: skip
 

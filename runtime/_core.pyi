@@ -107,7 +107,13 @@ def formats() -> list[dict[str, Any]]: ...  # name, id, block, bytes, quantizes
 def isas() -> list[tuple[str, bool]]: ...  # every compiled ISA and whether it executes here
 def active_isa() -> str: ...
 def cpu() -> dict[str, Any]: ...  # model, logical, physical, performance cores, features
-def quantize(format: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]: ...
+def quantize(
+    format: str,
+    x: npt.NDArray[np.float32],
+    *,
+    importance: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.uint8]:
+    """Raises OptionError where x is not finite and the format is an integer one."""
 def dequantize(format: str, data: npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.float32]: ...
 def matmul(
     format: str, isa: str, w: npt.NDArray[np.uint8], rows: int, x: npt.NDArray[np.float32]

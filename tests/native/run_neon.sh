@@ -6,6 +6,7 @@ cd "$(dirname "$0")/../.."
 for tool in aarch64-linux-gnu-g++ qemu-aarch64 cmake; do
   command -v "$tool" >/dev/null || { echo "run_neon: needs $tool (apt-get install g++-aarch64-linux-gnu qemu-user cmake)" >&2; exit 2; }
 done
+export STOKER_TEST_QUICK=1  # emulation is slow: fewer sizes
 build=build/neon
 cmake -S . -B "$build" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
   -DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \

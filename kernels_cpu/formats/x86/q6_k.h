@@ -20,24 +20,17 @@ struct Unpack {
     }
     sink.template group<g>(q, mul(d, to_float(signed_byte<g % 4>(scales[g / 4]))), zero_f());
   }
-  // load_columns number i of half h. The unit is not read front to back, but memory is asked for in
-  // order: a twelfth of the unit's share of the later tile at every call.
-  template <int i, int h>
-  static STOKER_INLINE void load(const Rows& rows, int at, V* out) {
-    rows.fetch(kUnitBytes * (6 * h + i) / 12, kUnitBytes * (6 * h + i + 1) / 12);
-    load_columns(rows, at, out, 16);
-  }
   template <int h, class Sink>
   static STOKER_INLINE void half(const Rows& rows, VF d, const V* scales, Sink& sink) {
     V even[8], odd[8], high[8];  // nibbles of columns 0 and 2, of columns 1 and 3, upper bits
-    load<0, h>(rows, 128 + 32 * h, high);
-    load<1, h>(rows, 144 + 32 * h, high + 4);
-    load<2, h>(rows, 64 * h, even);
-    load<3, h>(rows, 64 * h + 16, even + 4);
+    load_columns(rows, 128 + 32 * h, high);
+    load_columns(rows, 144 + 32 * h, high + 4);
+    load_columns(rows, 64 * h, even);
+    load_columns(rows, 64 * h + 16, even + 4);
     column<8 * h>(even, high, d, scales, sink);
     column<8 * h + 1>(even + 4, high + 4, d, scales, sink);
-    load<4, h>(rows, 64 * h + 32, odd);
-    load<5, h>(rows, 64 * h + 48, odd + 4);
+    load_columns(rows, 64 * h + 32, odd);
+    load_columns(rows, 64 * h + 48, odd + 4);
     column<8 * h + 2>(odd, high, d, scales, sink);
     column<8 * h + 3>(odd + 4, high + 4, d, scales, sink);
     column<8 * h + 4>(even, high, d, scales, sink);
@@ -48,7 +41,7 @@ struct Unpack {
   template <class Sink>
   static STOKER_INLINE void unpack(const Rows& rows, Sink& sink) {
     V scales[4];
-    load_columns(rows, 192, scales, 16);
+    load_columns(rows, 192, scales);
     const VF d = load_f16(rows, 208);
     half<0>(rows, d, scales, sink);
     half<1>(rows, d, scales, sink);
