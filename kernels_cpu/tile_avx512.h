@@ -20,17 +20,19 @@ struct Rows {
   const uint8_t* base[4];   // rows 0, 4, 8, 12
   int64_t stride, stride3;  // bytes
   const uint8_t* next;      // what a later tile will read, kRows units one after the other
+  int unit_bytes;           // of the format: a constant once this is inlined
 
-  STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes, const uint8_t* later)
+  STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes, const uint8_t* later, int unit)
       : base{w, w + 4 * row_bytes, w + 8 * row_bytes, w + 12 * row_bytes},
         stride(row_bytes),
         stride3(3 * row_bytes),
-        next(later) {}
+        next(later),
+        unit_bytes(unit) {}
   STOKER_INLINE const uint8_t* at(int r) const {
     const int i = r & 3;
     return base[r >> 2] + (i == 0 ? 0 : i == 1 ? stride : i == 2 ? 2 * stride : stride3);
   }
-  STOKER_INLINE void advance(int unit_bytes) {
+  STOKER_INLINE void advance() {
     for (auto& p : base) p += unit_bytes;
     next += kRows * unit_bytes;
   }
@@ -41,6 +43,16 @@ struct Rows {
 #pragma GCC unroll 16
     for (int i = (from * kRows + 63) / 64; i < (to * kRows + 63) / 64; ++i) {
       __builtin_prefetch(next + 64 * i);
+    }
+    // Tiles that outgrow the first-level cache come back from the second in bursts, a long unit at
+    // a time, and the bursts hold up the requests to memory: the rows' own next unit is asked for
+    // too.
+    if (unit_bytes > 64) {
+      const int first = from % 64 / 16 * (kRows / 4);  // a quarter of the rows at every call
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows / 4; ++i) {
+        __builtin_prefetch(at(first + i) + unit_bytes + from / 64 * 64);
+      }
     }
   }
 };

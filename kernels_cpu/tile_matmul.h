@@ -105,7 +105,7 @@ void matmul_few(const MatmulArgs& args) {
   for (int64_t row = 0; row < args.row_end;) {
     const Tile tile(row, args.row_end);
     const uint8_t* w = args.w + tile.first * args.row_bytes;
-    Rows rows(w, args.row_bytes, w + ahead);
+    Rows rows(w, args.row_bytes, w + ahead, U::kUnitBytes);
     Accumulate<U, kCount> sink;
     for (int t = 0; t < kCount; ++t) {
       const int64_t token = args.token_list ? args.token_list[t] : t;
@@ -116,7 +116,7 @@ void matmul_few(const MatmulArgs& args) {
     }
     for (int64_t u = 0; u < units; ++u) {
       U::unpack(rows, sink);
-      rows.advance(U::kUnitBytes);
+      rows.advance();
       sink.advance(U::kUnit);
     }
     for (int t = 0; t < kCount; ++t) {
@@ -323,12 +323,13 @@ void matmul_many(const MatmulArgs& args) {
         while (subtiles < kSubtiles && row < args.row_end) {
           const Tile tile(row, args.row_end);
           const uint8_t* w = args.w + tile.first * args.row_bytes + col / U::kUnit * U::kUnitBytes;
-          Rows rows(w, args.row_bytes, cols == x.cols ? w + kRows * args.row_bytes : w);
+          Rows rows(w, args.row_bytes, cols == x.cols ? w + kRows * args.row_bytes : w,
+                    U::kUnitBytes);
           Panel<U> sink{panel_q + subtiles * (kGroup / 4) * static_cast<int>(sizeof(V)),
                         panel_s + subtiles * kRows, panel_m + subtiles * kRows};
           for (int64_t k = 0; k < cols; k += U::kUnit) {
             U::unpack(rows, sink);
-            rows.advance(U::kUnitBytes);
+            rows.advance();
             sink.advance();
           }
           to.first[subtiles] = tile.first;

@@ -21,10 +21,11 @@ constexpr int micro_max(int) { return 127; }
 struct Rows {
   const uint8_t* base;
   int64_t stride;  // bytes
-  STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes, const uint8_t*)
-      : base(w), stride(row_bytes) {}
+  int unit_bytes;
+  STOKER_INLINE Rows(const uint8_t* w, int64_t row_bytes, const uint8_t*, int unit)
+      : base(w), stride(row_bytes), unit_bytes(unit) {}
   STOKER_INLINE const uint8_t* at(int r) const { return base + r * stride; }
-  STOKER_INLINE void advance(int unit_bytes) { base += unit_bytes; }
+  STOKER_INLINE void advance() { base += unit_bytes; }
 };
 
 STOKER_INLINE V from_bytes(uint8x16_t a) { return vreinterpretq_u32_u8(a); }

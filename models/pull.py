@@ -67,7 +67,8 @@ def _no_space(where: Path, needed: int) -> str:
 
 def _check_space(entry: Entry, wheels: Path) -> None:
     missing = [w.size for w in entry.wheels if _wheel_file(w, wheels) is None]
-    needed = entry.size + sum(missing) + _MARGIN
+    # pip copies a finished download from its scratch folder: the largest is there twice.
+    needed = sum(missing) + max(entry.size, *missing, 0) + _MARGIN
     if shutil.disk_usage(wheels).free < needed:
         raise DownloadError(_no_space(wheels.parent, needed))
 
@@ -147,7 +148,7 @@ def _bytes_in(folder: Path) -> int:
 def _pip_failure(wheel: Wheel, wheels: Path, log: str) -> str:
     """One line that says why pip failed."""
     if "No space left" in log:
-        return _no_space(wheels.parent, wheel.size)
+        return _no_space(wheels.parent, 2 * wheel.size)  # pip copies it once
     if "No module named pip" in log:
         return f"pip is needed to fetch {wheel.requirement}: run {sys.executable} -m ensurepip"
     errors = [line.strip() for line in log.splitlines() if line.strip()]

@@ -20,10 +20,11 @@ run() {  # run NAME SANITIZERS RUNTIME TESTS...
   cp "$build"/_core*.so "$package/stoker/runtime/"
   local library
   library=$(g++ -print-file-name="$runtime")
+  # Without address randomisation (setarch -R), which TSan of older compilers cannot live with.
   # The interpreter leaks by design; a report of anything else stops the run.
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
   TSAN_OPTIONS=halt_on_error=1:exitcode=66 LD_PRELOAD=$library PYTHONPATH=$PWD/$package \
-    "$bin/python" -m pytest -p no:cacheprovider --timeout=1800 "$@"
+    setarch -R "$bin/python" -m pytest -p no:cacheprovider --timeout=1800 "$@"
 }
 case "${2:-all}" in
   all | asan) run asan address,undefined libasan.so tests ;;&
