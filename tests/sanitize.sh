@@ -9,9 +9,9 @@ run() {  # run NAME SANITIZERS RUNTIME TESTS...
   local name=$1 sanitizers=$2 runtime=$3
   shift 3
   local build=build/sanitize-$name
-  cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE="$bin/python" \
+  "$bin/cmake" -S . -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE="$bin/python" \
     -DSTOKER_SANITIZE="$sanitizers" -DSTOKER_NATIVE_TESTS=ON >/dev/null
-  cmake --build "$build"
+  "$bin/cmake" --build "$build"
   # A copy of the installed package with the sanitized core in it.
   local package=$build/site
   rm -rf "$package" && mkdir -p "$package"
