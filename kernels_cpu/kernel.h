@@ -101,7 +101,9 @@ size_t matmul_scratch_bytes(int64_t cols);
 
 // Quantizes one token: x[cols] -> q[cols] (zero-padded to a multiple of 64), scale[cols/32],
 // sum16[cols/16]. scale = max|x| / 127 (0 for an all-zero group, q then 0);
-// q = round-to-nearest-even(x * (127 / max|x|)). Same bits on every ISA.
+// q = round-to-nearest-even(x * (127 / max|x|)). A group with a NaN or infinity gets q = 0 and
+// scale = NaN, so that outputs become NaN; one whose maximum is below 2^-116 counts as zero. Same
+// bits on every ISA.
 using QuantizeActFn = void (*)(const float* x, int64_t cols, int8_t* q, float* scale,
                                int32_t* sum16);
 QuantizeActFn quantize_act_kernel(Isa isa);

@@ -15,7 +15,7 @@ namespace stoker::neon {
 #define STOKER_I8MM 0
 #include "kernels_cpu/tile_neon.h"
 #include "kernels_cpu/tile_matmul.h"
-#include "kernels_cpu/formats/x86/packing.h"
+#include "kernels_cpu/formats/unpack/packing.h"
 namespace {
 #include STOKER_UNPACKER
 }
@@ -28,7 +28,7 @@ namespace stoker::i8mm {
 #define STOKER_I8MM 1
 #include "kernels_cpu/tile_neon.h"
 #include "kernels_cpu/tile_matmul.h"
-#include "kernels_cpu/formats/x86/packing.h"
+#include "kernels_cpu/formats/unpack/packing.h"
 namespace {
 #include STOKER_UNPACKER
 }

@@ -1,4 +1,4 @@
-// AVX2 and AVX-VNNI: the vocabulary that the x86 sections of formats/x86/ are written in, and the
+// AVX2 and AVX-VNNI: the vocabulary that the unpackers in formats/unpack/ are written in, and the
 // inner product of a group, for tiles of 8 rows. Included by tile_x86.h twice, inside namespace
 // stoker::avx2 with STOKER_VNNI 0 and stoker::avxvnni with STOKER_VNNI 1, each inside its target
 // region; not to be included elsewhere.

@@ -1,4 +1,4 @@
-// AVX-512: the vocabulary that the x86 sections of formats/x86/ are written in, and the two inner
+// AVX-512: the vocabulary that the unpackers in formats/unpack/ are written in, and the two inner
 // loops, for tiles of 16 rows. Included by tile_x86.h inside namespace stoker::avx512 and the
 // target region; not to be included elsewhere.
 //

@@ -1,7 +1,7 @@
 // The matmul of the x86 instruction sets over the vocabulary of tile_avx512.h or tile_avx2.h.
 // Included by tile_x86.h once per instruction set, inside its namespace and target region.
 //
-// An unpacker is a struct of formats/x86/<format>.h:
+// An unpacker is a struct of formats/unpack/<format>.h:
 //   kUnit, kUnitBytes   weights and bytes of one unit: a block, or a few
 //   kGroup, kZero       weights of a group (16 or 32); u = q + kZero is unsigned, at most kMax
 //   kOffset             true where the format has an offset m

@@ -17,7 +17,7 @@ namespace stoker::avx2 {
 #define STOKER_VNNI 0
 #include "kernels_cpu/tile_avx2.h"
 #include "kernels_cpu/tile_matmul.h"
-#include "kernels_cpu/formats/x86/packing.h"
+#include "kernels_cpu/formats/unpack/packing.h"
 namespace {
 #include STOKER_UNPACKER
 }
@@ -30,7 +30,7 @@ namespace stoker::avxvnni {
 #define STOKER_VNNI 1
 #include "kernels_cpu/tile_avx2.h"
 #include "kernels_cpu/tile_matmul.h"
-#include "kernels_cpu/formats/x86/packing.h"
+#include "kernels_cpu/formats/unpack/packing.h"
 namespace {
 #include STOKER_UNPACKER
 }
@@ -42,7 +42,7 @@ STOKER_BEGIN_AVX512
 namespace stoker::avx512 {
 #include "kernels_cpu/tile_avx512.h"
 #include "kernels_cpu/tile_matmul.h"
-#include "kernels_cpu/formats/x86/packing.h"
+#include "kernels_cpu/formats/unpack/packing.h"
 namespace {
 #include STOKER_UNPACKER
 }

@@ -9,7 +9,7 @@
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/tile_scalar.h"
 
-#define STOKER_UNPACKER "kernels_cpu/formats/x86/mxfp4.h"
+#define STOKER_UNPACKER "kernels_cpu/formats/unpack/mxfp4.h"
 #include "kernels_cpu/tile_arm64.h"
 #include "kernels_cpu/tile_x86.h"
 
