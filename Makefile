@@ -26,9 +26,9 @@ $(VENV)/.installed: $(VENV)/.python $(SOURCES)
 	$(BIN)/python -m pip install --quiet .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.installed
+$(VENV)/.dev: $(VENV)/.python $(SOURCES)
 	$(BIN)/python -m pip install --quiet '.[dev]'
-	touch $@
+	touch $(VENV)/.installed $@
 
 demo: $(VENV)/.installed
 	$(BIN)/stoker pull $(MODEL)

@@ -114,6 +114,7 @@ def quantize(
     importance: npt.NDArray[np.float32] | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Raises OptionError where x is not finite and the format is an integer one."""
+
 def dequantize(format: str, data: npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.float32]: ...
 def matmul(
     format: str, isa: str, w: npt.NDArray[np.uint8], rows: int, x: npt.NDArray[np.float32]
