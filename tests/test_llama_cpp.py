@@ -29,7 +29,12 @@ FILES = {
 }
 FOLDERS = [
     *(Path(p) for p in [os.environ.get("STOKER_MODELS", "")] if p),
+    *(Path(p) / "models" for p in [os.environ.get("STOKER_CACHE", "")] if p),
     Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stoker" / "models",
+    Path(
+        os.environ.get("STOKER_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data",
+        "models",
+    ),
 ]
 CHUNK = 64  # positions evaluated together: 64 rows of Gemma's logits are 64 MiB
 
