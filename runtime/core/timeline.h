@@ -36,7 +36,7 @@ class Timeline {
   const TimelineStats& stats() const { return stats_; }
 
   // Appends tokens [n], n >= 1. An interrupted evaluation leaves position() after the last whole
-  // chunk and the logits as they were.
+  // chunk; where that moved it, there are no logits until the next evaluation.
   void eval(std::span<const int32_t> tokens);
   // The same, with the logits after each token: out [n][n_vocab].
   void eval_all(std::span<const int32_t> tokens, float* out);
