@@ -19,7 +19,8 @@ run() {  # run NAME SANITIZERS RUNTIME TESTS...
   rm -f "$package"/stoker/runtime/_core*.so
   cp "$build"/_core*.so "$package/stoker/runtime/"
   local library
-  library=$(g++ -print-file-name="$runtime")
+  # libstdc++ beside it: the sanitizer must find __cxa_throw before the module is loaded.
+  library="$(g++ -print-file-name="$runtime") $(g++ -print-file-name=libstdc++.so.6)"
   # Without address randomisation (setarch -R), which TSan of older compilers cannot live with.
   # The interpreter leaks by design; a report of anything else stops the run.
   # BLAS on one thread: its own threads are not instrumented, which TSan takes for races.
