@@ -11,6 +11,8 @@ namespace {
 
 void configure(const GgufFile& file, ModelConfig& c) {
   c.rope.neox = true;
+  c.qk_norm = c.post_norms = true;
+  c.n_expert = 0;  // dense: a router in the file is refused as unknown
   if (c.rope.base_sliding == 0) c.rope.base_sliding = 10000.0;
   c.activation = Activation::kGelu;
   c.embedding_scale = std::sqrt(static_cast<float>(c.n_embd));

@@ -8,7 +8,7 @@ namespace {
 void configure(const GgufFile&, ModelConfig& c) {
   c.rope.neox = true;
   c.sliding_window = 0;
-  c.qk_norm_full = true;
+  c.qk_norm = c.qk_norm_full = true;
   c.normalize_experts = false;
   c.n_ff_expert = c.n_ff;
 }

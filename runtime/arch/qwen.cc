@@ -8,6 +8,7 @@ namespace {
 
 void qwen(const GgufFile& file, ModelConfig& c, bool normalize) {
   c.rope.neox = true;
+  c.qk_norm = c.architecture == "qwen3" || c.architecture == "qwen3moe";
   c.sliding_window = 0;  // in the metadata, not in the graph
   c.normalize_experts = normalize;
   const std::string key = c.architecture + ".expert_feed_forward_length";

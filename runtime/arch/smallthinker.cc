@@ -13,6 +13,8 @@ void configure(const GgufFile& file, ModelConfig& c) {
   c.rope.neox = true;
   c.activation = Activation::kRelu;
   c.normalize_experts = true;
+  c.routed = true;
+  if (!c.is_mixture()) file.require_int("smallthinker.expert_count of at least 1");
   const int64_t gating = file.require_int("smallthinker.expert_gating_func");
   if (gating != 1 && gating != 2) {
     throw Error(ErrorKind::kUnsupported,

@@ -51,6 +51,9 @@ struct ModelConfig {
   int64_t sliding_window = 0;  // 0: none
   std::vector<bool> sliding;   // [n_layer] layers that use the window
   std::vector<bool> rotates;   // [n_layer] layers with rotary embedding
+  bool qk_norm = false;        // q and k are normalised
+  bool post_norms = false;     // norms after attention and feed-forward
+  bool routed = false;         // every layer is a mixture
   bool qk_norm_full = false;   // q and k normalised over all heads at once, not each head
 
   int64_t n_expert = 0;  // 0: dense

@@ -187,12 +187,16 @@ class Loader {
     w.k_bias = vector(p + "attn_k.bias", k, false);
     w.v_bias = vector(p + "attn_v.bias", v, false);
     w.o_bias = vector(p + "attn_output.bias", c.n_embd, false);
-    w.q_norm = vector(p + "attn_q_norm.weight", c.qk_norm_full ? q : c.head_dim, false);
-    w.k_norm = vector(p + "attn_k_norm.weight", c.qk_norm_full ? k : c.head_dim, false);
-    w.post_attn_norm = vector(p + "post_attention_norm.weight", c.n_embd, false);
+    if (c.qk_norm) {
+      w.q_norm = vector(p + "attn_q_norm.weight", c.qk_norm_full ? q : c.head_dim);
+      w.k_norm = vector(p + "attn_k_norm.weight", c.qk_norm_full ? k : c.head_dim);
+    }
     w.ffn_norm = vector(p + "ffn_norm.weight", c.n_embd);
-    w.post_ffn_norm = vector(p + "post_ffw_norm.weight", c.n_embd, false);
-    if (!c.is_mixture() || !file_.tensor(p + "ffn_gate_inp.weight")) {
+    if (c.post_norms) {
+      w.post_attn_norm = vector(p + "post_attention_norm.weight", c.n_embd);
+      w.post_ffn_norm = vector(p + "post_ffw_norm.weight", c.n_embd);
+    }
+    if (!c.routed && (!c.is_mixture() || !file_.tensor(p + "ffn_gate_inp.weight"))) {
       w.gate = matrix(p + "ffn_gate.weight", c.n_ff, c.n_embd);
       w.up = matrix(p + "ffn_up.weight", c.n_ff, c.n_embd);
       w.down = matrix(p + "ffn_down.weight", c.n_embd, c.n_ff);
