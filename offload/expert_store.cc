@@ -29,7 +29,8 @@ class ResidentLease : public ExpertLease {
 }  // namespace
 
 std::unique_ptr<ExpertLease> ResidentExperts::acquire(int64_t layer,
-                                                      std::span<const int32_t> experts) {
+                                                      std::span<const int32_t> experts,
+                                                      const Routes&) {
   return std::make_unique<ResidentLease>(layers_[static_cast<size_t>(layer)], experts);
 }
 

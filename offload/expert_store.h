@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -30,22 +31,54 @@ struct Expert {
   Matrix down;  // [n_embd][n_ff]
 };
 
-// Experts of one layer, pinned from acquire() until the lease is destroyed.
+// Experts of one layer. Those that next_ready() gave are pinned until it is called again or the
+// lease is destroyed, so that a layer may need more experts than there is room for.
 class ExpertLease {
  public:
   virtual ~ExpertLease() = default;
   // Indices into the experts asked for that have become ready since the last call; waits until at
   // least one is. Empty when all have been given. Throws Error(kDevice) where a read failed.
   virtual std::span<const int32_t> next_ready() = 0;
-  // Valid for indices that next_ready() has given.
+  // Valid for the indices that the last next_ready() gave.
   virtual const Expert& expert(int32_t index) const = 0;
 };
 
+// What the router of a layer chose for a chunk of tokens.
+struct Routes {
+  std::vector<int32_t> expert;  // [tokens][n_expert_used], best first
+  std::vector<float> weight;    // [tokens][n_expert_used]
+};
+
+// The routers of later layers, applied to what is known now. For predictors.
+class RouterAhead {
+ public:
+  // logits [tokens][n_expert] of `layer`'s router for the present hidden states of the chunk.
+  virtual void logits(int64_t layer, float* out) = 0;
+  // The present hidden states [tokens][n_embd] (the residual stream).
+  virtual const float* hidden() const = 0;
+
+ protected:
+  ~RouterAhead() = default;
+};
+
+// Called between the layers of a walk, in this order: begin() a chunk; for each mixture layer
+// announce() where its experts are known before its attention, acquire(), look_ahead(); end().
 class ExpertStore {
  public:
   virtual ~ExpertStore() = default;
-  // experts: distinct numbers, ascending. One lease at a time for each caller.
-  virtual std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts) = 0;
+  // A chunk of tokens begins its walk through the layers. poll is called every 20 ms of waiting
+  // and may throw to interrupt it; it must live until the walk ends.
+  virtual void begin(int64_t tokens, const std::function<void()>* poll) {
+    (void)tokens, (void)poll;
+  }
+  virtual void end() {}  // of the chunk's last layer
+  // The experts that `layer` will certainly use.
+  virtual void announce(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
+  // experts: the distinct numbers of routes.expert, ascending. One lease at a time.
+  virtual std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
+                                               const Routes& routes) = 0;
+  // Time to guess what comes after `layer`, whose reads are under way.
+  virtual void look_ahead(int64_t layer, RouterAhead& ahead) { (void)layer, (void)ahead; }
   // Bytes of one layer's expert weights, all experts.
   virtual int64_t layer_bytes(int64_t layer) const = 0;
 };
@@ -55,7 +88,8 @@ class ResidentExperts : public ExpertStore {
  public:
   explicit ResidentExperts(int64_t n_layer) : layers_(static_cast<size_t>(n_layer)) {}
   void add(int64_t layer, Expert expert) { layers_[static_cast<size_t>(layer)].push_back(expert); }
-  std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts) override;
+  std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
+                                       const Routes& routes) override;
   int64_t layer_bytes(int64_t layer) const override;
 
  private:

@@ -65,6 +65,11 @@ class Timeline:
     def hidden(self) -> npt.NDArray[np.float32]: ...  # [n_embd]: final norm of the last token
     def eval_hidden(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Appends tokens; returns the final-norm hidden state of each, [n, n_embd]."""
+    def eval_taps(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Appends tokens; returns the (normalised) input of each layer's feed-forward or router.
+
+        float32 [n_layer, n, n_embd].
+        """
     def sample(self, sampler: Sampler) -> int:
         """Samples from logits() and tells the sampler of the choice; no evaluation."""
     def step(self, sampler: Sampler) -> int:
@@ -115,6 +120,23 @@ def quantize(
 ) -> npt.NDArray[np.uint8]:
     """Raises OptionError where x is not finite and the format is an integer one."""
 
+def make_experts(
+    format: str,
+    x: npt.NDArray[np.float32],
+    *,
+    axis: str,
+    order: npt.NDArray[np.int32],
+    seeds: npt.NDArray[np.uint64],
+    noise: float,
+    threads: int = 1,
+) -> npt.NDArray[np.uint8]:
+    """Permuted, noised, quantized copies of x [rows, cols]: uint8 [experts, rows, row bytes].
+
+    axis: "rows" or "columns", which of them order [experts, rows or cols] rearranges: neuron i of
+    an expert is x's order[i]. noise: relative standard deviation; seeds [experts]. Raises
+    OptionError.
+    """
+
 def dequantize(format: str, data: npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.float32]: ...
 def matmul(
     format: str, isa: str, w: npt.NDArray[np.uint8], rows: int, x: npt.NDArray[np.float32]
@@ -123,3 +145,24 @@ def matmul(
 
 def read_bandwidth(threads: int, bytes: int) -> float: ...  # bytes a second
 def int8_peak(isa: str, threads: int) -> float: ...  # operations a second, a multiply-add is two
+def policies() -> list[tuple[str, str]]: ...  # (name, summary) of every online cache policy
+def simulate(
+    *,
+    evaluation: npt.NDArray[np.int64],
+    layer: npt.NDArray[np.int32],
+    offset: npt.NDArray[np.int64],
+    expert: npt.NDArray[np.int32],
+    weight: npt.NDArray[np.float32],
+    n_layer: int,
+    n_expert: int,
+    n_expert_used: int,
+    policy: str,
+    slots: int,
+    count_from: int = 0,
+) -> dict[str, Any]:
+    """Replays routing through a cold cache; policy: one of policies() or "belady".
+
+    evaluation, layer [visits], offset [visits + 1], expert, weight [uses] (offload/simulate.h).
+    Returns uses, misses and layer_uses, layer_misses [n_layer], counted from evaluation
+    `count_from` on. Raises OptionError for slots < 1, unknown policies and inconsistent arrays.
+    """

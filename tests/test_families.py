@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,8 +22,8 @@ import numpy.typing as npt
 import pytest
 from oracle import Oracle
 from stoker.runtime import _core
-from stoker.runtime.errors import ContextLengthError
-from tiny_models import N_TOKENS, VARIANTS, make, some_tokens
+from stoker.runtime.errors import ContextLengthError, ModelFileError, UnsupportedModelError
+from tiny_models import N_TOKENS, VARIANTS, make, some_tokens, spec_of
 
 Array = npt.NDArray[Any]
 TOKENS = some_tokens(N_TOKENS)
@@ -340,3 +341,100 @@ def test_context_is_a_limit(tiny: BUILD) -> None:
     assert same_bits(timeline.logits(), before)
     timeline.eval(TOKENS[60:64])
     assert timeline.position == 64
+
+
+# Models that are not quite the family's: refused in one line, never run without what is missing or
+# as if they did not hold what is unknown.
+
+
+def refused(path: Path, kind: type[Exception]) -> str:
+    """The message of loading, which names the file first."""
+    with pytest.raises(kind) as caught:
+        open_engine(path)
+    assert type(caught.value) is kind
+    file, _, message = str(caught.value).partition(": ")
+    assert file == str(path)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("variant", "missing"),
+    [
+        ("gemma3", "blk.6.post_attention_norm.weight"),
+        ("gemma3", "blk.3.post_ffw_norm.weight"),
+        ("gemma3", "blk.5.attn_q_norm.weight"),
+        ("gemma3", "blk.6.attn_k_norm.weight"),
+        ("qwen3", "blk.2.attn_q_norm.weight"),
+        ("qwen3moe", "blk.2.attn_k_norm.weight"),
+        ("olmoe", "blk.1.attn_q_norm.weight"),
+        ("olmoe", "blk.2.attn_k_norm.weight"),
+        ("smallthinker", "blk.3.ffn_gate_inp.weight"),
+        ("qwen2moe", "blk.1.ffn_gate_inp_shexp.weight"),
+        ("llama-longrope-short", "rope_factors_short.weight"),
+        ("llama-longrope-short", "rope_factors_long.weight"),
+        ("llama-longrope-long", "rope_factors_short.weight"),
+    ],
+)
+def test_a_missing_tensor_is_named(tmp_path: Path, variant: str, missing: str) -> None:
+    family, shape = VARIANTS[variant]
+    path = make(tmp_path / "m.gguf", family, drop=[missing], **shape)
+    message = refused(path, ModelFileError)
+    assert message == f"tensor '{missing}': expected, found no such tensor"
+
+
+@pytest.mark.parametrize("family", ["gemma3", "olmoe"])
+def test_a_model_without_its_norms_is_refused(tmp_path: Path, family: str) -> None:
+    """None in any layer, as another conversion of the family may write it."""
+    norms = {
+        "gemma3": ("post_attention_norm", "post_ffw_norm", "attn_q_norm", "attn_k_norm"),
+        "olmoe": ("attn_q_norm", "attn_k_norm"),
+    }[family]
+    layers = spec_of(family).n_layer
+    for norm in norms:
+        names = [f"blk.{layer}.{norm}.weight" for layer in range(layers)]
+        path = make(tmp_path / f"{norm}.gguf", family, drop=names)
+        assert f"tensor '{names[0]}': expected, found" in refused(path, ModelFileError)
+
+
+@pytest.mark.parametrize(
+    ("variant", "unknown", "n"),
+    [
+        ("llama", "blk.0.attn_q_norm.weight", 16),
+        ("llama", "blk.2.post_attention_norm.weight", 64),
+        ("qwen2", "blk.1.attn_k_norm.weight", 16),
+        ("mixtral", "blk.2.ffn_gate_inp_shexp.weight", 64),
+        ("gemma3", "blk.1.ffn_gate_inp.weight", 64),
+        ("smallthinker", "blk.3.post_ffw_norm.weight", 64),
+        ("llama-yarn", "rope_factors_long.weight", 16),
+    ],
+)
+def test_an_unknown_tensor_is_named(tmp_path: Path, variant: str, unknown: str, n: int) -> None:
+    family, shape = VARIANTS[variant]
+    path = make(tmp_path / "m.gguf", family, extra={unknown: n}, **shape)
+    assert refused(path, UnsupportedModelError) == (
+        f"tensor {unknown}: expected none of this name in architecture {spec_of(family).arch}, "
+        f"found [{n}]"
+    )
+
+
+def test_smallthinker_without_experts_is_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "m.gguf", "smallthinker", n_expert=0)
+    message = refused(path, ModelFileError)
+    assert message == "smallthinker.expert_count: expected at least 1, found 0"
+
+
+def test_the_command_line_refuses_another_model(tmp_path: Path) -> None:
+    missing = "blk.6.post_attention_norm.weight"
+    path = make(tmp_path / "m.gguf", "gemma3", drop=[missing])
+    done = subprocess.run(
+        [sys.executable, "-m", "stoker.runtime.cli", "run", str(path), "hi"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    line = rf"stoker: error: .*m\.gguf: tensor '{re.escape(missing)}': expected, found .*\n"
+    assert re.fullmatch(line, done.stderr)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Spec:
 
     @property
     def moe(self) -> bool:
-        return self.family in MOE
+        return self.family in MOE and self.n_expert > 0
 
 
 # Family defaults over those above.
@@ -369,7 +369,7 @@ def write_metadata(out: gguf.GGUFWriter, s: Spec) -> None:
         out.add_attention_scale(s.attention_scale)
     if s.final_softcap:
         out.add_final_logit_softcapping(s.final_softcap)
-    if s.moe:
+    if s.family in MOE:
         out.add_expert_count(s.n_expert)
         out.add_expert_used_count(s.n_expert_used)
     if s.family in ("qwen2moe", "qwen3moe", "smallthinker"):
@@ -418,16 +418,30 @@ def quantized(values: Array, quant: str) -> npt.NDArray[Any]:
 
 
 def make(
-    path: str | Path, family: str, *, quant: str = "F32", seed: int = 0, **overrides: Any
+    path: str | Path,
+    family: str,
+    *,
+    quant: str = "F32",
+    seed: int = 0,
+    drop: Collection[str] = (),
+    extra: Mapping[str, int] | None = None,
+    **overrides: Any,
 ) -> Path:
     """Writes the model and returns its path. Matrices get `quant`; norms, biases, routers F32.
 
-    K-quants and IQ4_XS take the sizes of WIDE (rows of 256) unless overridden.
+    K-quants and IQ4_XS take the sizes of WIDE (rows of 256) unless overridden. A broken model
+    lacks the tensors named in `drop` or has vectors of ones as well, `extra`: name -> length.
     """
     s = spec_of(family, **({**WIDE, **overrides} if quant in K_QUANTS else overrides))
     out = gguf.GGUFWriter(str(path), s.arch)
     write_metadata(out, s)
-    for name, values in tensors(s, seed):
+    content = dict(tensors(s, seed))
+    for name in drop:
+        del content[name]
+    for name, n in (extra or {}).items():
+        assert name not in content, name
+        content[name] = np.ones(n, np.float32)
+    for name, values in content.items():
         is_matrix = values.ndim > 1 and "ffn_gate_inp" not in name
         embedding = name == "token_embd.weight" and s.embedding_quant
         kind = (s.embedding_quant if embedding else quant) if is_matrix else "F32"

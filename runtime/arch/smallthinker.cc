@@ -13,8 +13,11 @@ void configure(const GgufFile& file, ModelConfig& c) {
   c.rope.neox = true;
   c.activation = Activation::kRelu;
   c.normalize_experts = true;
-  c.routed = true;
-  if (!c.is_mixture()) file.require_int("smallthinker.expert_count of at least 1");
+  c.routed = c.routes_early = true;
+  if (!c.is_mixture()) {
+    throw Error(ErrorKind::kModelFile,
+                file.path() + ": smallthinker.expert_count: expected at least 1, found 0");
+  }
   const int64_t gating = file.require_int("smallthinker.expert_gating_func");
   if (gating != 1 && gating != 2) {
     throw Error(ErrorKind::kUnsupported,
@@ -30,6 +33,7 @@ void configure(const GgufFile& file, ModelConfig& c) {
 void layer(Forward& f, int64_t il) {
   const LayerWeights& w = f.layer(il);
   const Routes routes = f.route(il, f.x());
+  f.announce(il, routes);
   f.norm(f.x(), w.attn_norm, f.a());
   f.attention(il, f.a(), f.b());
   f.add(f.x(), f.b());

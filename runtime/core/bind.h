@@ -7,3 +7,5 @@ void bind_gguf(nanobind::module_& m);
 void bind_kernels(nanobind::module_& m);
 void bind_sampler(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
+void bind_export(nanobind::module_& m);
+void bind_offload_sim(nanobind::module_& m);

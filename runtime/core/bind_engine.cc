@@ -5,6 +5,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <string>
@@ -108,6 +109,98 @@ nb::dict plan_of(const Engine& e) {
   d["scratch_bytes"] = p.scratch_bytes;
   d["token_bytes"] = p.token_bytes;
   d["layer_macs"] = p.layer_macs;
+  const stoker::MemoryPlan& m = p.memory;
+  d["memory"] = m.budget;
+  if (m.budget == 0) return d;
+  d["process_bytes"] = m.process;
+  d["margin_bytes"] = m.margin;
+  d["slot_bytes"] = m.slot_bytes;
+  d["expert_bytes"] = m.expert_bytes;
+  d["slots"] = m.n_slots;
+  d["experts"] = m.n_units;
+  d["working_set"] = m.working_set;
+  d["streams"] = m.streams();
+  return d;
+}
+
+constexpr const char* kPrefetchModes[] = {"off", "on", "auto"};
+
+stoker::PrefetchMode to_prefetch(const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name == kPrefetchModes[i]) return static_cast<stoker::PrefetchMode>(i);
+  }
+  throw Error(ErrorKind::kOption, "prefetch: expected auto, on or off, found " + name);
+}
+
+// Counters of the expert store since the load; None where every expert is resident.
+nb::object offload_of(const Engine& e) {
+  const stoker::FlashExperts* flash = e.flash();
+  if (!flash) return nb::none();
+  const stoker::StoreStatistics s = flash->statistics();
+  const stoker::IoStatistics io = flash->reader().io().statistics();
+  nb::dict d;
+  d["hits"] = s.hits;
+  d["late"] = s.late;
+  d["misses"] = s.misses;
+  d["prefetches"] = s.prefetches;
+  d["prefetches_used"] = s.prefetches_used;
+  d["cancelled"] = s.cancelled;
+  d["demand_bytes"] = s.demand_bytes;
+  d["prefetch_bytes"] = s.prefetch_bytes;
+  d["evictions"] = s.evictions;
+  d["stall_s"] = s.stall_s;
+  d["decode_hits"] = s.decode_hits;
+  d["decode_late"] = s.decode_late;
+  d["decode_misses"] = s.decode_misses;
+  d["decode_bytes"] = s.decode_bytes;
+  d["decode_stall_s"] = s.decode_stall_s;
+  d["layer_uses"] = nb::cast(s.layer_uses);
+  d["layer_hits"] = nb::cast(s.layer_hits);
+  d["read_bytes"] = io.bytes;
+  d["read_s"] = io.busy_s;
+  d["io"] = flash->reader().io().description();
+  d["prefetch"] = flash->controller().description();
+  return d;
+}
+
+// The store under the pool's lease, between evaluations. Throws where there is none.
+template <class F>
+void with_flash(const Engine& e, F&& f) {
+  stoker::FlashExperts* flash = e.flash();
+  if (!flash) throw Error(ErrorKind::kOption, "every expert of this model is resident");
+  nb::gil_scoped_release release;
+  const stoker::ThreadPool::Lease lease(e.pool());
+  f(*flash);
+}
+
+void record_routing(const Engine& e, bool on) {
+  with_flash(e, [&](stoker::FlashExperts& flash) { flash.record(on); });
+}
+
+void empty_cache(const Engine& e) {
+  with_flash(e, [](stoker::FlashExperts& flash) { flash.forget(); });
+}
+
+// Columns of what was recorded since the last call, each an array [n].
+nb::dict take_routing(const Engine& e) {
+  std::vector<stoker::Access> trace;
+  with_flash(e, [&](stoker::FlashExperts& flash) { trace = flash.take_trace(); });
+  const auto column = [&](auto value) {
+    using T = decltype(value(trace[0]));
+    return filled<T>({trace.size()}, [&](T* out) {
+      for (size_t i = 0; i < trace.size(); ++i) out[i] = value(trace[i]);
+    });
+  };
+  nb::dict d;
+  d["evaluation"] = column([](const stoker::Access& a) { return a.evaluation; });
+  d["tokens"] = column([](const stoker::Access& a) { return a.tokens; });
+  d["token"] = column([](const stoker::Access& a) { return a.token; });
+  d["layer"] = column([](const stoker::Access& a) { return a.layer; });
+  d["rank"] = column([](const stoker::Access& a) { return a.rank; });
+  d["expert"] = column([](const stoker::Access& a) { return a.expert; });
+  d["weight"] = column([](const stoker::Access& a) { return a.weight; });
+  d["source"] = column([](const stoker::Access& a) { return a.source; });
+  d["wait_us"] = column([](const stoker::Access& a) { return a.wait_us; });
   return d;
 }
 
@@ -127,7 +220,10 @@ nb::dict stats_of(const Timeline& t) {
 void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine")
       .def(nb::new_([](std::shared_ptr<const stoker::GgufFile> file, int threads, int64_t context,
-                       const std::string& kv_type, const std::string& precision) {
+                       const std::string& kv_type, const std::string& precision, int64_t memory,
+                       int64_t process_bytes, const std::string& policy,
+                       const std::string& predictor, const std::string& prefetch,
+                       const std::string& io, int readers, bool direct) {
              if (kv_type != "f16" && kv_type != "f32") {
                throw Error(ErrorKind::kOption, "kv_type: expected f16 or f32, found " + kv_type);
              }
@@ -136,13 +232,29 @@ void bind_engine(nb::module_& m) {
              options.context = context;
              options.kv_f16 = kv_type == "f16";
              options.precision = to_precision(precision);
+             stoker::OffloadOptions& offload = options.offload;
+             offload.memory = memory;
+             offload.process_bytes = process_bytes;
+             offload.policy = policy;
+             offload.predictor = predictor;
+             offload.prefetch = to_prefetch(prefetch);
+             offload.io = {io, readers, direct};
              nb::gil_scoped_release release;
-             return std::make_shared<Engine>(std::move(file), options);
+             return std::make_shared<Engine>(std::move(file), options, poll_signals);
            }),
            nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("context") = 0,
-           nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced")
+           nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced", nb::arg("memory") = 0,
+           nb::arg("process_bytes") = 0,
+           nb::arg("policy") = std::string(stoker::kDefaultPolicy),
+           nb::arg("predictor") = std::string(stoker::kDefaultPredictor),
+           nb::arg("prefetch") = "auto", nb::arg("io") = "pread_pool", nb::arg("readers") = 4,
+           nb::arg("direct") = true)
       .def_prop_ro("config", config_of)
       .def_prop_ro("plan", plan_of)
+      .def_prop_ro("offload", offload_of)
+      .def("record_routing", record_routing, nb::arg("on"))
+      .def("take_routing", take_routing)
+      .def("empty_cache", empty_cache)
       .def("timeline", [](std::shared_ptr<Engine> e) {
         return std::make_unique<Timeline>(std::move(e), poll_signals);
       });
@@ -170,6 +282,15 @@ void bind_engine(nb::module_& m) {
              const auto n_embd = static_cast<size_t>(t.engine().config().n_embd);
              return filled<float>({ids.size(), n_embd},
                                   [&](float* out) { t.eval_hidden(ids, out); });
+           })
+      .def("eval_taps",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             const stoker::ModelConfig& c = t.engine().config();
+             const auto n_layer = static_cast<size_t>(c.n_layer);
+             const auto n_embd = static_cast<size_t>(c.n_embd);
+             return filled<float>({n_layer, ids.size(), n_embd},
+                                  [&](float* out) { t.eval_taps(ids, out); });
            })
       .def("eval_nll",
            [](Timeline& t, nb::handle tokens) {

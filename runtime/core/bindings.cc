@@ -47,4 +47,6 @@ NB_MODULE(_core, m) {
   bind_kernels(m);
   bind_sampler(m);
   bind_engine(m);
+  bind_export(m);
+  bind_offload_sim(m);
 }

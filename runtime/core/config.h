@@ -54,6 +54,7 @@ struct ModelConfig {
   bool qk_norm = false;        // q and k are normalised
   bool post_norms = false;     // norms after attention and feed-forward
   bool routed = false;         // every layer is a mixture
+  bool routes_early = false;   // routers read a layer's raw input, before attention
   bool qk_norm_full = false;   // q and k normalised over all heads at once, not each head
 
   int64_t n_expert = 0;  // 0: dense

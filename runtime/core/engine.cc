@@ -16,9 +16,11 @@ namespace {
 
 // A prompt's chunk: large enough to use each unpacked weight tile many times.
 constexpr int64_t kChunk = 512;
-// Buffers of a mixture's chunk grow with tokens x experts used; the chunk shrinks to keep them
-// below this.
-constexpr int64_t kMixtureScratch = int64_t{64} << 20;
+// A mixture's scratch grows with tokens x experts used; the chunk shrinks to keep it below this.
+constexpr int64_t kMixtureScratch = int64_t{96} << 20;
+constexpr int64_t kLeastChunk = 32;
+// Under a budget scratch takes at most this part of it: what it takes, the cache lacks.
+constexpr int64_t kScratchShare = 12;
 constexpr int64_t kDefaultContext = 4096;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -36,7 +38,8 @@ const Family& find_family(const GgufFile& file, const std::string& architecture)
 
 }  // namespace
 
-Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options)
+Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options,
+               const std::function<void()>& poll)
     : file_(std::move(file)), options_(options) {
   const std::string architecture(file_->require_string("general.architecture"));
   family_ = &find_family(*file_, architecture);
@@ -58,7 +61,8 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
                                         " tokens (the model's limit), found " +
                                         std::to_string(options.context));
   }
-  weights_ = load_weights(*file_, c, plan_.threads);
+  plan_.kv_bytes = KvCache::nbytes(c, plan_.context, options.kv_f16);
+  load(poll);
   const bool longrope = c.rope.scaling == RopeScaling::kLongRope;
   const Vector& factors = !longrope                                 ? weights_.rope_factors
                           : plan_.context > c.rope.original_context ? weights_.rope_factors_long
@@ -69,23 +73,64 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
   plan_.weight_bytes = weights_.resident_bytes;
   plan_.token_bytes = weights_.token_bytes;
   plan_.layer_macs = weights_.layer_macs;
-  plan_.kv_bytes = KvCache::nbytes(c, plan_.context, options.kv_f16);
-  plan_scratch();
+  allocate_scratch();
 }
 
-void Engine::plan_scratch() {
+void Engine::load(const std::function<void()>& poll) {
   const ModelConfig& c = config_;
-  const int64_t used = std::max<int64_t>(1, c.n_expert_used);
-  int64_t ff = std::max(c.n_ff, c.n_ff_shared);
+  const OffloadOptions& o = options_.offload;
   int64_t chunk = std::min(kChunk, plan_.context);
+  int64_t scratch_limit = kMixtureScratch;
+  if (o.memory > 0) scratch_limit = std::min(scratch_limit, o.memory / kScratchShare);
+  const int64_t least = std::min<int64_t>(kLeastChunk, chunk);
+  if (c.is_mixture()) {
+    while (chunk > least && lay_out_scratch(chunk, nullptr) > scratch_limit) {
+      chunk = std::max(least, chunk / 4 * 3);
+    }
+  }
+  plan_.chunk = chunk;
+  plan_.scratch_bytes = lay_out_scratch(chunk, nullptr);
+  if (o.memory <= 0) {
+    weights_ = load_weights(*file_, c, plan_.threads);
+    return;
+  }
+  if (!c.is_mixture()) {
+    const int64_t needed = o.process_bytes + static_cast<int64_t>(file_->nbytes()) +
+                           plan_.kv_bytes + plan_.scratch_bytes + memory_margin(o.memory);
+    if (needed > o.memory) {
+      throw Error(ErrorKind::kBudget,
+                  file_->path() + ": memory: expected at least " + std::to_string(needed >> 20) +
+                      " MiB for this dense model, found " + std::to_string(o.memory >> 20) +
+                      " MiB");
+    }
+    weights_ = load_weights(*file_, c, plan_.threads);
+    return;
+  }
+  Partition parts = partition(*file_, c);
+  FixedMemory fixed;
+  fixed.process = o.process_bytes;
+  fixed.pinned = TensorMemory::nbytes(parts.kept);
+  fixed.kv = plan_.kv_bytes;
+  fixed.scratch = plan_.scratch_bytes;
+  plan_.memory = plan_memory(file_->path(), o.memory, fixed, parts.layout, parts.working_set,
+                             c.n_expert_used);
+  auto reader = std::make_unique<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
+  FlashExperts::Options store;
+  store.slots = plan_.memory.slots;
+  store.policy = o.policy;
+  store.predictor = o.predictor;
+  store.prefetch = o.prefetch;
+  weights_ = load_weights(*file_, c, std::move(parts), std::move(reader), store, poll);
+}
+
+int64_t Engine::lay_out_scratch(int64_t chunk, uint8_t* base) {
+  const ModelConfig& c = config_;
+  int64_t ff = std::max(c.n_ff, c.n_ff_shared);
   int64_t pairs_per_token = 0;
   if (c.is_mixture()) {
     ff = std::max(ff, c.n_ff_expert);
-    pairs_per_token = used;
-    const int64_t bytes = used * (2 * c.n_ff_expert + c.n_embd) * 4;
-    chunk = std::clamp(kMixtureScratch / bytes, std::min<int64_t>(32, chunk), chunk);
+    pairs_per_token = std::max<int64_t>(1, c.n_expert_used);
   }
-  plan_.chunk = chunk;
   const int64_t pairs = chunk * pairs_per_token;
   const int64_t rows = std::max(chunk, pairs);
   // Columns that activations can have.
@@ -120,6 +165,7 @@ void Engine::plan_scratch() {
       {reinterpret_cast<void**>(&s.up), floats(gate_floats)},
       {reinterpret_cast<void**>(&s.pairs), floats(rows * (c.is_mixture() ? c.n_embd : 0))},
       {reinterpret_cast<void**>(&s.router), floats(chunk * std::max<int64_t>(1, c.n_expert))},
+      {reinterpret_cast<void**>(&s.ahead), floats(c.is_mixture() ? chunk * c.n_embd : 0)},
       {reinterpret_cast<void**>(&s.angles), floats(2 * chunk * n_rot)},
       {reinterpret_cast<void**>(&s.act_q), 2 * rows * widest},
       {reinterpret_cast<void**>(&s.act_scale), floats(2 * rows * (widest / 32))},
@@ -127,18 +173,24 @@ void Engine::plan_scratch() {
       {reinterpret_cast<void**>(&s.thread), plan_.threads * s.thread_bytes},
   };
   int64_t total = 64;
-  for (const Part& p : parts) total += round_up(p.bytes, 64);
-  s.memory.reset(static_cast<uint8_t*>(std::calloc(static_cast<size_t>(total), 1)));
-  if (!s.memory) {
-    throw Error(ErrorKind::kBudget, "no memory for " + std::to_string(total) + " bytes of scratch");
-  }
-  plan_.scratch_bytes = total;
-  uint8_t* at = s.memory.get();
-  at += (64 - reinterpret_cast<uintptr_t>(at) % 64) % 64;
+  uint8_t* at = base;
+  if (base) at += (64 - reinterpret_cast<uintptr_t>(base) % 64) % 64;
   for (const Part& p : parts) {
     *p.pointer = at;
-    at += round_up(p.bytes, 64);
+    total += round_up(p.bytes, 64);
+    if (base) at += round_up(p.bytes, 64);
   }
+  return total;
+}
+
+void Engine::allocate_scratch() {
+  const int64_t bytes = plan_.scratch_bytes;
+  Scratch& s = scratch_;
+  s.memory.reset(static_cast<uint8_t*>(std::calloc(static_cast<size_t>(bytes), 1)));
+  if (!s.memory) {
+    throw Error(ErrorKind::kBudget, "no memory for " + std::to_string(bytes) + " bytes of scratch");
+  }
+  lay_out_scratch(plan_.chunk, s.memory.get());
 }
 
 }  // namespace stoker

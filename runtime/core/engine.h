@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "offload/flash_experts.h"
+#include "offload/planner.h"
 #include "runtime/core/config.h"
 #include "runtime/core/gguf.h"
 #include "runtime/core/ops.h"
@@ -34,11 +36,22 @@ enum class Precision {
   kHigh,      // all: within float32 rounding of exact activations, at twice the arithmetic
 };
 
+// How a mixture runs that may not fit the memory.
+struct OffloadOptions {
+  int64_t memory = 0;         // bytes of the whole process; 0: everything resident
+  int64_t process_bytes = 0;  // of the process before the engine, interpreter included
+  IoOptions io;
+  std::string policy{kDefaultPolicy};
+  std::string predictor{kDefaultPredictor};
+  PrefetchMode prefetch = PrefetchMode::kAuto;
+};
+
 struct EngineOptions {
   int threads = 0;      // 0: the physical performance cores
   int64_t context = 0;  // 0: the model's limit, at most 4096
   bool kv_f16 = true;
   Precision precision = Precision::kBalanced;
+  OffloadOptions offload;
 };
 
 // Where the memory goes, bytes; fixed at load.
@@ -47,11 +60,12 @@ struct Plan {
   int threads = 1;
   int64_t context = 0;
   int64_t chunk = 0;  // prompt tokens that pass a layer together
-  int64_t weight_bytes = 0;
+  int64_t weight_bytes = 0;  // resident from the start: all, or all but the experts
   int64_t kv_bytes = 0;  // of one timeline at its full context
   int64_t scratch_bytes = 0;
   int64_t token_bytes = 0;  // weight bytes that one decoded token reads
   int64_t layer_macs = 0;   // multiply-adds of one prompt token (the output's excluded)
+  MemoryPlan memory;        // under a budget
 };
 
 // Buffers of one evaluation, used under the pool's lease. T = plan.chunk tokens; all 64-byte
@@ -68,6 +82,7 @@ struct Scratch {
   float* up = nullptr;         // the same
   float* pairs = nullptr;      // [T * n_expert_used][n_embd] outputs of single experts
   float* router = nullptr;     // [T][n_expert] logits
+  float* ahead = nullptr;      // [T][n_embd] input of a later layer's router
   float* angles = nullptr;     // [2][T][n_rot] cos and sin: global and sliding-window layers
   int8_t* act_q = nullptr;     // [2][rows][widest] quantized activations, two terms
   float* act_scale = nullptr;  // [2][rows][widest / 32]
@@ -84,7 +99,9 @@ struct Scratch {
 
 class Engine {
  public:
-  Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options);
+  // poll is called every 20 ms of waiting for reads and may throw; it may be empty.
+  Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options,
+         const std::function<void()>& poll = {});
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
@@ -99,9 +116,15 @@ class Engine {
   const Rope& rope(bool sliding) const { return sliding ? rope_sliding_ : rope_; }
   ThreadPool& pool() const { return *pool_; }
   Scratch& scratch() const { return scratch_; }  // under pool()'s lease
+  // Null unless the experts are on flash.
+  FlashExperts* flash() const { return weights_.flash; }
 
  private:
-  void plan_scratch();
+  void load(const std::function<void()>& poll);
+  // Sets the pointers of scratch_ for a chunk and a memory that begins at `base` (null: none yet);
+  // returns the bytes that it needs.
+  int64_t lay_out_scratch(int64_t chunk, uint8_t* base);
+  void allocate_scratch();
 
   std::shared_ptr<const GgufFile> file_;
   EngineOptions options_;

@@ -292,7 +292,14 @@ void Forward::gate_rows(float* gate, const float* up, int64_t n, int64_t width,
   });
 }
 
+void Forward::copy_to_tap(int64_t il, const float* in) const {
+  if (!tap_) return;
+  std::memcpy(tap_ + il * tap_stride_, in,
+              static_cast<size_t>(n_ * config_.n_embd) * sizeof(float));
+}
+
 void Forward::feed_forward(int64_t il, const float* in, float* out) {
+  copy_to_tap(il, in);
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
   const Input x = input(in, n_, c.n_embd, int8(w.gate) || int8(w.up), two_terms(Precision::kHigh));

@@ -12,12 +12,6 @@
 
 namespace stoker {
 
-// The experts that the router chose for each token of the chunk.
-struct Routes {
-  std::vector<int32_t> expert;  // [tokens][n_expert_used], best first
-  std::vector<float> weight;    // [tokens][n_expert_used]
-};
-
 class Forward {
  public:
   Forward(const Engine& engine, const KvCache& kv);
@@ -41,8 +35,14 @@ class Forward {
   float* a() const { return s_.a; }  // [tokens][n_embd]
   float* b() const { return s_.b; }  // [tokens][n_embd]
 
-  // out = rms_norm(in) * w, token by token; [tokens][n_embd]. An empty w copies nothing and is
-  // an error of the family.
+  // From now on copies what each layer's feed-forward or router reads (its `in`) to
+  // out + il * layer_stride, [tokens][n_embd] floats.
+  void tap(float* out, int64_t layer_stride) {
+    tap_ = out;
+    tap_stride_ = layer_stride;
+  }
+
+  // out = rms_norm(in) * w, token by token; [tokens][n_embd].
   void norm(const float* in, const Vector& w, float* out);
   // y += x, [tokens][n_embd]
   void add(float* y, const float* x);
@@ -52,6 +52,8 @@ class Forward {
   void feed_forward(int64_t il, const float* in, float* out);
   // The router's choice for every token, from in [tokens][n_embd].
   Routes route(int64_t il, const float* in);
+  // Tells the store that layer `il` will use these experts, so that their reads begin.
+  void announce(int64_t il, const Routes& routes);
   // Sum of the routed experts (and the shared expert where the layer has one).
   void mixture(int64_t il, const float* in, const Routes& routes, float* out);
 
@@ -99,6 +101,10 @@ class Forward {
   void store_kv(int64_t il);
   void attend(int64_t il);
   void shared_expert(int64_t il, const float* in, float* out);
+  // The routers of later layers on the present hidden states, for the store's predictor.
+  class Ahead;
+  ExpertStore& experts() const { return *engine_.weights().experts; }
+  void copy_to_tap(int64_t il, const float* in) const;
   uint8_t* thread_scratch(int thread) const { return s_.thread + thread * s_.thread_bytes; }
 
   const Engine& engine_;
@@ -108,6 +114,8 @@ class Forward {
   Scratch& s_;
   int64_t n_ = 0;
   int64_t position_ = 0;
+  float* tap_ = nullptr;  // null: nobody listens
+  int64_t tap_stride_ = 0;
 };
 
 }  // namespace stoker

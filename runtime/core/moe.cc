@@ -43,7 +43,31 @@ void choose(const ModelConfig& c, const float* logits, float* p, int32_t* expert
 
 }  // namespace
 
+class Forward::Ahead : public RouterAhead {
+ public:
+  explicit Ahead(Forward& forward) : f_(forward) {}
+  void logits(int64_t layer, float* out) override {
+    const ModelConfig& c = f_.config_;
+    const Matrix& router = f_.layer(layer).router;
+    const float* in = f_.s_.x;
+    if (!c.routes_early) {
+      f_.norm(in, f_.layer(layer).ffn_norm, f_.s_.ahead);
+      in = f_.s_.ahead;
+    }
+    const Input x = f_.input(in, f_.n_, c.n_embd, int8(router), false);
+    const Product product[] = {{&router, out, c.n_expert, nullptr, 0, f_.n_}};
+    f_.multiply(product, x);
+  }
+  const float* hidden() const override { return f_.s_.x; }
+
+ private:
+  Forward& f_;
+};
+
+void Forward::announce(int64_t il, const Routes& routes) { experts().announce(il, routes); }
+
 Routes Forward::route(int64_t il, const float* in) {
+  copy_to_tap(il, in);
   const ModelConfig& c = config_;
   const Matrix& router = layer(il).router;
   const Input x = input(in, n_, c.n_embd, int8(router), two_terms(Precision::kBalanced));
@@ -89,7 +113,9 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
 
   // Experts are computed in the order in which they become ready; their outputs wait in
   // s_.pairs, so that the sum below does not depend on that order.
-  const std::unique_ptr<ExpertLease> lease = engine_.weights().experts->acquire(il, experts);
+  const std::unique_ptr<ExpertLease> lease = this->experts().acquire(il, experts, routes);
+  Ahead ahead(*this);
+  this->experts().look_ahead(il, ahead);
   const bool high = two_terms(Precision::kHigh);
   std::vector<Product> gate_up, down;
   std::vector<int32_t> rows;  // pairs whose experts are ready
@@ -131,21 +157,19 @@ void Forward::shared_expert(int64_t il, const float* in, float* out) {
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
   const int64_t ff = c.n_ff_shared;
-  const bool gated = static_cast<bool>(w.shared_router);
   const bool high = two_terms(Precision::kHigh);
-  const Input x =
-      input(in, n_, c.n_embd,
-            int8(w.shared_gate) || int8(w.shared_up) || (gated && int8(w.shared_router)), high);
+  const Input x = input(in, n_, c.n_embd,
+                        int8(w.shared_gate) || int8(w.shared_up) || int8(w.shared_router), high);
   const Product products[] = {{&w.shared_gate, s_.gate, ff, nullptr, 0, n_},
                               {&w.shared_up, s_.up, ff, nullptr, 0, n_},
                               {&w.shared_router, s_.router, 1, nullptr, 0, n_}};
-  multiply(std::span(products, gated ? 3 : 2), x);
+  multiply(products, x);
   gate_rows(s_.gate, s_.up, n_, ff);
   const Input h = input(s_.gate, n_, ff, int8(w.shared_down), high);
   const Product down[] = {{&w.shared_down, s_.pairs, c.n_embd, nullptr, 0, n_}};
   multiply(down, h);
   for_rows(n_, c.n_embd, [&](int64_t i, int) {
-    const float weight = gated ? 1.0f / (1.0f + std::exp(-s_.router[i])) : 1.0f;
+    const float weight = 1.0f / (1.0f + std::exp(-s_.router[i]));
     ops_.add_scaled(out + i * c.n_embd, s_.pairs + i * c.n_embd, weight, c.n_embd);
   });
 }

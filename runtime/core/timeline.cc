@@ -48,6 +48,7 @@ class Busy {
 Timeline::Timeline(std::shared_ptr<const Engine> engine, std::function<void()> poll)
     : engine_(std::move(engine)),
       poll_(std::move(poll)),
+      interrupt_([this] { interrupt_if_asked(); }),
       kv_(engine_->config(), engine_->plan().context, engine_->kv_f16()),
       hidden_(static_cast<size_t>(engine_->config().n_embd)),
       logits_(static_cast<size_t>(engine_->config().n_vocab)) {}
@@ -64,7 +65,7 @@ void Timeline::interrupt_if_asked() {
   }
 }
 
-void Timeline::run(std::span<const int32_t> tokens, const Sink& sink) {
+void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* taps) {
   const Busy busy(busy_);
   const int64_t n = static_cast<int64_t>(tokens.size());
   if (n == 0) throw Error(ErrorKind::kOption, "expected at least 1 token, found none");
@@ -84,15 +85,20 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink) {
   const ThreadPool::Lease lease(engine_->pool());
   const double start = now();
   last_poll_ = start;
+  ExpertStore* const experts = engine_->weights().experts.get();
   for (int64_t first = 0; first < n;) {
     const int64_t count = std::min(engine_->plan().chunk, n - first);
     Forward forward(*engine_, kv_);
+    const int64_t n_embd = engine_->config().n_embd;
+    if (taps) forward.tap(taps + first * n_embd, n * n_embd);
     forward.begin(tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(count)),
                   position_);
+    if (experts) experts->begin(count, &interrupt_);
     for (int64_t il = 0; il < engine_->config().n_layer; ++il) {
       interrupt_if_asked();
       engine_->family().layer(forward, il);
     }
+    if (experts) experts->end();
     if (sink) sink(forward, first, count);
     position_ += count;
     first += count;
@@ -131,6 +137,10 @@ void Timeline::eval_hidden(std::span<const int32_t> tokens, float* out) {
   run(tokens, [&](Forward& forward, int64_t first, int64_t n) {
     forward.final_norm(0, n, out + first * n_embd);
   });
+}
+
+void Timeline::eval_taps(std::span<const int32_t> tokens, float* out) {
+  run(tokens, nullptr, out);
 }
 
 void Timeline::eval_nll(std::span<const int32_t> tokens, double* out) {

@@ -42,6 +42,8 @@ class Timeline {
   void eval_all(std::span<const int32_t> tokens, float* out);
   // The same, with the final-norm hidden state of each token: out [n][n_embd].
   void eval_hidden(std::span<const int32_t> tokens, float* out);
+  // The same, with what each layer's feed-forward or router reads: out [n_layer][n][n_embd].
+  void eval_taps(std::span<const int32_t> tokens, float* out);
   // The same, with -ln p(tokens[i + 1]) after token i: out [n - 1], nats.
   void eval_nll(std::span<const int32_t> tokens, double* out);
   // Logits after the last token [n_vocab]. Throws Error(kOption) where nothing is evaluated.
@@ -60,12 +62,13 @@ class Timeline {
  private:
   // Receives the forward of a chunk whose tokens begin at index `first` of the evaluation.
   using Sink = std::function<void(Forward& forward, int64_t first, int64_t n)>;
-  void run(std::span<const int32_t> tokens, const Sink& sink);
+  void run(std::span<const int32_t> tokens, const Sink& sink, float* taps = nullptr);
   void interrupt_if_asked();
   void keep_last(Forward& forward, int64_t n);
 
   std::shared_ptr<const Engine> engine_;
   std::function<void()> poll_;
+  std::function<void()> interrupt_;  // interrupt_if_asked(), for those who wait for reads
   KvCache kv_;
   int64_t position_ = 0;
   bool has_logits_ = false;

@@ -12,7 +12,6 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 #define STOKER_POSIX 1
 #endif
@@ -24,7 +23,6 @@ namespace stoker {
 namespace {
 
 constexpr uint64_t kReadPiece = uint64_t{4} << 20;
-constexpr uint64_t kHugePage = uint64_t{2} << 20;
 
 [[noreturn]] void fail(const std::string& path, const std::string& what) {
   throw Error(ErrorKind::kModelFile, path + ": " + what);
@@ -76,6 +74,17 @@ std::string read_pieces(const std::string& path, uint64_t begin, uint64_t size, 
   }
   return "";
 }
+#else
+std::string read_pieces(const std::string& path, uint64_t begin, uint64_t size, uint8_t* base,
+                        int) {
+  std::ifstream in(path, std::ios::binary);
+  in.seekg(static_cast<std::streamoff>(begin));
+  in.read(reinterpret_cast<char*>(base), static_cast<std::streamsize>(size));
+  const auto found = static_cast<uint64_t>(in.gcount());
+  if (found == size) return "";
+  return "expected " + std::to_string(begin + size) + " bytes, found " +
+         std::to_string(begin + found);
+}
 #endif
 
 class Loader {
@@ -83,8 +92,9 @@ class Loader {
   Loader(const GgufFile& file, const ModelConfig& config, Weights& weights)
       : file_(file), config_(config), weights_(weights) {}
 
+  // Null where nothing has been read (partition()).
   const uint8_t* data(const GgufTensor& t) const {
-    return weights_.shards[static_cast<size_t>(t.shard)]->at(t.offset);
+    return weights_.memory ? weights_.memory->data(t) : nullptr;
   }
 
   const Format& format(const GgufTensor& t) const {
@@ -110,12 +120,10 @@ class Loader {
 
   // A tensor that the family does not know would change what the model computes: refuse it.
   void check_all_used() const {
-    for (const GgufTensor& t : file_.tensors()) {
-      if (used_.count(&t)) continue;
-      throw Error(ErrorKind::kUnsupported, file_.path() + ": tensor " + t.name +
-                                               ": expected none of this name in architecture " +
-                                               config_.architecture + ", found " + shape(t));
-    }
+    for (const GgufTensor& t : file_.tensors()) check_used(t);
+  }
+  void check_all_used(const std::vector<const GgufTensor*>& tensors) const {
+    for (const GgufTensor* t : tensors) check_used(*t);
   }
 
   // Matrix [rows][cols], slice `slice` of a three-dimensional tensor of `slices`.
@@ -138,7 +146,7 @@ class Loader {
     m.rows = rows;
     m.cols = cols;
     m.stride = row_bytes(f, cols);
-    m.data = data(t) + slice * rows * m.stride;
+    if (const uint8_t* p = data(t)) m.data = p + slice * rows * m.stride;
     return m;
   }
 
@@ -196,7 +204,7 @@ class Loader {
       w.post_attn_norm = vector(p + "post_attention_norm.weight", c.n_embd);
       w.post_ffn_norm = vector(p + "post_ffw_norm.weight", c.n_embd);
     }
-    if (!c.routed && (!c.is_mixture() || !file_.tensor(p + "ffn_gate_inp.weight"))) {
+    if (!is_mixture(il)) {
       w.gate = matrix(p + "ffn_gate.weight", c.n_ff, c.n_embd);
       w.up = matrix(p + "ffn_up.weight", c.n_ff, c.n_embd);
       w.down = matrix(p + "ffn_down.weight", c.n_embd, c.n_ff);
@@ -208,27 +216,25 @@ class Loader {
       w.shared_up = matrix(p + "ffn_up_shexp.weight", c.n_ff_shared, c.n_embd);
       w.shared_down = matrix(p + "ffn_down_shexp.weight", c.n_embd, c.n_ff_shared);
       // Stored as a vector [n_embd].
-      if (const GgufTensor* t = find(p + "ffn_gate_inp_shexp.weight")) {
-        w.shared_router = view(*t, 1, c.n_embd);
-      }
+      w.shared_router = view(*find(p + "ffn_gate_inp_shexp.weight", true), 1, c.n_embd);
     }
     return w;
   }
 
   // One tensor of all experts, or (older files) one tensor an expert.
-  Matrix expert(const std::string& prefix, const char* which, int64_t e, int64_t rows,
-                int64_t cols) const {
+  Layout::Part expert(const std::string& prefix, const char* which, int64_t e, int64_t rows,
+                      int64_t cols) const {
     const std::string joined = prefix + which + "_exps.weight";
     if (const GgufTensor* t = find(joined)) {
-      return view(*t, rows, cols, e, config_.n_expert);
+      return part(*t, view(*t, rows, cols, e, config_.n_expert), e);
     }
     const std::string single = prefix + which + "." + std::to_string(e) + ".weight";
     const GgufTensor* t = find(single);
     if (!t) fail(file_.path(), "expected tensor " + joined + ", found none");
-    return view(*t, rows, cols);
+    return part(*t, view(*t, rows, cols), 0);
   }
 
-  Expert expert(int64_t il, int64_t e) const {
+  Layout::Parts expert(int64_t il, int64_t e) const {
     const std::string p = "blk." + std::to_string(il) + ".";
     const ModelConfig& c = config_;
     return {expert(p, "ffn_gate", e, c.n_ff_expert, c.n_embd),
@@ -236,7 +242,32 @@ class Loader {
             expert(p, "ffn_down", e, c.n_embd, c.n_ff_expert)};
   }
 
+  // Tensors that nobody has asked for yet.
+  std::vector<const GgufTensor*> others() const {
+    std::vector<const GgufTensor*> list;
+    for (const GgufTensor& t : file_.tensors()) {
+      if (!used_.count(&t)) list.push_back(&t);
+    }
+    return list;
+  }
+
+  bool is_mixture(int64_t il) const {
+    return config_.is_mixture() &&
+           (config_.routed || file_.tensor("blk." + std::to_string(il) + ".ffn_gate_inp.weight"));
+  }
+
  private:
+  void check_used(const GgufTensor& t) const {
+    if (used_.count(&t)) return;
+    throw Error(ErrorKind::kUnsupported, file_.path() + ": tensor " + t.name +
+                                             ": expected none of this name in architecture " +
+                                             config_.architecture + ", found " + shape(t));
+  }
+  static Layout::Part part(const GgufTensor& t, const Matrix& m, int64_t slice) {
+    const uint64_t bytes = static_cast<uint64_t>(m.nbytes());
+    return {m, {t.shard, t.offset + static_cast<uint64_t>(slice) * bytes, bytes}};
+  }
+
   const GgufFile& file_;
   const ModelConfig& config_;
   Weights& weights_;
@@ -252,96 +283,143 @@ void count_layer(const LayerWeights& w, int64_t* bytes, int64_t* macs) {
   }
 }
 
-}  // namespace
-
-ShardMemory::ShardMemory(const std::string& path, uint64_t begin, uint64_t file_size, int threads) {
-  begin_ = std::min(begin, file_size);
-  size_ = file_size - begin_;
-  if (size_ == 0) return;
-#if STOKER_POSIX
-  // 2 MB alignment lets the kernel use huge pages, which saves a tenth of decode time in TLB
-  // misses.
-  const uint64_t reserve = size_ + kHugePage;
-  void* p = ::mmap(nullptr, reserve, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (p == MAP_FAILED) {
-    throw Error(ErrorKind::kBudget, path + ": no memory for " + std::to_string(size_) + " bytes");
-  }
-  const uint64_t start = reinterpret_cast<uint64_t>(p);
-  const uint64_t aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
-  if (aligned > start) ::munmap(p, aligned - start);
-  const uint64_t end = start + reserve, used = aligned + size_;
-  const uint64_t page = static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
-  const uint64_t used_end = (used + page - 1) / page * page;
-  if (end > used_end) ::munmap(reinterpret_cast<void*>(used_end), end - used_end);
-  base_ = reinterpret_cast<uint8_t*>(aligned);
-#if defined(MADV_HUGEPAGE)
-  ::madvise(base_, size_, MADV_HUGEPAGE);
-#endif
-  const std::string error = read_pieces(path, begin_, size_, base_, threads);
-  if (!error.empty()) {
-    ::munmap(base_, size_);
-    fail(path, error);
-  }
-  ::mprotect(base_, size_, PROT_READ);
-#else
-  (void)threads;
-  base_ = static_cast<uint8_t*>(::operator new(size_, std::align_val_t(64)));
-  std::ifstream in(path, std::ios::binary);
-  in.seekg(static_cast<std::streamoff>(begin_));
-  in.read(reinterpret_cast<char*>(base_), static_cast<std::streamsize>(size_));
-  if (static_cast<uint64_t>(in.gcount()) != size_) {
-    ::operator delete(base_, std::align_val_t(64));
-    fail(path, "expected " + std::to_string(file_size) + " bytes, found fewer");
-  }
-#endif
-}
-
-ShardMemory::~ShardMemory() {
-  if (!base_) return;
-#if STOKER_POSIX
-  ::munmap(base_, size_);
-#else
-  ::operator delete(base_, std::align_val_t(64));
-#endif
-}
-
-Weights load_weights(const GgufFile& file, const ModelConfig& config, int threads) {
-  Weights w;
-  // Unsupported tensors are refused before anything large is read.
-  Loader loader(file, config, w);
-  for (const GgufTensor& t : file.tensors()) loader.format(t);
-  for (size_t s = 0; s < file.shards().size(); ++s) {
-    uint64_t begin = UINT64_MAX;
-    for (const GgufTensor& t : file.tensors()) {
-      if (t.shard == static_cast<int>(s)) begin = std::min(begin, t.offset);
-    }
-    const uint64_t size = file.shard_nbytes()[s];
-    if (begin == UINT64_MAX) begin = size;
-    w.shards.push_back(std::make_unique<ShardMemory>(file.shards()[s], begin, size, threads));
-    w.resident_bytes += static_cast<int64_t>(size - begin);
-  }
-  const ModelConfig& c = config;
+// Everything but the experts.
+void load_kept(const Loader& loader, const ModelConfig& c, Weights& w) {
   w.embedding = loader.matrix("token_embd.weight", c.n_vocab, c.n_embd);
   w.output = loader.matrix("output.weight", c.n_vocab, c.n_embd, false);
   if (!w.output) w.output = w.embedding;
   w.output_norm = loader.vector("output_norm.weight", c.n_embd);
   w.output_bias = loader.vector("output.bias", c.n_vocab, false);
   w.rope_factors = loader.vector("rope_freqs.weight", c.rope.n_rot / 2, false);
-  w.rope_factors_long = loader.vector("rope_factors_long.weight", c.rope.n_rot / 2, false);
-  w.rope_factors_short = loader.vector("rope_factors_short.weight", c.rope.n_rot / 2, false);
-  std::unique_ptr<ResidentExperts> experts;
-  if (c.is_mixture()) experts = std::make_unique<ResidentExperts>(c.n_layer);
+  if (c.rope.scaling == RopeScaling::kLongRope) {
+    w.rope_factors_long = loader.vector("rope_factors_long.weight", c.rope.n_rot / 2);
+    w.rope_factors_short = loader.vector("rope_factors_short.weight", c.rope.n_rot / 2);
+  }
   w.token_bytes = w.output.nbytes();
   for (int64_t il = 0; il < c.n_layer; ++il) {
     w.layers.push_back(loader.layer(il));
     count_layer(w.layers.back(), &w.token_bytes, &w.layer_macs);
-    if (!w.layers.back().router) continue;
-    for (int64_t e = 0; e < c.n_expert; ++e) experts->add(il, loader.expert(il, e));
-    w.token_bytes += experts->layer_bytes(il) / c.n_expert * c.n_expert_used;
+  }
+}
+
+void count_experts(const ModelConfig& c, Weights& w) {
+  for (int64_t il = 0; il < c.n_layer; ++il) {
+    if (!w.layers[static_cast<size_t>(il)].router) continue;
+    w.token_bytes += w.experts->layer_bytes(il) / c.n_expert * c.n_expert_used;
     w.layer_macs += c.n_expert_used * 3 * c.n_ff_expert * c.n_embd;
   }
+}
+
+uint64_t page_span(const GgufTensor& t) {
+  const uint64_t begin = t.offset / kIoAlign * kIoAlign;
+  return (t.offset + t.nbytes + kIoAlign - 1) / kIoAlign * kIoAlign - begin;
+}
+
+}  // namespace
+
+TensorMemory::TensorMemory(const GgufFile& file, int threads) {
+  for (size_t s = 0; s < file.shards().size(); ++s) {
+    uint64_t begin = UINT64_MAX;
+    for (const GgufTensor& t : file.tensors()) {
+      if (t.shard == static_cast<int>(s)) begin = std::min(begin, t.offset);
+    }
+    const uint64_t end = file.shard_nbytes()[s];
+    begin = std::min(begin, end);
+    Shard shard{HugeMemory(end - begin, "weights"), begin};
+    if (end > begin) {
+      const std::string error =
+          read_pieces(file.shards()[s], begin, end - begin, shard.memory.data(), threads);
+      if (!error.empty()) fail(file.shards()[s], error);
+      shard.memory.protect();
+    }
+    nbytes_ += static_cast<int64_t>(end - begin);
+    shards_.push_back(std::move(shard));
+  }
+}
+
+TensorMemory::TensorMemory(const std::vector<const GgufTensor*>& tensors, FlashReader& reader,
+                           const std::function<void()>& poll)
+    : kept_(static_cast<uint64_t>(nbytes(tensors)), "weights"), nbytes_(nbytes(tensors)) {
+  std::vector<FlashReader::Piece> pieces;
+  uint8_t* at = kept_.data();
+  for (const GgufTensor* t : tensors) {
+    pieces.push_back({{t->shard, t->offset, t->nbytes}, at});
+    at_[t] = at + t->offset % kIoAlign;
+    at += page_span(*t);
+  }
+  reader.read_all(pieces, poll);
+  kept_.protect();
+}
+
+int64_t TensorMemory::nbytes(const std::vector<const GgufTensor*>& tensors) {
+  uint64_t total = 0;
+  for (const GgufTensor* t : tensors) total += page_span(*t);
+  return static_cast<int64_t>(total);
+}
+
+const uint8_t* TensorMemory::data(const GgufTensor& t) const {
+  if (!shards_.empty()) {
+    const Shard& s = shards_[static_cast<size_t>(t.shard)];
+    return s.memory.data() + (t.offset - s.begin);
+  }
+  const auto it = at_.find(&t);
+  return it == at_.end() ? nullptr : it->second;
+}
+
+Weights load_weights(const GgufFile& file, const ModelConfig& c, int threads) {
+  Weights w;
+  // Unsupported tensors are refused before anything large is read.
+  const Loader loader(file, c, w);
+  for (const GgufTensor& t : file.tensors()) loader.format(t);
+  w.memory = std::make_unique<TensorMemory>(file, threads);
+  w.resident_bytes = w.memory->nbytes();
+  load_kept(loader, c, w);
+  if (c.is_mixture()) {
+    auto experts = std::make_unique<ResidentExperts>(c.n_layer);
+    for (int64_t il = 0; il < c.n_layer; ++il) {
+      for (int64_t e = 0; loader.is_mixture(il) && e < c.n_expert; ++e) {
+        const Layout::Parts parts = loader.expert(il, e);
+        experts->add(il, {parts[0].matrix, parts[1].matrix, parts[2].matrix});
+      }
+    }
+    w.experts = std::move(experts);
+    count_experts(c, w);
+  }
   loader.check_all_used();
+  return w;
+}
+
+Partition partition(const GgufFile& file, const ModelConfig& c) {
+  Weights none;
+  const Loader loader(file, c, none);
+  for (const GgufTensor& t : file.tensors()) loader.format(t);
+  Partition p{Layout(c.n_layer, c.n_expert), {}, 0};
+  for (int64_t il = 0; il < c.n_layer; ++il) {
+    if (!loader.is_mixture(il)) continue;
+    for (int64_t e = 0; e < c.n_expert; ++e) p.layout.add(il, e, loader.expert(il, e));
+    p.working_set += c.n_expert_used;
+  }
+  p.layout.finish();
+  p.kept = loader.others();
+  return p;
+}
+
+Weights load_weights(const GgufFile& file, const ModelConfig& c, Partition partition,
+                     std::unique_ptr<FlashReader> reader, const FlashExperts::Options& options,
+                     const std::function<void()>& poll) {
+  Weights w;
+  w.memory = std::make_unique<TensorMemory>(partition.kept, *reader, poll);
+  w.resident_bytes = w.memory->nbytes();
+  Loader loader(file, c, w);
+  load_kept(loader, c, w);
+  loader.check_all_used(partition.kept);
+  PredictorShape shape{c.n_layer, c.n_embd, c.n_expert, c.n_expert_used, {}};
+  for (int64_t il = 0; il < c.n_layer; ++il) shape.mixture.push_back(loader.is_mixture(il));
+  auto experts = std::make_unique<FlashExperts>(std::move(partition.layout), std::move(reader),
+                                                shape, options);
+  w.flash = experts.get();
   w.experts = std::move(experts);
+  count_experts(c, w);
   return w;
 }
 

@@ -2,13 +2,17 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "offload/expert_store.h"
+#include "offload/flash_experts.h"
 #include "runtime/core/config.h"
 #include "runtime/core/gguf.h"
+#include "runtime/core/memory.h"
 
 namespace stoker {
 
@@ -28,22 +32,31 @@ struct LayerWeights {
   Matrix shared_router;                        // [1][n_embd]: its sigmoid scales the shared expert
 };
 
-// Bytes of a whole file in memory of our own: the weights cannot change or vanish under a running
-// model as those of a mapped file can.
-class ShardMemory {
+// Weights in memory of our own: they cannot change or vanish under a running model as those of a
+// mapped file can. Of each shard a whole file's data section, or (experts on flash) the tensors
+// that stay.
+class TensorMemory {
  public:
-  // Reads [begin, file size) of `path` on `threads` threads. Throws Error(kModelFile).
-  ShardMemory(const std::string& path, uint64_t begin, uint64_t file_size, int threads);
-  ~ShardMemory();
-  ShardMemory(const ShardMemory&) = delete;
-  ShardMemory& operator=(const ShardMemory&) = delete;
-  // Byte `offset` of the file.
-  const uint8_t* at(uint64_t offset) const { return base_ + (offset - begin_); }
+  // Reads the data section of every shard on `threads` threads. Throws Error(kModelFile).
+  TensorMemory(const GgufFile& file, int threads);
+  // Reads the given tensors only, page-aligned as direct I/O delivers them.
+  TensorMemory(const std::vector<const GgufTensor*>& tensors, FlashReader& reader,
+               const std::function<void()>& poll);
+  // Bytes that the second form takes.
+  static int64_t nbytes(const std::vector<const GgufTensor*>& tensors);
+
+  const uint8_t* data(const GgufTensor& t) const;
+  int64_t nbytes() const { return nbytes_; }
 
  private:
-  uint8_t* base_ = nullptr;
-  uint64_t begin_ = 0;
-  uint64_t size_ = 0;
+  struct Shard {
+    HugeMemory memory;
+    uint64_t begin = 0;  // offset in the file of the memory's first byte
+  };
+  std::vector<Shard> shards_;
+  HugeMemory kept_;
+  std::unordered_map<const GgufTensor*, const uint8_t*> at_;  // in kept_
+  int64_t nbytes_ = 0;
 };
 
 struct Weights {
@@ -55,13 +68,28 @@ struct Weights {
   Vector rope_factors_long, rope_factors_short;
   std::vector<LayerWeights> layers;
   std::unique_ptr<ExpertStore> experts;  // null for dense models
-  std::vector<std::unique_ptr<ShardMemory>> shards;
+  FlashExperts* flash = nullptr;  // `experts`, where they are on flash
+  std::unique_ptr<TensorMemory> memory;
 
-  int64_t resident_bytes = 0;  // of the loaded shards
+  int64_t resident_bytes = 0;  // of `memory`
   int64_t token_bytes = 0;     // weight bytes that one decoded token reads
   int64_t layer_macs = 0;      // multiplications by weights of one token, output excluded
 };
 
+// Everything in memory.
 Weights load_weights(const GgufFile& file, const ModelConfig& config, int threads);
+
+// Which tensors of a mixture are experts, where each expert lies, and which tensors stay in memory.
+struct Partition {
+  Layout layout;
+  std::vector<const GgufTensor*> kept;
+  int64_t working_set = 0;  // experts that one token uses, all layers
+};
+Partition partition(const GgufFile& file, const ModelConfig& config);
+
+// Experts on flash, behind `reader` (whose files are the shards). poll is called every 20 ms.
+Weights load_weights(const GgufFile& file, const ModelConfig& config, Partition partition,
+                     std::unique_ptr<FlashReader> reader, const FlashExperts::Options& options,
+                     const std::function<void()>& poll);
 
 }  // namespace stoker

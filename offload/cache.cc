@@ -1,0 +1,97 @@
+#include "offload/cache.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace stoker {
+
+std::vector<int64_t> Cache::plan_slots(const Layout& layout, int64_t bytes) {
+  const std::vector<int64_t>& size = layout.class_bytes();
+  const std::vector<int64_t>& units = layout.class_units();
+  int64_t all = 0;
+  for (size_t c = 0; c < size.size(); ++c) all += size[c] * units[c];
+  std::vector<int64_t> slots(size.size());
+  int64_t used = 0;
+  for (size_t c = 0; c < size.size(); ++c) {
+    const double share = all > 0 ? static_cast<double>(bytes) / static_cast<double>(all) : 0;
+    slots[c] = std::clamp<int64_t>(static_cast<int64_t>(share * static_cast<double>(units[c])), 1,
+                                   units[c]);
+    used += slots[c] * size[c];
+  }
+  // What rounding left goes to the large slots first.
+  for (size_t c = size.size(); c-- > 0;) {
+    while (slots[c] < units[c] && used + size[c] <= bytes) {
+      ++slots[c];
+      used += size[c];
+    }
+  }
+  return slots;
+}
+
+Cache::Cache(const Layout& layout, std::vector<int64_t> slots, std::unique_ptr<Policy> policy)
+    : layout_(layout), policy_(std::move(policy)) {
+  uint64_t bytes = 0;
+  int64_t count = 0;
+  for (size_t c = 0; c < slots.size(); ++c) {
+    bytes += static_cast<uint64_t>(slots[c] * layout.class_bytes()[c]);
+    count += slots[c];
+  }
+  arena_ = HugeMemory(bytes, "expert cache");
+  slots_ = std::vector<Slot>(static_cast<size_t>(count));
+  slot_of_.assign(static_cast<size_t>(layout.n_units()), -1);
+  free_.resize(slots.size());
+  candidates_.reserve(static_cast<size_t>(count));
+  uint8_t* at = arena_.data();
+  int32_t s = 0;
+  for (size_t c = 0; c < slots.size(); ++c) {
+    range_.emplace_back(s, s + static_cast<int32_t>(slots[c]));
+    for (int64_t i = 0; i < slots[c]; ++i, ++s) {
+      slots_[static_cast<size_t>(s)].data = at;
+      slots_[static_cast<size_t>(s)].size_class = static_cast<int>(c);
+      at += layout.class_bytes()[c];
+    }
+    // Taken from the back: the arena is filled from its start.
+    for (int32_t k = range_.back().second; k-- > range_.back().first;) free_[c].push_back(k);
+  }
+}
+
+Cache::Slot* Cache::take(UnitId unit, int64_t step, bool force) {
+  const size_t c = static_cast<size_t>(layout_.size_class(unit));
+  int32_t s = -1;
+  if (!free_[c].empty()) {
+    s = free_[c].back();
+    free_[c].pop_back();
+  } else {
+    const auto gather = [&](bool kept) {
+      candidates_.clear();
+      for (int32_t k = range_[c].first; k < range_[c].second; ++k) {
+        const Slot& slot = slots_[static_cast<size_t>(k)];
+        if (slot.pins == 0 && (kept || slot.keep <= step)) candidates_.push_back(slot.unit);
+      }
+    };
+    gather(false);
+    if (candidates_.empty() && force) gather(true);
+    if (candidates_.empty()) return nullptr;
+    const UnitId leaves = candidates_[policy_->victim(candidates_)];
+    s = slot_of_[static_cast<size_t>(leaves)];
+    slot_of_[static_cast<size_t>(leaves)] = -1;
+    policy_->erase(leaves);
+    ++evictions_;
+  }
+  Slot& slot = slots_[static_cast<size_t>(s)];
+  slot.unit = unit;
+  slot.keep = 0;
+  slot_of_[static_cast<size_t>(unit)] = s;
+  policy_->insert(unit);
+  return &slot;
+}
+
+void Cache::drop(Slot& slot) {
+  policy_->erase(slot.unit);
+  slot_of_[static_cast<size_t>(slot.unit)] = -1;
+  slot.unit = -1;
+  const int32_t s = static_cast<int32_t>(&slot - slots_.data());
+  free_[static_cast<size_t>(slot.size_class)].push_back(s);
+}
+
+}  // namespace stoker

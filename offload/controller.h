@@ -1,0 +1,75 @@
+// Decides how much to prefetch from what it measures: how often the predictor's first, second, ...
+// choice for one, two, ... layers ahead came true, how busy the disk is, and whether tokens are
+// faster with prefetch than without.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "offload/predict/predictor.h"
+
+namespace stoker {
+
+enum class PrefetchMode {
+  kOff,   // guesses inform the cache policy at most
+  kOn,    // always, at the threshold that suits the disk
+  kAuto,  // as long as it pays
+};
+
+class Controller {
+ public:
+  Controller(const PredictorShape& shape, PrefetchMode mode);
+
+  // A chunk begins, and ends. now_s: steady clock; busy_s: seconds that the disk has been busy
+  // since the start. An interrupted chunk has no end and does not count.
+  void begin(int64_t tokens, double now_s, double busy_s);
+  void end(double now_s, double busy_s);
+
+  int64_t distance() const { return distance_; }
+  int64_t width() const { return width_; }
+  bool predicts() const { return mode_ != PrefetchMode::kOff; }
+  bool prefetches() const { return active_; }
+
+  // Remembers a guess, and gives the probability of each of its experts from the record so far.
+  void guessed(int64_t layer, const Guess& guess, std::vector<float>* probability);
+  // The layer's true experts are known: guesses at it are judged.
+  void judge(int64_t layer, std::span<const int32_t> experts);
+  // Probability below which reading ahead costs more than it brings.
+  float threshold() const { return threshold_; }
+
+  double precision(int64_t ahead, int64_t rank) const;
+  // For people: "on, distance 2, threshold 0.45, +12% over demand only".
+  std::string description() const;
+
+ private:
+  static constexpr int64_t kMaxDistance = 4;
+  static constexpr int64_t kMaxRank = 24;
+  struct Pending {
+    int64_t made_at = -1;
+    std::vector<int32_t> experts;
+  };
+  // Books a decoded token and decides whether to go on as it was.
+  void weigh(double token_s, double busy_share);
+
+  PredictorShape shape_;
+  PrefetchMode mode_;
+  bool active_ = true;
+  int64_t distance_ = 2, width_ = 0;
+  float threshold_ = 0.5f;
+  // Record of outcomes by layers ahead and rank: a decayed mean.
+  std::array<std::array<float, kMaxRank>, kMaxDistance> came_true_;
+  std::vector<std::array<Pending, kMaxDistance>> pending_;  // [n_layer], by layers ahead
+  // The trial of prefetch against demand only.
+  int64_t tokens_ = 0;                 // of the chunk
+  double began_s_ = 0, busy_s_ = 0;    // of the chunk
+  double with_s_ = 0, without_s_ = 0;  // decayed seconds a token
+  std::vector<double> times_;          // of the phase's tokens, seconds
+  int64_t phase_left_ = 0;             // tokens
+  bool trial_ = false;                 // the phase tries the other side
+  int64_t backoff_ = 1;                // length of a stay, in units
+};
+
+}  // namespace stoker

@@ -1,0 +1,385 @@
+#include "offload/flash_experts.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "runtime/core/errors.h"
+
+namespace stoker {
+
+namespace {
+
+// Prefetches under way at once: enough to keep the disk busy between two layers.
+constexpr int64_t kDecodeFlights = 12;
+constexpr int64_t kPromptFlights = 64;
+
+double now() {
+  using Clock = std::chrono::steady_clock;
+  return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+class FlashLease : public ExpertLease {
+ public:
+  FlashLease(FlashExperts& store, int64_t layer, std::span<const int32_t> experts,
+             const Routes& routes)
+      : store_(store), layer_(layer), experts_(experts.begin(), experts.end()), routes_(routes) {
+    slots_.resize(experts_.size());
+    views_.resize(experts_.size());
+    source_.assign(experts_.size(), 0);
+    wait_.assign(experts_.size(), 0);
+    began_ = now();
+    StoreStatistics& s = store_.statistics_;
+    int64_t hits = 0, late = 0;
+    for (size_t i = 0; i < experts_.size(); ++i) {
+      const int32_t index = static_cast<int32_t>(i);
+      FlashExperts::Slot* slot = store_.cache_.find(unit(i));
+      if (!slot) {
+        missing_.push_back(index);
+        continue;
+      }
+      ++slot->pins;
+      slots_[i] = slot;
+      if (store_.reading(*slot)) {
+        store_.reader_->io().promote(slot->job);
+        for (auto& f : store_.flights_) {
+          if (f.slot == slot && !f.demand) ++s.prefetches_used;
+        }
+        waiting_.push_back(index);
+        source_[i] = 2;
+        ++late;
+      } else {
+        if (slot->prefetched) ++s.prefetches_used;
+        give_.push_back(index);
+        source_[i] = 1;
+        ++hits;
+      }
+      slot->prefetched = false;
+    }
+    const int64_t misses = static_cast<int64_t>(missing_.size());
+    s.hits += hits;
+    s.late += late;
+    s.misses += misses;
+    if (store_.tokens_ == 1) {
+      s.decode_hits += hits;
+      s.decode_late += late;
+      s.decode_misses += misses;
+    }
+    s.layer_uses[static_cast<size_t>(layer)] += static_cast<int64_t>(experts_.size());
+    s.layer_hits[static_cast<size_t>(layer)] += hits;
+    store_.cancel_stale();
+    request_missing();
+  }
+
+  ~FlashLease() override {
+    for (FlashExperts::Slot* slot : slots_) {
+      if (slot) --slot->pins;
+    }
+    if (store_.recording_) record();
+  }
+
+  std::span<const int32_t> next_ready() override {
+    for (int32_t i : given_) {
+      FlashExperts::Slot*& slot = slots_[static_cast<size_t>(i)];
+      --slot->pins;
+      slot = nullptr;
+    }
+    given_.clear();
+    request_missing();
+    collect();
+    if (give_.empty() && (!waiting_.empty() || missing_next_ < missing_.size())) {
+      const double began = now();
+      while (give_.empty()) {
+        const uint32_t seen = store_.reader_->ended();
+        request_missing();
+        collect();
+        if (!give_.empty()) break;
+        store_.reader_->wait(seen);
+        if (store_.poll_ && *store_.poll_) (*store_.poll_)();
+      }
+      const double stall = now() - began;
+      store_.statistics_.stall_s += stall;
+      if (store_.tokens_ == 1) store_.statistics_.decode_stall_s += stall;
+    }
+    std::swap(give_, given_);
+    for (int32_t i : given_) {
+      const size_t k = static_cast<size_t>(i);
+      views_[k] = store_.layout_.view(unit(k), slots_[k]->data);
+    }
+    return given_;
+  }
+
+  const Expert& expert(int32_t index) const override {
+    return views_[static_cast<size_t>(index)];
+  }
+
+ private:
+  UnitId unit(size_t index) const { return store_.layout_.unit(layer_, experts_[index]); }
+
+  // Reads of missing experts, as far as there are slots; then there may be room for guesses.
+  void request_missing() {
+    while (missing_next_ < missing_.size()) {
+      const int32_t index = missing_[missing_next_];
+      const UnitId u = unit(static_cast<size_t>(index));
+      FlashExperts::Slot* slot = store_.cache_.take(u, store_.step(layer_), true);
+      if (!slot) {
+        if (store_.cancel_one()) continue;
+        return;
+      }
+      ++missing_next_;
+      store_.submit(*slot, true);
+      ++slot->pins;
+      slots_[static_cast<size_t>(index)] = slot;
+      waiting_.push_back(index);
+    }
+    store_.pump();
+  }
+
+  // What has arrived goes from waiting_ to give_.
+  void collect() {
+    store_.reap();
+    for (size_t i = 0; i < waiting_.size();) {
+      const size_t k = static_cast<size_t>(waiting_[i]);
+      FlashExperts::Slot& slot = *slots_[k];
+      switch (slot.job.status.load(std::memory_order_acquire)) {
+        case IoStatus::kPending:
+          ++i;
+          continue;
+        case IoStatus::kDone:
+          wait_[k] = static_cast<float>(1e6 * std::max(0.0, slot.job.done_s - began_));
+          give_.push_back(waiting_[i]);
+          waiting_[i] = waiting_.back();
+          waiting_.pop_back();
+          continue;
+        default:
+          throw_failed(slot.job);
+      }
+    }
+  }
+
+  void record() {
+    const size_t tokens = static_cast<size_t>(store_.tokens_);
+    const size_t used = routes_.expert.size() / tokens;
+    for (size_t p = 0; p < routes_.expert.size(); ++p) {
+      const int32_t e = routes_.expert[p];
+      const auto at = std::lower_bound(experts_.begin(), experts_.end(), e) - experts_.begin();
+      store_.trace_.push_back(
+          {static_cast<int32_t>(store_.walk_), static_cast<int32_t>(tokens),
+           static_cast<int32_t>(p / used), static_cast<int16_t>(layer_),
+           static_cast<int16_t>(p % used), e, routes_.weight[p],
+           source_[static_cast<size_t>(at)], wait_[static_cast<size_t>(at)]});
+    }
+  }
+
+  FlashExperts& store_;
+  const int64_t layer_;
+  std::vector<int32_t> experts_;
+  const Routes& routes_;
+  double began_ = 0;
+  std::vector<FlashExperts::Slot*> slots_;  // [experts], null: not pinned by this lease
+  std::vector<Expert> views_;               // [experts]
+  std::vector<int8_t> source_;
+  std::vector<float> wait_;
+  std::vector<int32_t> missing_, waiting_, give_, given_;  // indices into experts_
+  size_t missing_next_ = 0;
+};
+
+FlashExperts::FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader,
+                           const PredictorShape& shape, const Options& options)
+    : layout_(std::move(layout)),
+      cache_(layout_, options.slots,
+             make_policy(options.policy,
+                         {layout_.n_layer(), layout_.n_expert(), shape.n_expert_used})),
+      predictor_(make_predictor(options.predictor, shape)),
+      controller_(shape, predictor_ ? options.prefetch : PrefetchMode::kOff),
+      reader_(std::move(reader)) {
+  statistics_.layer_uses.assign(static_cast<size_t>(layout_.n_layer()), 0);
+  statistics_.layer_hits.assign(static_cast<size_t>(layout_.n_layer()), 0);
+}
+
+FlashExperts::~FlashExperts() = default;
+
+void FlashExperts::begin(int64_t tokens, const std::function<void()>* poll) {
+  ++walk_;
+  tokens_ = tokens;
+  layer_ = 0;
+  poll_ = poll;
+  reap();
+  wishes_.clear();
+  next_wish_ = 0;
+  controller_.begin(tokens, now(), reader_->io().statistics().busy_s);
+  if (predictor_) predictor_->begin(tokens);
+}
+
+void FlashExperts::end() { controller_.end(now(), reader_->io().statistics().busy_s); }
+
+void FlashExperts::announce(int64_t layer, const Routes& routes) {
+  reap();
+  wishes_.clear();
+  next_wish_ = 0;
+  for (int32_t e : routes.expert) {
+    const UnitId u = layout_.unit(layer, e);
+    if (Slot* slot = cache_.find(u)) {
+      slot->keep = std::max(slot->keep, step(layer));
+    } else {
+      wishes_.push_back({u, step(layer), 1.0f});
+    }
+  }
+  pump();
+}
+
+std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<const int32_t> experts,
+                                                   const Routes& routes) {
+  layer_ = layer;
+  reap();
+  Policy& policy = cache_.policy();
+  policy.begin_layer(layer, tokens_);
+  const size_t used = routes.expert.size() / static_cast<size_t>(tokens_);
+  units_.resize(used);
+  for (size_t t = 0; t < static_cast<size_t>(tokens_); ++t) {
+    for (size_t j = 0; j < used; ++j) units_[j] = layout_.unit(layer, routes.expert[t * used + j]);
+    policy.use(units_, std::span(routes.weight).subspan(t * used, used));
+  }
+  controller_.judge(layer, experts);
+  if (predictor_) predictor_->observe(layer, routes);
+  // Wishes for this layer are moot now; the rest of them wait until its misses are on their way.
+  std::erase_if(wishes_, [&](const Wish& w) { return w.step <= step(layer); });
+  next_wish_ = 0;
+  return std::make_unique<FlashLease>(*this, layer, experts, routes);
+}
+
+void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
+  if (!predictor_ || !controller_.predicts()) return;
+  const size_t n = predictor_->predict(layer, controller_.distance(), controller_.width(), ahead,
+                                       guesses_);
+  wishes_.clear();
+  next_wish_ = 0;
+  for (size_t g = 0; g < n; ++g) {
+    const Guess& guess = guesses_[g];
+    controller_.guessed(layer, guess, &probabilities_);
+    units_.resize(guess.experts.size());
+    for (size_t i = 0; i < units_.size(); ++i) {
+      units_[i] = layout_.unit(guess.layer, guess.experts[i]);
+    }
+    cache_.policy().predict(units_, probabilities_);
+    if (!controller_.prefetches()) continue;
+    // Every expert of a prompt's guess was chosen by some token.
+    const float threshold = tokens_ == 1 ? controller_.threshold() : 0;
+    for (size_t i = 0; i < units_.size(); ++i) {
+      if (probabilities_[i] < threshold) continue;
+      if (Slot* slot = cache_.find(units_[i])) {
+        slot->keep = std::max(slot->keep, step(guess.layer));
+      } else {
+        wishes_.push_back({units_[i], step(guess.layer), probabilities_[i]});
+      }
+    }
+  }
+  pump();
+}
+
+int64_t FlashExperts::layer_bytes(int64_t layer) const {
+  int64_t total = 0;
+  for (int64_t e = 0; e < layout_.n_expert(); ++e) {
+    const UnitId u = layout_.unit(layer, e);
+    if (layout_.has(u)) total += layout_.nbytes(u);
+  }
+  return total;
+}
+
+const StoreStatistics& FlashExperts::statistics() const {
+  statistics_.evictions = cache_.evictions();
+  return statistics_;
+}
+
+void FlashExperts::submit(Slot& slot, bool demand) {
+  layout_.prepare(slot.unit, slot.data, slot.job);
+  ++slot.pins;
+  slot.prefetched = !demand;
+  reader_->io().submit(slot.job, demand);
+  flights_.push_back({&slot, step(layer_), demand});
+}
+
+void FlashExperts::reap() {
+  for (size_t i = 0; i < flights_.size();) {
+    Slot& slot = *flights_[i].slot;
+    const IoStatus status = slot.job.status.load(std::memory_order_acquire);
+    if (status == IoStatus::kPending) {
+      ++i;
+      continue;
+    }
+    --slot.pins;
+    if (status == IoStatus::kDone) {
+      const int64_t bytes = layout_.read_bytes(slot.unit);
+      (flights_[i].demand ? statistics_.demand_bytes : statistics_.prefetch_bytes) += bytes;
+      if (tokens_ == 1) statistics_.decode_bytes += bytes;
+    } else {
+      cache_.drop(slot);
+    }
+    flights_[i] = flights_.back();
+    flights_.pop_back();
+  }
+}
+
+void FlashExperts::land_cancelled(size_t flight) {
+  Slot& slot = *flights_[flight].slot;
+  ++statistics_.cancelled;
+  --slot.pins;
+  cache_.drop(slot);
+  flights_[flight] = flights_.back();
+  flights_.pop_back();
+}
+
+void FlashExperts::cancel_stale() {
+  for (size_t i = 0; i < flights_.size();) {
+    const Flight& f = flights_[i];
+    const bool wanted = f.demand || f.slot->pins > 1 || f.step > step(layer_);
+    if (!wanted && reader_->io().cancel(f.slot->job)) {
+      land_cancelled(i);
+    } else {
+      ++i;
+    }
+  }
+}
+
+bool FlashExperts::cancel_one() {
+  for (size_t i = flights_.size(); i-- > 0;) {
+    const Flight& f = flights_[i];
+    if (f.demand || f.slot->pins > 1 || !reader_->io().cancel(f.slot->job)) continue;
+    land_cancelled(i);
+    return true;
+  }
+  return false;
+}
+
+void FlashExperts::pump() {
+  if (next_wish_ >= wishes_.size()) return;
+  const int64_t limit =
+      std::min(tokens_ == 1 ? kDecodeFlights : kPromptFlights, cache_.n_slots() / 3);
+  while (next_wish_ < wishes_.size() && static_cast<int64_t>(flights_.size()) < limit) {
+    const Wish w = wishes_[next_wish_++];
+    if (cache_.find(w.unit)) continue;
+    Slot* slot = cache_.take(w.unit, step(layer_), false);
+    if (!slot) continue;
+    slot->keep = w.step;
+    submit(*slot, false);
+    flights_.back().step = w.step;
+    ++statistics_.prefetches;
+  }
+}
+
+void FlashExperts::record(bool on) {
+  recording_ = on;
+  if (!on) trace_.clear();
+}
+
+std::vector<Access> FlashExperts::take_trace() { return std::exchange(trace_, {}); }
+
+void FlashExperts::forget() {
+  for (Slot& slot : cache_.slots()) {
+    if (slot.unit >= 0 && slot.pins == 0) cache_.drop(slot);
+  }
+}
+
+}  // namespace stoker

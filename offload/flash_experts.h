@@ -1,0 +1,133 @@
+// Experts on flash, some of them in the cache: hits are given at once, misses in order of arrival,
+// and what the predictor expects is read meanwhile.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "offload/cache.h"
+#include "offload/controller.h"
+#include "offload/expert_store.h"
+#include "offload/flash_reader.h"
+#include "offload/predict/predictor.h"
+
+namespace stoker {
+
+// Counts since the model was loaded. An acquired expert is a hit (in memory), late (its prefetch
+// was on the way) or a miss.
+struct StoreStatistics {
+  int64_t hits = 0, late = 0, misses = 0;
+  int64_t prefetches = 0;       // submitted
+  int64_t prefetches_used = 0;  // acquired by the walk that they were made for, late ones included
+  int64_t cancelled = 0;        // prefetches that never began
+  int64_t demand_bytes = 0;     // read from flash
+  int64_t prefetch_bytes = 0;
+  int64_t evictions = 0;
+  double stall_s = 0;  // compute waited for reads
+  // Of decode only (chunks of one token).
+  int64_t decode_hits = 0, decode_late = 0, decode_misses = 0;
+  int64_t decode_bytes = 0;
+  double decode_stall_s = 0;
+  std::vector<int64_t> layer_uses, layer_hits;  // [n_layer]
+};
+
+// One acquired expert, for traces.
+struct Access {
+  int32_t evaluation = 0;  // chunks since the trace began
+  int32_t tokens = 0;      // of the chunk: 1 in decode
+  int32_t token = 0;       // of the chunk
+  int16_t layer = 0;
+  int16_t rank = 0;  // 0: the router's first choice
+  int32_t expert = 0;
+  float weight = 0;
+  int8_t source = 0;  // 0 miss, 1 hit, 2 late
+  float wait_us = 0;  // from acquire() until it was ready
+};
+
+class FlashExperts : public ExpertStore {
+ public:
+  struct Options {
+    std::vector<int64_t> slots;  // of each size class
+    std::string policy{kDefaultPolicy};
+    std::string predictor{kDefaultPredictor};
+    PrefetchMode prefetch = PrefetchMode::kAuto;
+  };
+
+  // The reader's files are the layout's shards.
+  FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader, const PredictorShape& shape,
+               const Options& options);
+  ~FlashExperts() override;
+
+  void begin(int64_t tokens, const std::function<void()>* poll) override;
+  void end() override;
+  void announce(int64_t layer, const Routes& routes) override;
+  std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
+                                       const Routes& routes) override;
+  void look_ahead(int64_t layer, RouterAhead& ahead) override;
+  int64_t layer_bytes(int64_t layer) const override;
+
+  const Layout& layout() const { return layout_; }
+  const Cache& cache() const { return cache_; }
+  const FlashReader& reader() const { return *reader_; }
+  const StoreStatistics& statistics() const;
+  const Controller& controller() const { return controller_; }
+  Predictor* predictor() { return predictor_.get(); }
+
+  void record(bool on);                // tracing
+  std::vector<Access> take_trace();    // what was recorded since the last call
+  void forget();                       // empties the cache: for measurements from cold
+
+ private:
+  friend class FlashLease;
+  using Slot = Cache::Slot;
+  // A unit that may be prefetched, in order of layer and likelihood.
+  struct Wish {
+    UnitId unit;
+    int64_t step;
+    float probability;
+  };
+
+  int64_t step(int64_t layer) const { return walk_ * layout_.n_layer() + layer; }
+  bool reading(const Slot& s) const {
+    return s.job.status.load(std::memory_order_acquire) == IoStatus::kPending;
+  }
+  void submit(Slot& slot, bool demand);
+  // Books the reads that have ended.
+  void reap();
+  // Cancels prefetches whose layer has come without them.
+  void cancel_stale();
+  // Cancels the latest prefetch that has not begun, for its slot. False where there is none.
+  bool cancel_one();
+  void land_cancelled(size_t flight);
+  // Submits wishes while there is room.
+  void pump();
+
+  Layout layout_;
+  Cache cache_;
+  std::unique_ptr<Predictor> predictor_;
+  Controller controller_;
+  int64_t walk_ = 0;    // chunks so far
+  int64_t tokens_ = 1;  // of this chunk
+  int64_t layer_ = 0;
+  const std::function<void()>* poll_ = nullptr;
+  struct Flight {
+    Slot* slot;
+    int64_t step;  // that a prefetch is for
+    bool demand;
+  };
+  std::vector<Flight> flights_;
+  std::vector<Wish> wishes_;
+  size_t next_wish_ = 0;
+  std::vector<Guess> guesses_;
+  std::vector<UnitId> units_;
+  std::vector<float> probabilities_;
+  mutable StoreStatistics statistics_;
+  bool recording_ = false;
+  std::vector<Access> trace_;
+  std::unique_ptr<FlashReader> reader_;  // last: reads end before the slots go
+};
+
+}  // namespace stoker

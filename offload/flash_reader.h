@@ -1,0 +1,53 @@
+// An I/O backend with someone to wait on it.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <span>
+
+#include "offload/io/io.h"
+#include "offload/unit.h"
+
+namespace stoker {
+
+class FlashReader : private IoListener {
+ public:
+  FlashReader(const std::vector<std::string>& paths, const std::vector<uint64_t>& sizes,
+              const IoOptions& options);
+  FlashReader(const FlashReader&) = delete;
+  FlashReader& operator=(const FlashReader&) = delete;
+
+  IoBackend& io() { return *backend_; }
+  const IoBackend& io() const { return *backend_; }
+
+  // Jobs that have ended so far, modulo 2^32: take it, look at the jobs, then wait() for more.
+  uint32_t ended() const { return ended_.load(std::memory_order_acquire); }
+  // Returns once ended() differs from `seen`, or after 20 ms.
+  void wait(uint32_t seen);
+
+  // Extents to memory, `into[i]` as they lie in a page-aligned copy: byte 0 of extent i is at
+  // into[i] + offset % kIoAlign. poll is called every 20 ms and may throw. Throws Error(kDevice),
+  // Error(kModelFile).
+  struct Piece {
+    Extent extent;
+    uint8_t* into;
+  };
+  void read_all(std::span<const Piece> pieces, const std::function<void()>& poll);
+
+ private:
+  void on_job_end(IoJob& job) override;
+
+  std::atomic<uint32_t> ended_{0};
+  std::atomic<bool> waiting_{false};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::unique_ptr<IoBackend> backend_;  // last: its threads call on_job_end
+};
+
+// The failed job's error as an exception.
+[[noreturn]] void throw_failed(const IoJob& job);
+
+}  // namespace stoker

@@ -1,0 +1,87 @@
+// The files that a backend reads: opened once, checked, read directly where the file system can.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "offload/io/io.h"
+
+namespace stoker {
+
+// What one read came to.
+struct ReadOutcome {
+  std::string error;  // empty where `needed` bytes arrived
+  int64_t calls = 0;  // system calls that completed
+  int64_t bytes = 0;  // that arrived
+};
+
+enum class FileAccess {
+  kDirect,    // past the page cache; kBuffered where the file system cannot
+  kBuffered,  // and what was read is taken out of the page cache again
+  kCached,    // through the page cache
+};
+
+// Immutable after the constructor: any number of threads may read at once.
+class IoFiles {
+ public:
+  // Throws Error(kModelFile) where a file cannot be opened, is not a regular one or has not
+  // sizes[i] bytes, Error(kUnsupported) on Windows.
+  IoFiles(const std::vector<std::string>& paths, const std::vector<uint64_t>& sizes,
+          FileAccess access);
+  ~IoFiles();
+  IoFiles(const IoFiles&) = delete;
+  IoFiles& operator=(const IoFiles&) = delete;
+
+  int size() const { return static_cast<int>(files_.size()); }
+  int descriptor(int32_t file) const { return at(file).descriptor; }
+  const std::string& path(int32_t file) const { return at(file).path; }
+  uint64_t nbytes(int32_t file) const { return at(file).size; }
+
+  // Throws std::invalid_argument where `read` is none of these files' (a mistake of the caller).
+  void check(const Read& read) const;
+
+  // Blocks until `needed` bytes have arrived, goes on after interruptions and short reads.
+  ReadOutcome read(const Read& read) const;
+  // One system call for several reads, each of which begins where the one before ends or at its
+  // last page. False, with nothing promised about the memory, where that did not bring all:
+  // read() then tells which and why.
+  bool read_merged(const Read* const* reads, int n, ReadOutcome* outcome) const;
+
+  // Continues read(): `got` bytes of it have arrived and the last call returned `found` more
+  // (or -errno) from resume(got) on. True where another call is to follow; else the read has ended
+  // and outcome->error tells how.
+  bool advance(const Read& read, int64_t found, uint64_t* got, ReadOutcome* outcome) const;
+  // Where to go on after `got` bytes: direct reads start at a multiple of kIoAlign.
+  static uint64_t resume(uint64_t got) { return got / kIoAlign * kIoAlign; }
+
+  // kBuffered files only: takes what was read out of the page cache, which counts against the
+  // memory limit of a control group.
+  void drop_cache(int32_t file, uint64_t offset, uint64_t bytes) const;
+
+  // "" while the file is the one that was opened, else a message. One fstat.
+  std::string changed(int32_t file) const;
+  // The message of a read that found `found` bytes instead of those needed.
+  std::string failure(const Read& read, uint64_t found, const std::string& why) const;
+
+  // "direct", "buffered: why" or "page cache", for people.
+  std::string mode() const;
+
+ private:
+  struct File {
+    std::string path;
+    int descriptor = -1;
+    uint64_t size = 0;
+    int64_t modified_ns = 0;
+    FileAccess access = FileAccess::kDirect;
+    std::string why;  // it is kBuffered
+  };
+
+  const File& at(int32_t file) const { return files_[static_cast<size_t>(file)]; }
+  void open(File& file, FileAccess access);
+  void close_all();
+
+  std::vector<File> files_;
+};
+
+}  // namespace stoker

@@ -1,0 +1,28 @@
+// A thread that no signal is delivered to: they belong to the threads of the program around us
+// (Ctrl-C to the interpreter), and a read that a signal interrupts has to be begun again.
+#pragma once
+
+#include <thread>
+#include <utility>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <csignal>
+#endif
+
+namespace stoker {
+
+template <typename F>
+std::thread quiet_thread(F body) {
+#if defined(__unix__) || defined(__APPLE__)
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);  // inherited by the thread
+  struct Restore {
+    const sigset_t& mask;
+    ~Restore() { pthread_sigmask(SIG_SETMASK, &mask, nullptr); }
+  } restore{before};
+#endif
+  return std::thread(std::move(body));
+}
+
+}  // namespace stoker

@@ -1,0 +1,63 @@
+#include "offload/planner.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "offload/cache.h"
+#include "runtime/core/errors.h"
+
+namespace stoker {
+
+namespace {
+
+std::string mib(int64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%lld MiB", static_cast<long long>((bytes + (1 << 20) - 1) >> 20));
+  return text;
+}
+
+}  // namespace
+
+int64_t memory_margin(int64_t budget) {
+  return std::max<int64_t>(int64_t{12} << 20, budget / 64);
+}
+
+MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemory& fixed,
+                       const Layout& layout, int64_t working_set, int64_t experts_used) {
+  MemoryPlan p;
+  p.budget = budget;
+  p.process = fixed.process;
+  p.pinned = fixed.pinned;
+  p.kv = fixed.kv;
+  p.scratch = fixed.scratch;
+  p.margin = memory_margin(budget);
+  p.working_set = working_set;
+  // The ring: a layer's experts of one token, and half as many being read ahead; of each size.
+  int64_t least = 0, all = 0;
+  for (size_t c = 0; c < layout.class_bytes().size(); ++c) {
+    const int64_t units = layout.class_units()[c];
+    least += std::min(units, experts_used + (experts_used + 1) / 2) * layout.class_bytes()[c];
+    all += units * layout.class_bytes()[c];
+    p.n_units += units;
+  }
+  for (UnitId u = 0; u < static_cast<UnitId>(layout.n_units()); ++u) {
+    if (layout.has(u)) p.expert_bytes += layout.nbytes(u);
+  }
+  const int64_t taken = p.process + p.pinned + p.kv + p.scratch + p.margin;
+  if (budget - taken < least) {
+    throw Error(ErrorKind::kBudget,
+                path + ": memory: expected at least " + mib(taken + least) + ", found " +
+                    mib(budget) + " (process " + mib(p.process) + ", weights that stay " +
+                    mib(p.pinned) + ", KV cache " + mib(p.kv) + ", scratch " + mib(p.scratch) +
+                    ", margin " + mib(p.margin) + ", experts at least " + mib(least) +
+                    "); a smaller context needs less");
+  }
+  p.slots = Cache::plan_slots(layout, std::min(budget - taken, all));
+  for (size_t c = 0; c < p.slots.size(); ++c) {
+    p.n_slots += p.slots[c];
+    p.slot_bytes += p.slots[c] * layout.class_bytes()[c];
+  }
+  return p;
+}
+
+}  // namespace stoker

@@ -1,0 +1,32 @@
+// The number of tokens that have passed, as a policy sees them: an evaluation of n tokens visits a
+// layer with n uses, one a token.
+#pragma once
+
+#include <cstdint>
+
+namespace stoker {
+
+class TokenClock {
+ public:
+  void begin_layer(int64_t layer, int64_t tokens) {
+    if (layer == 0) {
+      base_ += tokens_;
+      tokens_ = tokens;
+    }
+    index_ = -1;
+  }
+  // The token of the next use() of this layer, counted from 0 over the life of the policy.
+  int64_t next_use() {
+    if (index_ + 1 < tokens_) ++index_;
+    return now();
+  }
+  // The token of the last use() of this layer; before it the first of the evaluation.
+  int64_t now() const { return base_ + (index_ < 0 ? 0 : index_); }
+
+ private:
+  int64_t base_ = 0;    // tokens of earlier evaluations
+  int64_t tokens_ = 0;  // of this evaluation
+  int64_t index_ = -1;
+};
+
+}  // namespace stoker

@@ -1,0 +1,54 @@
+// Who comes next: guesses at the experts of later layers, made while a layer's own reads are under
+// way. A guess costs at most a read; it never changes a result.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "offload/expert_store.h"
+
+namespace stoker {
+
+struct PredictorShape {
+  int64_t n_layer = 0;
+  int64_t n_embd = 0;
+  int64_t n_expert = 0;
+  int64_t n_expert_used = 0;
+  std::vector<bool> mixture;  // [n_layer] layers that have experts
+};
+
+// A guess at one layer: experts in order of likelihood.
+struct Guess {
+  int64_t layer = 0;
+  std::vector<int32_t> experts;
+  // Of each expert: how sure the predictor is, comparable within the predictor and falling; the
+  // controller learns from outcomes what it is worth.
+  std::vector<float> score;
+};
+
+class Predictor {
+ public:
+  virtual ~Predictor() = default;
+  // A chunk of tokens begins at layer 0.
+  virtual void begin(int64_t tokens) { (void)tokens; }
+  // What a layer's router chose.
+  virtual void observe(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
+  // Guesses at layers layer + 1 .. layer + distance (those that it can say something about), at
+  // most `width` experts a token; guesses [0 .. return value) are filled, storage is reused.
+  virtual size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
+                         std::vector<Guess>& guesses) = 0;
+  // What it has learnt, as bytes to save and load; empty where there is nothing.
+  virtual std::string state() const { return {}; }
+  // Throws Error(kOption) for bytes of another model or predictor.
+  virtual void set_state(std::string_view bytes);
+};
+
+// Throws Error(kOption) for a name that predictors.inc lacks.
+std::unique_ptr<Predictor> make_predictor(std::string_view name, const PredictorShape& shape);
+std::vector<std::string_view> predictor_names();
+inline constexpr std::string_view kDefaultPredictor = "next_gate";
+
+}  // namespace stoker

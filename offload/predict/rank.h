@@ -1,0 +1,57 @@
+// From scores of experts to an ordered guess.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "offload/predict/predictor.h"
+
+namespace stoker {
+
+class Ranker {
+ public:
+  // The union of each token's `width` best of scores [tokens][n_expert], those that most tokens
+  // want first; of one token, its best first.
+  void rank(const float* scores, int64_t tokens, int64_t n_expert, int64_t width, Guess& guess) {
+    width = std::min(width, n_expert);
+    order_.resize(static_cast<size_t>(n_expert));
+    weight_.assign(static_cast<size_t>(n_expert), 0.0f);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* row = scores + t * n_expert;
+      std::iota(order_.begin(), order_.end(), 0);
+      std::partial_sort(order_.begin(), order_.begin() + width, order_.end(),
+                        [&](int32_t a, int32_t b) { return before(row, a, b); });
+      for (int64_t i = 0; i < width; ++i) {
+        weight_[static_cast<size_t>(order_[static_cast<size_t>(i)])] +=
+            static_cast<float>(width - i);
+      }
+    }
+    guess.experts.clear();
+    guess.score.clear();
+    std::iota(order_.begin(), order_.end(), 0);
+    std::sort(order_.begin(), order_.end(),
+              [&](int32_t a, int32_t b) { return before(weight_.data(), a, b); });
+    for (int32_t e : order_) {
+      if (weight_[static_cast<size_t>(e)] <= 0) break;
+      guess.experts.push_back(e);
+      guess.score.push_back(tokens == 1 ? scores[e] : weight_[static_cast<size_t>(e)]);
+    }
+  }
+
+ private:
+  // A strict order whatever the scores, NaN included.
+  static bool before(const float* score, int32_t a, int32_t b) {
+    const float x = score[a], y = score[b];
+    const bool nan_x = x != x, nan_y = y != y;
+    if (nan_x != nan_y) return nan_y;
+    if (!nan_x && x != y) return x > y;
+    return a < b;
+  }
+
+  std::vector<int32_t> order_;  // [n_expert]
+  std::vector<float> weight_;   // [n_expert]
+};
+
+}  // namespace stoker

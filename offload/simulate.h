@@ -1,0 +1,40 @@
+// Replays recorded routing through a cache without a model: which experts miss, under each policy
+// and under Belady's, which knows the future.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "offload/policy/policy.h"
+
+namespace stoker {
+
+// Routing in the order of the walk. A visit is one token at one layer; consecutive visits of one
+// evaluation and layer are a chunk of a prompt, which asks for each of its experts once.
+struct RoutingTrace {
+  PolicyShape shape;
+  std::span<const int64_t> evaluation;  // [visits] ascending
+  std::span<const int32_t> layer;       // [visits] ascending within an evaluation
+  std::span<const int64_t> offset;      // [visits + 1] first use of each visit
+  std::span<const int32_t> expert;      // [uses] distinct within a visit
+  std::span<const float> weight;        // [uses] of the router
+};
+
+struct Replay {
+  int64_t uses = 0;                   // of distinct experts by a chunk or token, from count_from on
+  int64_t misses = 0;                 // of them
+  std::vector<int64_t> layer_uses;    // [n_layer]
+  std::vector<int64_t> layer_misses;  // [n_layer]
+};
+
+// Cold cache of `slots` units of any layer, read on demand. The policy is told of a token's experts
+// before the missing ones, in the order in which the tokens first use them, evict units that this
+// chunk does not need (any unit, once there is no other). Counts from evaluation `count_from` on.
+// policy: a name of policies.inc or "belady". Throws Error(kOption) for an unknown policy, slots <
+// 1 or a trace that breaks the rules above.
+Replay replay(const RoutingTrace& trace, std::string_view policy, int64_t slots,
+              int64_t count_from);
+
+}  // namespace stoker

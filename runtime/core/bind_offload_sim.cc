@@ -1,0 +1,70 @@
+// The trace simulator in Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "offload/policy/policy.h"
+#include "offload/simulate.h"
+#include "runtime/core/bind.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+template <class T>
+using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+template <class T>
+std::span<const T> span(const Array<T>& array) {
+  return {array.data(), array.shape(0)};
+}
+
+nb::dict simulate(const Array<int64_t>& evaluation, const Array<int32_t>& layer,
+                  const Array<int64_t>& offset, const Array<int32_t>& expert,
+                  const Array<float>& weight, int64_t n_layer, int64_t n_expert,
+                  int64_t n_expert_used, const std::string& policy, int64_t slots,
+                  int64_t count_from) {
+  const stoker::RoutingTrace trace{
+      .shape = {.n_layer = n_layer, .n_expert = n_expert, .n_expert_used = n_expert_used},
+      .evaluation = span(evaluation),
+      .layer = span(layer),
+      .offset = span(offset),
+      .expert = span(expert),
+      .weight = span(weight)};
+  stoker::Replay replay;
+  {
+    const nb::gil_scoped_release release;
+    replay = stoker::replay(trace, policy, slots, count_from);
+  }
+  nb::dict result;
+  result["uses"] = replay.uses;
+  result["misses"] = replay.misses;
+  result["layer_uses"] = replay.layer_uses;
+  result["layer_misses"] = replay.layer_misses;
+  return result;
+}
+
+std::vector<std::pair<std::string, std::string>> policies() {
+  return {
+#define STOKER_POLICY(name, summary) {#name, summary},
+#include "offload/policy/policies.inc"
+#undef STOKER_POLICY
+  };
+}
+
+}  // namespace
+
+void bind_offload_sim(nb::module_& m) {
+  m.def("simulate", &simulate, nb::kw_only(), nb::arg("evaluation"), nb::arg("layer"),
+        nb::arg("offset"), nb::arg("expert"), nb::arg("weight"), nb::arg("n_layer"),
+        nb::arg("n_expert"), nb::arg("n_expert_used"), nb::arg("policy"), nb::arg("slots"),
+        nb::arg("count_from") = 0, "Replays routing through a cold cache; see offload/simulate.h.");
+  m.def("policies", &policies, "(name, summary) of every online cache policy.");
+}

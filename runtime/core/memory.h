@@ -1,0 +1,29 @@
+// Anonymous memory of our own in huge pages: what holds weights. It cannot change or vanish under
+// a running model as a mapped file can.
+#pragma once
+
+#include <cstdint>
+
+namespace stoker {
+
+class HugeMemory {
+ public:
+  HugeMemory() = default;
+  // Zero-initialised, aligned to 2 MB; pages are provided as they are first touched. `what` names
+  // the purpose in Error(kBudget).
+  HugeMemory(uint64_t bytes, const char* what);
+  ~HugeMemory();
+  HugeMemory(HugeMemory&& other) noexcept;
+  HugeMemory& operator=(HugeMemory&& other) noexcept;
+
+  uint8_t* data() const { return base_; }
+  uint64_t size() const { return size_; }
+  // Later writes are faults.
+  void protect();
+
+ private:
+  uint8_t* base_ = nullptr;
+  uint64_t size_ = 0;
+};
+
+}  // namespace stoker
