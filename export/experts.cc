@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -72,7 +72,7 @@ void make_experts(const ExpertsArgs& a) {
   std::vector<std::thread> others;
   try {
     for (size_t i = 1; i < threads; ++i) others.emplace_back(work, rows[i].data());
-  } catch (const std::exception&) {
+  } catch (const std::system_error&) {
     // Fewer threads than asked for do the same work.
   }
   work(rows[0].data());

@@ -53,4 +53,5 @@ def _seeds(x: Matrix, k: int, rng: np.random.Generator) -> Matrix:
 def unit(x: Matrix) -> Matrix:
     """Rows of x [n, d] at length 1; rows of zeros stay."""
     length = np.linalg.norm(x, axis=1, keepdims=True)
-    return (x / np.where(length > 0, length, 1)).astype(np.float32)
+    scaled: Matrix = (x / np.where(length > 0, length, 1)).astype(np.float32)
+    return scaled

@@ -18,21 +18,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.errors import ModelFileError, OptionError, UnsupportedModelError
+from ..runtime.errors import ModelFileError, OptionError
 from . import gguf_writer
+from .dense_base import PARTS, DenseBase, format_row
 from .gguf_writer import Layout, PartFile, Tensor
 from .hidden_states import Progress, feed_forward_inputs, of_text, own_text
 from .routers import kmeans_router, random_router
 
 if TYPE_CHECKING:
-    from ..runtime._core import GgufFile, TensorInfo
+    from ..runtime._core import GgufFile
 
-ARCHITECTURES = ("llama", "qwen2moe")
 ROUTERS = ("kmeans", "random")
 
 _RECIPE_VERSION = 1  # of what this file makes from the same arguments
@@ -41,7 +41,6 @@ _COMMIT_BYTES = 128 << 20  # written between two notes of how far the file has c
 _STATE_BYTES = 1 << 30  # of hidden states that are kept at once
 # qwen2moe: the shared expert does this share of the work of its neurons, the experts the rest.
 _SHARED_SHARE = np.float32(0.5)
-_PARTS = ("gate", "up", "down")
 # general.file_type of files that are mostly of a type.
 _FILE_TYPES = {
     "F32": 0,
@@ -127,9 +126,9 @@ def upcycle(
     from ..runtime._core import GgufFile
 
     path, base_path = Path(out), Path(base)
-    _check_options(experts, used, type, router, noise, seed)
+    _check_options(experts=experts, used=used, type=type, router=router, noise=noise, seed=seed)
     file = GgufFile(str(base_path))
-    dense = _Dense(file, architecture, type)
+    dense = DenseBase(file, architecture, type)
     if path.exists() and os.path.samefile(path, base_path):
         raise OptionError(f"{path}: expected another file than the base")
     if path.exists() and not force:
@@ -147,7 +146,9 @@ def upcycle(
         router=router,
         text=None if text is None else hashlib.sha256(text.encode()).hexdigest(),
     )
-    work = _Upcycling(file, dense, recipe, text, threads or os.cpu_count() or 1, progress)
+    work = _Upcycling(
+        file, dense, recipe, text=text, threads=threads or os.cpu_count() or 1, progress=progress
+    )
     with _locked(path):
         part = PartFile(path, work.layout.size, recipe.digest())
         try:
@@ -176,12 +177,14 @@ def _locked(path: Path) -> Iterator[None]:
 
     lock = path.with_name(f".{path.name}.lock")
     with locked(lock, busy):
-        yield
-        lock.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _check_options(
-    experts: int, used: int, type: str, router: str, noise: float, seed: int
+    *, experts: int, used: int, type: str, router: str, noise: float, seed: int
 ) -> None:
     from ..runtime._core import formats
 
@@ -209,117 +212,6 @@ def _digest_of(file: GgufFile) -> str:
     return digest.hexdigest()
 
 
-def _format(name: str) -> dict[str, Any]:
-    from ..runtime._core import formats
-
-    for row in formats():
-        if row["name"] == name:
-            return row
-    raise UnsupportedModelError(f"tensor type {name} is not supported")
-
-
-class _Dense:
-    """The base: its sizes and its tensors' bytes."""
-
-    def __init__(self, file: GgufFile, architecture: str | None, type: str) -> None:
-        found = file.get("general.architecture")
-        known = {"llama": ARCHITECTURES, "qwen2": ("qwen2moe",)}
-        if found not in known:
-            raise UnsupportedModelError(
-                f"{file.path}: general.architecture: expected llama or qwen2, found {found}"
-            )
-        if file.get(f"{found}.expert_count"):
-            raise UnsupportedModelError(
-                f"{file.path}: expected a dense model, found a mixture of "
-                f"{file.get(f'{found}.expert_count')} experts"
-            )
-        self.file = file
-        self.base_architecture: str = found
-        self.architecture = architecture or known[found][0]
-        if self.architecture not in known[found]:
-            raise OptionError(
-                f"architecture: expected {' or '.join(known[found])} for a {found} base, "
-                f"found {self.architecture}"
-            )
-        self.tensors: dict[str, TensorInfo] = {t.name: t for t in file.tensors}
-        self.n_layer = int(self._size("block_count"))
-        self.n_embd = int(self._size("embedding_length"))
-        self.n_head = int(self._size("attention.head_count"))
-        self.n_head_kv = int(self._size("attention.head_count_kv", self.n_head))
-        self.n_ff = self._feed_forward_width()
-        block = _format(type)["block"]
-        for n in (self.n_embd, self.n_ff):
-            if n % block:
-                raise UnsupportedModelError(
-                    f"{file.path}: type {type}: expected rows of a multiple of {block} weights, "
-                    f"found {n}: choose a type with smaller blocks, such as Q4_0"
-                )
-        unit = max(int(block), 32)
-        self.n_ff_shared = min(self.n_ff, max(unit, self.n_ff // 4 // unit * unit))
-        if self.architecture == "qwen2moe":
-            self._check_qwen2moe()
-
-    def _size(self, name: str, default: int | None = None) -> int:
-        key = f"{self.base_architecture}.{name}"
-        value = self.file.get(key)
-        if isinstance(value, list):  # some models give one a layer
-            value = value[0] if value and all(v == value[0] for v in value) else None
-        value = default if value is None else value
-        if not isinstance(value, int) or value < 1:
-            raise ModelFileError(f"{self.file.path}: {key}: expected one positive integer")
-        return value
-
-    def tensor(self, name: str) -> TensorInfo:
-        """The directory row of a tensor that must be there."""
-        if name not in self.tensors:
-            raise ModelFileError(f"{self.file.path}: expected tensor {name}, found none")
-        return self.tensors[name]
-
-    def _feed_forward_width(self) -> int:
-        n_ff = self.tensor("blk.0.ffn_gate.weight").shape[-1]
-        for layer in range(self.n_layer):
-            for part in _PARTS:
-                tensor = self.tensor(f"blk.{layer}.ffn_{part}.weight")
-                expected = (n_ff, self.n_embd) if part == "down" else (self.n_embd, n_ff)
-                if tuple(tensor.shape) != expected:
-                    raise ModelFileError(
-                        f"{self.file.path}: tensor {tensor.name}: expected shape "
-                        f"{list(expected)}, found {list(tensor.shape)}"
-                    )
-        return int(n_ff)
-
-    def _check_qwen2moe(self) -> None:
-        absent = ["rope_freqs.weight", "rope_factors_long.weight", "output.bias"]
-        absent += [f"blk.{i}.attn_output.bias" for i in range(self.n_layer)]
-        absent += [f"blk.{i}.attn_qkv.weight" for i in range(self.n_layer)]
-        for name in absent:
-            if name in self.tensors:
-                raise UnsupportedModelError(
-                    f"{self.file.path}: tensor {name}: expected none, qwen2moe has no such tensor"
-                )
-
-    def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """A tensor's bytes."""
-        tensor = self.tensor(name)
-        with open(self.file.shards[tensor.shard], "rb") as shard:
-            shard.seek(tensor.offset)
-            data = np.fromfile(shard, dtype=np.uint8, count=tensor.nbytes)
-        if len(data) != tensor.nbytes:
-            raise ModelFileError(f"{self.file.path}: tensor {name} is truncated")
-        return data
-
-    def values(self, name: str) -> Floats:
-        """A matrix as floats, [rows, columns]."""
-        from ..runtime._core import dequantize
-
-        tensor = self.tensor(name)
-        columns, rows = tensor.shape
-        values = dequantize(tensor.type, self.data(name), rows * columns)
-        if not np.isfinite(values).all():
-            raise ModelFileError(f"{self.file.path}: tensor {name} has values that are not finite")
-        return values.reshape(rows, columns)
-
-
 @dataclass(frozen=True)
 class _Batch:
     """Experts first .. first + count - 1 of one expert tensor."""
@@ -336,15 +228,16 @@ class _Upcycling:
     def __init__(
         self,
         file: GgufFile,
-        dense: _Dense,
+        dense: DenseBase,
         recipe: Recipe,
+        *,
         text: str | None,
         threads: int,
         progress: Progress | None,
     ) -> None:
         self._dense, self._recipe, self._text = dense, recipe, text
         self._threads, self._progress = threads, progress
-        row = _format(recipe.type)
+        row = format_row(recipe.type)
         self._type_id = int(row["id"])
         self._qwen = dense.architecture == "qwen2moe"
         # Bytes of one matrix of one expert: all three are as large.
@@ -387,14 +280,16 @@ class _Upcycling:
         """The directory, in the base's order: a layer's experts stand where its dense part was."""
         d, e = self._dense, self._recipe.experts
         rows: list[Tensor] = []
+        begun: set[int] = set()  # layers whose router has its row
         for t in file.tensors:
             layer, part = _feed_forward_part(t.name)
             if part is None:
-                rows.append(Tensor(t.name, tuple(t.shape), _format(t.type)["id"], t.nbytes))
+                rows.append(Tensor(t.name, tuple(t.shape), format_row(t.type)["id"], t.nbytes))
                 self._sources[t.name] = t.name
                 continue
             b = f"blk.{layer}."
-            if not any(row.name == b + "ffn_gate_inp.weight" for row in rows[-8:]):
+            if layer not in begun:
+                begun.add(layer)
                 rows.append(Tensor(b + "ffn_gate_inp.weight", (d.n_embd, e), 0, 4 * d.n_embd * e))
                 if self._qwen:
                     rows += self._shared_tensors(b)
@@ -403,7 +298,7 @@ class _Upcycling:
             rows.append(Tensor(name, shape, self._type_id, e * self._matrix_bytes))
         if self._qwen and "output.weight" not in d.tensors:
             t = d.tensor("token_embd.weight")  # the family has no tied output
-            rows.append(Tensor("output.weight", tuple(t.shape), _format(t.type)["id"], t.nbytes))
+            rows.append(Tensor("output.weight", tuple(t.shape), format_row(t.type)["id"], t.nbytes))
             self._sources["output.weight"] = t.name
         return rows
 
@@ -471,7 +366,7 @@ class _Upcycling:
         return [
             _Batch(layer, part, first, min(size, e - first))
             for layer in range(self._dense.n_layer)
-            for part in _PARTS
+            for part in PARTS
             for first in range(0, e, size)
         ]
 
@@ -479,7 +374,7 @@ class _Upcycling:
         from ..runtime._core import make_experts
 
         r, which = self._recipe, slice(batch.first, batch.first + batch.count)
-        seeds = np.random.default_rng([r.seed, 2, batch.layer, _PARTS.index(batch.part)]).integers(
+        seeds = np.random.default_rng([r.seed, 2, batch.layer, PARTS.index(batch.part)]).integers(
             0, 2**64, r.experts, dtype=np.uint64, endpoint=False
         )
         return make_experts(
@@ -517,13 +412,11 @@ class _Upcycling:
 
         d, b = self._dense, f"blk.{layer}."
         neurons = self._shared_neurons(layer)
-        for part in _PARTS:
+        for part in PARTS:
             values = d.values(f"{b}ffn_{part}.weight")
-            if part == "down":
-                # Its gate lets one half through: a sigmoid of almost nothing.
-                values = values[:, neurons] * (2 * _SHARED_SHARE)
-            else:
-                values = values[neurons]
+            # The gate lets one half of the output through: a sigmoid of almost nothing.
+            share = 2 * _SHARED_SHARE
+            values = values[:, neurons] * share if part == "down" else values[neurons]
             data = quantize(self._recipe.type, np.ascontiguousarray(values))
             yield f"{b}ffn_{part}_shexp.weight", data.tobytes()
         rng = np.random.default_rng([self._recipe.seed, 4, layer])
@@ -537,9 +430,7 @@ class _Upcycling:
     def _copied(self, name: str, source: str) -> npt.NDArray[np.uint8]:
         """A tensor's bytes; rows of q and k in the order of the family's rotary layout."""
         data = self._dense.data(source)
-        if self._dense.architecture == self._dense.base_architecture or not self._qwen:
-            return data
-        if self._dense.base_architecture == "qwen2":
+        if not (self._qwen and self._dense.base_architecture == "llama"):
             return data
         kind = name.rpartition(".attn_")[2]
         if kind not in ("q.weight", "k.weight", "q.bias", "k.bias"):
@@ -559,7 +450,9 @@ class _Upcycling:
         from ..runtime.options import LoadOptions
 
         d, r = self._dense, self._recipe
-        context = min(256, int(self._dense.file.get(f"{d.base_architecture}.context_length") or 256))
+        context = min(
+            256, int(self._dense.file.get(f"{d.base_architecture}.context_length") or 256)
+        )
         model = Model(Path(d.file.path), LoadOptions(threads=self._threads, context=context))
         fit = _STATE_BYTES // (2 * d.n_layer * d.n_embd)
         if self._text is None:
@@ -600,7 +493,7 @@ def _feed_forward_part(name: str) -> tuple[int, str | None]:
     pieces = name.split(".")
     if len(pieces) == 4 and pieces[0] == "blk" and pieces[3] == "weight":
         part = pieces[2].removeprefix("ffn_")
-        if pieces[2].startswith("ffn_") and part in _PARTS:
+        if pieces[2].startswith("ffn_") and part in PARTS:
             return int(pieces[1]), part
     return -1, None
 

@@ -1,6 +1,7 @@
 #include "offload/controller.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <numeric>
 
@@ -9,9 +10,13 @@ namespace stoker {
 namespace {
 
 // Weight of one more outcome in a decayed mean.
-constexpr float kOutcome = 1.0f / 64;
-// What a predictor's first choice is worth before anything is known; later ranks less.
-constexpr float kPrior = 0.7f;
+constexpr float kOutcome = 1.0f / 24;
+// Scores are told apart in steps of this many spreads.
+constexpr float kStep = 0.2f;
+// The share of the time that the disk should be busy, and how fast the threshold follows.
+constexpr double kBusy = 0.85;
+constexpr float kThresholdGain = 0.05f;
+constexpr float kLeastThreshold = 0.3f, kMostThreshold = 0.97f;
 // A trial compares this many tokens without prefetch with as many just before.
 constexpr int64_t kTrial = 12;
 // The cache fills first; then trials, ever rarer while their outcome stays the same.
@@ -24,21 +29,25 @@ constexpr double kGain = 0.01;
 
 Controller::Controller(const PredictorShape& shape, PrefetchMode mode)
     : shape_(shape), mode_(mode), active_(mode != PrefetchMode::kOff) {
-  width_ = std::min({shape.n_expert, shape.n_expert_used + (shape.n_expert_used + 1) / 2, kMaxRank});
-  for (int64_t d = 0; d < kMaxDistance; ++d) {
-    for (int64_t r = 0; r < kMaxRank; ++r) {
-      const float fall = static_cast<float>(r) / static_cast<float>(2 * shape.n_expert_used + 1);
-      came_true_[static_cast<size_t>(d)][static_cast<size_t>(r)] =
-          std::max(0.1f, kPrior - 0.05f * static_cast<float>(d) - fall);
+  width_ = std::min(shape.n_expert, shape.n_expert_used + (shape.n_expert_used + 1) / 2);
+  // Before anything is known: a coin at the edge, nearly certain far above it.
+  Record record;
+  for (size_t d = 0; d < kMaxDistance; ++d) {
+    for (int b = 0; b < kBins; ++b) {
+      const float score = (static_cast<float>(b) - kBins / 2 + 0.5f) * kStep;
+      const float p = 1 / (1 + std::exp(-3 * score / (1 + 0.3f * static_cast<float>(d))));
+      record[d][0][static_cast<size_t>(b)] = 0.8f * p;
+      record[d][1][static_cast<size_t>(b)] = 0.95f * p;
     }
   }
+  came_true_.assign(static_cast<size_t>(shape.n_layer), record);
   pending_.resize(static_cast<size_t>(shape.n_layer));
   phase_left_ = kFirstTrial;
 }
 
-double Controller::precision(int64_t ahead, int64_t rank) const {
-  return came_true_[static_cast<size_t>(std::clamp<int64_t>(ahead - 1, 0, kMaxDistance - 1))]
-                   [static_cast<size_t>(std::clamp<int64_t>(rank, 0, kMaxRank - 1))];
+int Controller::bin(float score) {
+  const float b = std::floor(score / kStep) + static_cast<float>(kBins / 2);
+  return static_cast<int>(std::clamp(b, 0.0f, static_cast<float>(kBins - 1)));
 }
 
 void Controller::begin(int64_t tokens, double now_s, double busy_s) {
@@ -46,7 +55,7 @@ void Controller::begin(int64_t tokens, double now_s, double busy_s) {
   began_s_ = now_s;
   busy_s_ = busy_s;
   for (auto& layer : pending_) {
-    for (Pending& p : layer) p.made_at = -1;
+    for (Pending& p : layer) p.made = false;
   }
 }
 
@@ -56,10 +65,10 @@ void Controller::end(double now_s, double busy_s) {
 }
 
 void Controller::weigh(double token_s, double busy_share) {
-  // A read that turns out useless is paid in full where the disk never rests, and costs next to
-  // nothing where it is idle.
-  const float wanted = static_cast<float>(0.25 + 0.5 * busy_share);
-  threshold_ += (wanted - threshold_) / 16;
+  // A read that turns out useless costs next to nothing where the disk is idle, and is paid in full
+  // where it never rests: only guesses sure enough to keep it busy are worth reading.
+  threshold_ += kThresholdGain * static_cast<float>(busy_share - kBusy);
+  threshold_ = std::clamp(threshold_, kLeastThreshold, kMostThreshold);
   if (mode_ != PrefetchMode::kAuto) return;
   times_.push_back(token_s);
   if (--phase_left_ > 0) return;
@@ -88,28 +97,31 @@ void Controller::weigh(double token_s, double busy_share) {
   phase_left_ = backoff_ * 4 * kTrial;
 }
 
-void Controller::guessed(int64_t layer, const Guess& guess, std::vector<float>* probability) {
-  const int64_t ahead = guess.layer - layer;
-  probability->resize(guess.experts.size());
-  for (size_t r = 0; r < guess.experts.size(); ++r) {
-    (*probability)[r] = static_cast<float>(precision(ahead, static_cast<int64_t>(r)));
-  }
-  if (ahead < 1 || ahead > kMaxDistance || tokens_ != 1) return;
+void Controller::guessed(int64_t layer, const Guess& guess, std::span<const uint8_t> resident,
+                         std::vector<float>* probability) {
+  const size_t n = guess.experts.size();
+  probability->assign(n, 1.0f);
+  if (tokens_ != 1) return;  // of a prompt: nothing is known, and nearly all is used
+  const int64_t ahead = std::clamp<int64_t>(guess.layer - layer, 1, kMaxDistance);
   Pending& p = pending_[static_cast<size_t>(guess.layer)][static_cast<size_t>(ahead - 1)];
-  p.made_at = layer;
+  p.made = true;
   p.experts.assign(guess.experts.begin(), guess.experts.end());
+  p.came_true.resize(n);
+  for (size_t i = 0; i < n; ++i) {
+    auto& means = came_true_[static_cast<size_t>(guess.layer)][static_cast<size_t>(ahead - 1)]
+                            [resident[i] ? 1 : 0];
+    p.came_true[i] = &means[static_cast<size_t>(bin(guess.score[i]))];
+    (*probability)[i] = *p.came_true[i];
+  }
 }
 
 void Controller::judge(int64_t layer, std::span<const int32_t> experts) {
-  auto& guesses = pending_[static_cast<size_t>(layer)];
-  for (size_t d = 0; d < guesses.size(); ++d) {
-    Pending& p = guesses[d];
-    if (p.made_at < 0) continue;
-    p.made_at = -1;
-    for (size_t r = 0; r < p.experts.size() && r < kMaxRank; ++r) {
-      const bool came = std::find(experts.begin(), experts.end(), p.experts[r]) != experts.end();
-      float& mean = came_true_[d][r];
-      mean += ((came ? 1.0f : 0.0f) - mean) * kOutcome;
+  for (Pending& p : pending_[static_cast<size_t>(layer)]) {
+    if (!p.made) continue;
+    p.made = false;
+    for (size_t i = 0; i < p.experts.size(); ++i) {
+      const bool came = std::find(experts.begin(), experts.end(), p.experts[i]) != experts.end();
+      *p.came_true[i] += ((came ? 1.0f : 0.0f) - *p.came_true[i]) * kOutcome;
     }
   }
 }

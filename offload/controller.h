@@ -33,24 +33,27 @@ class Controller {
   bool predicts() const { return mode_ != PrefetchMode::kOff; }
   bool prefetches() const { return active_; }
 
-  // Remembers a guess, and gives the probability of each of its experts from the record so far.
-  void guessed(int64_t layer, const Guess& guess, std::vector<float>* probability);
+  // Remembers a guess made at `layer`, and gives the probability of each of its experts from the
+  // record so far. resident: whether each is in memory; those that are not come true less often.
+  void guessed(int64_t layer, const Guess& guess, std::span<const uint8_t> resident,
+               std::vector<float>* probability);
   // The layer's true experts are known: guesses at it are judged.
   void judge(int64_t layer, std::span<const int32_t> experts);
   // Probability below which reading ahead costs more than it brings.
   float threshold() const { return threshold_; }
 
-  double precision(int64_t ahead, int64_t rank) const;
   // For people: "on, distance 2, threshold 0.45, +12% over demand only".
   std::string description() const;
 
  private:
   static constexpr int64_t kMaxDistance = 4;
-  static constexpr int64_t kMaxRank = 24;
+  static constexpr int kBins = 8;  // of a guess's score
   struct Pending {
-    int64_t made_at = -1;
+    bool made = false;
     std::vector<int32_t> experts;
+    std::vector<float*> came_true;  // of each expert: the mean that its outcome goes to
   };
+  static int bin(float score);
   // Books a decoded token and decides whether to go on as it was.
   void weigh(double token_s, double busy_share);
 
@@ -59,8 +62,10 @@ class Controller {
   bool active_ = true;
   int64_t distance_ = 2, width_ = 0;
   float threshold_ = 0.5f;
-  // Record of outcomes by layers ahead and rank: a decayed mean.
-  std::array<std::array<float, kMaxRank>, kMaxDistance> came_true_;
+  // Decayed means of outcomes, by layers ahead, resident or not, and score. For each layer: the
+  // hidden state changes much from the first to the second, and little between most others.
+  using Record = std::array<std::array<std::array<float, kBins>, 2>, kMaxDistance>;
+  std::vector<Record> came_true_;  // [n_layer]
   std::vector<std::array<Pending, kMaxDistance>> pending_;  // [n_layer], by layers ahead
   // The trial of prefetch against demand only.
   int64_t tokens_ = 0;                 // of the chunk

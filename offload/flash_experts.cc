@@ -258,11 +258,13 @@ void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
   next_wish_ = 0;
   for (size_t g = 0; g < n; ++g) {
     const Guess& guess = guesses_[g];
-    controller_.guessed(layer, guess, &probabilities_);
     units_.resize(guess.experts.size());
+    resident_.resize(guess.experts.size());
     for (size_t i = 0; i < units_.size(); ++i) {
       units_[i] = layout_.unit(guess.layer, guess.experts[i]);
+      resident_[i] = cache_.find(units_[i]) != nullptr;
     }
+    controller_.guessed(layer, guess, resident_, &probabilities_);
     cache_.policy().predict(units_, probabilities_);
     if (!controller_.prefetches()) continue;
     // Every expert of a prompt's guess was chosen by some token.

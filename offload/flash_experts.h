@@ -123,6 +123,7 @@ class FlashExperts : public ExpertStore {
   size_t next_wish_ = 0;
   std::vector<Guess> guesses_;
   std::vector<UnitId> units_;
+  std::vector<uint8_t> resident_;
   std::vector<float> probabilities_;
   mutable StoreStatistics statistics_;
   bool recording_ = false;

@@ -22,7 +22,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -63,6 +63,26 @@ class Trace:
     def n_tokens(self) -> int:
         """Tokens of all evaluations."""
         return int(self.tokens.sum())
+
+    def without_prompts(self) -> Trace:
+        """Only the decoded tokens, as if the cache began cold there. Raises OptionError for none."""
+        keep = self.decode[self.evaluation]
+        if not keep.any():
+            raise OptionError("expected decoded tokens, found only prompts")
+        uses = np.diff(self.offset)
+        kept_uses = np.repeat(keep, uses)
+        number = np.cumsum(self.decode) - 1  # of each evaluation among those kept
+        return replace(
+            self,
+            evaluation=number[self.evaluation[keep]].astype(np.int64),
+            layer=self.layer[keep],
+            step=self.step[keep],
+            offset=np.concatenate([[0], np.cumsum(uses[keep])]).astype(np.int64),
+            expert=self.expert[kept_uses],
+            weight=self.weight[kept_uses],
+            decode=self.decode[self.decode],
+            tokens=self.tokens[self.decode],
+        )
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:

@@ -117,6 +117,7 @@ def quantize(
     x: npt.NDArray[np.float32],
     *,
     importance: npt.NDArray[np.float32] | None = None,
+    threads: int = 1,
 ) -> npt.NDArray[np.uint8]:
     """Raises OptionError where x is not finite and the format is an integer one."""
 

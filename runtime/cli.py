@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import export_command
 from .errors import (
     ChatTemplateError,
     ContextLengthError,
@@ -43,6 +44,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96},
 )
+
+app.add_typer(export_command.app)
 
 Model = Annotated[
     str,
@@ -361,6 +364,64 @@ def perplexity(
         max_chunks=max_chunks,
         as_json=as_json,
     )
+
+
+@app.command()
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="Recorded routing: .csv, .jsonl, also .gz.")],
+    *,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="Of the expert cache, such as 1GiB.")
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="Experts that the cache holds.")] = None,
+    share: Annotated[
+        str | None, typer.Option(help="Percent of all experts, a list [default: 15,25,40].")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Only this policy; repeatable [default: all].")
+    ] = None,
+    expert_bytes: Annotated[
+        str | None, typer.Option(help="Bytes of an expert [default: as recorded].")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(help="Of the storage a second, such as 1.5GB: bounds tok/s.")
+    ] = None,
+    skip: Annotated[float, typer.Option(help="Share of tokens that only fill the cache.")] = 0.25,
+    decode_only: Annotated[bool, typer.Option("--decode-only", help="Leave prompts out.")] = False,
+    as_json: Json = False,
+    tsv: Annotated[bool, typer.Option("--tsv", help="Tab-separated.")] = False,
+) -> None:
+    """Replay recorded routing through every cache policy, without the model.
+
+    Shows hits, misses and bytes read a token for each policy and for Belady's, which knows the
+    future, and how much of the way from LRU to Belady each policy goes.
+
+    \b
+    stoker simulate trace.csv.gz --share 15,25,40
+    stoker simulate trace.csv.gz --memory 1GiB --bandwidth 1.5GB
+    stoker simulate trace.jsonl.gz --slots 1000 --policy lru --policy reuse --json
+    """
+    from . import simulate_command
+
+    if as_json and tsv:
+        raise OptionError("give --json or --tsv, not both")
+    read, found = simulate_command.simulate(
+        trace,
+        memory=memory,
+        slots=slots,
+        share=share,
+        policies=policy,
+        expert_bytes=expert_bytes,
+        bandwidth=bandwidth,
+        skip=skip,
+        decode_only=decode_only,
+    )
+    if as_json:
+        typer.echo(simulate_command.as_json(read, found))
+    elif tsv:
+        typer.echo(simulate_command.as_tsv(found))
+    else:
+        typer.echo(simulate_command.as_table(read, found))
 
 
 @app.command()

@@ -259,7 +259,7 @@ bool IoFiles::read_merged(const Read* const* reads, int n, ReadOutcome* outcome)
   const Read& last = *reads[n - 1];
   const File& f = at(last.file);
 #if defined(__APPLE__)
-  const ssize_t got = -1;  // preadv is missing before macOS 11
+  const ssize_t got = -1;
   (void)parts;
 #else
   const ssize_t got = ::preadv(f.descriptor, parts, n, static_cast<off_t>(begin));

@@ -43,6 +43,12 @@ class IoFiles {
 
   // Blocks until `needed` bytes have arrived, goes on after interruptions and short reads.
   ReadOutcome read(const Read& read) const;
+  // Whether this system has read_merged().
+#if defined(__APPLE__)
+  static constexpr bool kMerges = false;  // preadv is missing before macOS 11
+#else
+  static constexpr bool kMerges = true;
+#endif
   // One system call for several reads, each of which begins where the one before ends or at its
   // last page. False, with nothing promised about the memory, where that did not bring all:
   // read() then tells which and why.

@@ -26,7 +26,7 @@ struct Read {
 enum class IoStatus : int { kIdle, kPending, kDone, kFailed, kCancelled };
 
 // Owned by the caller; must live, and its memory with it, until the status is past kPending and,
-// where there is a listener, until on_job_end has returned.
+// where a listener looks at the job, until on_job_end has returned.
 struct IoJob {
   static constexpr int kMaxReads = 4;
   std::array<Read, kMaxReads> reads;

@@ -13,7 +13,7 @@ class Pread final : public ReadMethod {
  public:
   explicit Pread(std::shared_ptr<const IoFiles> files) : files_(std::move(files)) {}
   ReadOutcome read(const Read& read, int64_t) override { return files_->read(read); }
-  bool merges() const override { return true; }
+  bool merges() const override { return IoFiles::kMerges; }
   bool read_merged(const Read* const* reads, int n, ReadOutcome* outcome) override {
     return files_->read_merged(reads, n, outcome);
   }

@@ -8,12 +8,17 @@ namespace stoker {
 
 class TokenClock {
  public:
-  void begin_layer(int64_t layer, int64_t tokens) {
-    if (layer == 0) {
+  // True where an evaluation begins: the walk passes the layers upwards.
+  bool begin_layer(int64_t layer, int64_t tokens) {
+    const bool begins = layer <= layer_;
+    layer_ = layer;
+    if (begins) {
       base_ += tokens_;
       tokens_ = tokens;
     }
-    index_ = -1;
+    // Where a layer sees fewer tokens than the first one did, they are the last of them.
+    index_ = tokens < tokens_ ? tokens_ - tokens - 1 : -1;
+    return begins;
   }
   // The token of the next use() of this layer, counted from 0 over the life of the policy.
   int64_t next_use() {
@@ -26,7 +31,8 @@ class TokenClock {
  private:
   int64_t base_ = 0;    // tokens of earlier evaluations
   int64_t tokens_ = 0;  // of this evaluation
-  int64_t index_ = -1;
+  int64_t layer_ = INT64_MAX;
+  int64_t index_ = -1;  // in this evaluation, of the last use of this layer
 };
 
 }  // namespace stoker

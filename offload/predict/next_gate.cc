@@ -28,7 +28,7 @@ class NextGate : public Predictor {
       ahead.logits(l, logits_.data());
       Guess& guess = guesses[n++];
       guess.layer = l;
-      ranker_.rank(logits_.data(), tokens_, shape_.n_expert,
+      ranker_.rank(logits_.data(), tokens_, shape_.n_expert, shape_.n_expert_used,
                    tokens_ == 1 ? width : shape_.n_expert_used, guess);
     }
     return n;

@@ -24,8 +24,9 @@ struct PredictorShape {
 struct Guess {
   int64_t layer = 0;
   std::vector<int32_t> experts;
-  // Of each expert: how sure the predictor is, comparable within the predictor and falling; the
-  // controller learns from outcomes what it is worth.
+  // Of each expert: how sure the predictor is, falling. Of one token: 0 where it is as likely as
+  // not to be chosen, in units of the spread between experts; the controller learns from outcomes
+  // what that is worth.
   std::vector<float> score;
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <numeric>
 #include <vector>
@@ -13,8 +14,10 @@ namespace stoker {
 class Ranker {
  public:
   // The union of each token's `width` best of scores [tokens][n_expert], those that most tokens
-  // want first; of one token, its best first.
-  void rank(const float* scores, int64_t tokens, int64_t n_expert, int64_t width, Guess& guess) {
+  // want first; of one token, its best first, with scores in standard deviations of the row above
+  // what would be the last of `used` chosen ones.
+  void rank(const float* scores, int64_t tokens, int64_t n_expert, int64_t used, int64_t width,
+            Guess& guess) {
     width = std::min(width, n_expert);
     order_.resize(static_cast<size_t>(n_expert));
     weight_.assign(static_cast<size_t>(n_expert), 0.0f);
@@ -36,11 +39,27 @@ class Ranker {
     for (int32_t e : order_) {
       if (weight_[static_cast<size_t>(e)] <= 0) break;
       guess.experts.push_back(e);
-      guess.score.push_back(tokens == 1 ? scores[e] : weight_[static_cast<size_t>(e)]);
+      guess.score.push_back(weight_[static_cast<size_t>(e)]);
     }
+    if (tokens == 1) standardize(scores, n_expert, used, guess);
   }
 
  private:
+  static void standardize(const float* scores, int64_t n_expert, int64_t used, Guess& guess) {
+    float sum = 0, squares = 0;
+    for (int64_t e = 0; e < n_expert; ++e) sum += scores[e];
+    const float mean = sum / static_cast<float>(n_expert);
+    for (int64_t e = 0; e < n_expert; ++e) squares += (scores[e] - mean) * (scores[e] - mean);
+    const float deviation = std::sqrt(squares / static_cast<float>(n_expert)) + 1e-20f;
+    const size_t last = static_cast<size_t>(std::min<int64_t>(used, n_expert)) - 1;
+    const size_t next = std::min(last + 1, guess.experts.size() - 1);
+    const float edge =
+        (scores[guess.experts[std::min(last, next)]] + scores[guess.experts[next]]) / 2;
+    for (size_t i = 0; i < guess.experts.size(); ++i) {
+      guess.score[i] = (scores[guess.experts[i]] - edge) / deviation;
+    }
+  }
+
   // A strict order whatever the scores, NaN included.
   static bool before(const float* score, int32_t a, int32_t b) {
     const float x = score[a], y = score[b];

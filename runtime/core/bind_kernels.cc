@@ -5,6 +5,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -13,6 +14,8 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -141,7 +144,7 @@ nb::dict describe_cpu() {
 }
 
 nb::ndarray<nb::numpy, uint8_t> quantize(const std::string& format, const FloatArray& x,
-                                         const std::optional<FloatArray>& importance) {
+                                         const std::optional<FloatArray>& importance, int threads) {
   const Format& f = format_of(format);
   if (f.quantize == nullptr) refuse(std::string(f.name) + " cannot be quantized to, only read");
   if (x.ndim() == 0) refuse("quantize: x must have at least one dimension");
@@ -165,8 +168,25 @@ nb::ndarray<nb::numpy, uint8_t> quantize(const std::string& format, const FloatA
   Buffer<uint8_t> out(x.size() / f.block * f.block_bytes);
   {
     nb::gil_scoped_release release;
-    f.quantize(x.data(), out.get(), static_cast<int64_t>(x.size()),
-               importance ? importance->data() : nullptr);
+    // Blocks know nothing of each other: any cut between them gives the same bytes.
+    const int64_t blocks = static_cast<int64_t>(x.size()) / f.block;
+    const int64_t parts = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, blocks));
+    const auto part = [&](int64_t i) {
+      const int64_t begin = blocks * i / parts, end = blocks * (i + 1) / parts;
+      f.quantize(x.data() + begin * f.block, out.get() + begin * f.block_bytes,
+                 (end - begin) * f.block,
+                 importance ? importance->data() + begin * f.block : nullptr);
+    };
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < parts; ++i) {
+      try {
+        others.emplace_back(part, i);
+      } catch (const std::system_error&) {  // no more threads to be had
+        part(i);
+      }
+    }
+    part(0);
+    for (std::thread& t : others) t.join();
   }
   return to_numpy(std::move(out), shape);
 }
@@ -256,7 +276,7 @@ void bind_kernels(nb::module_& m) {
       "The instruction set in use: the best one, or what STOKER_ISA names.");
   m.def("cpu", &describe_cpu, "The processor: model, cores, quota, usable instruction sets.");
   m.def("quantize", &quantize, nb::arg("format"), nb::arg("x"), nb::kw_only(),
-        nb::arg("importance") = nb::none(),
+        nb::arg("importance") = nb::none(), nb::arg("threads") = 1,
         "x f32 [..., cols] -> uint8 [..., bytes of a row]; importance weighs the squared error.");
   m.def("dequantize", &dequantize, nb::arg("format"), nb::arg("data"), nb::arg("n"),
         "data: the bytes of n weights -> f32 [n].");

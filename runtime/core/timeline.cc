@@ -139,9 +139,7 @@ void Timeline::eval_hidden(std::span<const int32_t> tokens, float* out) {
   });
 }
 
-void Timeline::eval_taps(std::span<const int32_t> tokens, float* out) {
-  run(tokens, nullptr, out);
-}
+void Timeline::eval_taps(std::span<const int32_t> tokens, float* out) { run(tokens, nullptr, out); }
 
 void Timeline::eval_nll(std::span<const int32_t> tokens, double* out) {
   const int64_t n_vocab = engine_->config().n_vocab, n_embd = engine_->config().n_embd;

@@ -1,0 +1,135 @@
+"""`stoker export`: makes model files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..models.cache import Progress
+
+app = typer.Typer(
+    name="export",
+    help="Make model files from other model files.",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    """Make model files from other model files.
+
+    \b
+    stoker export upcycle smollm2 mixture.gguf --experts 64 --used 4
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def upcycle(
+    base: Annotated[
+        str,
+        typer.Argument(metavar="BASE", help="A dense GGUF model (llama, qwen2), or its name."),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The GGUF file to make.")],
+    *,
+    experts: Annotated[int, typer.Option("--experts", "-e", help="Experts in each layer.")],
+    used: Annotated[int, typer.Option("--used", "-k", help="Experts that each token uses.")],
+    arch: Annotated[
+        str | None,
+        typer.Option(help="llama or qwen2moe (has a shared expert) [default: as the base]."),
+    ] = None,
+    type: Annotated[str, typer.Option(help="Tensor type of the experts.")] = "Q4_0",
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text to fit the routers to [default: the base writes it]."),
+    ] = None,
+    router: Annotated[
+        str, typer.Option(help="kmeans, or random: all experts alike, the worst case of a cache.")
+    ] = "kmeans",
+    noise: Annotated[float, typer.Option(help="Of the experts' weights, relative.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of orders, noise, routers and text.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option("--threads", "-t", help="[default: all cores]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT where it exists.")] = False,
+) -> None:
+    """Make a mixture of experts from a dense model: any size, and it still speaks.
+
+    Each expert is the dense feed-forward with its neurons in another order and a little noise;
+    the router follows real hidden states. It is how to try expert offloading at any size without
+    a large model. Ctrl-C leaves a part beside OUT; the same command takes it up again.
+
+    \b
+    stoker export upcycle smollm2 mixture.gguf --experts 64 --used 4
+    stoker export upcycle base.gguf out.gguf -e 128 -k 8 --arch qwen2moe --type Q8_0
+    stoker export upcycle base.gguf out.gguf -e 64 -k 4 --text my_corpus.txt
+    stoker export upcycle base.gguf worst.gguf -e 64 -k 4 --router random
+    """
+    from ..export import upcycle as upcycling
+    from .run_command import find, read_text
+    from .terminal import size
+
+    corpus = None if text is None else read_text(text)
+    path = find(base)
+    try:
+        with _bars() as progress:
+            made = upcycling.upcycle(
+                path,
+                out,
+                experts=experts,
+                used=used,
+                architecture=arch,
+                type=type,
+                text=corpus,
+                router=router,
+                noise=noise,
+                seed=seed,
+                threads=threads,
+                force=force,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        left = upcycling.resumable_part(out)
+        kept = "nothing was written" if left is None else "the same command goes on from here"
+        print(f"\ninterrupted: {kept}", file=sys.stderr)
+        raise
+    typer.echo(
+        f"{made.path}: {size(made.nbytes)}, {experts} experts of {size(made.expert_bytes)} a layer"
+    )
+
+
+@contextmanager
+def _bars() -> Iterator[Progress | None]:
+    """A bar for each stage on stderr where that is a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    from .terminal import size
+
+    tasks: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description:14}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, amount="")
+            amount = size(done) if what == "experts" else f"{done} of {total}"
+            bars.update(tasks[what], completed=done, total=total, amount=amount)
+
+        yield report

@@ -1,0 +1,172 @@
+"""`stoker simulate`: recorded routing through every cache policy, as a table, TSV or JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .errors import OptionError
+from .terminal import size
+
+if TYPE_CHECKING:
+    from ..offload.simulate import CacheSize, PolicyResult
+    from ..offload.trace import Trace
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1024), ("b", 1000), ("ib", 1024))
+}
+
+
+def byte_count(text: str) -> int:
+    """The bytes that "500MB", "1.5GiB" or "123" name. Raises OptionError."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise OptionError(f"expected bytes such as 500MB or 1.5GiB, found {text[:40]!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def simulate(
+    path: str | os.PathLike[str],
+    *,
+    memory: str | None = None,
+    slots: int | None = None,
+    share: str | None = None,
+    policies: Sequence[str] | None = None,
+    expert_bytes: str | None = None,
+    bandwidth: str | None = None,
+    skip: float = 0.25,
+    decode_only: bool = False,
+) -> tuple[Trace, list[CacheSize]]:
+    """Replays the trace in `path` at the named sizes; share: percentages such as "15,25,40".
+
+    Raises OptionError for a bad trace or option.
+    """
+    from ..offload import simulate as simulation
+    from ..offload.trace import read_trace
+
+    if sum(given is not None for given in (memory, slots, share)) > 1:
+        raise OptionError("give one of --memory, --slots and --share")
+    trace = read_trace(path)
+    if decode_only:
+        trace = trace.without_prompts()
+    sizes = simulation.expert_sizes(
+        trace, None if expert_bytes is None else byte_count(expert_bytes)
+    )
+    if memory is not None:
+        if sizes is None:
+            raise OptionError("the trace has no sizes of experts: --memory needs --expert-bytes")
+        wanted = [simulation.slots_of_memory(sizes, byte_count(memory))]
+    elif slots is not None:
+        wanted = [slots]
+    else:
+        wanted = [
+            simulation.slots_of_share(trace, _percent(part) / 100)
+            for part in (share or "15,25,40").split(",")
+        ]
+    speed = None if bandwidth is None else float(byte_count(bandwidth))
+    if speed is not None and sizes is None:
+        raise OptionError("the trace has no sizes of experts: --bandwidth needs --expert-bytes")
+    return trace, [
+        simulation.simulate(
+            trace, n, policies=policies, skip=skip, expert_bytes=sizes, bandwidth=speed
+        )
+        for n in wanted
+    ]
+
+
+def _percent(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise OptionError(f"share: expected percentages such as 15,25,40, found {text[:40]!r}")
+    return value
+
+
+def as_table(trace: Trace, found: Sequence[CacheSize]) -> str:
+    """Aligned columns for people."""
+    out = [
+        f"{trace.n_layer} layers of {trace.n_expert} experts, {trace.n_expert_used} used; "
+        f"{trace.n_tokens} tokens, {int(trace.tokens[trace.decode].sum())} of them decoded"
+    ]
+    for at in found:
+        held = "" if at.nbytes is None else f", {size(at.nbytes)}"
+        out += ["", f"{at.slots} slots, {at.share * 100:.1f}% of the experts{held}"]
+        rows = [["policy", "hits", "misses/token", "read/token", "gap closed"]]
+        bound = any(result.tokens_per_s is not None for result in at.policies)
+        if bound:
+            rows[0].append("tok/s at most")
+        for result in at.policies:
+            read = result.bytes_per_token
+            row = [
+                result.policy,
+                f"{result.hit_rate * 100:.2f}%",
+                f"{result.misses_per_token:.2f}",
+                "?" if read is None else size(read),
+                "-" if result.gap_closed is None else f"{result.gap_closed * 100:.1f}%",
+            ]
+            if bound:
+                limit = result.tokens_per_s
+                row.append("no limit" if limit is None else f"{limit:.1f}")
+            rows.append(row)
+        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
+        for row in rows:
+            cells = [row[0].ljust(widths[0])]
+            cells += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+            out.append("  ".join(cells))
+        out.append(_oracle_line(at.policies[-1]))
+    return "\n".join(out)
+
+
+def _oracle_line(belady: PolicyResult) -> str:
+    read = belady.bytes_per_token
+    amount = f"{belady.misses_per_token:.2f} experts" if read is None else size(read)
+    line = f"oracle bound (Belady, every miss prefetched in time): {amount} a token must be read"
+    if belady.tokens_per_s is not None:
+        line += f", {belady.tokens_per_s:.1f} tok/s at most"
+    return line
+
+
+_COLUMNS = (
+    "policy",
+    "uses",
+    "misses",
+    "hit_rate",
+    "misses_per_token",
+    "bytes_per_token",
+    "gap_closed",
+    "tokens_per_s",
+)
+
+
+def as_tsv(found: Sequence[CacheSize]) -> str:
+    """One line a size and policy, tab-separated; empty where unknown."""
+    out = ["\t".join(("slots", "share", *_COLUMNS))]
+    for at in found:
+        for result in at.policies:
+            values: list[Any] = [getattr(result, column) for column in _COLUMNS]
+            cells = [at.slots, f"{at.share:.6f}", *("" if v is None else v for v in values)]
+            out.append("\t".join(str(cell) for cell in cells))
+    return "\n".join(out)
+
+
+def as_json(trace: Trace, found: Sequence[CacheSize]) -> str:
+    """Everything as one JSON object."""
+    return json.dumps(
+        {
+            "n_layer": trace.n_layer,
+            "n_expert": trace.n_expert,
+            "n_expert_used": trace.n_expert_used,
+            "tokens": trace.n_tokens,
+            "sizes": [asdict(at) for at in found],
+        },
+        indent=2,
+    )
