@@ -16,9 +16,9 @@ namespace stoker {
 class Cache {
  public:
   struct Slot {
-    UnitId unit = -1;      // -1: free
-    int32_t pins = 0;      // in use by a lease, or being read
-    int64_t keep = 0;      // not evicted before the walk's step `keep`, if others can be
+    UnitId unit = -1;         // -1: free
+    int32_t pins = 0;         // in use by a lease, or being read
+    int64_t keep = 0;         // not evicted before the walk's step `keep`, if others can be
     bool prefetched = false;  // and not used since
     uint8_t* data = nullptr;
     int size_class = 0;
@@ -53,9 +53,9 @@ class Cache {
   std::unique_ptr<Policy> policy_;
   HugeMemory arena_;
   std::vector<Slot> slots_;
-  std::vector<int32_t> slot_of_;                 // [n_units], -1: not resident
-  std::vector<std::vector<int32_t>> free_;       // by size class
-  std::vector<UnitId> candidates_;               // of victim()
+  std::vector<int32_t> slot_of_;                    // [n_units], -1: not resident
+  std::vector<std::vector<int32_t>> free_;          // by size class
+  std::vector<UnitId> candidates_;                  // of victim()
   std::vector<std::pair<int32_t, int32_t>> range_;  // of each class: slots [first, last)
   int64_t evictions_ = 0;
 };

@@ -14,8 +14,8 @@ constexpr float kOutcome = 1.0f / 24;
 // Scores are told apart in steps of this many spreads.
 constexpr float kStep = 0.2f;
 // The share of the time that the disk should be busy, and how fast the threshold follows.
-constexpr double kBusy = 0.85;
-constexpr float kThresholdGain = 0.05f;
+constexpr double kBusy = 0.9;
+constexpr float kThresholdGain = 0.15f;
 constexpr float kLeastThreshold = 0.3f, kMostThreshold = 0.97f;
 // A trial compares this many tokens without prefetch with as many just before.
 constexpr int64_t kTrial = 12;
@@ -74,9 +74,8 @@ void Controller::weigh(double token_s, double busy_share) {
   if (--phase_left_ > 0) return;
   // The last tokens of the phase: its first ones still feel the phase before.
   const size_t n = std::min(times_.size(), static_cast<size_t>(kTrial - kTrial / 4));
-  const double mean =
-      std::accumulate(times_.end() - static_cast<int64_t>(n), times_.end(), 0.0) /
-      static_cast<double>(n);
+  const double mean = std::accumulate(times_.end() - static_cast<int64_t>(n), times_.end(), 0.0) /
+                      static_cast<double>(n);
   times_.clear();
   double& side = active_ ? with_s_ : without_s_;
   const double other = active_ ? without_s_ : with_s_;

@@ -65,7 +65,7 @@ class Controller {
   // Decayed means of outcomes, by layers ahead, resident or not, and score. For each layer: the
   // hidden state changes much from the first to the second, and little between most others.
   using Record = std::array<std::array<std::array<float, kBins>, 2>, kMaxDistance>;
-  std::vector<Record> came_true_;  // [n_layer]
+  std::vector<Record> came_true_;                           // [n_layer]
   std::vector<std::array<Pending, kMaxDistance>> pending_;  // [n_layer], by layers ahead
   // The trial of prefetch against demand only.
   int64_t tokens_ = 0;                 // of the chunk

@@ -10,8 +10,9 @@ namespace stoker {
 
 namespace {
 
-// Prefetches under way at once: enough to keep the disk busy between two layers.
-constexpr int64_t kDecodeFlights = 12;
+// Reads under way at once, guesses included: enough to keep the disk busy until the next look, and
+// no more, because a later guess is a better one.
+constexpr int64_t kDecodeFlights = 5;
 constexpr int64_t kPromptFlights = 64;
 
 double now() {
@@ -111,9 +112,7 @@ class FlashLease : public ExpertLease {
     return given_;
   }
 
-  const Expert& expert(int32_t index) const override {
-    return views_[static_cast<size_t>(index)];
-  }
+  const Expert& expert(int32_t index) const override { return views_[static_cast<size_t>(index)]; }
 
  private:
   UnitId unit(size_t index) const { return store_.layout_.unit(layer_, experts_[index]); }
@@ -165,11 +164,10 @@ class FlashLease : public ExpertLease {
     for (size_t p = 0; p < routes_.expert.size(); ++p) {
       const int32_t e = routes_.expert[p];
       const auto at = std::lower_bound(experts_.begin(), experts_.end(), e) - experts_.begin();
-      store_.trace_.push_back(
-          {static_cast<int32_t>(store_.walk_), static_cast<int32_t>(tokens),
-           static_cast<int32_t>(p / used), static_cast<int16_t>(layer_),
-           static_cast<int16_t>(p % used), e, routes_.weight[p],
-           source_[static_cast<size_t>(at)], wait_[static_cast<size_t>(at)]});
+      store_.trace_.push_back({static_cast<int32_t>(store_.walk_), static_cast<int32_t>(tokens),
+                               static_cast<int32_t>(p / used), static_cast<int16_t>(layer_),
+                               static_cast<int16_t>(p % used), e, routes_.weight[p],
+                               source_[static_cast<size_t>(at)], wait_[static_cast<size_t>(at)]});
     }
   }
 
@@ -216,6 +214,7 @@ void FlashExperts::begin(int64_t tokens, const std::function<void()>* poll) {
 void FlashExperts::end() { controller_.end(now(), reader_->io().statistics().busy_s); }
 
 void FlashExperts::announce(int64_t layer, const Routes& routes) {
+  if (!predictor_) return;  // demand only
   reap();
   wishes_.clear();
   next_wish_ = 0;
@@ -252,8 +251,8 @@ std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<cons
 
 void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
   if (!predictor_ || !controller_.predicts()) return;
-  const size_t n = predictor_->predict(layer, controller_.distance(), controller_.width(), ahead,
-                                       guesses_);
+  const size_t n =
+      predictor_->predict(layer, controller_.distance(), controller_.width(), ahead, guesses_);
   wishes_.clear();
   next_wish_ = 0;
   for (size_t g = 0; g < n; ++g) {
@@ -277,6 +276,10 @@ void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
         wishes_.push_back({units_[i], step(guess.layer), probabilities_[i]});
       }
     }
+  }
+  if (tokens_ == 1) {
+    std::stable_sort(wishes_.begin(), wishes_.end(),
+                     [](const Wish& a, const Wish& b) { return a.probability > b.probability; });
   }
   pump();
 }

@@ -76,9 +76,9 @@ class FlashExperts : public ExpertStore {
   const Controller& controller() const { return controller_; }
   Predictor* predictor() { return predictor_.get(); }
 
-  void record(bool on);                // tracing
-  std::vector<Access> take_trace();    // what was recorded since the last call
-  void forget();                       // empties the cache: for measurements from cold
+  void record(bool on);              // tracing
+  std::vector<Access> take_trace();  // what was recorded since the last call
+  void forget();                     // empties the cache: for measurements from cold
 
  private:
   friend class FlashLease;

@@ -18,9 +18,7 @@ uint64_t page_up(uint64_t n) { return (n + kIoAlign - 1) / kIoAlign * kIoAlign; 
 }  // namespace
 
 Layout::Layout(int64_t n_layer, int64_t n_expert)
-    : n_layer_(n_layer),
-      n_expert_(n_expert),
-      units_(static_cast<size_t>(n_layer * n_expert)) {}
+    : n_layer_(n_layer), n_expert_(n_expert), units_(static_cast<size_t>(n_layer * n_expert)) {}
 
 void Layout::add(int64_t layer, int64_t expert, const Parts& parts) {
   Unit& u = units_[static_cast<size_t>(unit(layer, expert))];

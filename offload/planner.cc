@@ -12,15 +12,14 @@ namespace {
 
 std::string mib(int64_t bytes) {
   char text[32];
-  std::snprintf(text, sizeof text, "%lld MiB", static_cast<long long>((bytes + (1 << 20) - 1) >> 20));
+  std::snprintf(text, sizeof text, "%lld MiB",
+                static_cast<long long>((bytes + (1 << 20) - 1) >> 20));
   return text;
 }
 
 }  // namespace
 
-int64_t memory_margin(int64_t budget) {
-  return std::max<int64_t>(int64_t{12} << 20, budget / 64);
-}
+int64_t memory_margin(int64_t budget) { return std::max<int64_t>(int64_t{12} << 20, budget / 64); }
 
 MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemory& fixed,
                        const Layout& layout, int64_t working_set, int64_t experts_used) {
@@ -45,12 +44,12 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
   }
   const int64_t taken = p.process + p.pinned + p.kv + p.scratch + p.margin;
   if (budget - taken < least) {
-    throw Error(ErrorKind::kBudget,
-                path + ": memory: expected at least " + mib(taken + least) + ", found " +
-                    mib(budget) + " (process " + mib(p.process) + ", weights that stay " +
-                    mib(p.pinned) + ", KV cache " + mib(p.kv) + ", scratch " + mib(p.scratch) +
-                    ", margin " + mib(p.margin) + ", experts at least " + mib(least) +
-                    "); a smaller context needs less");
+    throw Error(ErrorKind::kBudget, path + ": memory: expected at least " + mib(taken + least) +
+                                        ", found " + mib(budget) + " (process " + mib(p.process) +
+                                        ", weights that stay " + mib(p.pinned) + ", KV cache " +
+                                        mib(p.kv) + ", scratch " + mib(p.scratch) + ", margin " +
+                                        mib(p.margin) + ", experts at least " + mib(least) +
+                                        "); a smaller context needs less");
   }
   p.slots = Cache::plan_slots(layout, std::min(budget - taken, all));
   for (size_t c = 0; c < p.slots.size(); ++c) {

@@ -288,11 +288,7 @@ class _Rows:
         """One expert of one token at one layer; `part` is the turn and phase it belongs to."""
         # A walk passes the layers upwards, so that a lower one begins the next evaluation; while
         # decoding each token is an evaluation of its own.
-        if (
-            part != self._part
-            or layer < self.layer[-1]
-            or (decode and step != self.step[-1])
-        ):
+        if part != self._part or layer < self.layer[-1] or (decode and step != self.step[-1]):
             self._part = part
             self.decode.append(decode)
             self.steps.append(set())
@@ -380,9 +376,7 @@ class TraceWriter:
         self._file = io.TextIOWrapper(stream, encoding="utf-8", newline="")
         self._rows = csv.writer(self._file, lineterminator="\n")
         self._file.write("# stoker trace 1\n")
-        self._file.write(
-            f"# n_layer={n_layer} n_expert={n_expert} n_expert_used={n_expert_used}\n"
-        )
+        self._file.write(f"# n_layer={n_layer} n_expert={n_expert} n_expert_used={n_expert_used}\n")
         for layer, nbytes in enumerate(expert_bytes or ()):
             self._file.write(f"# layer={layer} expert_bytes={nbytes}\n")
         self._rows.writerow([*_COLUMNS, "hit", "wait_us"])

@@ -11,7 +11,7 @@ namespace stoker {
 
 std::unique_ptr<Predictor> make_predictor(std::string_view name, const PredictorShape& shape) {
   std::string known;
-#define STOKER_PREDICTOR(which, summary)                         \
+#define STOKER_PREDICTOR(which, summary)                      \
   if (name == #which) return make_##which##_predictor(shape); \
   known += std::string(known.empty() ? "" : ", ") + #which;
 #include "offload/predict/predictors.inc"

@@ -244,8 +244,7 @@ void bind_engine(nb::module_& m) {
            }),
            nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("context") = 0,
            nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced", nb::arg("memory") = 0,
-           nb::arg("process_bytes") = 0,
-           nb::arg("policy") = std::string(stoker::kDefaultPolicy),
+           nb::arg("process_bytes") = 0, nb::arg("policy") = std::string(stoker::kDefaultPolicy),
            nb::arg("predictor") = std::string(stoker::kDefaultPredictor),
            nb::arg("prefetch") = "auto", nb::arg("io") = "pread_pool", nb::arg("readers") = 4,
            nb::arg("direct") = true)

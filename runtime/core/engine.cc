@@ -70,6 +70,7 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
   rope_ = Rope(c.rope, c.rope.base, true, factors);
   if (c.rope.base_sliding > 0) rope_sliding_ = Rope(c.rope, c.rope.base_sliding, false, {});
   pool_ = std::make_unique<ThreadPool>(plan_.threads);
+  pool_->be_patient(weights_.flash != nullptr);
   plan_.weight_bytes = weights_.resident_bytes;
   plan_.token_bytes = weights_.token_bytes;
   plan_.layer_macs = weights_.layer_macs;
@@ -98,10 +99,10 @@ void Engine::load(const std::function<void()>& poll) {
     const int64_t needed = o.process_bytes + static_cast<int64_t>(file_->nbytes()) +
                            plan_.kv_bytes + plan_.scratch_bytes + memory_margin(o.memory);
     if (needed > o.memory) {
-      throw Error(ErrorKind::kBudget,
-                  file_->path() + ": memory: expected at least " + std::to_string(needed >> 20) +
-                      " MiB for this dense model, found " + std::to_string(o.memory >> 20) +
-                      " MiB");
+      throw Error(ErrorKind::kBudget, file_->path() + ": memory: expected at least " +
+                                          std::to_string(needed >> 20) +
+                                          " MiB for this dense model, found " +
+                                          std::to_string(o.memory >> 20) + " MiB");
     }
     weights_ = load_weights(*file_, c, plan_.threads);
     return;
@@ -112,8 +113,8 @@ void Engine::load(const std::function<void()>& poll) {
   fixed.pinned = TensorMemory::nbytes(parts.kept);
   fixed.kv = plan_.kv_bytes;
   fixed.scratch = plan_.scratch_bytes;
-  plan_.memory = plan_memory(file_->path(), o.memory, fixed, parts.layout, parts.working_set,
-                             c.n_expert_used);
+  plan_.memory =
+      plan_memory(file_->path(), o.memory, fixed, parts.layout, parts.working_set, c.n_expert_used);
   auto reader = std::make_unique<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
   FlashExperts::Options store;
   store.slots = plan_.memory.slots;

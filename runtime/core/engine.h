@@ -59,9 +59,9 @@ struct Plan {
   Isa isa = Isa::scalar;
   int threads = 1;
   int64_t context = 0;
-  int64_t chunk = 0;  // prompt tokens that pass a layer together
+  int64_t chunk = 0;         // prompt tokens that pass a layer together
   int64_t weight_bytes = 0;  // resident from the start: all, or all but the experts
-  int64_t kv_bytes = 0;  // of one timeline at its full context
+  int64_t kv_bytes = 0;      // of one timeline at its full context
   int64_t scratch_bytes = 0;
   int64_t token_bytes = 0;  // weight bytes that one decoded token reads
   int64_t layer_macs = 0;   // multiply-adds of one prompt token (the output's excluded)

@@ -46,8 +46,7 @@ HugeMemory::HugeMemory(uint64_t bytes, const char* what) : size_(bytes) {
   ::madvise(base_, bytes, MADV_HUGEPAGE);
 #endif
 #else
-  base_ = static_cast<uint8_t*>(
-      ::operator new(bytes, std::align_val_t(kHugePage), std::nothrow));
+  base_ = static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(kHugePage), std::nothrow));
   if (!base_) refuse(bytes, what);
 #endif
 }

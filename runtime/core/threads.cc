@@ -8,9 +8,6 @@ namespace stoker {
 
 namespace {
 
-// About 100 microseconds of spinning: longer than the serial code between two phases of a token,
-// shorter than a person would notice in a battery.
-constexpr int kSpins = 4000;
 // A phase ends within microseconds unless a worker lost its core; then yield to let it run.
 constexpr int kSpinsBeforeYield = 2000;
 
@@ -55,7 +52,7 @@ void ThreadPool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
     for (int spins = 0; generation_.load(std::memory_order_acquire) == seen; ++spins) {
-      if (spins < kSpins) {
+      if (spins < spins_.load(std::memory_order_relaxed)) {
         pause();
       } else {
         generation_.wait(seen, std::memory_order_acquire);

@@ -68,7 +68,7 @@ struct Weights {
   Vector rope_factors_long, rope_factors_short;
   std::vector<LayerWeights> layers;
   std::unique_ptr<ExpertStore> experts;  // null for dense models
-  FlashExperts* flash = nullptr;  // `experts`, where they are on flash
+  FlashExperts* flash = nullptr;         // `experts`, where they are on flash
   std::unique_ptr<TensorMemory> memory;
 
   int64_t resident_bytes = 0;  // of `memory`
