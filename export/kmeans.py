@@ -47,7 +47,8 @@ def _seeds(x: Matrix, k: int, rng: np.random.Generator) -> Matrix:
             chosen.append(int(rng.choice(len(x), p=distance / total)))
         else:  # fewer different rows than clusters
             chosen.append(int(rng.integers(len(x))))
-    return x[chosen].copy()
+    seeds: Matrix = x[chosen]
+    return seeds
 
 
 def unit(x: Matrix) -> Matrix:

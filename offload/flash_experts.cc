@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <random>
 #include <utility>
 
 #include "runtime/core/errors.h"
@@ -90,13 +91,17 @@ class FlashLease : public ExpertLease {
     given_.clear();
     request_missing();
     collect();
-    if (give_.empty() && (!waiting_.empty() || missing_next_ < missing_.size())) {
+    const auto stalled = [&] {
+      if (waiting_.empty() && missing_next_ >= missing_.size()) return false;
+      return give_.empty() || (!store_.overlap_ && !waiting_.empty());
+    };
+    if (stalled()) {
       const double began = now();
-      while (give_.empty()) {
+      for (;;) {
         const uint32_t seen = store_.reader_->ended();
         request_missing();
         collect();
-        if (!give_.empty()) break;
+        if (!stalled()) break;
         store_.reader_->wait(seen);
         if (store_.poll_ && *store_.poll_) (*store_.poll_)();
       }
@@ -192,6 +197,7 @@ FlashExperts::FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader,
                          {layout_.n_layer(), layout_.n_expert(), shape.n_expert_used})),
       predictor_(make_predictor(options.predictor, shape)),
       controller_(shape, predictor_ ? options.prefetch : PrefetchMode::kOff),
+      overlap_(options.overlap),
       reader_(std::move(reader)) {
   statistics_.layer_uses.assign(static_cast<size_t>(layout_.n_layer()), 0);
   statistics_.layer_hits.assign(static_cast<size_t>(layout_.n_layer()), 0);
@@ -380,6 +386,34 @@ void FlashExperts::record(bool on) {
 }
 
 std::vector<Access> FlashExperts::take_trace() { return std::exchange(trace_, {}); }
+
+double FlashExperts::flash_bandwidth(int64_t bytes, uint64_t seed) {
+  constexpr size_t kBuffers = 8;
+  const uint64_t room = static_cast<uint64_t>(layout_.class_bytes().back());
+  const HugeMemory memory(kBuffers * room, "the measurement of the disk");
+  std::vector<UnitId> units;
+  for (UnitId u = 0; u < static_cast<UnitId>(layout_.n_units()); ++u) {
+    if (layout_.has(u)) units.push_back(u);
+  }
+  std::mt19937_64 random(seed);
+  std::vector<FlashReader::Piece> pieces;
+  int64_t total = 0;
+  IoJob job;
+  for (size_t i = 0; total < bytes; ++i) {
+    // What is read is never looked at: buffers may be shared.
+    uint8_t* into = memory.data() + i % kBuffers * room;
+    layout_.prepare(units[random() % units.size()], into, job);
+    for (int r = 0; r < job.n_reads; ++r) {
+      const Read& read = job.reads[static_cast<size_t>(r)];
+      pieces.push_back({{read.file, read.offset, read.needed}, read.into});
+      total += static_cast<int64_t>(read.bytes);
+    }
+  }
+  reader_->read_all({pieces.data(), std::min<size_t>(pieces.size(), kBuffers)}, {});  // first touch
+  const double began = now();
+  reader_->read_all(pieces, {});
+  return static_cast<double>(total) / (now() - began);
+}
 
 void FlashExperts::forget() {
   for (Slot& slot : cache_.slots()) {

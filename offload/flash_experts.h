@@ -54,6 +54,7 @@ class FlashExperts : public ExpertStore {
     std::string policy{kDefaultPolicy};
     std::string predictor{kDefaultPredictor};
     PrefetchMode prefetch = PrefetchMode::kAuto;
+    bool overlap = true;  // false: a layer waits for all its reads before it computes
   };
 
   // The reader's files are the layout's shards.
@@ -78,6 +79,9 @@ class FlashExperts : public ExpertStore {
 
   void record(bool on);              // tracing
   std::vector<Access> take_trace();  // what was recorded since the last call
+  // Bytes a second of reading randomly chosen units, about `bytes` of them, with as many reads under
+  // way as the reader takes.
+  double flash_bandwidth(int64_t bytes, uint64_t seed);
   void forget();                     // empties the cache: for measurements from cold
 
  private:
@@ -109,6 +113,7 @@ class FlashExperts : public ExpertStore {
   Cache cache_;
   std::unique_ptr<Predictor> predictor_;
   Controller controller_;
+  const bool overlap_;
   int64_t walk_ = 0;    // chunks so far
   int64_t tokens_ = 1;  // of this chunk
   int64_t layer_ = 0;

@@ -17,6 +17,21 @@ std::string mib(int64_t bytes) {
   return text;
 }
 
+// The smallest number of slots of size class c: a layer's experts of one token, and half as many
+// being read ahead.
+int64_t ring(const Layout& layout, size_t c, int64_t experts_used) {
+  return std::min(layout.class_units()[c], experts_used + (experts_used + 1) / 2);
+}
+
+void set_slots(MemoryPlan& p, const Layout& layout, std::vector<int64_t> slots) {
+  p.slots = std::move(slots);
+  p.n_slots = p.slot_bytes = 0;
+  for (size_t c = 0; c < p.slots.size(); ++c) {
+    p.n_slots += p.slots[c];
+    p.slot_bytes += p.slots[c] * layout.class_bytes()[c];
+  }
+}
+
 }  // namespace
 
 int64_t memory_margin(int64_t budget) { return std::max<int64_t>(int64_t{12} << 20, budget / 64); }
@@ -31,11 +46,10 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
   p.scratch = fixed.scratch;
   p.margin = memory_margin(budget);
   p.working_set = working_set;
-  // The ring: a layer's experts of one token, and half as many being read ahead; of each size.
   int64_t least = 0, all = 0;
   for (size_t c = 0; c < layout.class_bytes().size(); ++c) {
     const int64_t units = layout.class_units()[c];
-    least += std::min(units, experts_used + (experts_used + 1) / 2) * layout.class_bytes()[c];
+    least += ring(layout, c, experts_used) * layout.class_bytes()[c];
     all += units * layout.class_bytes()[c];
     p.n_units += units;
   }
@@ -51,12 +65,17 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
                                         mib(p.margin) + ", experts at least " + mib(least) +
                                         "); a smaller context needs less");
   }
-  p.slots = Cache::plan_slots(layout, std::min(budget - taken, all));
-  for (size_t c = 0; c < p.slots.size(); ++c) {
-    p.n_slots += p.slots[c];
-    p.slot_bytes += p.slots[c] * layout.class_bytes()[c];
-  }
+  set_slots(p, layout, Cache::plan_slots(layout, std::min(budget - taken, all)));
   return p;
+}
+
+MemoryPlan ring_only(MemoryPlan plan, const Layout& layout, int64_t experts_used) {
+  std::vector<int64_t> slots;
+  for (size_t c = 0; c < layout.class_units().size(); ++c) {
+    slots.push_back(std::min(plan.slots[c], ring(layout, c, experts_used)));
+  }
+  set_slots(plan, layout, std::move(slots));
+  return plan;
 }
 
 }  // namespace stoker

@@ -35,6 +35,9 @@ struct FixedMemory {
 MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemory& fixed,
                        const Layout& layout, int64_t working_set, int64_t experts_used);
 
+// The same plan with as few slots as work: what a runtime without a cache of experts has.
+MemoryPlan ring_only(MemoryPlan plan, const Layout& layout, int64_t experts_used);
+
 // The margin of a budget: page tables, stacks, allocators, the interpreter's growth.
 int64_t memory_margin(int64_t budget);
 

@@ -60,7 +60,7 @@ def slots_of_share(trace: Trace, share: float) -> int:
 
 
 def slots_of_memory(expert_bytes: Sequence[int], nbytes: int) -> int:
-    """Slots in `nbytes` bytes, each for the largest expert. Raises OptionError for less than one."""
+    """Slots in `nbytes` bytes, each for the largest expert. Raises OptionError for none."""
     largest = max(expert_bytes)
     if nbytes < largest:
         raise OptionError(

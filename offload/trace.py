@@ -65,7 +65,7 @@ class Trace:
         return int(self.tokens.sum())
 
     def without_prompts(self) -> Trace:
-        """Only the decoded tokens, as if the cache began cold there. Raises OptionError for none."""
+        """Only the decoded tokens, with a cache that is cold there. Raises OptionError for none."""
         keep = self.decode[self.evaluation]
         if not keep.any():
             raise OptionError("expected decoded tokens, found only prompts")
@@ -174,8 +174,8 @@ def _read_csv(header: str, source: Iterator[str], rows: _Rows) -> None:
             _number(cells[step], "step"),
             at_layer,
             _number(cells[slot], "slot", _MAX_EXPERT),
-            _number(cells[expert], "expert", _MAX_EXPERT),
-            _weight(cells[weight]),
+            expert=_number(cells[expert], "expert", _MAX_EXPERT),
+            weight=_weight(cells[weight]),
         )
         if size is not None and cells[size] != "0":  # 0: it was resident, nothing was read
             rows.bytes_of(at_layer, _number(cells[size], "expert_bytes"))
@@ -201,8 +201,8 @@ def _read_jsonl(first: str, source: Iterator[str], rows: _Rows) -> None:
                     _checked(token, "tok"),
                     _checked(layer, "layer", _MAX_LAYER),
                     slot,
-                    _checked(expert, "expert", _MAX_EXPERT),
-                    1.0 / len(experts),  # the format has no weights
+                    expert=_checked(expert, "expert", _MAX_EXPERT),
+                    weight=1.0 / len(experts),  # the format has no weights
                 )
         line = next(source, None)
 
@@ -282,6 +282,7 @@ class _Rows:
         step: int,
         layer: int,
         slot: int,
+        *,
         expert: int,
         weight: float,
     ) -> None:
@@ -388,6 +389,7 @@ class TraceWriter:
         layer: int,
         experts: Sequence[int],
         weights: Sequence[float],
+        *,
         hits: Sequence[bool] | None = None,
         wait_us: Sequence[float] | None = None,
     ) -> None:

@@ -11,9 +11,11 @@ from types import MappingProxyType
 from typing import Any, SupportsFloat, SupportsIndex
 
 from .errors import OptionError
+from .memory import check_memory
 
 KV_TYPES = ("f16", "f32")
 PRECISIONS = ("fast", "balanced", "high")
+PREFETCH_MODES = ("auto", "on", "off")
 _MAX_SEED = 2**64 - 1
 
 
@@ -72,14 +74,41 @@ class LoadOptions:
     precision: how activations are rounded for the integer kernels. "fast": int8. "balanced": two
         int8 terms (about 15 bits) for q, k, v, routers and the output, which halves the rounding
         noise. "high": two terms everywhere, exact to float32 rounding, at twice the arithmetic.
+    memory: budget of the whole process: bytes, "500MB", "2GiB", "60%" (of what the machine can
+        give) or "auto". A mixture of experts keeps as many experts in memory as fit and reads the
+        others from flash as they are needed; a dense model must fit. "auto" loads everything where
+        that fits, and otherwise takes what the machine can give.
+    policy: which expert leaves the cache, a name of `stoker run --help`; None: the default.
+    predictor: what foresees the next layers' experts; None: the default.
+    prefetch: "auto" reads ahead while that measurably pays; "on", "off".
+    io: backend that reads flash, "auto" for the one that measures faster; None: the default.
+    readers: reads under way at a time; None: the default.
+    The last five have no effect where every expert is in memory.
     """
 
     threads: int | None = None
     context: int | None = None
     kv_type: str = "f16"
     precision: str = "balanced"
+    memory: int | str = "auto"
+    policy: str | None = None
+    predictor: str | None = None
+    prefetch: str = "auto"
+    io: str | None = None
+    readers: int | None = None
 
     def __post_init__(self) -> None:
+        check_memory(self.memory)
+        for name in ("policy", "predictor", "io"):  # that they exist is for the core to say
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise OptionError(f"{name} must be a name, not {value!r}")
+        if self.prefetch not in PREFETCH_MODES:
+            raise OptionError(
+                f"prefetch must be one of {', '.join(PREFETCH_MODES)}, not {self.prefetch!r}"
+            )
+        if self.readers is not None:
+            _integer("readers", self.readers, 1, 256)
         if self.threads is not None:
             _integer("threads", self.threads, 1, 1024)
         if self.context is not None:

@@ -5,32 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError
+from .memory import byte_count
 from .terminal import size
 
 if TYPE_CHECKING:
     from ..offload.simulate import CacheSize, PolicyResult
     from ..offload.trace import Trace
-
-_UNITS = {"": 1, "b": 1} | {
-    prefix + suffix: base**power
-    for power, prefix in enumerate("kmgt", start=1)
-    for suffix, base in (("", 1024), ("b", 1000), ("ib", 1024))
-}
-
-
-def byte_count(text: str) -> int:
-    """The bytes that "500MB", "1.5GiB" or "123" name. Raises OptionError."""
-    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)", text.strip().lower())
-    if match is None or match[2] not in _UNITS:
-        raise OptionError(f"expected bytes such as 500MB or 1.5GiB, found {text[:40]!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
-
 
 def simulate(
     path: str | os.PathLike[str],

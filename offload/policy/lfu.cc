@@ -13,7 +13,7 @@ namespace stoker {
 
 namespace {
 
-constexpr int64_t kTokensAHalving = 16;  // the best of 8, 16 and 32 over the recorded traces
+constexpr int64_t kTokensAHalving = 16;  // between 8 and 32, where recorded traces do best
 constexpr int64_t kHalvingsARescale = 512;
 
 class Lfu : public Policy {

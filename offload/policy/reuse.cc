@@ -8,7 +8,7 @@
 // that nothing must be kept until a distant use is seen. Where a predictor gives a probability for
 // the walk's next visit, it stands in for the model's own view of that visit.
 //
-// It is deterministic and begins with weights fitted to recorded traces of other models.
+// It is deterministic and begins with weights rounded from what it learnt on three recorded traces.
 #include <algorithm>
 #include <array>
 #include <cmath>

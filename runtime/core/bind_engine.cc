@@ -181,6 +181,12 @@ void empty_cache(const Engine& e) {
   with_flash(e, [](stoker::FlashExperts& flash) { flash.forget(); });
 }
 
+double flash_bandwidth(const Engine& e, int64_t nbytes, uint64_t seed) {
+  double bandwidth = 0;
+  with_flash(e, [&](stoker::FlashExperts& f) { bandwidth = f.flash_bandwidth(nbytes, seed); });
+  return bandwidth;
+}
+
 // Columns of what was recorded since the last call, each an array [n].
 nb::dict take_routing(const Engine& e) {
   std::vector<stoker::Access> trace;
@@ -223,7 +229,8 @@ void bind_engine(nb::module_& m) {
                        const std::string& kv_type, const std::string& precision, int64_t memory,
                        int64_t process_bytes, const std::string& policy,
                        const std::string& predictor, const std::string& prefetch,
-                       const std::string& io, int readers, bool direct) {
+                       const std::string& io, int readers, bool direct, bool cache,
+                       bool overlap) {
              if (kv_type != "f16" && kv_type != "f32") {
                throw Error(ErrorKind::kOption, "kv_type: expected f16 or f32, found " + kv_type);
              }
@@ -239,6 +246,8 @@ void bind_engine(nb::module_& m) {
              offload.predictor = predictor;
              offload.prefetch = to_prefetch(prefetch);
              offload.io = {io, readers, direct};
+             offload.cache = cache;
+             offload.overlap = overlap;
              nb::gil_scoped_release release;
              return std::make_shared<Engine>(std::move(file), options, poll_signals);
            }),
@@ -247,13 +256,14 @@ void bind_engine(nb::module_& m) {
            nb::arg("process_bytes") = 0, nb::arg("policy") = std::string(stoker::kDefaultPolicy),
            nb::arg("predictor") = std::string(stoker::kDefaultPredictor),
            nb::arg("prefetch") = "auto", nb::arg("io") = "pread_pool", nb::arg("readers") = 4,
-           nb::arg("direct") = true)
+           nb::arg("direct") = true, nb::arg("cache") = true, nb::arg("overlap") = true)
       .def_prop_ro("config", config_of)
       .def_prop_ro("plan", plan_of)
       .def_prop_ro("offload", offload_of)
       .def("record_routing", record_routing, nb::arg("on"))
       .def("take_routing", take_routing)
       .def("empty_cache", empty_cache)
+      .def("flash_bandwidth", flash_bandwidth, nb::arg("nbytes"), nb::arg("seed") = 1)
       .def("timeline", [](std::shared_ptr<Engine> e) {
         return std::make_unique<Timeline>(std::move(e), poll_signals);
       });

@@ -51,11 +51,29 @@ nb::dict simulate(const Array<int64_t>& evaluation, const Array<int32_t>& layer,
   return result;
 }
 
-std::vector<std::pair<std::string, std::string>> policies() {
+using Names = std::vector<std::pair<std::string, std::string>>;
+
+Names policies() {
   return {
 #define STOKER_POLICY(name, summary) {#name, summary},
 #include "offload/policy/policies.inc"
 #undef STOKER_POLICY
+  };
+}
+
+Names predictors() {
+  return {
+#define STOKER_PREDICTOR(name, summary) {#name, summary},
+#include "offload/predict/predictors.inc"
+#undef STOKER_PREDICTOR
+  };
+}
+
+Names io_backends() {
+  return {
+#define STOKER_IO_BACKEND(name, summary) {#name, summary},
+#include "offload/io/io_backends.inc"
+#undef STOKER_IO_BACKEND
   };
 }
 
@@ -67,4 +85,6 @@ void bind_offload_sim(nb::module_& m) {
         nb::arg("n_expert"), nb::arg("n_expert_used"), nb::arg("policy"), nb::arg("slots"),
         nb::arg("count_from") = 0, "Replays routing through a cold cache; see offload/simulate.h.");
   m.def("policies", &policies, "(name, summary) of every online cache policy.");
+  m.def("predictors", &predictors, "(name, summary) of every predictor.");
+  m.def("io_backends", &io_backends, "(name, summary) of every I/O backend.");
 }

@@ -115,12 +115,14 @@ void Engine::load(const std::function<void()>& poll) {
   fixed.scratch = plan_.scratch_bytes;
   plan_.memory =
       plan_memory(file_->path(), o.memory, fixed, parts.layout, parts.working_set, c.n_expert_used);
+  if (!o.cache) plan_.memory = ring_only(plan_.memory, parts.layout, c.n_expert_used);
   auto reader = std::make_unique<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
   FlashExperts::Options store;
   store.slots = plan_.memory.slots;
   store.policy = o.policy;
   store.predictor = o.predictor;
   store.prefetch = o.prefetch;
+  store.overlap = o.overlap;
   weights_ = load_weights(*file_, c, std::move(parts), std::move(reader), store, poll);
 }
 

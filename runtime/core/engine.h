@@ -44,6 +44,9 @@ struct OffloadOptions {
   std::string policy{kDefaultPolicy};
   std::string predictor{kDefaultPredictor};
   PrefetchMode prefetch = PrefetchMode::kAuto;
+  // To measure what the parts are worth.
+  bool cache = true;    // false: as few slots as a layer's experts need
+  bool overlap = true;  // false: a layer waits for all its reads before it computes
 };
 
 struct EngineOptions {

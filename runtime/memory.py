@@ -1,0 +1,175 @@
+"""Sizes, budgets and what the machine can give: from "2GiB", "60%" or "auto" to bytes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from operator import index
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from .cgroup import memory_headroom
+from .errors import OptionError
+
+AUTO = "auto"
+# What "auto" leaves to others: of the machine, for the system and other programs; of a control
+# group, for page tables and the page cache, which are charged to it as well.
+_MACHINE_MARGIN = 0.10
+_GROUP_MARGIN = 0.05
+# Resident bytes of a process with numpy and the core, where the system does not tell.
+_TYPICAL_PROCESS = 128 << 20
+# What a process grows by between here and the first token: tokenizer, template, Python's modules.
+_PROCESS_GROWTH = 64 << 20
+# Scratch of a prompt's chunk at most (runtime/core/engine.cc), for models that are not very wide.
+_SCRATCH = 128 << 20
+
+_UNITS = {"": 1, "b": 1} | {
+    prefix + suffix: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for suffix, base in (("", 1024), ("b", 1000), ("ib", 1024))
+}
+
+
+def byte_count(text: str) -> int:
+    """The bytes that "500MB", "1.5GiB" or "123" name. Raises OptionError."""
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise OptionError(f"expected bytes such as 500MB or 1.5GiB, found {text[:40]!r}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def check_memory(value: object) -> int | float | None:
+    """What a memory option says: bytes, a share of what the machine can give, or None for auto.
+
+    Raises OptionError.
+    """
+    if isinstance(value, str):
+        text = value.strip().lower()
+        if text == AUTO:
+            return None
+        if text.endswith("%"):
+            return _share(value)
+        try:
+            number = byte_count(text)
+        except OptionError:
+            raise _refusal(value) from None
+    elif isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        number = index(value)
+    else:
+        raise _refusal(value)
+    if number < 1:
+        raise OptionError(f"memory must be at least 1 byte, not {number}")
+    if number >= 1 << 62:
+        raise OptionError(f"memory must be below 2^62 bytes, not {number}")
+    return number
+
+
+def _refusal(value: object) -> OptionError:
+    return OptionError(f"memory must be bytes, 500MB, 2GiB, 60% or auto, not {str(value)[:40]!r}")
+
+
+def _share(value: str) -> float:
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,9})?)\s*%", value.strip())
+    if match is None or not 0 < float(match[1]) <= 100:
+        raise OptionError(f"memory must be above 0% and at most 100%, not {value[:40]!r}")
+    return float(match[1]) / 100
+
+
+def budget(value: object) -> int:
+    """Bytes that a memory option names on this machine, for the whole process.
+
+    Raises OptionError, also where nobody tells what the machine has.
+    """
+    named = check_memory(value)
+    if isinstance(named, int):
+        return named
+    available = available_memory()
+    if available is None:
+        raise OptionError(f"memory {value}: this system does not tell what it has; name bytes")
+    return int(available if named is None else available * named)
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may grow to, all of it counted, less a margin for others.
+
+    The smaller of what the system calls available and what the control groups leave (their limit
+    less what is in use and cannot be reclaimed: page cache can). What this process holds already
+    counts as its own. None where the system tells neither.
+    """
+    own = anonymous_bytes()
+    limits = []
+    machine = _machine_available()
+    if machine is not None:
+        limits.append((machine + own) * (1 - _MACHINE_MARGIN))
+    headroom = memory_headroom()
+    if headroom is not None:
+        limits.append(headroom.limit * (1 - _GROUP_MARGIN) - (headroom.limit - headroom.free) + own)
+    return max(0, int(min(limits))) if limits else None
+
+
+def _machine_available() -> int | None:
+    if sys.platform.startswith("linux"):  # without psutil, whose import takes longer than the rest
+        return _kib(Path("/proc/meminfo"), "MemAvailable:")
+    try:
+        import psutil  # type: ignore[import-untyped, unused-ignore]
+
+        return int(psutil.virtual_memory().available)
+    except (ImportError, OSError, NotImplementedError):
+        return None
+
+
+def _kib(path: Path, key: str) -> int | None:
+    """Bytes of a "key: number kB" line of a file of /proc."""
+    try:
+        for line in path.read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def process_bytes() -> int:
+    """Resident bytes of this process now: interpreter, libraries and all."""
+    if sys.platform.startswith("linux"):
+        import resource
+
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            return pages * resource.getpagesize()
+        except (OSError, ValueError, IndexError):
+            return _TYPICAL_PROCESS
+    try:
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    except (ImportError, OSError):
+        return _TYPICAL_PROCESS
+
+
+def anonymous_bytes() -> int:
+    """Resident bytes of this process that no file holds; 0 where the system does not tell."""
+    return _kib(Path("/proc/self/status"), "RssAnon:") or 0
+
+
+def resident_bytes(file: Any, context: int | None, kv_type: str) -> int:
+    """Bytes of a process that holds the whole model in memory, estimated from above.
+
+    file: a GgufFile; context: tokens, None for the default of a load; kv_type: "f16" or "f32".
+    """
+    arch = file.get("general.architecture")
+
+    def number(key: str, default: int) -> int:
+        value = file.get(f"{arch}.{key}")
+        if isinstance(value, list):  # one value a layer
+            value = max((v for v in value if isinstance(v, int)), default=None)
+        return value if isinstance(value, int) and 0 < value < 1 << 40 else default
+
+    trained = number("context_length", 4096)
+    tokens = min(trained, 4096) if context is None else context
+    heads = number("attention.head_count", 1)
+    head = number("embedding_length", 0) // heads
+    kv_heads = number("attention.head_count_kv", heads)
+    width = number("attention.key_length", head) + number("attention.value_length", head)
+    kv = number("block_count", 0) * tokens * kv_heads * width * (2 if kv_type == "f16" else 4)
+    return process_bytes() + _PROCESS_GROWTH + int(file.nbytes) + kv + _SCRATCH
