@@ -86,6 +86,61 @@ Cache::Slot* Cache::take(UnitId unit, int64_t step, bool force) {
   return &slot;
 }
 
+int64_t Cache::lend(int64_t bytes, const std::vector<int64_t>& least) {
+  // From the end of each class, the class with the most memory first: what is left stays in
+  // proportion and in one piece.
+  std::vector<int32_t> chosen;
+  std::vector<int64_t> left(range_.size());
+  for (size_t c = 0; c < range_.size(); ++c) {
+    left[c] = range_[c].second - range_[c].first;
+  }
+  for (int32_t s : lent_) --left[static_cast<size_t>(slots_[static_cast<size_t>(s)].size_class)];
+  std::vector<int32_t> next;
+  for (const auto& r : range_) next.push_back(r.second);
+  int64_t total = 0;
+  while (total < bytes) {
+    int best = -1;
+    for (size_t c = 0; c < range_.size(); ++c) {
+      while (next[c] > range_[c].first && slots_[static_cast<size_t>(next[c] - 1)].pins > 0) --next[c];
+      if (left[c] <= least[c] || next[c] <= range_[c].first) continue;
+      if (best < 0 || left[c] * layout_.class_bytes()[c] >
+                          left[static_cast<size_t>(best)] *
+                              layout_.class_bytes()[static_cast<size_t>(best)]) {
+        best = static_cast<int>(c);
+      }
+    }
+    if (best < 0) return 0;
+    const size_t c = static_cast<size_t>(best);
+    chosen.push_back(--next[c]);
+    --left[c];
+    total += layout_.class_bytes()[c];
+  }
+  for (int32_t s : chosen) {
+    Slot& slot = slots_[static_cast<size_t>(s)];
+    if (slot.unit >= 0) drop(slot);
+    std::erase(free_[static_cast<size_t>(slot.size_class)], s);
+    slot.pins = 1;  // nobody's: neither free nor a candidate
+    arena_.release(slot.data,
+                   static_cast<uint64_t>(layout_.class_bytes()[static_cast<size_t>(slot.size_class)]));
+    lent_.push_back(s);
+  }
+  return total;
+}
+
+int64_t Cache::take_back(int64_t bytes) {
+  int64_t total = 0;
+  while (!lent_.empty()) {
+    Slot& slot = slots_[static_cast<size_t>(lent_.back())];
+    const size_t c = static_cast<size_t>(slot.size_class);
+    if (total + layout_.class_bytes()[c] > bytes) break;
+    total += layout_.class_bytes()[c];
+    slot.pins = 0;
+    free_[c].push_back(lent_.back());
+    lent_.pop_back();
+  }
+  return total;
+}
+
 void Cache::drop(Slot& slot) {
   policy_->erase(slot.unit);
   slot_of_[static_cast<size_t>(slot.unit)] = -1;

@@ -2,6 +2,7 @@
 // says who leaves. It reads nothing itself. Used by one thread at a time.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -12,6 +13,12 @@
 #include "runtime/core/memory.h"
 
 namespace stoker {
+
+// The fewest slots with which a layer of `units` units runs: a token's experts, and half as many being
+// read ahead.
+inline int64_t ring_slots(int64_t units, int64_t experts_used) {
+  return std::min(units, experts_used + (experts_used + 1) / 2);
+}
 
 class Cache {
  public:
@@ -42,10 +49,20 @@ class Cache {
   // The slot's unit leaves (a read that failed or was cancelled).
   void drop(Slot& slot);
 
+  // Gives up free or unpinned slots until their memory is at least `bytes`, which goes back to the
+  // system; each size class keeps `least` of them. Returns the bytes, or 0 and changes nothing where
+  // there are too few. No unit may be in use.
+  int64_t lend(int64_t bytes, const std::vector<int64_t>& least);
+  // Takes back slots of at most `bytes`. Returns their bytes.
+  int64_t take_back(int64_t bytes);
+
   Policy& policy() { return *policy_; }
   std::span<Slot> slots() { return slots_; }
-  int64_t n_slots() const { return static_cast<int64_t>(slots_.size()); }
-  int64_t nbytes() const { return static_cast<int64_t>(arena_.size()); }
+  // Whether a unit of this size needs nobody's place.
+  bool has_free(UnitId unit) const {
+    return !free_[static_cast<size_t>(layout_.size_class(unit))].empty();
+  }
+  int64_t n_slots() const { return static_cast<int64_t>(slots_.size() - lent_.size()); }
   int64_t evictions() const { return evictions_; }
 
  private:
@@ -55,6 +72,7 @@ class Cache {
   std::vector<Slot> slots_;
   std::vector<int32_t> slot_of_;                    // [n_units], -1: not resident
   std::vector<std::vector<int32_t>> free_;          // by size class
+  std::vector<int32_t> lent_;                       // slots without memory, latest last
   std::vector<UnitId> candidates_;                  // of victim()
   std::vector<std::pair<int32_t, int32_t>> range_;  // of each class: slots [first, last)
   int64_t evictions_ = 0;

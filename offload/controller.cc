@@ -16,7 +16,7 @@ constexpr float kStep = 0.2f;
 // The share of the time that the disk should be busy, and how fast the threshold follows.
 constexpr double kBusy = 0.9;
 constexpr float kThresholdGain = 0.15f;
-constexpr float kLeastThreshold = 0.3f, kMostThreshold = 0.97f;
+constexpr float kLeastThreshold = 0.5f, kMostThreshold = 0.97f;
 // A trial compares this many tokens without prefetch with as many just before.
 constexpr int64_t kTrial = 12;
 // The cache fills first; then trials, ever rarer while their outcome stays the same.
@@ -29,7 +29,7 @@ constexpr double kGain = 0.01;
 
 Controller::Controller(const PredictorShape& shape, PrefetchMode mode)
     : shape_(shape), mode_(mode), active_(mode != PrefetchMode::kOff) {
-  width_ = std::min(shape.n_expert, shape.n_expert_used + (shape.n_expert_used + 1) / 2);
+  width_ = std::min(shape.n_expert, 2 * shape.n_expert_used);
   // Before anything is known: a coin at the edge, nearly certain far above it.
   Record record;
   for (size_t d = 0; d < kMaxDistance; ++d) {
@@ -69,6 +69,9 @@ void Controller::weigh(double token_s, double busy_share) {
   // where it never rests: only guesses sure enough to keep it busy are worth reading.
   threshold_ += kThresholdGain * static_cast<float>(busy_share - kBusy);
   threshold_ = std::clamp(threshold_, kLeastThreshold, kMostThreshold);
+  token_s_ = token_s_ == 0 ? token_s : token_s_ + (token_s - token_s_) / 16;
+  const double layers = read_s_ / (token_s_ / static_cast<double>(shape_.n_layer));
+  distance_ = std::clamp<int64_t>(static_cast<int64_t>(layers + 1), 1, kMaxDistance);
   if (mode_ != PrefetchMode::kAuto) return;
   times_.push_back(token_s);
   if (--phase_left_ > 0) return;

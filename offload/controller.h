@@ -28,7 +28,11 @@ class Controller {
   void begin(int64_t tokens, double now_s, double busy_s);
   void end(double now_s, double busy_s);
 
-  int64_t distance() const { return distance_; }
+  // Layers ahead at which to guess, so that a read has time to arrive; a prompt's chunk takes long
+  // enough in each layer for one.
+  int64_t distance() const { return tokens_ == 1 ? distance_ : 1; }
+  // A read took this long from its submission to its end.
+  void read_took(double seconds) { read_s_ += (seconds - read_s_) * 0.02; }
   int64_t width() const { return width_; }
   bool predicts() const { return mode_ != PrefetchMode::kOff; }
   bool prefetches() const { return active_; }
@@ -60,7 +64,7 @@ class Controller {
   PredictorShape shape_;
   PrefetchMode mode_;
   bool active_ = true;
-  int64_t distance_ = 2, width_ = 0;
+  int64_t distance_ = 1, width_ = 0;
   float threshold_ = 0.5f;
   // Decayed means of outcomes, by layers ahead, resident or not, and score. For each layer: the
   // hidden state changes much from the first to the second, and little between most others.
@@ -70,6 +74,8 @@ class Controller {
   // The trial of prefetch against demand only.
   int64_t tokens_ = 0;                 // of the chunk
   double began_s_ = 0, busy_s_ = 0;    // of the chunk
+  double read_s_ = 1e-3;               // decayed means: of a unit's read,
+  double token_s_ = 0;                 // of a decoded token
   double with_s_ = 0, without_s_ = 0;  // decayed seconds a token
   std::vector<double> times_;          // of the phase's tokens, seconds
   int64_t phase_left_ = 0;             // tokens

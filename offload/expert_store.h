@@ -77,7 +77,8 @@ class ExpertStore {
   // experts: the distinct numbers of routes.expert, ascending. One lease at a time.
   virtual std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
                                                const Routes& routes) = 0;
-  // Time to guess what comes after `layer`, whose reads are under way.
+  // Time to guess what comes after `layer`, whose reads are under way; -1: before layer 0, when the
+  // hidden states are the tokens' embeddings.
   virtual void look_ahead(int64_t layer, RouterAhead& ahead) { (void)layer, (void)ahead; }
   // Bytes of one layer's expert weights, all experts.
   virtual int64_t layer_bytes(int64_t layer) const = 0;

@@ -13,8 +13,10 @@ namespace {
 
 // Reads under way at once, guesses included: enough to keep the disk busy until the next look, and
 // no more, because a later guess is a better one.
-constexpr int64_t kDecodeFlights = 5;
+constexpr int64_t kDecodeFlights = 3;
 constexpr int64_t kPromptFlights = 64;
+// Least probability of a guess that is read into an empty slot.
+constexpr float kFillThreshold = 0.2f;
 
 double now() {
   using Clock = std::chrono::steady_clock;
@@ -38,13 +40,20 @@ class FlashLease : public ExpertLease {
     for (size_t i = 0; i < experts_.size(); ++i) {
       const int32_t index = static_cast<int32_t>(i);
       FlashExperts::Slot* slot = store_.cache_.find(unit(i));
+      // Looked at once: a prefetch may end, and fail, at any moment.
+      const IoStatus status =
+          slot ? slot->job.status.load(std::memory_order_acquire) : IoStatus::kIdle;
+      if (status == IoStatus::kFailed) {
+        store_.land(*slot);
+        slot = nullptr;
+      }
       if (!slot) {
         missing_.push_back(index);
         continue;
       }
       ++slot->pins;
       slots_[i] = slot;
-      if (store_.reading(*slot)) {
+      if (status == IoStatus::kPending) {
         store_.reader_->io().promote(slot->job);
         for (auto& f : store_.flights_) {
           if (f.slot == slot && !f.demand) ++s.prefetches_used;
@@ -198,9 +207,16 @@ FlashExperts::FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader,
       predictor_(make_predictor(options.predictor, shape)),
       controller_(shape, predictor_ ? options.prefetch : PrefetchMode::kOff),
       overlap_(options.overlap),
+      used_(shape.n_expert_used),
       reader_(std::move(reader)) {
   statistics_.layer_uses.assign(static_cast<size_t>(layout_.n_layer()), 0);
   statistics_.layer_hits.assign(static_cast<size_t>(layout_.n_layer()), 0);
+  if (predictor_) {
+    predictor_->set_state(options.predictor_state);
+  } else if (!options.predictor_state.empty()) {
+    throw Error(ErrorKind::kOption, "predictor none: expected no profile");
+  }
+  publish();
 }
 
 FlashExperts::~FlashExperts() = default;
@@ -213,11 +229,15 @@ void FlashExperts::begin(int64_t tokens, const std::function<void()>* poll) {
   reap();
   wishes_.clear();
   next_wish_ = 0;
+  publish();  // of a walk that was interrupted
   controller_.begin(tokens, now(), reader_->io().statistics().busy_s);
   if (predictor_) predictor_->begin(tokens);
 }
 
-void FlashExperts::end() { controller_.end(now(), reader_->io().statistics().busy_s); }
+void FlashExperts::end() {
+  controller_.end(now(), reader_->io().statistics().busy_s);
+  publish();
+}
 
 void FlashExperts::announce(int64_t layer, const Routes& routes) {
   if (!predictor_) return;  // demand only
@@ -275,7 +295,8 @@ void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
     // Every expert of a prompt's guess was chosen by some token.
     const float threshold = tokens_ == 1 ? controller_.threshold() : 0;
     for (size_t i = 0; i < units_.size(); ++i) {
-      if (probabilities_[i] < threshold) continue;
+      // While the cache fills, an idle disk may as well fetch what is likely at some later time.
+      if (probabilities_[i] < (cache_.has_free(units_[i]) ? kFillThreshold : threshold)) continue;
       if (Slot* slot = cache_.find(units_[i])) {
         slot->keep = std::max(slot->keep, step(guess.layer));
       } else {
@@ -299,9 +320,35 @@ int64_t FlashExperts::layer_bytes(int64_t layer) const {
   return total;
 }
 
-const StoreStatistics& FlashExperts::statistics() const {
+void FlashExperts::publish() {
   statistics_.evictions = cache_.evictions();
-  return statistics_;
+  const std::lock_guard lock(published_mutex_);
+  published_ = statistics_;
+  published_description_ = controller_.description();
+}
+
+StoreStatistics FlashExperts::statistics() const {
+  const std::lock_guard lock(published_mutex_);
+  return published_;
+}
+
+std::string FlashExperts::prefetch_description() const {
+  const std::lock_guard lock(published_mutex_);
+  return published_description_;
+}
+
+int64_t FlashExperts::lend(int64_t bytes) {
+  reap();
+  std::vector<int64_t> least;
+  for (int64_t units : layout_.class_units()) least.push_back(ring_slots(units, used_));
+  const int64_t lent = cache_.lend(bytes, least);
+  if (lent == 0 && bytes > 0) {
+    throw Error(ErrorKind::kBudget,
+                "one more session: expected " + std::to_string(bytes) +
+                    " bytes of the expert cache for its KV cache, found less; use fewer sessions, "
+                    "a smaller context or more memory");
+  }
+  return lent;
 }
 
 void FlashExperts::submit(Slot& slot, bool demand) {
@@ -314,22 +361,34 @@ void FlashExperts::submit(Slot& slot, bool demand) {
 
 void FlashExperts::reap() {
   for (size_t i = 0; i < flights_.size();) {
-    Slot& slot = *flights_[i].slot;
-    const IoStatus status = slot.job.status.load(std::memory_order_acquire);
-    if (status == IoStatus::kPending) {
+    const IoJob& job = flights_[i].slot->job;
+    if (job.status.load(std::memory_order_acquire) == IoStatus::kPending) {
       ++i;
-      continue;
-    }
-    --slot.pins;
-    if (status == IoStatus::kDone) {
-      const int64_t bytes = layout_.read_bytes(slot.unit);
-      (flights_[i].demand ? statistics_.demand_bytes : statistics_.prefetch_bytes) += bytes;
-      if (tokens_ == 1) statistics_.decode_bytes += bytes;
     } else {
-      cache_.drop(slot);
+      land(i);
     }
-    flights_[i] = flights_.back();
-    flights_.pop_back();
+  }
+}
+
+void FlashExperts::land(size_t flight) {
+  const Flight f = flights_[flight];
+  Slot& slot = *f.slot;
+  --slot.pins;
+  if (slot.job.status.load(std::memory_order_acquire) == IoStatus::kDone) {
+    const int64_t bytes = layout_.read_bytes(slot.unit);
+    if (f.demand) controller_.read_took(slot.job.done_s - slot.job.submitted_s);
+    (f.demand ? statistics_.demand_bytes : statistics_.prefetch_bytes) += bytes;
+    if (tokens_ == 1) statistics_.decode_bytes += bytes;
+  } else {
+    cache_.drop(slot);
+  }
+  flights_[flight] = flights_.back();
+  flights_.pop_back();
+}
+
+void FlashExperts::land(const Slot& slot) {
+  for (size_t i = 0; i < flights_.size(); ++i) {
+    if (flights_[i].slot == &slot) return land(i);
   }
 }
 
@@ -416,6 +475,7 @@ double FlashExperts::flash_bandwidth(int64_t bytes, uint64_t seed) {
 }
 
 void FlashExperts::forget() {
+  reap();
   for (Slot& slot : cache_.slots()) {
     if (slot.unit >= 0 && slot.pins == 0) cache_.drop(slot);
   }

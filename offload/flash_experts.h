@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -53,6 +54,7 @@ class FlashExperts : public ExpertStore {
     std::vector<int64_t> slots;  // of each size class
     std::string policy{kDefaultPolicy};
     std::string predictor{kDefaultPredictor};
+    std::string predictor_state;  // what it has learnt before; empty: nothing
     PrefetchMode prefetch = PrefetchMode::kAuto;
     bool overlap = true;  // false: a layer waits for all its reads before it computes
   };
@@ -73,8 +75,14 @@ class FlashExperts : public ExpertStore {
   const Layout& layout() const { return layout_; }
   const Cache& cache() const { return cache_; }
   const FlashReader& reader() const { return *reader_; }
-  const StoreStatistics& statistics() const;
-  const Controller& controller() const { return controller_; }
+  // As they were between two chunks; for any thread.
+  StoreStatistics statistics() const;
+  // How prefetch goes, for people; for any thread.
+  std::string prefetch_description() const;
+  // Another session's `bytes` come out of the cache, and go back to it. Between chunks. Throws
+  // Error(kBudget) where the cache would be too small to work.
+  int64_t lend(int64_t bytes);
+  int64_t take_back(int64_t bytes) { return cache_.take_back(bytes); }
   Predictor* predictor() { return predictor_.get(); }
 
   void record(bool on);              // tracing
@@ -95,17 +103,17 @@ class FlashExperts : public ExpertStore {
   };
 
   int64_t step(int64_t layer) const { return walk_ * layout_.n_layer() + layer; }
-  bool reading(const Slot& s) const {
-    return s.job.status.load(std::memory_order_acquire) == IoStatus::kPending;
-  }
   void submit(Slot& slot, bool demand);
-  // Books the reads that have ended.
+  // Books the reads that have ended; land(): one of them.
   void reap();
+  void land(size_t flight);
+  void land(const Slot& slot);
   // Cancels prefetches whose layer has come without them.
   void cancel_stale();
   // Cancels the latest prefetch that has not begun, for its slot. False where there is none.
   bool cancel_one();
   void land_cancelled(size_t flight);
+  void publish();
   // Submits wishes while there is room.
   void pump();
 
@@ -114,6 +122,7 @@ class FlashExperts : public ExpertStore {
   std::unique_ptr<Predictor> predictor_;
   Controller controller_;
   const bool overlap_;
+  const int64_t used_;  // experts of a layer that one token uses
   int64_t walk_ = 0;    // chunks so far
   int64_t tokens_ = 1;  // of this chunk
   int64_t layer_ = 0;
@@ -130,7 +139,10 @@ class FlashExperts : public ExpertStore {
   std::vector<UnitId> units_;
   std::vector<uint8_t> resident_;
   std::vector<float> probabilities_;
-  mutable StoreStatistics statistics_;
+  StoreStatistics statistics_;
+  mutable std::mutex published_mutex_;
+  StoreStatistics published_;
+  std::string published_description_;
   bool recording_ = false;
   std::vector<Access> trace_;
   std::unique_ptr<FlashReader> reader_;  // last: reads end before the slots go

@@ -17,10 +17,15 @@ std::string mib(int64_t bytes) {
   return text;
 }
 
-// The smallest number of slots of size class c: a layer's experts of one token, and half as many
-// being read ahead.
-int64_t ring(const Layout& layout, size_t c, int64_t experts_used) {
-  return std::min(layout.class_units()[c], experts_used + (experts_used + 1) / 2);
+// Page tables, stacks, allocators: this much, or this part of a large budget.
+constexpr int64_t kLeastMargin = int64_t{12} << 20;
+constexpr int64_t kMarginShare = 64;
+
+// The smallest budget that leaves `bytes` after its margin.
+int64_t with_margin(int64_t bytes) {
+  int64_t budget = bytes + kLeastMargin;
+  while (budget - memory_margin(budget) < bytes) budget += bytes - (budget - memory_margin(budget));
+  return budget;
 }
 
 void set_slots(MemoryPlan& p, const Layout& layout, std::vector<int64_t> slots) {
@@ -49,30 +54,32 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
   int64_t least = 0, all = 0;
   for (size_t c = 0; c < layout.class_bytes().size(); ++c) {
     const int64_t units = layout.class_units()[c];
-    least += ring(layout, c, experts_used) * layout.class_bytes()[c];
+    least += ring_slots(units, experts_used) * layout.class_bytes()[c];
     all += units * layout.class_bytes()[c];
     p.n_units += units;
   }
   for (UnitId u = 0; u < static_cast<UnitId>(layout.n_units()); ++u) {
     if (layout.has(u)) p.expert_bytes += layout.nbytes(u);
   }
-  const int64_t taken = p.process + p.pinned + p.kv + p.scratch + p.margin;
-  if (budget - taken < least) {
-    throw Error(ErrorKind::kBudget, path + ": memory: expected at least " + mib(taken + least) +
-                                        ", found " + mib(budget) + " (process " + mib(p.process) +
-                                        ", weights that stay " + mib(p.pinned) + ", KV cache " +
-                                        mib(p.kv) + ", scratch " + mib(p.scratch) + ", margin " +
-                                        mib(p.margin) + ", experts at least " + mib(least) +
-                                        "); a smaller context needs less");
+  const int64_t taken = p.process + p.pinned + p.kv + p.scratch;
+  if (budget - p.margin - taken < least) {
+    const int64_t minimum = with_margin(taken + least);
+    throw Error(ErrorKind::kBudget,
+                path + ": memory: expected at least " + std::to_string(minimum) + " bytes (" +
+                    mib(minimum) + "), found " + std::to_string(budget) + " (process " +
+                    mib(p.process) + ", weights that stay " + mib(p.pinned) + ", KV cache " +
+                    mib(p.kv) + ", scratch " + mib(p.scratch) + ", margin " +
+                    mib(memory_margin(minimum)) + ", experts at least " + mib(least) +
+                    "); a smaller context needs less");
   }
-  set_slots(p, layout, Cache::plan_slots(layout, std::min(budget - taken, all)));
+  set_slots(p, layout, Cache::plan_slots(layout, std::min(budget - p.margin - taken, all)));
   return p;
 }
 
 MemoryPlan ring_only(MemoryPlan plan, const Layout& layout, int64_t experts_used) {
   std::vector<int64_t> slots;
   for (size_t c = 0; c < layout.class_units().size(); ++c) {
-    slots.push_back(std::min(plan.slots[c], ring(layout, c, experts_used)));
+    slots.push_back(std::min(plan.slots[c], ring_slots(layout.class_units()[c], experts_used)));
   }
   set_slots(plan, layout, std::move(slots));
   return plan;

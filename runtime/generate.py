@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .errors import Cancelled
 from .options import GenerationOptions
-from .statistics import Statistics, peak_memory
+from .statistics import ExpertCounter, Statistics, peak_memory
 from .stop import StopMatcher
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Generation:
         self._prepare_s = time.perf_counter() - started
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
         self._reused = self._decode_tokens = self._decode_bytes = 0
+        self._experts = ExpertCounter()
         self._peak = 0
         self._cancel = threading.Event()
         self._thread: int | None = None  # that ran it last
@@ -98,6 +99,9 @@ class Generation:
             decode_tokens=self._decode_tokens,
             decode_bytes=self._decode_bytes,
             peak_memory=self._peak or peak_memory(),
+            memory_bandwidth=self._session._model.memory_bandwidth,
+            flash_bandwidth=self._session._model.flash_bandwidth,
+            experts=self._experts.statistics(),
         )
 
     def __iter__(self) -> Generation:
@@ -206,7 +210,8 @@ class Generation:
         timeline = session._timeline
         begin = clock()
         sampler = self._sampler()
-        self._reused = session._advance_to(self._target)
+        with self._experts.counting(session._store_counters):
+            self._reused = session._advance_to(self._target)
         self._prefill_s = clock() - begin
         if options.max_tokens == 0:
             self._end("length")
@@ -251,7 +256,8 @@ class Generation:
                 return
             begin = clock()
             bytes_before = session._decode_bytes()
-            session._evaluate()
+            with self._experts.counting(session._store_counters):
+                session._evaluate(decode=True)
             self._decode_tokens += 1
             self._decode_bytes += session._decode_bytes() - bytes_before
         self._end("cancelled")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ChatTemplateError, OptionError
+from .errors import ChatTemplateError, OptionError, TokenizerError
+from .memory import available_memory, budget, check_memory, process_bytes, resident_bytes
 from .options import GenerationOptions, LoadOptions
 from .perplexity import Perplexity, measure
 from .session import Message, Session, Tokens
 
 if TYPE_CHECKING:
+    from ..offload.record import RoutingRecorder
     from .chat import ChatTemplate
     from .generate import Generation
+    from .plan import PlanReport
     from .tokenizer import Tokenizer
 
 
@@ -33,19 +37,38 @@ def load(
     context: int | None = None,
     kv_type: str = "f16",
     precision: str = "balanced",
+    memory: int | str = "auto",
+    policy: str | None = None,
+    predictor: str | None = None,
+    prefetch: str = "auto",
+    io: str | None = None,
+    readers: int | None = None,
     download: bool = False,
 ) -> Model:
     """Loads a GGUF model.
 
     path: a file (the first one of a sharded model), "hf:owner/name/file.gguf[@revision]", or a
     name of the catalogue ("smollm2").
-    threads, context, kv_type, precision: see LoadOptions.
+    memory: budget of the whole process: bytes, "500MB", "2GiB", "60%" of what the machine can give,
+        or "auto" (all of it, where the model needs it). Experts that do not fit stay on flash.
+    threads, context, kv_type, precision, policy, predictor, prefetch, io, readers: see LoadOptions.
     download: fetch a named model that is not in the cache; without it that is a DownloadError.
     Raises ModelFileError, UnsupportedModelError, DownloadError, OptionError, BudgetError.
     """
     from ..models.locate import locate
 
-    options = LoadOptions(threads=threads, context=context, kv_type=kv_type, precision=precision)
+    options = LoadOptions(
+        threads=threads,
+        context=context,
+        kv_type=kv_type,
+        precision=precision,
+        memory=memory,
+        policy=policy,
+        predictor=predictor,
+        prefetch=prefetch,
+        io=io,
+        readers=readers,
+    )
     return Model(locate(fspath(path), download=download), options)
 
 
@@ -59,17 +82,43 @@ class Model:
         options = options or LoadOptions()
         self.path = path
         self.options = options
+        self._lazy = threading.RLock()
+        self._idle: Session | None = None  # kept for the next generate or chat
+        self._recorder: RoutingRecorder | None = None
+        self._memory_bandwidth = 0.0  # bytes a second; 0: not measured
         self._file = GgufFile(str(path))
+        _check_names(options)
         self._engine = Engine(
             self._file,
             threads=options.threads or 0,
             context=options.context or 0,
             kv_type=options.kv_type,
             precision=options.precision,
+            **self._offload_arguments(),
         )
-        self._lazy = threading.RLock()
-        self._idle: Session | None = None  # kept for the next generate or chat
+        self._load_bandwidth = self._read_bandwidth()  # of the weights that stay
         self.load_s = time.perf_counter() - started  # seconds that loading took
+
+    def _offload_arguments(self) -> dict[str, Any]:
+        """Of the engine, for the memory that the options name; none where everything fits."""
+        o = self.options
+        if check_memory(o.memory) is None:
+            limit = available_memory()
+            if limit is None or resident_bytes(self._file, o.context, o.kv_type) <= limit:
+                return {}
+        else:
+            limit = budget(o.memory)
+        # Built now, so that what they take is in the measured size of the process.
+        with suppress(TokenizerError, ChatTemplateError):  # it is an error only for who needs them
+            _ = self.chat_template
+        gc.collect()
+        named = {"policy": o.policy, "predictor": o.predictor, "io": o.io, "readers": o.readers}
+        return {
+            "memory": limit,
+            "process_bytes": process_bytes(),
+            "prefetch": o.prefetch,
+            **{name: value for name, value in named.items() if value is not None},
+        }
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -80,6 +129,64 @@ class Model:
     def plan(self) -> Mapping[str, Any]:
         """Where the memory goes, bytes by kind; threads; isa."""
         return MappingProxyType(dict(self._engine.plan))
+
+    def forecast(self) -> PlanReport:
+        """The plan with expected tokens a second, from bandwidths measured on this machine.
+
+        The first call reads some memory for a tenth of a second: best right after the load.
+        """
+        from .plan import report
+
+        return report(self)
+
+    @property
+    def offload(self) -> Mapping[str, Any] | None:
+        """Counters of the expert cache since the load; None where everything is in memory."""
+        counters = self._engine.offload
+        return None if counters is None else MappingProxyType(dict(counters))
+
+    @property
+    def flash_bandwidth(self) -> float:
+        """Bytes a second that reads of experts or of the load reached, whichever is more.
+
+        0 where everything is in memory.
+        """
+        return max(self._load_bandwidth, self._read_bandwidth())
+
+    def _read_bandwidth(self) -> float:
+        counters = self._engine.offload
+        if counters is None or counters["read_s"] <= 0:
+            return 0.0
+        return float(counters["read_bytes"] / counters["read_s"])
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes a second that all threads read from memory; 0 until `forecast` measured it."""
+        return self._memory_bandwidth
+
+    @contextmanager
+    def record(self, path: str | PathLike[str]) -> Iterator[None]:
+        """Writes the routing of all that is evaluated meanwhile to a trace (.csv or .csv.gz).
+
+        The file appears when the block ends, by an exception (Ctrl-C) too; `stoker simulate` reads
+        it. Raises OptionError where all experts are in memory, or the file cannot be written.
+        """
+        from ..offload.record import RoutingRecorder
+
+        with self._lazy:
+            if self._recorder is not None:
+                raise OptionError(f"{self.path.name}: its routing is being recorded already")
+            if self._engine.offload is None:
+                raise OptionError(
+                    f"{self.path.name}: nothing to record, no expert is read from flash: "
+                    "give a mixture of experts a memory budget (--memory)"
+                )
+            recorder = self._recorder = RoutingRecorder(self._engine, self._file, path)
+        try:
+            yield
+        finally:
+            self._recorder = None
+            recorder.close()
 
     @cached_property
     def metadata(self) -> Mapping[str, Any]:
@@ -203,6 +310,12 @@ class Model:
         """
         ids = self._encode(text, add_special=True, parse_special=False)
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
+
+        def report(done: int, total: int, ppl: float) -> None:
+            self._drain()
+            if progress is not None:
+                progress(done, total, ppl)
+
         with self._scratch(None) as session:
             return measure(
                 session._timeline,
@@ -211,7 +324,7 @@ class Model:
                 stride=stride,
                 bos=bos,
                 max_chunks=max_chunks,
-                progress=progress,
+                progress=report,
             )
 
     def _take(self) -> Session:
@@ -244,9 +357,15 @@ class Model:
                 raise OptionError("there are no tokens to evaluate")
             session._check_length(ids)
         yield session
+        self._drain()
         session._timeline.truncate(0)
         session._logits_at = -1
         self._give_back(session)
+
+    def _drain(self) -> None:
+        """Lets a recorder take what has been evaluated."""
+        if self._recorder is not None:
+            self._recorder.drain(decode=False)
 
     def _encode(self, text: str | Tokens, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of a text, or the given ids, checked."""
@@ -283,3 +402,20 @@ class Model:
         if tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         return ids
+
+
+def _check_names(options: LoadOptions) -> None:
+    """Raises OptionError for a policy, predictor or backend that there is not.
+
+    Here, since an engine that keeps everything in memory never looks at them.
+    """
+    from ._core import io_backends, policies, predictors
+
+    for option, value, listed in (
+        ("policy", options.policy, policies()),
+        ("predictor", options.predictor, predictors()),
+        ("io", options.io, [("auto", ""), *io_backends()]),
+    ):
+        names = [name for name, _ in listed]
+        if value is not None and value.partition(":")[0] not in names:
+            raise OptionError(f"{option} must be one of {', '.join(names)}, not {value!r}")

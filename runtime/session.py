@@ -274,24 +274,43 @@ class Session:
             self._logits_at = -1
             self._timeline.truncate(position)
 
-    def _evaluate(self) -> None:
-        """Evaluates what is pending, so that the timeline has the logits of the last token."""
+    def _evaluate(self, *, decode: bool = False) -> None:
+        """Evaluates what is pending, so that the timeline has the logits of the last token.
+
+        decode: it is a token that was generated, not a prompt.
+        """
         end = len(self._tokens)
         if self._timeline.position == end and self._logits_at != end:
             # Truncated: the last token's logits are gone, compute them again.
             self._timeline.truncate(end - 1)
         while self._timeline.position < end:
             self._logits_at = -1
+            begin = self._timeline.position
+            recorder = self._model._recorder
+            # Recorded chunk by chunk, so that the recording of a long prompt needs no more memory.
+            stop = end if recorder is None else min(end, begin + recorder.chunk)
             try:
-                self._timeline.eval(self._tokens[self._timeline.position :])
+                self._timeline.eval(self._tokens[begin:stop])
             except Cancelled:
+                if recorder is not None:
+                    recorder.drop()
                 if self._stop.is_set():
                     raise
                 # Otherwise the request came as an earlier call was ending, and was meant for it.
+            except BaseException:
+                if recorder is not None:
+                    recorder.drop()
+                raise
+            else:
+                if recorder is not None:
+                    recorder.drain(decode=decode)
         self._logits_at = end
 
     def _decode_bytes(self) -> int:
         return int(self._timeline.stats["decode_bytes"])
+
+    def _store_counters(self) -> Mapping[str, Any] | None:
+        return self._model._engine.offload
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..offload.simulate import CacheSize, PolicyResult
     from ..offload.trace import Trace
 
+
 def simulate(
     path: str | os.PathLike[str],
     *,

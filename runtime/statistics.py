@@ -1,11 +1,97 @@
-"""What a generation cost: times, tokens a second, bytes a token, peak memory."""
+"""What a generation cost: times, tokens a second, bytes a token, expert cache, peak memory."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """What one generation asked of the expert cache; prompt included unless named decode.
+
+    Every use of an expert is a hit (it was in memory), late (its prefetch was under way) or a miss.
+    prefetches: submitted; prefetches_used: needed by the walk that they were made for, late ones
+    included; cancelled: prefetches that never began.
+    demand_bytes, prefetch_bytes, decode_bytes: read from flash.
+    stall_s, decode_stall_s: seconds that computation waited for reads.
+    """
+
+    hits: int = 0
+    late: int = 0
+    misses: int = 0
+    prefetches: int = 0
+    prefetches_used: int = 0
+    cancelled: int = 0
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    evictions: int = 0
+    stall_s: float = 0.0
+    decode_hits: int = 0
+    decode_late: int = 0
+    decode_misses: int = 0
+    decode_bytes: int = 0
+    decode_stall_s: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits among all uses; 0 if there were none."""
+        return _share(self.hits, self.late + self.misses)
+
+    @property
+    def decode_hit_rate(self) -> float:
+        """Hits among the uses of decode; 0 if there were none."""
+        return _share(self.decode_hits, self.decode_late + self.decode_misses)
+
+    @property
+    def precision(self) -> float:
+        """Prefetches that were needed among those that were read; 0 if none were."""
+        read = max(self.prefetches - self.cancelled, self.prefetches_used)
+        return _share(self.prefetches_used, read - self.prefetches_used)
+
+    @property
+    def recall(self) -> float:
+        """Experts that prefetch had brought, or under way, among all that were not resident."""
+        return _share(self.prefetches_used, self.misses)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures, the derived ones included, for JSON."""
+        derived = ("hit_rate", "decode_hit_rate", "precision", "recall")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+def _share(part: float, rest: float) -> float:
+    return part / (part + rest) if part + rest > 0 else 0.0
+
+
+class ExpertCounter:
+    """Adds up what the engine's counters gain during the evaluations of one generation."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] | None = None  # None: everything is in memory
+
+    @contextmanager
+    def counting(self, read: Callable[[], Mapping[str, Any] | None]) -> Iterator[None]:
+        """Counts what happens inside; read: the counters since the load, None without a cache."""
+        before = read()
+        try:
+            yield
+        finally:
+            after = read()
+            if before is not None and after is not None:
+                sums = self._sums or {}
+                self._sums = {
+                    f.name: sums.get(f.name, 0) + after[f.name] - before[f.name]
+                    for f in fields(ExpertStatistics)
+                }
+
+    def statistics(self) -> ExpertStatistics | None:
+        """The sums so far, None where everything is in memory."""
+        return None if self._sums is None else ExpertStatistics(**self._sums)
 
 
 @dataclass(frozen=True)
@@ -18,6 +104,9 @@ class Statistics:
     prefill_s, decode_s: evaluating the prompt; evaluating and choosing the tokens after the first.
     decode_bytes: weights and KV cache read from memory by the decode steps.
     peak_memory: largest resident size of the process so far, bytes (0 where unknown).
+    memory_bandwidth, flash_bandwidth: measured on this machine, bytes a second (0 where unknown;
+    see Model.forecast and Model.flash_bandwidth).
+    experts: what the expert cache did, None where all weights are in memory.
     """
 
     prompt_tokens: int = 0
@@ -29,6 +118,9 @@ class Statistics:
     decode_tokens: int = 0
     decode_bytes: int = 0
     peak_memory: int = 0
+    memory_bandwidth: float = 0.0
+    flash_bandwidth: float = 0.0
+    experts: ExpertStatistics | None = None
 
     @property
     def prefill_tok_s(self) -> float:
@@ -51,10 +143,85 @@ class Statistics:
         """Memory traffic of decode, 10^9 bytes a second."""
         return self.decode_bytes / self.decode_s / 1e9 if self.decode_s > 0 else 0.0
 
+    @property
+    def flash_bytes_per_token(self) -> float:
+        """Bytes read from flash by one decode step, on average, what was read ahead included."""
+        if self.experts is None or not self.decode_tokens:
+            return 0.0
+        return self.experts.decode_bytes / self.decode_tokens
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of decode that did not wait for reads: computation, choice of tokens, Python."""
+        return self.decode_s - (self.experts.decode_stall_s if self.experts is not None else 0.0)
+
+    @property
+    def limit_share(self) -> float | None:
+        """How near decode came to the limit of memory and flash, 1 being the limit itself.
+
+        The limit's time over the measured one. The limit is the larger of the bytes read from
+        memory over its bandwidth, and the bytes really read from flash over its bandwidth. (A
+        better cache would read less: `stoker simulate` tells how much.) None until
+        `Model.forecast` has measured the memory's bandwidth.
+        """
+        if self.memory_bandwidth <= 0 or self.decode_s <= 0:
+            return None
+        limit = self.decode_bytes / self.memory_bandwidth
+        if self.experts is not None and self.flash_bandwidth > 0:
+            limit = max(limit, self.experts.decode_bytes / self.flash_bandwidth)
+        return limit / self.decode_s
+
     def as_dict(self) -> dict[str, Any]:
         """All figures, the derived ones included, for JSON."""
-        derived = ("prefill_tok_s", "decode_tok_s", "bytes_per_token", "gb_s")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        derived = (
+            "prefill_tok_s",
+            "decode_tok_s",
+            "bytes_per_token",
+            "gb_s",
+            "flash_bytes_per_token",
+            "compute_s",
+            "limit_share",
+        )
+        document = {f.name: getattr(self, f.name) for f in fields(self)}
+        document |= {name: getattr(self, name) for name in derived}
+        document["experts"] = None if self.experts is None else self.experts.as_dict()
+        return document
+
+    def experts_line(self) -> str | None:
+        """One line for people about the expert cache, None where all weights are in memory."""
+        e = self.experts
+        if e is None:
+            return None
+        uses = e.hits + e.late + e.misses
+        parts = [f"experts {e.hit_rate:.1%} of {uses} hit"]
+        if e.late:
+            parts[0] += f", {e.late / uses:.1%} late"
+        if self.decode_tokens:
+            parts[0] += f" (decode {e.decode_hit_rate:.1%})"
+            flash = f"flash {self.flash_bytes_per_token / 1e6:.1f} MB a token"
+        else:
+            flash = f"flash {(e.demand_bytes + e.prefetch_bytes) / 1e6:.1f} MB"
+        if self.flash_bandwidth:
+            flash += f" at {self.flash_bandwidth / 1e9:.2f} GB/s"
+        parts.append(flash)
+        if e.prefetches:
+            parts.append(
+                f"prefetch {e.prefetches}, {e.precision:.0%} used, recall {e.recall:.0%}"
+            )
+        else:
+            parts.append("no prefetch")
+        stall = f"waited {e.stall_s:.2f} s"
+        if self.decode_s > 0:
+            stall += f", {e.decode_stall_s / self.decode_s:.0%} of decode"
+        parts.append(stall)
+        if self.limit_share is not None:
+            parts.append(f"{self.limit_share:.0%} of the memory and flash limit")
+        return " | ".join(parts)
+
+    def lines(self) -> list[str]:
+        """`line` and, where experts are read from flash, `experts_line`."""
+        second = self.experts_line()
+        return [self.line()] if second is None else [self.line(), second]
 
     def line(self) -> str:
         """One line for people."""

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "offload/predict/horizon.h"
 #include "offload/predict/predictor.h"
 #include "offload/predict/rank.h"
 
@@ -14,15 +15,18 @@ class NextGate : public Predictor {
  public:
   explicit NextGate(const PredictorShape& shape) : shape_(shape) {}
 
-  void begin(int64_t tokens) override { tokens_ = tokens; }
+  void begin(int64_t tokens) override {
+    tokens_ = tokens;
+    horizon_.begin();
+  }
 
   size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
                  std::vector<Guess>& guesses) override {
-    // A prompt's tokens choose nearly everything between them: one layer ahead is plenty.
-    if (tokens_ > 1) distance = 1;
+    if (layer < 0) return 0;  // an embedding has little in common with what routers read
     size_t n = 0;
     logits_.resize(static_cast<size_t>(tokens_ * shape_.n_expert));
-    for (int64_t l = layer + 1; l <= std::min(layer + distance, shape_.n_layer - 1); ++l) {
+    const Horizon::Layers layers = horizon_.at(layer, distance, shape_.n_layer);
+    for (int64_t l = layers.first; l <= layers.last; ++l) {
       if (!shape_.mixture[static_cast<size_t>(l)]) continue;
       if (guesses.size() == n) guesses.emplace_back();
       ahead.logits(l, logits_.data());
@@ -37,6 +41,7 @@ class NextGate : public Predictor {
  private:
   PredictorShape shape_;
   int64_t tokens_ = 1;
+  Horizon horizon_;
   std::vector<float> logits_;  // [tokens][n_expert]
   Ranker ranker_;
 };

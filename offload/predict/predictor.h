@@ -37,13 +37,16 @@ class Predictor {
   virtual void begin(int64_t tokens) { (void)tokens; }
   // What a layer's router chose.
   virtual void observe(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
-  // Guesses at layers layer + 1 .. layer + distance (those that it can say something about), at
-  // most `width` experts a token; guesses [0 .. return value) are filled, storage is reused.
+  // A guess at layer + distance, or (where the walk begins) at all layers up to it (horizon.h), of
+  // those that it can say something about; at most `width` experts a token. guesses
+  // [0 .. return value) are filled, storage is reused. layer -1: before the first layer, when the
+  // hidden states are the tokens' embeddings.
   virtual size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
                          std::vector<Guess>& guesses) = 0;
   // What it has learnt, as bytes to save and load; empty where there is nothing.
   virtual std::string state() const { return {}; }
-  // Throws Error(kOption) for bytes of another model or predictor.
+  // Called once, before all else, also with no bytes. Throws Error(kOption) for bytes of another
+  // model or predictor, and for none where it cannot do without.
   virtual void set_state(std::string_view bytes);
 };
 

@@ -45,6 +45,8 @@ class Ranker {
   }
 
  private:
+  static constexpr float kUnknown = 4;  // below the edge: the score of a NaN
+
   static void standardize(const float* scores, int64_t n_expert, int64_t used, Guess& guess) {
     float sum = 0, squares = 0;
     for (int64_t e = 0; e < n_expert; ++e) sum += scores[e];
@@ -56,7 +58,8 @@ class Ranker {
     const float edge =
         (scores[guess.experts[std::min(last, next)]] + scores[guess.experts[next]]) / 2;
     for (size_t i = 0; i < guess.experts.size(); ++i) {
-      guess.score[i] = (scores[guess.experts[i]] - edge) / deviation;
+      const float score = (scores[guess.experts[i]] - edge) / deviation;
+      guess.score[i] = score == score ? score : -kUnknown;
     }
   }
 

@@ -9,3 +9,4 @@ void bind_sampler(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
 void bind_export(nanobind::module_& m);
 void bind_offload_sim(nanobind::module_& m);
+void bind_predict(nanobind::module_& m);

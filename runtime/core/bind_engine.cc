@@ -159,7 +159,7 @@ nb::object offload_of(const Engine& e) {
   d["read_bytes"] = io.bytes;
   d["read_s"] = io.busy_s;
   d["io"] = flash->reader().io().description();
-  d["prefetch"] = flash->controller().description();
+  d["prefetch"] = flash->prefetch_description();
   return d;
 }
 
@@ -185,6 +185,15 @@ double flash_bandwidth(const Engine& e, int64_t nbytes, uint64_t seed) {
   double bandwidth = 0;
   with_flash(e, [&](stoker::FlashExperts& f) { bandwidth = f.flash_bandwidth(nbytes, seed); });
   return bandwidth;
+}
+
+// What the predictor has learnt.
+nb::bytes predictor_state(const Engine& e) {
+  std::string state;
+  with_flash(e, [&](stoker::FlashExperts& flash) {
+    if (flash.predictor()) state = flash.predictor()->state();
+  });
+  return nb::bytes(state.data(), state.size());
 }
 
 // Columns of what was recorded since the last call, each an array [n].
@@ -228,7 +237,8 @@ void bind_engine(nb::module_& m) {
       .def(nb::new_([](std::shared_ptr<const stoker::GgufFile> file, int threads, int64_t context,
                        const std::string& kv_type, const std::string& precision, int64_t memory,
                        int64_t process_bytes, const std::string& policy,
-                       const std::string& predictor, const std::string& prefetch,
+                       const std::string& predictor, nb::bytes predictor_state,
+                       const std::string& prefetch,
                        const std::string& io, int readers, bool direct, bool cache,
                        bool overlap) {
              if (kv_type != "f16" && kv_type != "f32") {
@@ -244,6 +254,7 @@ void bind_engine(nb::module_& m) {
              offload.process_bytes = process_bytes;
              offload.policy = policy;
              offload.predictor = predictor;
+             offload.predictor_state.assign(predictor_state.c_str(), predictor_state.size());
              offload.prefetch = to_prefetch(prefetch);
              offload.io = {io, readers, direct};
              offload.cache = cache;
@@ -255,16 +266,18 @@ void bind_engine(nb::module_& m) {
            nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced", nb::arg("memory") = 0,
            nb::arg("process_bytes") = 0, nb::arg("policy") = std::string(stoker::kDefaultPolicy),
            nb::arg("predictor") = std::string(stoker::kDefaultPredictor),
-           nb::arg("prefetch") = "auto", nb::arg("io") = "pread_pool", nb::arg("readers") = 4,
+           nb::arg("predictor_state") = nb::bytes("", 0), nb::arg("prefetch") = "auto", nb::arg("io") = "pread_pool", nb::arg("readers") = 4,
            nb::arg("direct") = true, nb::arg("cache") = true, nb::arg("overlap") = true)
       .def_prop_ro("config", config_of)
       .def_prop_ro("plan", plan_of)
       .def_prop_ro("offload", offload_of)
       .def("record_routing", record_routing, nb::arg("on"))
       .def("take_routing", take_routing)
+      .def("predictor_state", predictor_state)
       .def("empty_cache", empty_cache)
       .def("flash_bandwidth", flash_bandwidth, nb::arg("nbytes"), nb::arg("seed") = 1)
       .def("timeline", [](std::shared_ptr<Engine> e) {
+        nb::gil_scoped_release release;  // it may wait for another session's evaluation
         return std::make_unique<Timeline>(std::move(e), poll_signals);
       });
 
@@ -300,6 +313,24 @@ void bind_engine(nb::module_& m) {
              const auto n_embd = static_cast<size_t>(c.n_embd);
              return filled<float>({n_layer, ids.size(), n_embd},
                                   [&](float* out) { t.eval_taps(ids, out); });
+           })
+      .def("eval_hidden_taps",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             const stoker::ModelConfig& c = t.engine().config();
+             const auto n_layer = static_cast<size_t>(c.n_layer);
+             const size_t row = ids.size() * static_cast<size_t>(c.n_embd);
+             std::vector<float> taps(n_layer * row);
+             nb::object hidden =
+                 filled<float>({n_layer + 1, ids.size(), row / std::max<size_t>(ids.size(), 1)},
+                               [&](float* out) {
+                                 std::fill_n(out, (n_layer + 1) * row, 0.0f);
+                                 t.eval_hidden_taps(ids, taps.data(), out);
+                               });
+             nb::object inputs =
+                 filled<float>({n_layer, ids.size(), row / std::max<size_t>(ids.size(), 1)},
+                               [&](float* out) { std::copy(taps.begin(), taps.end(), out); });
+             return nb::make_tuple(inputs, hidden);
            })
       .def("eval_nll",
            [](Timeline& t, nb::handle tokens) {

@@ -49,4 +49,5 @@ NB_MODULE(_core, m) {
   bind_engine(m);
   bind_export(m);
   bind_offload_sim(m);
+  bind_predict(m);
 }

@@ -80,50 +80,87 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
 void Engine::load(const std::function<void()>& poll) {
   const ModelConfig& c = config_;
   const OffloadOptions& o = options_.offload;
-  int64_t chunk = std::min(kChunk, plan_.context);
+  if (o.memory < 0) {
+    throw Error(ErrorKind::kOption,
+                "memory: expected bytes, found " + std::to_string(o.memory));
+  }
   int64_t scratch_limit = kMixtureScratch;
   if (o.memory > 0) scratch_limit = std::min(scratch_limit, o.memory / kScratchShare);
-  const int64_t least = std::min<int64_t>(kLeastChunk, chunk);
-  if (c.is_mixture()) {
-    while (chunk > least && lay_out_scratch(chunk, nullptr) > scratch_limit) {
-      chunk = std::max(least, chunk / 4 * 3);
-    }
+  int64_t& chunk = plan_.chunk;
+  chunk = std::min(kChunk, plan_.context);
+  const int64_t least = c.is_mixture() ? std::min(kLeastChunk, chunk) : chunk;
+  while (chunk > least && lay_out_scratch(chunk, nullptr) > scratch_limit) {
+    chunk = std::max(least, chunk / 4 * 3);
   }
-  plan_.chunk = chunk;
   plan_.scratch_bytes = lay_out_scratch(chunk, nullptr);
-  if (o.memory <= 0) {
+  if (o.memory == 0) {
     weights_ = load_weights(*file_, c, plan_.threads);
     return;
   }
+  FixedMemory fixed;
+  fixed.process = o.process_bytes + static_cast<int64_t>(o.predictor_state.size());
+  fixed.kv = plan_.kv_bytes;
+  fixed.scratch = plan_.scratch_bytes;
   if (!c.is_mixture()) {
-    const int64_t needed = o.process_bytes + static_cast<int64_t>(file_->nbytes()) +
-                           plan_.kv_bytes + plan_.scratch_bytes + memory_margin(o.memory);
-    if (needed > o.memory) {
-      throw Error(ErrorKind::kBudget, file_->path() + ": memory: expected at least " +
-                                          std::to_string(needed >> 20) +
-                                          " MiB for this dense model, found " +
-                                          std::to_string(o.memory >> 20) + " MiB");
-    }
+    fixed.pinned = static_cast<int64_t>(file_->nbytes());
+    const Layout none(0, 0);
+    plan_.memory = plan_memory(file_->path(), o.memory, fixed, none, 0, 0);
     weights_ = load_weights(*file_, c, plan_.threads);
     return;
   }
   Partition parts = partition(*file_, c);
-  FixedMemory fixed;
-  fixed.process = o.process_bytes;
   fixed.pinned = TensorMemory::nbytes(parts.kept);
-  fixed.kv = plan_.kv_bytes;
-  fixed.scratch = plan_.scratch_bytes;
-  plan_.memory =
-      plan_memory(file_->path(), o.memory, fixed, parts.layout, parts.working_set, c.n_expert_used);
+  for (;;) {
+    try {
+      plan_.memory = plan_memory(file_->path(), o.memory, fixed, parts.layout, parts.working_set,
+                                 c.n_expert_used);
+      break;
+    } catch (const Error&) {
+      // The minimum is the minimum of the smallest chunk.
+      if (chunk == least) throw;
+      chunk = std::max(least, chunk / 2);
+      fixed.scratch = plan_.scratch_bytes = lay_out_scratch(chunk, nullptr);
+    }
+  }
   if (!o.cache) plan_.memory = ring_only(plan_.memory, parts.layout, c.n_expert_used);
   auto reader = std::make_unique<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
   FlashExperts::Options store;
   store.slots = plan_.memory.slots;
   store.policy = o.policy;
   store.predictor = o.predictor;
+  store.predictor_state = std::move(options_.offload.predictor_state);
   store.prefetch = o.prefetch;
   store.overlap = o.overlap;
   weights_ = load_weights(*file_, c, std::move(parts), std::move(reader), store, poll);
+}
+
+void Engine::open_session() const {
+  if (!flash()) return;
+  const ThreadPool::Lease lease(*pool_);
+  {
+    const std::lock_guard lock(sessions_mutex_);
+    ++sessions_;
+  }
+  try {
+    settle_sessions();
+  } catch (...) {
+    close_session();
+    throw;
+  }
+}
+
+void Engine::close_session() const {
+  if (!flash()) return;
+  const std::lock_guard lock(sessions_mutex_);
+  --sessions_;
+}
+
+void Engine::settle_sessions() const {
+  if (!flash()) return;
+  const std::lock_guard lock(sessions_mutex_);
+  const int64_t wanted = std::max<int64_t>(0, sessions_ - 1) * plan_.kv_bytes;
+  if (lent_ < wanted) lent_ += flash()->lend(wanted - lent_);
+  if (lent_ > wanted) lent_ -= flash()->take_back(lent_ - wanted);
 }
 
 int64_t Engine::lay_out_scratch(int64_t chunk, uint8_t* base) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -43,6 +44,7 @@ struct OffloadOptions {
   IoOptions io;
   std::string policy{kDefaultPolicy};
   std::string predictor{kDefaultPredictor};
+  std::string predictor_state;  // of a profile; empty: none
   PrefetchMode prefetch = PrefetchMode::kAuto;
   // To measure what the parts are worth.
   bool cache = true;    // false: as few slots as a layer's experts need
@@ -122,6 +124,13 @@ class Engine {
   // Null unless the experts are on flash.
   FlashExperts* flash() const { return weights_.flash; }
 
+  // A session's KV cache is allocated, or has gone. The plan has room for one; under a budget others
+  // take theirs from the expert cache. Throws Error(kBudget) where that is too small.
+  void open_session() const;
+  void close_session() const;
+  // Gives the cache what closed sessions had. Under pool()'s lease.
+  void settle_sessions() const;
+
  private:
   void load(const std::function<void()>& poll);
   // Sets the pointers of scratch_ for a chunk and a memory that begins at `base` (null: none yet);
@@ -139,6 +148,9 @@ class Engine {
   Rope rope_, rope_sliding_;
   mutable std::unique_ptr<ThreadPool> pool_;
   mutable Scratch scratch_;
+  mutable std::mutex sessions_mutex_;
+  mutable int64_t sessions_ = 0;
+  mutable int64_t lent_ = 0;  // bytes of the expert cache that sessions have
 };
 
 }  // namespace stoker

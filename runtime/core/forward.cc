@@ -63,6 +63,7 @@ void Forward::begin(std::span<const int32_t> tokens, int64_t position) {
                                 s_.angles + (engine_.plan().chunk + i) * c.rope.n_rot);
     }
   });
+  copy_hidden_to_tap(-1);
 }
 
 void Forward::norm(const float* in, const Vector& w, float* out) {
@@ -295,6 +296,12 @@ void Forward::gate_rows(float* gate, const float* up, int64_t n, int64_t width,
 void Forward::copy_to_tap(int64_t il, const float* in) const {
   if (!tap_) return;
   std::memcpy(tap_ + il * tap_stride_, in,
+              static_cast<size_t>(n_ * config_.n_embd) * sizeof(float));
+}
+
+void Forward::copy_hidden_to_tap(int64_t il) const {
+  if (!hidden_tap_) return;
+  std::memcpy(hidden_tap_ + (il + 1) * tap_stride_, s_.x,
               static_cast<size_t>(n_ * config_.n_embd) * sizeof(float));
 }
 

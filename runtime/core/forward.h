@@ -36,9 +36,12 @@ class Forward {
   float* b() const { return s_.b; }  // [tokens][n_embd]
 
   // From now on copies what each layer's feed-forward or router reads (its `in`) to
-  // out + il * layer_stride, [tokens][n_embd] floats.
-  void tap(float* out, int64_t layer_stride) {
+  // out + il * layer_stride, [tokens][n_embd] floats; with `hidden`, what hidden() gives when the
+  // store looks ahead: the embeddings to hidden, those of layer il to hidden + (il + 1) *
+  // layer_stride. To be called before begin().
+  void tap(float* out, float* hidden, int64_t layer_stride) {
     tap_ = out;
+    hidden_tap_ = hidden;
     tap_stride_ = layer_stride;
   }
 
@@ -50,6 +53,8 @@ class Forward {
   void attention(int64_t il, const float* in, float* out);
   // Dense gated feed-forward.
   void feed_forward(int64_t il, const float* in, float* out);
+  // Lets the store's predictor see the embeddings, before the first layer.
+  void look_ahead_first();
   // The router's choice for every token, from in [tokens][n_embd].
   Routes route(int64_t il, const float* in);
   // Tells the store that layer `il` will use these experts, so that their reads begin.
@@ -105,6 +110,7 @@ class Forward {
   class Ahead;
   ExpertStore& experts() const { return *engine_.weights().experts; }
   void copy_to_tap(int64_t il, const float* in) const;
+  void copy_hidden_to_tap(int64_t il) const;
   uint8_t* thread_scratch(int thread) const { return s_.thread + thread * s_.thread_bytes; }
 
   const Engine& engine_;
@@ -115,6 +121,7 @@ class Forward {
   int64_t n_ = 0;
   int64_t position_ = 0;
   float* tap_ = nullptr;  // null: nobody listens
+  float* hidden_tap_ = nullptr;
   int64_t tap_stride_ = 0;
 };
 

@@ -69,6 +69,14 @@ HugeMemory& HugeMemory::operator=(HugeMemory&& other) noexcept {
   return *this;
 }
 
+void HugeMemory::release(uint8_t* p, uint64_t bytes) {
+#if STOKER_POSIX
+  ::madvise(p, bytes, MADV_DONTNEED);
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
 void HugeMemory::protect() {
 #if STOKER_POSIX
   if (base_) ::mprotect(base_, size_, PROT_READ);

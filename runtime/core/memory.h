@@ -18,6 +18,8 @@ class HugeMemory {
 
   uint8_t* data() const { return base_; }
   uint64_t size() const { return size_; }
+  // Gives whole pages of [p, p + bytes) back to the system; they read as zeros afterwards.
+  void release(uint8_t* p, uint64_t bytes);
   // Later writes are faults.
   void protect();
 

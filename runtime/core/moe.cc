@@ -64,6 +64,11 @@ class Forward::Ahead : public RouterAhead {
   Forward& f_;
 };
 
+void Forward::look_ahead_first() {
+  Ahead ahead(*this);
+  experts().look_ahead(-1, ahead);
+}
+
 void Forward::announce(int64_t il, const Routes& routes) { experts().announce(il, routes); }
 
 Routes Forward::route(int64_t il, const float* in) {
@@ -84,6 +89,7 @@ Routes Forward::route(int64_t il, const float* in) {
 }
 
 void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* out) {
+  copy_hidden_to_tap(il);
   const ModelConfig& c = config_;
   const int64_t k = c.n_expert_used, pairs = n_ * k, ff = c.n_ff_expert;
 

@@ -47,6 +47,7 @@ class Busy {
 
 Timeline::Timeline(std::shared_ptr<const Engine> engine, std::function<void()> poll)
     : engine_(std::move(engine)),
+      opened_(*engine_),
       poll_(std::move(poll)),
       interrupt_([this] { interrupt_if_asked(); }),
       kv_(engine_->config(), engine_->plan().context, engine_->kv_f16()),
@@ -65,7 +66,7 @@ void Timeline::interrupt_if_asked() {
   }
 }
 
-void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* taps) {
+void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* taps, float* hidden) {
   const Busy busy(busy_);
   const int64_t n = static_cast<int64_t>(tokens.size());
   if (n == 0) throw Error(ErrorKind::kOption, "expected at least 1 token, found none");
@@ -83,6 +84,7 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
     }
   }
   const ThreadPool::Lease lease(engine_->pool());
+  engine_->settle_sessions();
   const double start = now();
   last_poll_ = start;
   ExpertStore* const experts = engine_->weights().experts.get();
@@ -90,10 +92,15 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
     const int64_t count = std::min(engine_->plan().chunk, n - first);
     Forward forward(*engine_, kv_);
     const int64_t n_embd = engine_->config().n_embd;
-    if (taps) forward.tap(taps + first * n_embd, n * n_embd);
+    if (taps) {
+      forward.tap(taps + first * n_embd, hidden ? hidden + first * n_embd : nullptr, n * n_embd);
+    }
     forward.begin(tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(count)),
                   position_);
-    if (experts) experts->begin(count, &interrupt_);
+    if (experts) {
+      experts->begin(count, &interrupt_);
+      forward.look_ahead_first();
+    }
     for (int64_t il = 0; il < engine_->config().n_layer; ++il) {
       interrupt_if_asked();
       engine_->family().layer(forward, il);
@@ -140,6 +147,10 @@ void Timeline::eval_hidden(std::span<const int32_t> tokens, float* out) {
 }
 
 void Timeline::eval_taps(std::span<const int32_t> tokens, float* out) { run(tokens, nullptr, out); }
+
+void Timeline::eval_hidden_taps(std::span<const int32_t> tokens, float* out, float* hidden) {
+  run(tokens, nullptr, out, hidden);
+}
 
 void Timeline::eval_nll(std::span<const int32_t> tokens, double* out) {
   const int64_t n_vocab = engine_->config().n_vocab, n_embd = engine_->config().n_embd;

@@ -44,6 +44,9 @@ class Timeline {
   void eval_hidden(std::span<const int32_t> tokens, float* out);
   // The same, with what each layer's feed-forward or router reads: out [n_layer][n][n_embd].
   void eval_taps(std::span<const int32_t> tokens, float* out);
+  // The same, and with what predictors see: hidden [n_layer + 1][n][n_embd], the embeddings first,
+  // then the hidden states at each mixture layer's look-ahead (others stay as they are).
+  void eval_hidden_taps(std::span<const int32_t> tokens, float* out, float* hidden);
   // The same, with -ln p(tokens[i + 1]) after token i: out [n - 1], nats.
   void eval_nll(std::span<const int32_t> tokens, double* out);
   // Logits after the last token [n_vocab]. Throws Error(kOption) where nothing is evaluated.
@@ -62,11 +65,22 @@ class Timeline {
  private:
   // Receives the forward of a chunk whose tokens begin at index `first` of the evaluation.
   using Sink = std::function<void(Forward& forward, int64_t first, int64_t n)>;
-  void run(std::span<const int32_t> tokens, const Sink& sink, float* taps = nullptr);
+  void run(std::span<const int32_t> tokens, const Sink& sink, float* taps = nullptr,
+           float* hidden = nullptr);
   void interrupt_if_asked();
   void keep_last(Forward& forward, int64_t n);
 
+  // Announces itself to the engine as long as it lives.
+  struct Opened {
+    explicit Opened(const Engine& engine) : engine(engine) { engine.open_session(); }
+    ~Opened() { engine.close_session(); }
+    Opened(const Opened&) = delete;
+    Opened& operator=(const Opened&) = delete;
+    const Engine& engine;
+  };
+
   std::shared_ptr<const Engine> engine_;
+  Opened opened_;
   std::function<void()> poll_;
   std::function<void()> interrupt_;  // interrupt_if_asked(), for those who wait for reads
   KvCache kv_;

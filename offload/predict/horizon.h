@@ -1,0 +1,26 @@
+// Which layers to guess at: each once, `distance` ahead, and where a walk begins those before that.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace stoker {
+
+class Horizon {
+ public:
+  void begin() { first_ = true; }
+  // Of a guess made at `layer`: [first, last], empty beyond the last layer.
+  struct Layers {
+    int64_t first, last;
+  };
+  Layers at(int64_t layer, int64_t distance, int64_t n_layer) {
+    const int64_t first = first_ ? layer + 1 : layer + distance;
+    first_ = false;
+    return {first, std::min(layer + distance, n_layer - 1)};
+  }
+
+ private:
+  bool first_ = true;  // no layer has been guessed at in this walk
+};
+
+}  // namespace stoker

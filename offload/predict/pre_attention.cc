@@ -1,0 +1,23 @@
+// Nothing of its own: where an architecture routes before attention, the store reads what that
+// router chose while the attention is computed (announce()), for every predictor but `none`. With
+// this one nothing else is read ahead; where routers come after attention it is demand only.
+#include "offload/predict/predictor.h"
+
+namespace stoker {
+
+namespace {
+
+class PreAttention : public Predictor {
+ public:
+  size_t predict(int64_t, int64_t, int64_t, RouterAhead&, std::vector<Guess>&) override {
+    return 0;
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Predictor> make_pre_attention_predictor(const PredictorShape&) {
+  return std::make_unique<PreAttention>();
+}
+
+}  // namespace stoker

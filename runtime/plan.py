@@ -1,0 +1,227 @@
+"""The plan of a loaded model for people and JSON: where memory goes, and the speed to expect."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from .memory import process_bytes
+from .terminal import size
+
+if TYPE_CHECKING:
+    from .model import Model
+
+# Hit rate by share of all experts that the cache holds: decayed frequency over one cache for all
+# layers, mean of the second three quarters of the routing of qwen3-30b-a3b and kimi-linear-48b
+# (public traces, replayed with `stoker simulate`) and of a 64-expert mixture of SmolLM2. Between
+# the points straight lines. Models differ by 10 points and more; it is a forecast, not a promise.
+_HITS = ((0.0, 0.0), (0.15, 0.66), (0.25, 0.80), (0.40, 0.90), (1.0, 1.0))
+_MOST_READ = 256 << 20  # bytes read to measure the memory's bandwidth, at most
+_LEAST_READ = 16 << 20  # below it caches would answer
+_KINDS = (
+    ("experts", re.compile(r"\.ffn_(gate|up|down)(_exps\.|\.\d+\.)")),
+    ("shared experts", re.compile(r"_shexp\.")),
+    ("routers", re.compile(r"\.(ffn_gate_inp|exp_probs_b)\b")),
+    ("norms", re.compile(r"_norm\b")),
+    ("attention", re.compile(r"\.attn_")),
+    ("feed-forward", re.compile(r"\.ffn_")),
+    ("embeddings", re.compile(r"^token_embd\b")),
+    ("output", re.compile(r"^output\b")),
+)
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Where the memory of one loaded model goes, bytes, and what speed to expect of decode.
+
+    budget: of the whole process; 0: none, everything is in memory.
+    pinned: weights that stay, by kind. kv: of one session at its full context.
+    slots: experts that the cache holds of all `experts`; working_set: experts that one token uses.
+    streams: fewer slots than that: layers pass through a small ring and little is reused.
+    compute_s, flash_s: expected seconds a token for reading its weights from memory, and its misses
+    from flash; they overlap, so that the larger one limits. None where a bandwidth is unknown.
+    """
+
+    model: str
+    threads: int
+    isa: str
+    context: int
+    kv_type: str
+    budget: int
+    process: int
+    pinned: dict[str, int]
+    kv: int
+    scratch: int
+    margin: int
+    chunk: int
+    slots: int
+    experts: int
+    slot_bytes: int
+    expert_bytes: int
+    working_set: int
+    streams: bool
+    io: str | None
+    prefetch: str | None
+    memory_bandwidth: float
+    flash_bandwidth: float
+    expected_hit_rate: float
+    compute_s: float | None
+    flash_s: float | None
+
+    @property
+    def limited_by(self) -> Literal["memory bandwidth", "flash bandwidth"] | None:
+        """What limits the expected speed; None where it is unknown."""
+        if self.compute_s is None or self.flash_s is None:
+            return None
+        return "flash bandwidth" if self.flash_s > self.compute_s else "memory bandwidth"
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decode tokens a second to expect at best; None where a bandwidth is unknown."""
+        if self.compute_s is None or self.flash_s is None:
+            return None
+        return 1 / max(self.compute_s, self.flash_s)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return asdict(self) | {"limited_by": self.limited_by, "tokens_per_s": self.tokens_per_s}
+
+    def lines(self) -> list[str]:
+        """A table for people."""
+        rows = self._rows()
+        width = max(len(what) for what, _ in rows)
+        return [f"{what:{width}}  {finding}" for what, finding in rows]
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [("plan", f"{self.model}, {self.threads} threads, {self.isa}")]
+        if self.budget:
+            rows.append(("budget", f"{size(self.budget)} for the whole process"))
+            rows.append(("process", f"{size(self.process)} before the model"))
+            rows.append(("margin", size(self.margin)))
+        else:
+            rows.append(("budget", "none needed: everything is in memory"))
+        total = sum(self.pinned.values())
+        kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in self.pinned.items())
+        rows.append(("weights that stay", f"{size(total)}: {kinds}"))
+        rows.append(
+            ("KV cache", f"{size(self.kv)}: {self.context} tokens of a session, {self.kv_type}")
+        )
+        rows.append(
+            ("scratch", f"{size(self.scratch)}: prompts in chunks of {self.chunk} tokens")
+        )
+        if self.budget:
+            share = self.slots / self.experts if self.experts else 0.0
+            rows.append(
+                (
+                    "expert cache",
+                    f"{size(self.slot_bytes)}: {self.slots} of {self.experts} experts ({share:.0%})"
+                    f" of {size(self.expert_bytes)}",
+                )
+            )
+            held = "does not fit: layers stream through" if self.streams else "fits"
+            rows.append(("a token uses", f"{self.working_set} experts, which {held} the cache"))
+            rows.append(("reads", f"{self.io}; prefetch {self.prefetch}"))
+        rows.append(("expected", self._expectation()))
+        return rows
+
+    def _expectation(self) -> str:
+        if self.tokens_per_s is None or self.compute_s is None or self.flash_s is None:
+            return "unknown: the bandwidths could not be measured"
+        text = f"at most {self.tokens_per_s:.1f} tok/s, limited by {self.limited_by}: "
+        text += f"memory {self.compute_s * 1e3:.1f} ms at {self.memory_bandwidth / 1e9:.1f} GB/s"
+        if self.budget:
+            text += f", flash {self.flash_s * 1e3:.1f} ms at {self.flash_bandwidth / 1e9:.2f} GB/s"
+            text += f" and {self.expected_hit_rate:.0%} hits"
+        return text + " a token"
+
+
+def report(model: Model) -> PlanReport:
+    """The plan of a loaded model; the first of a process measures the memory's bandwidth."""
+    plan, offload = model.plan, model.offload
+    limit = int(plan.get("memory", 0)) if offload is not None else 0
+    if model._memory_bandwidth == 0:
+        model._memory_bandwidth = memory_bandwidth(
+            int(plan["threads"]), _room(int(plan["token_bytes"]), limit)
+        )
+    slots, experts = int(plan.get("slots", 0)), int(plan.get("experts", 0))
+    working_set = int(plan.get("working_set", 0))
+    one = int(plan.get("expert_bytes", 0)) // experts if experts else 0
+    hits = expected_hit_rate(slots, experts, working_set) if limit else 1.0
+    flash_bandwidth = model.flash_bandwidth
+    flash_s: float | None = 0.0
+    if hits < 1:
+        flash_s = (1 - hits) * working_set * one / flash_bandwidth if flash_bandwidth else None
+    return PlanReport(
+        model=model.name,
+        threads=int(plan["threads"]),
+        isa=str(plan["isa"]),
+        context=int(plan["context"]),
+        kv_type=str(plan["kv_type"]),
+        budget=limit,
+        process=int(plan.get("process_bytes", 0)),
+        pinned=pinned_by_kind(model._file.tensors, with_experts=not limit),
+        kv=int(plan["kv_bytes"]),
+        scratch=int(plan["scratch_bytes"]),
+        margin=int(plan.get("margin_bytes", 0)),
+        chunk=int(plan["chunk"]),
+        slots=slots,
+        experts=experts,
+        slot_bytes=int(plan.get("slot_bytes", 0)),
+        expert_bytes=one,
+        working_set=working_set,
+        streams=bool(plan.get("streams", False)),
+        io=None if offload is None else str(offload["io"]),
+        prefetch=None if offload is None else str(offload["prefetch"]),
+        memory_bandwidth=model._memory_bandwidth,
+        flash_bandwidth=flash_bandwidth,
+        expected_hit_rate=hits,
+        compute_s=(
+            int(plan["token_bytes"]) / model._memory_bandwidth if model._memory_bandwidth else None
+        ),
+        flash_s=flash_s,
+    )
+
+
+def expected_hit_rate(slots: int, experts: int, working_set: int) -> float:
+    """Share of uses that a cache of `slots` of all `experts` answers, from recorded routing.
+
+    0 below one token's working set, where hits depend on the model more than on the size.
+    """
+    if slots >= experts:
+        return 1.0
+    if slots < working_set:
+        return 0.0
+    share = slots / experts
+    for (x0, y0), (x1, y1) in zip(_HITS, _HITS[1:], strict=False):
+        if share <= x1:
+            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+    return 1.0
+
+
+def pinned_by_kind(tensors: Sequence[Any], *, with_experts: bool) -> dict[str, int]:
+    """Bytes of the tensors (name, nbytes) by kind, those there are."""
+    kinds = {kind: 0 for kind, _ in _KINDS} | {"other": 0}
+    for tensor in tensors:
+        found = (kind for kind, pattern in _KINDS if pattern.search(tensor.name))
+        kinds[next(found, "other")] += int(tensor.nbytes)
+    if not with_experts:
+        del kinds["experts"]
+    return {kind: nbytes for kind, nbytes in kinds.items() if nbytes}
+
+
+def _room(token_bytes: int, limit: int) -> int:
+    """Bytes to measure the bandwidth with: as a token reads them, inside what the budget leaves."""
+    wanted = min(token_bytes, _MOST_READ)
+    # Right after the load the cache is empty, and its memory not yet taken.
+    return min(wanted, limit - process_bytes() - _LEAST_READ) if limit else wanted
+
+
+@cache
+def memory_bandwidth(threads: int, nbytes: int) -> float:
+    """Bytes a second at which all threads together read `nbytes`; 0 for too few to tell."""
+    from ._core import read_bandwidth
+
+    return float(read_bandwidth(threads, nbytes)) if nbytes >= _LEAST_READ else 0.0
