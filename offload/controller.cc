@@ -71,7 +71,7 @@ void Controller::weigh(double token_s, double busy_share) {
   threshold_ = std::clamp(threshold_, kLeastThreshold, kMostThreshold);
   token_s_ = token_s_ == 0 ? token_s : token_s_ + (token_s - token_s_) / 16;
   const double layers = read_s_ / (token_s_ / static_cast<double>(shape_.n_layer));
-  distance_ = std::clamp<int64_t>(static_cast<int64_t>(layers + 1), 1, kMaxDistance);
+  distance_ = std::clamp<int64_t>(static_cast<int64_t>(layers + 0.75), 1, kMaxDistance);
   if (mode_ != PrefetchMode::kAuto) return;
   times_.push_back(token_s);
   if (--phase_left_ > 0) return;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,7 +62,7 @@ class RoutingRecorder:
             hit = (columns["source"][order] == _HIT).tolist()
             tokens = columns["tokens"][order].tolist()
             evaluation, layer, token = visit.tolist()
-            for at, end in zip(edges, edges[1:], strict=False):
+            for at, end in pairwise(edges):
                 phase = DECODE if decode and tokens[at] == 1 else PREFILL
                 self._writer.visit(
                     self._step[phase] + token[at],

@@ -41,11 +41,29 @@ class Engine:
         context: int = 0,
         kv_type: str = "f16",
         precision: str = "balanced",
+        memory: int = 0,  # bytes of the whole process; 0: everything in memory
+        process_bytes: int = 0,  # of it taken before the engine
+        policy: str = ...,
+        predictor: str = ...,
+        prefetch: str = "auto",  # on, off
+        io: str = "pread_pool",
+        readers: int = 4,
+        direct: bool = True,
+        cache: bool = True,
+        overlap: bool = True,
     ) -> None: ...
     @property
     def config(self) -> dict[str, Any]: ...  # architecture, n_layer, n_embd, n_vocab, context, ...
     @property
     def plan(self) -> dict[str, Any]: ...  # bytes by kind: weights, kv, scratch; threads; isa
+    @property
+    def offload(self) -> dict[str, Any] | None:
+        """Counters of the expert store since the load, None where everything is in memory."""
+    def record_routing(self, on: bool) -> None: ...  # OptionError where everything is in memory
+    def take_routing(self) -> dict[str, npt.NDArray[Any]]:
+        """What was recorded since the last call: evaluation, tokens, token, layer, rank, expert,
+        weight, source (0 miss, 1 hit, 2 late) and wait_us, each [uses]."""
+    def empty_cache(self) -> None: ...  # for measurements from cold
     def timeline(self) -> Timeline: ...
 
 class Timeline:
@@ -147,6 +165,8 @@ def matmul(
 def read_bandwidth(threads: int, bytes: int) -> float: ...  # bytes a second
 def int8_peak(isa: str, threads: int) -> float: ...  # operations a second, a multiply-add is two
 def policies() -> list[tuple[str, str]]: ...  # (name, summary) of every online cache policy
+def predictors() -> list[tuple[str, str]]: ...  # (name, summary) of every predictor
+def io_backends() -> list[tuple[str, str]]: ...  # (name, summary) of every I/O backend
 def simulate(
     *,
     evaluation: npt.NDArray[np.int64],

@@ -13,6 +13,7 @@ from .terminal import StatusLine, WordWrap, printable
 if TYPE_CHECKING:
     from .generate import Generation
     from .model import Model
+    from .statistics import Statistics
 
 _HELP = '''\
 /help            this list
@@ -99,7 +100,8 @@ class Chat:
                 self._session.system = None if rest == "-" else rest
             print(f"(system message: {self._session.system or 'that of the template, if any'})")
         elif name == "/stats":
-            print(self._last.stats.line() if self._last is not None else "(no answer yet)")
+            lines = ["(no answer yet)"] if self._last is None else self._last.stats.lines()
+            print("\n".join(lines))
         elif self._terminal:
             print(f"(unknown command {printable(name)}; /help lists them)")
         else:
@@ -132,12 +134,22 @@ class Chat:
             print("(stopped)")
         elif generation.finish_reason == "length":
             print("(cut off: the answer reached max-tokens or the context is full)")
+        if generation.stats.experts is not None:
+            print(f"({_speed(generation.stats)})")
 
     def _status(self, generation: Generation) -> str:
         stats = generation.stats
-        speed = f" | {stats.decode_tok_s:.1f} tok/s" if stats.decode_tokens else ""
+        speed = f" | {_speed(stats)}" if stats.decode_tokens else ""
         used = f"{self._session.position} of {self._session.context} tokens of context"
         return f"{stats.new_tokens} tokens{speed} | {used} | Ctrl-C stops"
+
+
+def _speed(stats: Statistics) -> str:
+    """Tokens a second and, where experts are on flash, what the cache answered and cost."""
+    speed = f"{stats.decode_tok_s:.1f} tok/s"
+    if stats.experts is None:
+        return speed
+    return f"{speed}, {stats.experts.hit_rate:.0%} hits, {stats.experts.stall_s:.1f} s waited"
 
 
 def _edit_lines() -> None:

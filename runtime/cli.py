@@ -15,7 +15,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import export_command
+from .command_options import (
+    Context,
+    FrequencyPenalty,
+    Io,
+    Json,
+    KvType,
+    MaxTokens,
+    Memory,
+    MinP,
+    Model,
+    ModelCommand,
+    PenaltyWindow,
+    Plan,
+    Policy,
+    PrecisionOption,
+    Predictor,
+    Prefetch,
+    PresencePenalty,
+    Readers,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    Trace,
+)
 from .errors import (
+    BudgetError,
     ChatTemplateError,
     ContextLengthError,
     ModelFileError,
@@ -29,6 +59,7 @@ if TYPE_CHECKING:
     from .options import GenerationOptions, LoadOptions
 
 _BAD_INPUT = (
+    BudgetError,
     ChatTemplateError,
     ContextLengthError,
     ModelFileError,
@@ -46,42 +77,6 @@ app = typer.Typer(
 )
 
 app.add_typer(export_command.app)
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="GGUF file, name of the catalogue (smollm2), or hf:owner/name/file.gguf.",
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", "-t", help="Compute threads [default: physical performance cores]."),
-]
-Context = Annotated[
-    int | None,
-    typer.Option("--context", "-c", help="Tokens of context [default: the model's, at most 4096]."),
-]
-KvType = Annotated[str, typer.Option(help="Element type of the KV cache: f16 or f32.")]
-PrecisionOption = Annotated[
-    str, typer.Option("--precision", help="Of activations: fast, balanced or high (slower).")
-]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option("--max-tokens", "-n", help="Tokens to generate at most [default: no limit]."),
-]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
-TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens below this fraction of the likeliest's.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Of recent tokens; 1 is off.")]
-FrequencyPenalty = Annotated[float, typer.Option(help="Per occurrence of a token; 0 is off.")]
-PresencePenalty = Annotated[float, typer.Option(help="Once for a token seen; 0 is off.")]
-PenaltyWindow = Annotated[int, typer.Option(help="Recent tokens that penalties look at; -1: all.")]
-Seed = Annotated[int | None, typer.Option(help="Of the sampler [default: random].")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
-System = Annotated[str | None, typer.Option("--system", "-s", help="The system message.")]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def _version(show: bool) -> None:
@@ -110,12 +105,10 @@ def root(
         typer.echo(context.get_help())
 
 
-def _load_options(
-    threads: int | None, context: int | None, kv_type: str, precision: str
-) -> LoadOptions:
+def _load_options(**values: Any) -> LoadOptions:
     from .options import LoadOptions
 
-    return LoadOptions(threads=threads, context=context, kv_type=kv_type, precision=precision)
+    return LoadOptions(**values)
 
 
 def _generation_options(stop: Sequence[str] | None, **values: Any) -> GenerationOptions:
@@ -124,7 +117,7 @@ def _generation_options(stop: Sequence[str] | None, **values: Any) -> Generation
     return GenerationOptions(stop=tuple(stop or ()), **values)
 
 
-@app.command()
+@app.command(cls=ModelCommand)
 def run(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads stdin.")] = None,
@@ -160,6 +153,14 @@ def run(
         bool, typer.Option("--json", help="JSON lines: one for each token, then the summary.")
     ] = False,
     stats: Annotated[bool, typer.Option(help="Print speed and memory on stderr.")] = False,
+    memory: Memory = "auto",
+    policy: Policy = None,
+    predictor: Predictor = None,
+    prefetch: Prefetch = "auto",
+    io: Io = None,
+    readers: Readers = None,
+    plan: Plan = False,
+    trace: Trace = None,
 ) -> None:
     """Answer one prompt and exit.
 
@@ -171,6 +172,8 @@ def run(
     stoker run model.gguf -f question.txt -n 200
     echo "Once upon a time" | stoker run model.gguf - --raw
     stoker run smollm2 "Hello" --json --logprobs 3
+    stoker run mixture.gguf "Hello" --memory 2GiB --plan --stats
+    stoker run mixture.gguf "Hello" --memory 60% --trace routing.csv.gz
     """
     from . import run_command
 
@@ -189,20 +192,32 @@ def run(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    load_options = _load_options(threads, context, kv_type, precision)
+    load_options = _load_options(
+        threads=threads,
+        context=context,
+        kv_type=kv_type,
+        precision=precision,
+        memory=memory,
+        policy=policy,
+        predictor=predictor,
+        prefetch=prefetch,
+        io=io,
+        readers=readers,
+    )
     text = run_command.read_prompt(prompt, file)
     run_command.run(
-        run_command.open_model(model, load_options),
+        run_command.open_model(model, load_options, plan=plan, as_json=as_json, measure=stats),
         text,
         options,
         system=system,
         chat=chat_format,
         as_json=as_json,
         stats=stats,
+        trace=trace,
     )
 
 
-@app.command()
+@app.command(cls=ModelCommand)
 def chat(
     model: Model,
     *,
@@ -222,6 +237,14 @@ def chat(
     context: Context = None,
     kv_type: KvType = "f16",
     precision: PrecisionOption = "balanced",
+    memory: Memory = "auto",
+    policy: Policy = None,
+    predictor: Predictor = None,
+    prefetch: Prefetch = "auto",
+    io: Io = None,
+    readers: Readers = None,
+    plan: Plan = False,
+    trace: Trace = None,
 ) -> None:
     """Talk with a model in the terminal.
 
@@ -231,10 +254,11 @@ def chat(
     \b
     stoker chat smollm2
     stoker chat model.gguf --system "Answer in one sentence." -c 8192
+    stoker chat mixture.gguf --memory 4GiB --plan
     printf 'Hello\\nAnd again\\n' | stoker chat smollm2 --temperature 0
     """
     from .chat_command import Chat
-    from .run_command import open_model
+    from .run_command import open_model, recording
 
     options = _generation_options(
         stop,
@@ -249,11 +273,21 @@ def chat(
         penalty_window=penalty_window,
         seed=seed,
     )
-    Chat(
-        open_model(model, _load_options(threads, context, kv_type, precision)),
-        options,
-        system=system,
-    ).loop()
+    load_options = _load_options(
+        threads=threads,
+        context=context,
+        kv_type=kv_type,
+        precision=precision,
+        memory=memory,
+        policy=policy,
+        predictor=predictor,
+        prefetch=prefetch,
+        io=io,
+        readers=readers,
+    )
+    loaded = open_model(model, load_options, plan=plan, measure=True)
+    with recording(loaded, trace):
+        Chat(loaded, options, system=system).loop()
 
 
 @app.command()
@@ -324,7 +358,7 @@ def pull(
         typer.echo(f"    {size(entry.size)}, {entry.licence}, {here}")
 
 
-@app.command()
+@app.command(cls=ModelCommand)
 def perplexity(
     model: Model,
     file: Annotated[Path, typer.Argument(help="UTF-8 text; - reads stdin.")],
@@ -344,6 +378,14 @@ def perplexity(
     kv_type: KvType = "f16",
     precision: PrecisionOption = "balanced",
     as_json: Json = False,
+    memory: Memory = "auto",
+    policy: Policy = None,
+    predictor: Predictor = None,
+    prefetch: Prefetch = "auto",
+    io: Io = None,
+    readers: Readers = None,
+    plan: Plan = False,
+    trace: Trace = None,
 ) -> None:
     """Measure how well a model predicts a text.
 
@@ -351,18 +393,31 @@ def perplexity(
     stoker perplexity smollm2 wiki.txt
     stoker perplexity model.gguf wiki.txt --context 2048 --stride 512 --json
     zcat wiki.txt.gz | stoker perplexity smollm2 - --max-chunks 20
+    stoker perplexity mixture.gguf wiki.txt --memory 1GiB --trace routing.csv.gz
     """
     from . import run_command
 
     text = run_command.read_text(file)
-    options = _load_options(threads, window, kv_type, precision)
+    options = _load_options(
+        threads=threads,
+        context=window,
+        kv_type=kv_type,
+        precision=precision,
+        memory=memory,
+        policy=policy,
+        predictor=predictor,
+        prefetch=prefetch,
+        io=io,
+        readers=readers,
+    )
     run_command.perplexity(
-        run_command.open_model(model, options),
+        run_command.open_model(model, options, plan=plan, as_json=as_json),
         text,
         context=window,
         stride=stride,
         max_chunks=max_chunks,
         as_json=as_json,
+        trace=trace,
     )
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from .memory import process_bytes
@@ -109,9 +110,7 @@ class PlanReport:
         rows.append(
             ("KV cache", f"{size(self.kv)}: {self.context} tokens of a session, {self.kv_type}")
         )
-        rows.append(
-            ("scratch", f"{size(self.scratch)}: prompts in chunks of {self.chunk} tokens")
-        )
+        rows.append(("scratch", f"{size(self.scratch)}: prompts in chunks of {self.chunk} tokens"))
         if self.budget:
             share = self.slots / self.experts if self.experts else 0.0
             rows.append(
@@ -195,7 +194,7 @@ def expected_hit_rate(slots: int, experts: int, working_set: int) -> float:
     if slots < working_set:
         return 0.0
     share = slots / experts
-    for (x0, y0), (x1, y1) in zip(_HITS, _HITS[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(_HITS):
         if share <= x1:
             return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
     return 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,34 @@ if TYPE_CHECKING:
     from .model import Model
 
 
-def open_model(spec: str, options: LoadOptions | None = None) -> Model:
-    """Loads what `spec` names, downloading it with a progress display if need be."""
+def open_model(
+    spec: str,
+    options: LoadOptions | None = None,
+    *,
+    plan: bool = False,
+    as_json: bool = False,
+    measure: bool = False,
+) -> Model:
+    """Loads what `spec` names, downloading it with a progress display if need be.
+
+    plan: print the plan, as JSON on stdout or as a table on stderr; measure: the bandwidth of the
+    memory, so that statistics can name the limit. Raises BudgetError and what a load raises.
+    """
     from .model import Model
 
-    return Model(find(spec), options)
+    model = Model(find(spec), options)
+    if plan or measure:
+        report = model.forecast()
+        if plan and as_json:
+            print(json.dumps({"plan": report.as_dict()}), flush=True)
+        elif plan:
+            print("\n".join(report.lines()), end="\n\n", file=sys.stderr, flush=True)
+    return model
+
+
+def recording(model: Model, path: Path | None) -> AbstractContextManager[None]:
+    """Records the routing into `path` where there is one."""
+    return nullcontext() if path is None else model.record(path)
 
 
 def find(spec: str) -> Path:
@@ -81,8 +104,12 @@ def run(
     chat: bool | None,
     as_json: bool,
     stats: bool,
+    trace: Path | None = None,
 ) -> None:
-    """Answers `prompt` on stdout; chat None: in the chat format if the model has one."""
+    """Answers `prompt` on stdout; chat None: in the chat format if the model has one.
+
+    trace: where to record the routing.
+    """
     if chat is None:
         chat = system is not None or model.chat_template is not None
     if not chat and system is not None:
@@ -94,13 +121,15 @@ def run(
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
         generation = model.chat(messages, options=options)
-    if as_json:
-        _print_json(model, generation)
-    else:
-        _print_text(generation)
+    with recording(model, trace):
+        if as_json:
+            _print_json(model, generation)
+        else:
+            _print_text(generation)
     if stats:
-        line = f"load {model.load_s * 1e3:.0f} ms | {generation.stats.line()}"
-        print(line, file=sys.stderr, flush=True)
+        lines = generation.stats.lines()
+        lines[0] = f"load {model.load_s * 1e3:.0f} ms | {lines[0]}"
+        print("\n".join(lines), file=sys.stderr, flush=True)
 
 
 def _print_text(generation: Generation) -> None:
@@ -146,8 +175,12 @@ def perplexity(
     stride: int | None,
     max_chunks: int | None,
     as_json: bool,
+    trace: Path | None = None,
 ) -> None:
-    """Prints the perplexity of `text`; a progress bar on stderr in a terminal."""
+    """Prints the perplexity of `text`; a progress bar on stderr in a terminal.
+
+    trace: where to record the routing.
+    """
     bar: Any = nullcontext()
     report = None
     if sys.stderr.isatty():
@@ -160,7 +193,7 @@ def perplexity(
         def report(done: int, total: int, ppl: float) -> None:
             bar.update(task, completed=done, total=total, description=f"perplexity {ppl:.4f}")
 
-    with bar:
+    with recording(model, trace), bar:
         result = model.perplexity(
             text, context=context, stride=stride, max_chunks=max_chunks, progress=report
         )

@@ -205,9 +205,7 @@ class Statistics:
             flash += f" at {self.flash_bandwidth / 1e9:.2f} GB/s"
         parts.append(flash)
         if e.prefetches:
-            parts.append(
-                f"prefetch {e.prefetches}, {e.precision:.0%} used, recall {e.recall:.0%}"
-            )
+            parts.append(f"prefetch {e.prefetches}, {e.precision:.0%} used, recall {e.recall:.0%}")
         else:
             parts.append("no prefetch")
         stall = f"waited {e.stall_s:.2f} s"

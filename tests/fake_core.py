@@ -53,6 +53,8 @@ class GgufFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self.metadata = dict(METADATA)
+        self.nbytes = 1 << 20
+        self.tensors: list[Any] = []
 
     def get(self, key: str) -> Any:
         return self.metadata.get(key)
@@ -61,6 +63,8 @@ class GgufFile:
 class Engine:
     story = b"the story"
     delay = 0.0  # seconds that one evaluation takes
+    offload: dict[str, Any] | None = None  # of a model whose experts are in memory
+    budgets: list[dict[str, Any]] = []  # noqa: RUF012 (what each load was given beyond the rest)
 
     def __init__(
         self,
@@ -70,10 +74,22 @@ class Engine:
         context: int = 0,
         kv_type: str = "f16",
         precision: str = "balanced",
+        **offloading: Any,
     ) -> None:
+        self.budgets.append(offloading)
         self.context = context or 4096
         self.config = {"architecture": "recital", "n_vocab": N_VOCAB, "n_embd": 2}
-        self.plan = {"threads": threads or 1, "kv_type": kv_type, "precision": precision}
+        self.plan = {
+            "threads": threads or 1,
+            "isa": "scalar",
+            "context": self.context,
+            "chunk": 64,
+            "kv_type": kv_type,
+            "precision": precision,
+            "kv_bytes": 1 << 16,
+            "scratch_bytes": 1 << 16,
+            "token_bytes": 1 << 20,
+        }
 
     def timeline(self) -> Timeline:
         return Timeline(self)
@@ -180,6 +196,22 @@ class Sampler:
 
     def accept(self, token: int) -> None:
         self.accepted.append(token)
+
+
+def policies() -> list[tuple[str, str]]:
+    return [("lru", "the oldest"), ("lfu", "the rarest")]
+
+
+def predictors() -> list[tuple[str, str]]:
+    return [("none", "nothing"), ("next_gate", "the next router")]
+
+
+def io_backends() -> list[tuple[str, str]]:
+    return [("pread_pool", "readers"), ("null", "none")]
+
+
+def read_bandwidth(threads: int, nbytes: int) -> float:
+    return 1e10 * threads
 
 
 def isas() -> list[tuple[str, bool]]:

@@ -8,7 +8,6 @@
 // RMS hidden state's values (by which Q8_0 sees them at about one size); of each distance: i64 1
 // where there is a map: f32 [n_expert] bias, Q8_0 [n_expert][n_embd rounded up to 32].
 #include <algorithm>
-#include <cmath>
 
 #include "offload/predict/horizon.h"
 #include "offload/predict/map.h"
@@ -48,8 +47,8 @@ class Linear : public Predictor {
       const int64_t n = std::min(MapInput::kBatch, tokens_ - first);
       scaled_.assign(static_cast<size_t>(n * cols_), 0.0f);
       for (int64_t i = 0; i < n; ++i) {
-        scale(hidden + (first + i) * shape_.n_embd, source.factor.data(),
-              scaled_.data() + i * cols_);
+        scale_to_unit(hidden + (first + i) * shape_.n_embd, source.factor.data(), shape_.n_embd,
+                      scaled_.data() + i * cols_);
       }
       input_.set(scaled_.data(), n);
       for (size_t d = 0; d < n_maps; ++d) {
@@ -123,17 +122,6 @@ class Linear : public Predictor {
     std::vector<float> factor;  // [n_embd]
     std::vector<Target> maps;   // [distances]
   };
-
-  // out = hidden / rms(hidden) * factor, [n_embd].
-  void scale(const float* hidden, const float* factor, float* out) const {
-    double squares = 0;
-    for (int64_t i = 0; i < shape_.n_embd; ++i) {
-      squares += static_cast<double>(hidden[i]) * static_cast<double>(hidden[i]);
-    }
-    const float unit = static_cast<float>(
-        1 / std::sqrt(squares / static_cast<double>(shape_.n_embd) + 1e-20));
-    for (int64_t i = 0; i < shape_.n_embd; ++i) out[i] = hidden[i] * unit * factor[i];
-  }
 
   PredictorShape shape_;
   int64_t cols_;

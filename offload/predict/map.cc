@@ -1,5 +1,7 @@
 #include "offload/predict/map.h"
 
+#include <cmath>
+
 namespace stoker {
 
 namespace {
@@ -60,6 +62,13 @@ void Map::add_row(int64_t row, std::vector<float>& buffer, float* y) const {
   buffer.resize(static_cast<size_t>(cols_));
   q8_0().dequantize(w_.data() + row * row_bytes_, buffer.data(), cols_);
   for (int64_t i = 0; i < cols_; ++i) y[i] += buffer[static_cast<size_t>(i)];
+}
+
+void scale_to_unit(const float* x, const float* factor, int64_t n, float* out) {
+  double squares = 0;
+  for (int64_t i = 0; i < n; ++i) squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  const float unit = static_cast<float>(1 / std::sqrt(squares / static_cast<double>(n) + 1e-20));
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * unit * factor[i];
 }
 
 }  // namespace stoker

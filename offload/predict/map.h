@@ -47,6 +47,9 @@ class Map {
   std::vector<uint8_t> w_;  // [rows][row_bytes]
 };
 
+// out = x / rms(x) * factor, [n].
+void scale_to_unit(const float* x, const float* factor, int64_t n, float* out);
+
 // cols rounded up to what a map takes.
 inline int64_t map_cols(int64_t cols) { return (cols + 31) / 32 * 32; }
 

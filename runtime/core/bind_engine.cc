@@ -90,6 +90,7 @@ nb::dict config_of(const Engine& e) {
   d["n_expert_used"] = c.n_expert_used;
   d["n_ff_expert"] = c.n_ff_expert;
   d["sliding_window"] = c.sliding_window;
+  d["routes_early"] = c.routes_early;
   d["context_train"] = c.context_train;
   d["context"] = e.plan().context;
   return d;

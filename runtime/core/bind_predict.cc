@@ -1,13 +1,11 @@
-// Predictors in Python: their names, and what they would find in a recording.
+// Predictors in Python: what they would find in a recording.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "offload/predict/replay.h"
@@ -25,14 +23,6 @@ using Cube = nb::ndarray<const T, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 [[noreturn]] void refuse(const std::string& message) {
   throw Error(ErrorKind::kOption, "replay: " + message);
-}
-
-std::vector<std::pair<std::string, std::string>> predictors() {
-  return {
-#define STOKER_PREDICTOR(name, summary) {#name, summary},
-#include "offload/predict/predictors.inc"
-#undef STOKER_PREDICTOR
-  };
 }
 
 nb::dict replay(const std::string& predictor, nb::bytes state, const Cube<float>& hidden,
@@ -87,7 +77,6 @@ nb::dict replay(const std::string& predictor, nb::bytes state, const Cube<float>
 }  // namespace
 
 void bind_predict(nb::module_& m) {
-  m.def("predictors", predictors);
   m.def("replay_predictor", replay, nb::arg("predictor"), nb::kw_only(), nb::arg("state"),
         nb::arg("hidden"), nb::arg("experts"), nb::arg("routers"), nb::arg("distance"),
         nb::arg("width"), nb::arg("count_from") = 0);
