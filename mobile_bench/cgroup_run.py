@@ -27,11 +27,10 @@ class MemoryGroup:
 
     def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Starts a command inside the group."""
-
-        def join() -> None:
-            (self.folder / "cgroup.procs").write_text(str(os.getpid()))
-
-        return subprocess.Popen(list(command), preexec_fn=join, text=True, **options)
+        # The shell joins, then becomes the command: everything that it touches is charged here.
+        join = 'echo $$ > "$0" && exec "$@"'
+        shell = ["/bin/sh", "-c", join, str(self.folder / "cgroup.procs"), *command]
+        return subprocess.Popen(shell, text=True, **options)
 
     def _number(self, name: str) -> int:
         with suppress(OSError, ValueError):

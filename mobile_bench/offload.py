@@ -85,9 +85,7 @@ def run(
     command = [python, str(WORKER), engine, str(model)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     process = (
-        group.popen(command, **pipes)
-        if group
-        else subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+        group.popen(command, **pipes) if group else subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
     )
     out, _ = process.communicate(json.dumps(task))
     result: dict[str, Any]
@@ -100,7 +98,9 @@ def run(
     return result
 
 
-def belady_misses(routing: dict[str, list[Any]], config: dict[str, Any], slots: int, n: int) -> float:
+def belady_misses(
+    routing: dict[str, list[Any]], config: dict[str, Any], slots: int, n: int
+) -> float:
     """Misses a decoded token of an optimal cache, cold at the prompt."""
     import numpy as np
     from stoker.runtime import _core
@@ -123,7 +123,9 @@ def belady_misses(routing: dict[str, list[Any]], config: dict[str, Any], slots: 
     return float(result["misses"]) / n
 
 
-def roofline(records: dict[str, list[dict[str, Any]]], config: dict[str, Any], n: int) -> dict[str, float]:
+def roofline(
+    records: dict[str, list[dict[str, Any]]], config: dict[str, Any], n: int
+) -> dict[str, float]:
     """Seconds a token: computation alone, optimal reading, and the larger of them."""
     traced = records["+ controller (default)"][0]
     plan = traced["plan"]
@@ -176,9 +178,9 @@ def report(result: dict[str, Any]) -> str:
         rows.append("\t".join(cells))
     r = result["roofline"]
     rows.append(
-        f"roofline: {1 / limit:.1f} tok/s = the slower of computation ({r['compute_s'] * 1e3:.1f} ms) "
-        f"and reading ({r['read_s'] * 1e3:.1f} ms: {r['belady_misses']:.1f} misses, "
-        f"{r['belady_bytes'] / 1e6:.1f} MB a token at {r['flash_bandwidth'] / 1e6:.0f} MB/s)"
+        f"roofline: {1 / limit:.1f} tok/s = the slower of computation "
+        f"({r['compute_s'] * 1e3:.1f} ms) and reading ({r['read_s'] * 1e3:.1f} ms: "
+        f"{r['belady_misses']:.1f} misses, {r['belady_bytes'] / 1e6:.1f} MB a token at {r['flash_bandwidth'] / 1e6:.0f} MB/s)"
     )
     return "\n".join(rows)
 
@@ -260,7 +262,10 @@ def main() -> None:
             for r in runs:
                 r.pop("routing", None)
         options.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print(f"{model.name} in {limit / 1e6:.0f} MB, budget {budget / 1e6:.0f} MB, {options.repeats} repeats")
+    print(
+        f"{model.name} in {limit / 1e6:.0f} MB, budget {budget / 1e6:.0f} MB, "
+        f"{options.repeats} repeats"
+    )
     print(report(summary))
 
 

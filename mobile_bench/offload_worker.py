@@ -42,9 +42,7 @@ def stoker(path: str, task: dict[str, Any]) -> dict[str, Any]:
         # Room for what the interpreter grows by while it runs.
         options["process_bytes"] = resident_bytes() + (4 << 20)
     start = time.perf_counter()
-    engine = Engine(
-        GgufFile(path), threads=task["threads"], context=task["context"], **options
-    )
+    engine = Engine(GgufFile(path), threads=task["threads"], context=task["context"], **options)
     timeline = engine.timeline()
     greedy = Sampler(engine.config["n_vocab"])
     load_s = time.perf_counter() - start
@@ -65,9 +63,7 @@ def stoker(path: str, task: dict[str, Any]) -> dict[str, Any]:
     after = engine.offload
     if before and after:
         result["decode"] = {
-            key: after[key] - before[key]
-            for key in after
-            if isinstance(after[key], (int, float))
+            key: after[key] - before[key] for key in after if isinstance(after[key], (int, float))
         }
         result["prefetch"], result["io"] = after["prefetch"], after["io"]
         if task.get("trace"):
@@ -75,7 +71,9 @@ def stoker(path: str, task: dict[str, Any]) -> dict[str, Any]:
             names = ("evaluation", "layer", "rank", "expert", "weight")
             result["routing"] = {name: routing[name].tolist() for name in names}
         engine.empty_cache()
-        result["flash_bandwidth"] = sorted(engine.flash_bandwidth(512 << 20, s) for s in range(5))[2]
+        result["flash_bandwidth"] = sorted(engine.flash_bandwidth(512 << 20, s) for s in range(5))[
+            2
+        ]
     return result | {
         "load_s": load_s,
         "prompt_s": prompt_s,

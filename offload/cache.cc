@@ -101,11 +101,12 @@ int64_t Cache::lend(int64_t bytes, const std::vector<int64_t>& least) {
   while (total < bytes) {
     int best = -1;
     for (size_t c = 0; c < range_.size(); ++c) {
-      while (next[c] > range_[c].first && slots_[static_cast<size_t>(next[c] - 1)].pins > 0) --next[c];
+      while (next[c] > range_[c].first && slots_[static_cast<size_t>(next[c] - 1)].pins > 0)
+        --next[c];
       if (left[c] <= least[c] || next[c] <= range_[c].first) continue;
-      if (best < 0 || left[c] * layout_.class_bytes()[c] >
-                          left[static_cast<size_t>(best)] *
-                              layout_.class_bytes()[static_cast<size_t>(best)]) {
+      if (best < 0 ||
+          left[c] * layout_.class_bytes()[c] >
+              left[static_cast<size_t>(best)] * layout_.class_bytes()[static_cast<size_t>(best)]) {
         best = static_cast<int>(c);
       }
     }
@@ -120,8 +121,8 @@ int64_t Cache::lend(int64_t bytes, const std::vector<int64_t>& least) {
     if (slot.unit >= 0) drop(slot);
     std::erase(free_[static_cast<size_t>(slot.size_class)], s);
     slot.pins = 1;  // nobody's: neither free nor a candidate
-    arena_.release(slot.data,
-                   static_cast<uint64_t>(layout_.class_bytes()[static_cast<size_t>(slot.size_class)]));
+    arena_.release(slot.data, static_cast<uint64_t>(
+                                  layout_.class_bytes()[static_cast<size_t>(slot.size_class)]));
     lent_.push_back(s);
   }
   return total;

@@ -14,8 +14,8 @@
 
 namespace stoker {
 
-// The fewest slots with which a layer of `units` units runs: a token's experts, and half as many being
-// read ahead.
+// The fewest slots with which a layer of `units` units runs: a token's experts, and half as many
+// being read ahead.
 inline int64_t ring_slots(int64_t units, int64_t experts_used) {
   return std::min(units, experts_used + (experts_used + 1) / 2);
 }
@@ -50,8 +50,8 @@ class Cache {
   void drop(Slot& slot);
 
   // Gives up free or unpinned slots until their memory is at least `bytes`, which goes back to the
-  // system; each size class keeps `least` of them. Returns the bytes, or 0 and changes nothing where
-  // there are too few. No unit may be in use.
+  // system; each size class keeps `least` of them. Returns the bytes, or 0 and changes nothing
+  // where there are too few. No unit may be in use.
   int64_t lend(int64_t bytes, const std::vector<int64_t>& least);
   // Takes back slots of at most `bytes`. Returns their bytes.
   int64_t take_back(int64_t bytes);

@@ -87,10 +87,10 @@ class FlashExperts : public ExpertStore {
 
   void record(bool on);              // tracing
   std::vector<Access> take_trace();  // what was recorded since the last call
-  // Bytes a second of reading randomly chosen units, about `bytes` of them, with as many reads under
-  // way as the reader takes.
+  // Bytes a second of reading randomly chosen units, about `bytes` of them, with as many reads
+  // under way as the reader takes.
   double flash_bandwidth(int64_t bytes, uint64_t seed);
-  void forget();                     // empties the cache: for measurements from cold
+  void forget();  // empties the cache: for measurements from cold
 
  private:
   friend class FlashLease;

@@ -149,6 +149,10 @@ def report(model: Model) -> PlanReport:
     working_set = int(plan.get("working_set", 0))
     one = int(plan.get("expert_bytes", 0)) // experts if experts else 0
     hits = expected_hit_rate(slots, experts, working_set) if limit else 1.0
+    pinned = pinned_by_kind(model._file.tensors, with_experts=not limit)
+    padding = int(plan["weight_bytes"]) - sum(pinned.values())
+    if padding > 0:
+        pinned["padding"] = padding  # tensors begin where direct reads may
     flash_bandwidth = model.flash_bandwidth
     flash_s: float | None = 0.0
     if hits < 1:
@@ -161,7 +165,7 @@ def report(model: Model) -> PlanReport:
         kv_type=str(plan["kv_type"]),
         budget=limit,
         process=int(plan.get("process_bytes", 0)),
-        pinned=pinned_by_kind(model._file.tensors, with_experts=not limit),
+        pinned=pinned,
         kv=int(plan["kv_bytes"]),
         scratch=int(plan["scratch_bytes"]),
         margin=int(plan.get("margin_bytes", 0)),

@@ -88,6 +88,7 @@ class Engine:
             "precision": precision,
             "kv_bytes": 1 << 16,
             "scratch_bytes": 1 << 16,
+            "weight_bytes": 1 << 20,
             "token_bytes": 1 << 20,
         }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import struct
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +13,10 @@ from typing import Any
 import gguf
 import numpy as np
 import numpy.typing as npt
+import stoker
+from stoker.offload.profile import PREDICTORS as PREDICTORS_OF_PROFILES
+from stoker.offload.profile import fit, record
+from stoker.offload.profile_fit import Shape
 from stoker.runtime import _core, errors
 from tiny_models import VARIANTS, WIDE, quantized, some_tokens, spec_of, tensors, write_metadata
 
@@ -118,8 +124,8 @@ class Budgets:
 
 
 def engine(path: Path, memory: int = 0, **options: Any) -> _core.Engine:
-    """The model with CONTEXT tokens, on two threads; memory 0: every expert resident."""
-    options = {"threads": 2, "context": CONTEXT, **options}
+    """The model with CONTEXT tokens, on one thread; memory 0: every expert resident."""
+    options = {"threads": 1, "context": CONTEXT, **options}
     if memory:
         options["memory"] = memory
     return _core.Engine(_core.GgufFile(str(path)), **options)
@@ -175,6 +181,7 @@ class Model:
         self.resident = engine(path)
         self.budgets = budgets(path)
         self._expected: dict[tuple[int, int], bytes] = {}
+        self._states: dict[str, bytes] = {}
 
     def expected(self, seed: int = 0, decode: int = DECODE) -> bytes:
         """run() of the resident engine."""
@@ -184,8 +191,39 @@ class Model:
         return self._expected[key]
 
     def offloaded(self, share: float, **options: Any) -> _core.Engine:
-        """An engine in budgets.part(share)."""
-        return engine(self.path, self.budgets.part(share), **options)
+        """An engine in budgets.part(share); its predictor has learnt what it needs."""
+        state = self.state(options.get("predictor", ""))
+        return engine(self.path, self.budgets.part(share), predictor_state=state, **options)
+
+    def state(self, predictor: str) -> bytes:
+        """What `predictor` learns of other prompts than run()'s; of the oracle, run()'s routing."""
+        if predictor not in ("oracle", *PREDICTORS_OF_PROFILES):
+            return b""
+        if predictor not in self._states:
+            make = self._routing if predictor == "oracle" else self._fit
+            self._states[predictor] = make(predictor)
+        return self._states[predictor]
+
+    def _fit(self, predictor: str) -> bytes:
+        model = stoker.load(self.path, threads=1, context=CONTEXT)
+        sequences = [prompt(self.resident, seed, CONTEXT).tolist() for seed in (11, 12)]
+        with tempfile.TemporaryDirectory() as folder:
+            return fit(record(model, sequences, folder), [predictor])[predictor]
+
+    def _routing(self, predictor: str) -> bytes:
+        e = engine(self.path, self.budgets.whole)
+        e.record_routing(True)
+        for seed in (0, 1):
+            run(e, seed=seed)
+        t = e.take_routing()
+        c = e.config
+        shape = Shape(*(c[k] for k in ("n_layer", "n_embd", "n_expert", "n_expert_used")))
+        evaluations, first = np.unique(t["evaluation"], return_index=True)
+        parts = [shape.header(predictor), struct.pack("<q", len(evaluations))]
+        for evaluation, i in zip(evaluations, first, strict=True):
+            rows = t["expert"][t["evaluation"] == evaluation]  # by layer, token, rank
+            parts += [struct.pack("<q", t["tokens"][i]), rows.astype("<u2").tobytes()]
+        return b"".join(parts)
 
 
 def consistent(counts: dict[str, Any], *, interrupted: bool = False) -> None:

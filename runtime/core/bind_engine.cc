@@ -239,9 +239,8 @@ void bind_engine(nb::module_& m) {
                        const std::string& kv_type, const std::string& precision, int64_t memory,
                        int64_t process_bytes, const std::string& policy,
                        const std::string& predictor, nb::bytes predictor_state,
-                       const std::string& prefetch,
-                       const std::string& io, int readers, bool direct, bool cache,
-                       bool overlap) {
+                       const std::string& prefetch, const std::string& io, int readers, bool direct,
+                       bool cache, bool overlap) {
              if (kv_type != "f16" && kv_type != "f32") {
                throw Error(ErrorKind::kOption, "kv_type: expected f16 or f32, found " + kv_type);
              }
@@ -267,8 +266,9 @@ void bind_engine(nb::module_& m) {
            nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced", nb::arg("memory") = 0,
            nb::arg("process_bytes") = 0, nb::arg("policy") = std::string(stoker::kDefaultPolicy),
            nb::arg("predictor") = std::string(stoker::kDefaultPredictor),
-           nb::arg("predictor_state") = nb::bytes("", 0), nb::arg("prefetch") = "auto", nb::arg("io") = "pread_pool", nb::arg("readers") = 4,
-           nb::arg("direct") = true, nb::arg("cache") = true, nb::arg("overlap") = true)
+           nb::arg("predictor_state") = nb::bytes("", 0), nb::arg("prefetch") = "auto",
+           nb::arg("io") = "pread_pool", nb::arg("readers") = 4, nb::arg("direct") = true,
+           nb::arg("cache") = true, nb::arg("overlap") = true)
       .def_prop_ro("config", config_of)
       .def_prop_ro("plan", plan_of)
       .def_prop_ro("offload", offload_of)
@@ -322,12 +322,11 @@ void bind_engine(nb::module_& m) {
              const auto n_layer = static_cast<size_t>(c.n_layer);
              const size_t row = ids.size() * static_cast<size_t>(c.n_embd);
              std::vector<float> taps(n_layer * row);
-             nb::object hidden =
-                 filled<float>({n_layer + 1, ids.size(), row / std::max<size_t>(ids.size(), 1)},
-                               [&](float* out) {
-                                 std::fill_n(out, (n_layer + 1) * row, 0.0f);
-                                 t.eval_hidden_taps(ids, taps.data(), out);
-                               });
+             nb::object hidden = filled<float>(
+                 {n_layer + 1, ids.size(), row / std::max<size_t>(ids.size(), 1)}, [&](float* out) {
+                   std::fill_n(out, (n_layer + 1) * row, 0.0f);
+                   t.eval_hidden_taps(ids, taps.data(), out);
+                 });
              nb::object inputs =
                  filled<float>({n_layer, ids.size(), row / std::max<size_t>(ids.size(), 1)},
                                [&](float* out) { std::copy(taps.begin(), taps.end(), out); });

@@ -81,8 +81,7 @@ void Engine::load(const std::function<void()>& poll) {
   const ModelConfig& c = config_;
   const OffloadOptions& o = options_.offload;
   if (o.memory < 0) {
-    throw Error(ErrorKind::kOption,
-                "memory: expected bytes, found " + std::to_string(o.memory));
+    throw Error(ErrorKind::kOption, "memory: expected bytes, found " + std::to_string(o.memory));
   }
   int64_t scratch_limit = kMixtureScratch;
   if (o.memory > 0) scratch_limit = std::min(scratch_limit, o.memory / kScratchShare);

@@ -124,8 +124,8 @@ class Engine {
   // Null unless the experts are on flash.
   FlashExperts* flash() const { return weights_.flash; }
 
-  // A session's KV cache is allocated, or has gone. The plan has room for one; under a budget others
-  // take theirs from the expert cache. Throws Error(kBudget) where that is too small.
+  // A session's KV cache is allocated, or has gone. The plan has room for one; under a budget
+  // others take theirs from the expert cache. Throws Error(kBudget) where that is too small.
   void open_session() const;
   void close_session() const;
   // Gives the cache what closed sessions had. Under pool()'s lease.
