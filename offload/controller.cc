@@ -10,7 +10,7 @@ namespace stoker {
 namespace {
 
 // Weight of one more outcome in a decayed mean.
-constexpr float kOutcome = 1.0f / 24;
+constexpr float kOutcome = 1.0f / 16;
 // Scores are told apart in steps of this many spreads.
 constexpr float kStep = 0.2f;
 // The share of the time that the disk should be busy, and how fast the threshold follows.
@@ -20,7 +20,7 @@ constexpr float kLeastThreshold = 0.5f, kMostThreshold = 0.97f;
 // A trial compares this many tokens without prefetch with as many just before.
 constexpr int64_t kTrial = 12;
 // The cache fills first; then trials, ever rarer while their outcome stays the same.
-constexpr int64_t kFirstTrial = 48;
+constexpr int64_t kFirstTrial = 24;
 constexpr int64_t kMaxBackoff = 16;
 // The side in use is kept unless the other one is faster by this share.
 constexpr double kGain = 0.01;
@@ -30,13 +30,14 @@ constexpr double kGain = 0.01;
 Controller::Controller(const PredictorShape& shape, PrefetchMode mode)
     : shape_(shape), mode_(mode), active_(mode != PrefetchMode::kOff) {
   width_ = std::min(shape.n_expert, 2 * shape.n_expert_used);
-  // Before anything is known: a coin at the edge, nearly certain far above it.
+  // Before anything is known: a coin at the edge, nearly certain far above it; but what is not in
+  // memory has to earn its trust, because the predictor may be worthless for this model.
   Record record;
   for (size_t d = 0; d < kMaxDistance; ++d) {
     for (int b = 0; b < kBins; ++b) {
       const float score = (static_cast<float>(b) - kBins / 2 + 0.5f) * kStep;
       const float p = 1 / (1 + std::exp(-3 * score / (1 + 0.3f * static_cast<float>(d))));
-      record[d][0][static_cast<size_t>(b)] = 0.8f * p;
+      record[d][0][static_cast<size_t>(b)] = 0.5f * p;
       record[d][1][static_cast<size_t>(b)] = 0.95f * p;
     }
   }

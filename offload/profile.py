@@ -41,16 +41,17 @@ _WINDOW = 512  # tokens that see each other
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of used experts that a predictor guessed; rows of layers, None where it guessed none.
+    """Share of the used experts that a predictor guessed.
 
-    width: experts guessed of each layer. layers [n_layer]: of experts of that layer; None where no
-    guess is possible.
+    distance: layers ahead. width: experts guessed of each layer. layers [n_layer]: of each, None
+    in those without experts. mean: of the layers from `distance` on, which every predictor can
+    know; None where it guesses none of them.
     """
 
     predictor: str
     distance: int
     width: int
-    mean: float
+    mean: float | None
     layers: tuple[float | None, ...]
 
 
@@ -100,12 +101,17 @@ def _matrix(file: GgufFile, name: str) -> Floats:
     return dequantize(tensor.type, data, int(np.prod(tensor.shape))).reshape(tensor.shape[::-1])
 
 
-def predictor_state(path: str | os.PathLike[str], predictor: str, file: GgufFile) -> bytes:
+def predictor_state(path: str | os.PathLike[str], predictor: str | None, file: GgufFile) -> bytes:
     """What `predictor` learnt of the model in `file`: the engine's predictor_state.
 
-    Empty where the profile says nothing of a predictor that needs nothing. Raises OptionError for
-    a file that is no profile, or one of another model, or without that predictor.
+    Raises OptionError for a predictor that learns nothing, a file that is no profile, or one of
+    another model, or without that predictor.
     """
+    if predictor not in PREDICTORS:
+        raise OptionError(
+            f"profile: expected one of the predictors {', '.join(PREDICTORS)}, "
+            f"found {predictor or 'the default one'}"
+        )
     header, data = _read(Path(path))
     digest = routers_digest(file)
     if header["routers"] != digest:
@@ -115,8 +121,6 @@ def predictor_state(path: str | os.PathLike[str], predictor: str, file: GgufFile
         )
     section = header["sections"].get(predictor)
     if section is None:
-        if predictor not in PREDICTORS:
-            return b""
         raise OptionError(
             f"{path}: expected a profile with {predictor}, found {', '.join(header['sections'])}: "
             f"make one with `stoker profile --predictor {predictor}`"
@@ -146,8 +150,9 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
         valid = (
             isinstance(header["routers"], str)
             and isinstance(header["model"], dict)
-            and all(len(s) == 3 and all(type(v) is int and v >= 0 for v in s)
-                    for s in sections.values())
+            and all(
+                len(s) == 3 and all(type(v) is int and v >= 0 for v in s) for s in sections.values()
+            )
         )
         if not valid:
             raise ValueError
@@ -302,14 +307,13 @@ def measure(
                 )
                 asked = np.array(counted["asked"])
                 share = np.array(counted["found"]) / np.maximum(asked, 1)
-                # A guess at a layer this near the start would have to come before the token.
                 known = (asked > 0) & (np.arange(len(asked)) >= distance)
                 found.append(
                     Recall(
                         name,
                         distance,
                         width,
-                        float(share[known].mean()) if known.any() else 0.0,
+                        float(share[known].mean()) if share[known].any() else None,
                         tuple(
                             float(s) if a > 0 else None for s, a in zip(share, asked, strict=True)
                         ),
@@ -319,6 +323,15 @@ def measure(
                 if progress is not None:
                     progress("recall", done, total)
     return found
+
+
+def check_predictors(names: Sequence[str]) -> None:
+    """Raises OptionError for a predictor that learns nothing from a profile."""
+    for name in names:
+        if name not in PREDICTORS:
+            raise OptionError(
+                f"predictor: expected all, or some of {', '.join(PREDICTORS)}, found {name!r}"
+            )
 
 
 def make_profile(
@@ -339,9 +352,7 @@ def make_profile(
     """
     from ..export.hidden_states import own_text
 
-    for name in predictors:
-        if name not in PREDICTORS:
-            raise OptionError(f"predictor: expected {', '.join(PREDICTORS)} or all, found {name}")
+    check_predictors(predictors)
     target = Path(out)
     if not target.parent.is_dir():
         raise OptionError(f"{target.parent}: no such directory")
@@ -372,3 +383,19 @@ def make_profile(
         tokens=n,
     )
     return Profile(target, nbytes, n, tuple(recalls))
+
+
+def oracle_state(routing: Mapping[str, Any], shape: Shape) -> bytes:
+    """State of the predictor `oracle`, from the columns that Engine.take_routing() gave.
+
+    The engine must then evaluate the same tokens in the same chunks from its start.
+    """
+    evaluation = np.asarray(routing["evaluation"])
+    order = np.lexsort((routing["rank"], routing["token"], routing["layer"], evaluation))
+    experts = np.asarray(routing["expert"])[order].astype("<u2")
+    starts = np.flatnonzero(np.diff(evaluation[order], prepend=-1))
+    out = [shape.header("oracle"), struct.pack("<q", len(starts))]
+    for begin, end in zip(starts, [*starts[1:], len(order)], strict=True):
+        out.append(struct.pack("<q", int(np.asarray(routing["tokens"])[order[begin]])))
+        out.append(experts[begin:end].tobytes())
+    return b"".join(out)

@@ -93,9 +93,7 @@ def map_bytes(weights: Floats) -> bytes:
     return quantize("Q8_0", padded).tobytes()
 
 
-def fit_linear(
-    recording: Recording, distances: int, progress: Progress | None = None
-) -> bytes:
+def fit_linear(recording: Recording, distances: int, progress: Progress | None = None) -> bytes:
     """State of the predictor `linear`: maps from each layer to the next `distances` routers.
 
     Ridge regression towards the next router on the present hidden state, or towards nothing, and

@@ -5,8 +5,9 @@ from __future__ import annotations
 import struct
 
 import numpy as np
+import numpy.typing as npt
 
-from .profile_fit import Floats, Progress, Recording, map_bytes
+from .profile_fit import Floats, Progress, Recording, Shape, map_bytes
 
 _HIDDEN = 256
 _EPOCHS = 12
@@ -26,15 +27,14 @@ def fit_path(recording: Recording, *, seed: int = 0, progress: Progress | None =
     everything.
     """
     shape = recording.shape
-    n, n_units = recording.n_tokens, shape.n_layer * shape.n_expert
     embedding = recording.hidden[0].astype(np.float32)
     factor = 1 / (np.sqrt(np.mean(np.square(embedding), axis=0)) + np.float32(1e-3))
     x = embedding * factor
     layers = np.flatnonzero(recording.experts[0, :, 0] >= 0)
     units = recording.experts[:, layers] + (layers * shape.n_expert)[None, :, None]
-    units = units.reshape(n, -1)
-    network = _Network(shape.n_embd, n_units, np.random.default_rng(seed))
-    network.train(x, units, recording.first, shape.n_expert, shape.n_expert_used, progress)
+    units = units.reshape(recording.n_tokens, -1)
+    network = _Network(shape, np.random.default_rng(seed))
+    network.train(x, units, recording.first, progress)
     w1, wp, b1, w2, b2 = network.weights
     return b"".join(
         [
@@ -53,13 +53,14 @@ def fit_path(recording: Recording, *, seed: int = 0, progress: Progress | None =
 class _Network:
     """Weights [n_embd, H], [units, H], [H], [H, units], [units], and their training."""
 
-    def __init__(self, n_embd: int, n_units: int, rng: np.random.Generator) -> None:
+    def __init__(self, shape: Shape, rng: np.random.Generator) -> None:
         def normal(rows: int, cols: int, scale: float) -> Floats:
             return (rng.standard_normal((rows, cols)) * scale).astype(np.float32)
 
-        self.rng = rng
+        self.shape, self.rng = shape, rng
+        n_units = shape.n_layer * shape.n_expert
         self.weights = [
-            normal(n_embd, _HIDDEN, n_embd**-0.5),
+            normal(shape.n_embd, _HIDDEN, shape.n_embd**-0.5),
             normal(n_units, _HIDDEN, 0.05),
             np.zeros(_HIDDEN, dtype=np.float32),
             normal(_HIDDEN, n_units, 0.3 * _HIDDEN**-0.5),
@@ -67,21 +68,18 @@ class _Network:
         ]
         self._mean = [np.zeros_like(w) for w in self.weights]
         self._square = [np.zeros_like(w) for w in self.weights]
-        self._step = 0
 
     def train(
         self,
         x: Floats,
-        units: np.ndarray[tuple[int, ...], np.dtype[np.int32]],
-        first: np.ndarray[tuple[int, ...], np.dtype[np.bool_]],
-        n_expert: int,
-        used: int,
+        units: npt.NDArray[np.int32],
+        first: npt.NDArray[np.bool_],
         progress: Progress | None,
     ) -> None:
         """x [n, n_embd]; units [n, k] used by each token; first [n]: it has no predecessor."""
         n, n_units = len(x), len(self.weights[4])
         batch = min(_BATCH, n)
-        steps = _EPOCHS * (n // batch)
+        steps, step = _EPOCHS * (n // batch), 0
         for epoch in range(_EPOCHS):
             order = self.rng.permutation(n)
             for at in range(0, n - batch + 1, batch):
@@ -92,36 +90,36 @@ class _Network:
                 np.put_along_axis(past, units[rows - 1], 1, axis=1)
                 past[first[rows] | (self.rng.random(batch) < _DROPPED_PASTS)] = 0
                 kept = x[rows] * (self.rng.random((batch, x.shape[1])) >= _DROPPED_VALUES)
-                self._learn(kept.astype(np.float32), past, target, n_expert, used, steps)
+                slopes = self._slopes(kept, past, target)
+                step += 1
+                self._descend(slopes, step, step / steps)
             if progress is not None:
                 progress("path network", epoch + 1, _EPOCHS)
 
-    def _learn(
-        self, x: Floats, past: Floats, target: Floats, n_expert: int, used: int, steps: int
-    ) -> None:
-        """One step of Adam on a batch."""
+    def _slopes(self, x: Floats, past: Floats, target: Floats) -> list[Floats]:
+        """Of the mean cross-entropy of a batch, by each of the weights."""
         w1, wp, b1, w2, b2 = self.weights
         sums = x @ w1 + past @ wp + b1
         hidden = np.maximum(sums, 0)
-        scores = (hidden @ w2 + b2).reshape(len(x), -1, n_expert)
+        scores = (hidden @ w2 + b2).reshape(len(x), -1, self.shape.n_expert)
         scores -= scores.max(axis=2, keepdims=True)
         share = np.exp(scores)
         share /= share.sum(axis=2, keepdims=True)
         wanted = target.reshape(scores.shape)
         # A layer without experts wants none and teaches nothing.
-        error = (share * (wanted.any(axis=2, keepdims=True)) - wanted / used) / len(x)
+        share *= wanted.any(axis=2, keepdims=True)
+        error = (share - wanted / np.float32(self.shape.n_expert_used)) / np.float32(len(x))
         error = error.reshape(len(x), -1)
         back = (error @ w2.T) * (sums > 0)
-        slopes = [x.T @ back, past.T @ back, back.sum(axis=0), hidden.T @ error, error.sum(axis=0)]
-        self._step += 1
-        t = self._step
-        part = min(1.0, t / _WARM_UP) * (0.5 + 0.5 * np.cos(np.pi * min(t / steps, 1.0)))
-        for w, slope, mean, square in zip(
-            self.weights, slopes, self._mean, self._square, strict=True
-        ):
-            mean += np.float32(0.1) * (slope - mean)
-            square += np.float32(0.001) * (np.square(slope) - square)
-            scale = np.sqrt(square / np.float32(1 - 0.999**t)) + np.float32(1e-8)
-            w -= np.float32(_RATE * part / (1 - 0.9**t)) * mean / scale
-            if w.ndim > 1:
-                w *= np.float32(1 - _DECAY * part)
+        return [x.T @ back, past.T @ back, back.sum(axis=0), hidden.T @ error, error.sum(axis=0)]
+
+    def _descend(self, slopes: list[Floats], step: int, done: float) -> None:
+        """A step of Adam (Kingma and Ba, 2015), decay apart; done: share of all steps."""
+        part = min(1.0, step / _WARM_UP) * (0.5 + 0.5 * np.cos(np.pi * done))
+        for i, slope in enumerate(slopes):
+            self._mean[i] += np.float32(0.1) * (slope - self._mean[i])
+            self._square[i] += np.float32(0.001) * (np.square(slope) - self._square[i])
+            scale = np.sqrt(self._square[i] / np.float32(1 - 0.999**step)) + np.float32(1e-8)
+            self.weights[i] -= np.float32(_RATE * part / (1 - 0.9**step)) * self._mean[i] / scale
+            if slope.ndim > 1:
+                self.weights[i] *= np.float32(1 - _DECAY * part)

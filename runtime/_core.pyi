@@ -45,6 +45,7 @@ class Engine:
         process_bytes: int = 0,  # of it taken before the engine
         policy: str = ...,
         predictor: str = ...,
+        predictor_state: bytes = b"",  # of Engine.predictor_state() or a profile
         prefetch: str = "auto",  # on, off
         io: str = "pread_pool",
         readers: int = 4,
@@ -63,7 +64,9 @@ class Engine:
     def take_routing(self) -> dict[str, npt.NDArray[Any]]:
         """What was recorded since the last call: evaluation, tokens, token, layer, rank, expert,
         weight, source (0 miss, 1 hit, 2 late) and wait_us, each [uses]."""
+    def predictor_state(self) -> bytes: ...  # what the predictor has learnt; b"": nothing
     def empty_cache(self) -> None: ...  # for measurements from cold
+    def flash_bandwidth(self, nbytes: int, seed: int = 1) -> float: ...  # bytes/s, random experts
     def timeline(self) -> Timeline: ...
 
 class Timeline:
@@ -87,6 +90,14 @@ class Timeline:
         """Appends tokens; returns the (normalised) input of each layer's feed-forward or router.
 
         float32 [n_layer, n, n_embd].
+        """
+    def eval_hidden_taps(
+        self, tokens: Sequence[int] | npt.NDArray[np.int32]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Appends tokens; returns eval_taps and what predictors see.
+
+        The latter, [n_layer + 1, n, n_embd]: the embeddings, then the residual stream while each
+        layer's experts are being read (zeros for layers without experts).
         """
     def sample(self, sampler: Sampler) -> int:
         """Samples from logits() and tells the sampler of the choice; no evaluation."""
@@ -165,6 +176,25 @@ def matmul(
 def read_bandwidth(threads: int, bytes: int) -> float: ...  # bytes a second
 def int8_peak(isa: str, threads: int) -> float: ...  # operations a second, a multiply-add is two
 def policies() -> list[tuple[str, str]]: ...  # (name, summary) of every online cache policy
+def replay_predictor(
+    predictor: str,
+    *,
+    state: bytes,
+    hidden: npt.NDArray[np.float32],
+    experts: npt.NDArray[np.int32],
+    routers: npt.NDArray[np.float32],
+    distance: int,
+    width: int,
+    count_from: int = 0,
+) -> dict[str, Any]:
+    """Decodes a recording with a predictor: how many of the used experts did it guess?
+
+    hidden [n_layer + 1, tokens, n_embd]: the embeddings, then what each layer's look-ahead sees.
+    experts [tokens, n_layer, used]; -1 in layers without. routers [n_layer, n_expert, n_embd].
+    Returns found and asked, [n_layer] experts from token `count_from` on, and the predictor's
+    state at the end. Raises OptionError.
+    """
+
 def predictors() -> list[tuple[str, str]]: ...  # (name, summary) of every predictor
 def io_backends() -> list[tuple[str, str]]: ...  # (name, summary) of every I/O backend
 def simulate(

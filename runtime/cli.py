@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import export_command
+from . import export_command, profile_command
 from .command_options import (
     Context,
     FrequencyPenalty,
@@ -33,6 +33,7 @@ from .command_options import (
     Predictor,
     Prefetch,
     PresencePenalty,
+    ProfileFile,
     Readers,
     RepetitionPenalty,
     Seed,
@@ -156,6 +157,7 @@ def run(
     memory: Memory = "auto",
     policy: Policy = None,
     predictor: Predictor = None,
+    profile: ProfileFile = None,
     prefetch: Prefetch = "auto",
     io: Io = None,
     readers: Readers = None,
@@ -200,6 +202,7 @@ def run(
         memory=memory,
         policy=policy,
         predictor=predictor,
+        profile=profile,
         prefetch=prefetch,
         io=io,
         readers=readers,
@@ -240,6 +243,7 @@ def chat(
     memory: Memory = "auto",
     policy: Policy = None,
     predictor: Predictor = None,
+    profile: ProfileFile = None,
     prefetch: Prefetch = "auto",
     io: Io = None,
     readers: Readers = None,
@@ -281,6 +285,7 @@ def chat(
         memory=memory,
         policy=policy,
         predictor=predictor,
+        profile=profile,
         prefetch=prefetch,
         io=io,
         readers=readers,
@@ -381,6 +386,7 @@ def perplexity(
     memory: Memory = "auto",
     policy: Policy = None,
     predictor: Predictor = None,
+    profile: ProfileFile = None,
     prefetch: Prefetch = "auto",
     io: Io = None,
     readers: Readers = None,
@@ -406,6 +412,7 @@ def perplexity(
         memory=memory,
         policy=policy,
         predictor=predictor,
+        profile=profile,
         prefetch=prefetch,
         io=io,
         readers=readers,
@@ -419,6 +426,9 @@ def perplexity(
         as_json=as_json,
         trace=trace,
     )
+
+
+app.command()(profile_command.profile)
 
 
 @app.command()

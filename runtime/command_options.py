@@ -70,6 +70,15 @@ Predictor = Annotated[
         rich_help_panel=_MEMORY,
     ),
 ]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--profile",
+        metavar="FILE",
+        help="What stoker profile has taught the predictor.",
+        rich_help_panel=_MEMORY,
+    ),
+]
 Prefetch = Annotated[
     str,
     typer.Option(

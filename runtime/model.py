@@ -40,6 +40,7 @@ def load(
     memory: int | str = "auto",
     policy: str | None = None,
     predictor: str | None = None,
+    profile: str | PathLike[str] | None = None,
     prefetch: str = "auto",
     io: str | None = None,
     readers: int | None = None,
@@ -51,7 +52,8 @@ def load(
     name of the catalogue ("smollm2").
     memory: budget of the whole process: bytes, "500MB", "2GiB", "60%" of what the machine can give,
         or "auto" (all of it, where the model needs it). Experts that do not fit stay on flash.
-    threads, context, kv_type, precision, policy, predictor, prefetch, io, readers: see LoadOptions.
+    threads, context, kv_type, precision, policy, predictor, profile, prefetch, io, readers: see
+        LoadOptions.
     download: fetch a named model that is not in the cache; without it that is a DownloadError.
     Raises ModelFileError, UnsupportedModelError, DownloadError, OptionError, BudgetError.
     """
@@ -65,6 +67,7 @@ def load(
         memory=memory,
         policy=policy,
         predictor=predictor,
+        profile=profile,
         prefetch=prefetch,
         io=io,
         readers=readers,
@@ -111,11 +114,17 @@ class Model:
         # Built now, so that what they take is in the measured size of the process.
         with suppress(TokenizerError, ChatTemplateError):  # it is an error only for who needs them
             _ = self.chat_template
+        learnt = b""
+        if o.profile is not None:
+            from ..offload.profile import predictor_state
+
+            learnt = predictor_state(o.profile, o.predictor, self._file)
         gc.collect()
         named = {"policy": o.policy, "predictor": o.predictor, "io": o.io, "readers": o.readers}
         return {
             "memory": limit,
             "process_bytes": process_bytes(),
+            "predictor_state": learnt,
             "prefetch": o.prefetch,
             **{name: value for name, value in named.items() if value is not None},
         }

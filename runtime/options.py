@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import index
@@ -80,10 +81,11 @@ class LoadOptions:
         that fits, and otherwise takes what the machine can give.
     policy: which expert leaves the cache, a name of `stoker run --help`; None: the default.
     predictor: what foresees the next layers' experts; None: the default.
+    profile: file made by `stoker profile`, for the predictors that need one; None: none.
     prefetch: "auto" reads ahead while that measurably pays; "on", "off".
     io: backend that reads flash, "auto" for the one that measures faster; None: the default.
     readers: reads under way at a time; None: the default.
-    The last five have no effect where every expert is in memory.
+    The last six have no effect where every expert is in memory.
     """
 
     threads: int | None = None
@@ -93,6 +95,7 @@ class LoadOptions:
     memory: int | str = "auto"
     policy: str | None = None
     predictor: str | None = None
+    profile: str | os.PathLike[str] | None = None
     prefetch: str = "auto"
     io: str | None = None
     readers: int | None = None
@@ -103,6 +106,8 @@ class LoadOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise OptionError(f"{name} must be a name, not {value!r}")
+        if self.profile is not None and not isinstance(self.profile, (str, os.PathLike)):
+            raise OptionError(f"profile must be a path, not {self.profile!r}")
         if self.prefetch not in PREFETCH_MODES:
             raise OptionError(
                 f"prefetch must be one of {', '.join(PREFETCH_MODES)}, not {self.prefetch!r}"

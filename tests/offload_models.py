@@ -180,6 +180,7 @@ class Model:
         self.path = path
         self.resident = engine(path)
         self.budgets = budgets(path)
+        self._budgets: dict[str, Budgets] = {}
         self._expected: dict[tuple[int, int], bytes] = {}
         self._states: dict[str, bytes] = {}
 
@@ -191,9 +192,16 @@ class Model:
         return self._expected[key]
 
     def offloaded(self, share: float, **options: Any) -> _core.Engine:
-        """An engine in budgets.part(share); its predictor has learnt what it needs."""
+        """An engine in a part of what these options take; its predictor knows what it needs."""
         state = self.state(options.get("predictor", ""))
-        return engine(self.path, self.budgets.part(share), predictor_state=state, **options)
+        sizes = {k: options[k] for k in ("threads", "context", "kv_type") if k in options}
+        key = f"{sizes} {len(state)}"
+        if key not in self._budgets:
+            # A state takes memory, too.
+            needs = {"predictor": options["predictor"], "predictor_state": state} if state else {}
+            self._budgets[key] = budgets(self.path, **sizes, **needs)
+        memory = self._budgets[key].part(share)
+        return engine(self.path, memory, predictor_state=state, **options)
 
     def state(self, predictor: str) -> bytes:
         """What `predictor` learns of other prompts than run()'s; of the oracle, run()'s routing."""

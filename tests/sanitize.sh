@@ -1,34 +1,56 @@
 #!/usr/bin/env bash
-# The test suite against a core built with ASan and UBSan, then the engine tests with TSan.
-# usage: tests/sanitize.sh path/to/venv/bin
+# The test suite, native and Python, with ASan and UBSan; then the engine tests with TSan.
+# usage: tests/sanitize.sh path/to/venv/bin [asan | tsan]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$(realpath "$1")
 site=$("$bin/python" -c 'import stoker, pathlib; print(pathlib.Path(stoker.__file__).parent)')
-run() {  # run NAME SANITIZERS RUNTIME TESTS...
-  local name=$1 sanitizers=$2 runtime=$3
-  shift 3
-  local build=build/sanitize-$name
-  "$bin/cmake" -S . -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DPython_EXECUTABLE="$bin/python" \
-    -DSTOKER_SANITIZE="$sanitizers" -DSTOKER_NATIVE_TESTS=ON >/dev/null
-  "$bin/cmake" --build "$build"
-  # A copy of the installed package with the sanitized core in it.
-  local package=$build/site
+# A report ends the process that made it, and so the run; the interpreter leaks by design.
+# BLAS on one thread: its own threads are not instrumented, which TSan takes for races.
+export ASAN_OPTIONS=detect_leaks=0
+export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export TSAN_OPTIONS=halt_on_error=1:exitcode=66
+export OPENBLAS_NUM_THREADS=1
+
+build() {  # build NAME SANITIZERS OPTIONS...: build/sanitize-NAME
+  local folder=build/sanitize-$1 sanitizers=$2
+  shift 2
+  # -O1: the kernels' templates take minutes each to compile instrumented with -O2.
+  "$bin/cmake" -S . -B "$folder" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" \
+    -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG=-O1 -DPython_EXECUTABLE="$bin/python" \
+    -DSTOKER_SANITIZE="$sanitizers" "$@" >/dev/null
+  "$bin/cmake" --build "$folder"
+}
+
+# Without address randomisation (setarch -R), which the TSan of older compilers cannot live with.
+native() {  # native NAME: its C++ test programs
+  setarch -R "$bin/ctest" --test-dir "build/sanitize-$1" --output-on-failure
+}
+
+python() {  # python NAME RUNTIME TESTS...: pytest on the installed package with this core in it
+  local folder=build/sanitize-$1 runtime=$2
+  shift 2
+  local package=$folder/site
   rm -rf "$package" && mkdir -p "$package"
   cp -r "$site" "$package/stoker"
   rm -f "$package"/stoker/runtime/_core*.so
-  cp "$build"/_core*.so "$package/stoker/runtime/"
-  local library
+  cp "$folder"/_core*.so "$package/stoker/runtime/"
   # libstdc++ beside it: the sanitizer must find __cxa_throw before the module is loaded.
+  local library
   library="$(g++ -print-file-name="$runtime") $(g++ -print-file-name=libstdc++.so.6)"
-  # Without address randomisation (setarch -R), which TSan of older compilers cannot live with.
-  # The interpreter leaks by design; a report of anything else stops the run.
-  # BLAS on one thread: its own threads are not instrumented, which TSan takes for races.
-  OPENBLAS_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-  TSAN_OPTIONS=halt_on_error=1:exitcode=66 LD_PRELOAD=$library PYTHONPATH=$PWD/$package \
-    setarch -R "$bin/python" -m pytest -p no:cacheprovider --timeout=1800 "$@"
+  # --capture=sys leaves standard error to the report of a dying process, which pytest would lose.
+  LD_PRELOAD=$library PYTHONPATH=$PWD/$package \
+    setarch -R "$bin/python" -m pytest -p no:cacheprovider --capture=sys --timeout=1800 "$@"
 }
+
 case "${2:-all}" in
-  all | asan) run asan address,undefined libasan.so tests ;;&
-  all | tsan) run tsan thread libtsan.so tests/test_families.py tests/test_threads.py ;;
+  all | asan)
+    build asan address,undefined -DSTOKER_NATIVE_TESTS=ON
+    native asan
+    python asan libasan.so tests
+    ;;&
+  all | tsan)
+    build tsan thread
+    python tsan libtsan.so tests/test_families.py tests/test_threads.py
+    ;;
 esac

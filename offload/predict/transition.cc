@@ -25,9 +25,10 @@ namespace {
 
 constexpr int64_t kLags = 2;
 // What an unseen pair counts: so many uses with b's share of all tokens.
-constexpr float kPrior = 4.0f;
-// Signs are not independent: what each adds is shrunk.
-constexpr float kShrink = 0.6f;
+constexpr float kPrior = 1.0f;
+// Signs are not independent: together they count as this many. Best on recorded mixtures, for one
+// layer's signs as for two layers'.
+constexpr float kSigns = 1.2f;
 
 class Transition : public Predictor {
  public:
@@ -112,15 +113,21 @@ class Transition : public Predictor {
   // Fills score_ for a layer; false where nothing is known of it.
   bool foretell(int64_t layer) {
     bool any = false;
+    const auto precedes = [&](const Seen& s) {
+      const int64_t lag = layer - s.layer;
+      return s.layer >= 0 && lag >= 1 && lag <= kLags &&
+             table(lag, layer)[row_ * row_ - 1] != 0;  // uses of all experts
+    };
     const float used = static_cast<float>(shape_.n_expert_used);
+    const float shrink =
+        kSigns / (used * static_cast<float>(std::max<int64_t>(
+                             1, std::count_if(seen_, seen_ + kLags, precedes))));
     const float share = used / static_cast<float>(shape_.n_expert);
     for (const Seen& s : seen_) {
-      const int64_t lag = layer - s.layer;
-      if (s.layer < 0 || lag < 1 || lag > kLags) continue;
-      const uint8_t* counts = table(lag, layer);
+      if (!precedes(s)) continue;
+      const uint8_t* counts = table(layer - s.layer, layer);
       const uint8_t* all = counts + shape_.n_expert * row_;
       const float total = all[shape_.n_expert];
-      if (total == 0) continue;
       product_.assign(score_.size(), 1.0);
       for (int32_t a : s.experts) {
         const uint8_t* row = counts + a * row_;
@@ -133,7 +140,7 @@ class Transition : public Predictor {
       }
       for (size_t b = 0; b < score_.size(); ++b) {
         const float p = (static_cast<float>(all[b]) + share) / (total + 1);
-        const float signs = kShrink * static_cast<float>(std::log(product_[b]));
+        const float signs = shrink * static_cast<float>(std::log(product_[b]));
         score_[b] = signs + (any ? score_[b] : std::log(p));
       }
       any = true;
@@ -145,7 +152,7 @@ class Transition : public Predictor {
   int64_t row_;  // n_expert + 1
   int64_t tokens_ = 1;
   std::vector<uint8_t> count_;  // [lags][n_layer][n_expert + 1][n_expert + 1], of the later layer
-  Seen seen_[2];
+  Seen seen_[kLags];
   Horizon horizon_;
   std::vector<float> score_;     // [n_expert]
   std::vector<double> product_;  // [n_expert]
