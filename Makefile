@@ -2,6 +2,7 @@
 # make test   builds and runs every test
 # make lint   formatting, linting, types, warnings as errors
 # make bench  stoker against llama-cpp-python on the same file (installs the baseline: 5 minutes)
+# make bench-offload  what each part of expert offloading is worth, in 1 GB (root; 2.9 GB of disk)
 # make sanitize  the test suite under ASan + UBSan, the engine tests under TSan
 # make neon   the native tests as aarch64 code under qemu-user
 # make fuzz   the GGUF reader for FUZZ_SECONDS (600)
@@ -15,7 +16,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find runtime offload kernels_cpu models mobile_bench export -type f -not -name '*.pyc')
 
-.PHONY: demo test test-python test-native neon lint bench sanitize fuzz clean
+.PHONY: demo test test-python test-native neon lint bench bench-offload sanitize fuzz clean
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,8 +31,10 @@ $(VENV)/.dev: $(VENV)/.python $(SOURCES)
 	$(BIN)/python -m pip install --quiet '.[dev]'
 	touch $(VENV)/.installed $@
 
-# The name that the mixture has in the cache of models; made at the first demo, in half a minute.
-DEMO = $(or $(STOKER_MODELS),$(if $(STOKER_CACHE),$(STOKER_CACHE)/models,$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stoker/models))/smollm2-135m-32-experts.gguf
+# Mixtures that are made at first use, in the cache of models.
+MADE = $(or $(STOKER_MODELS),$(if $(STOKER_CACHE),$(STOKER_CACHE)/models,$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/stoker/models))
+DEMO = $(MADE)/smollm2-135m-32-experts.gguf
+UP64 = $(MADE)/smollm2-135m-64-experts.gguf
 
 demo: $(VENV)/.installed
 	$(BIN)/stoker pull $(MODEL)
@@ -58,6 +61,11 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m stoker.mobile_bench.compare --install-baseline $(MODEL)
+
+bench-offload: $(VENV)/.dev
+	$(BIN)/stoker pull $(MODEL)
+	test -f "$(UP64)" || $(BIN)/stoker export upcycle $(MODEL) "$(UP64)" --experts 64 --used 4
+	$(BIN)/python -m stoker.mobile_bench.offload "$(UP64)"
 
 sanitize: $(VENV)/.dev
 	bash tests/sanitize.sh $(BIN)

@@ -240,17 +240,17 @@ def test_truncated_during_a_slow_prompt(mixtral: Model, copied: Path) -> None:
 
 
 def slow(mixtral: Model, **options: Any) -> _core.Engine:
-    """A read in ten takes two seconds; loaded in good time, because loads read in other pieces."""
-    return next(opened(mixtral, 0.0, "spike=2000ms@0.1", **options))
+    """Of the reads of a prompt, some take two seconds."""
+    return next(opened(mixtral, 0.0, "spike=2000ms@0.05", **options))
 
 
 @pytest.mark.parametrize("prefetch", ["off", "on"])
 def test_a_spike_of_two_seconds_can_be_cancelled(mixtral: Model, prefetch: str) -> None:
     e = slow(mixtral, prefetch=prefetch)
     t = e.timeline()
-    tokens = prompt(e)
+    tokens = prompt(e, n=12)
     took = []
-    for _ in range(3):
+    for _ in range(2):
         asked: list[float] = []
 
         def ask(asked: list[float] = asked) -> None:
@@ -274,7 +274,7 @@ def test_a_spike_of_two_seconds_can_be_cancelled(mixtral: Model, prefetch: str) 
 def test_control_c_in_a_spike(mixtral: Model) -> None:
     e = slow(mixtral)
     t = e.timeline()
-    tokens = prompt(e)
+    tokens = prompt(e, n=12)
     sent: list[float] = []
     main = threading.main_thread().ident
     assert main is not None
@@ -296,20 +296,21 @@ def test_control_c_in_a_spike(mixtral: Model) -> None:
     np.testing.assert_array_equal(t.logits(), expected.logits())
 
 
-def test_ten_thousand_cancelled_prefetches(mixtral: Model) -> None:
-    # One reader that is slower than the walk: guesses pile up and go stale.
+def test_a_thousand_cancelled_prefetches(mixtral: Model) -> None:
+    # One reader that is slower than the walk: guesses pile up and go stale. (Ten thousand, without
+    # the arithmetic of a model, in tests/native/flash_experts_test.cc.)
     tokens = prompt(mixtral.resident, n=CONTEXT)
     expected = mixtral.resident.timeline()
     expected.eval(tokens)
     e = mixtral.offloaded(0.5, io="null:delay=0.02ms,reorder", readers=1, prefetch="on")
     t = e.timeline()
-    deadline = time.monotonic() + (120 if SANITIZED else 25)
-    while e.offload["cancelled"] < 10_000 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while e.offload["cancelled"] < 1000 and time.monotonic() < deadline:
         t.truncate(0)
         for piece in np.array_split(tokens, 48):
             t.eval(piece)
         np.testing.assert_array_equal(t.logits(), expected.logits())
-    assert e.offload["cancelled"] >= (500 if SANITIZED else 10_000)
+    assert e.offload["cancelled"] >= 1000
     consistent(e.offload)
 
 
@@ -319,7 +320,8 @@ def test_ten_thousand_cancelled_prefetches(mixtral: Model) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_eight_threads_with_a_session_each(model: Model, share: float) -> None:
     # Further sessions take their KV caches out of the expert cache.
-    room = 8 * model.resident.plan["kv_bytes"]
+    # A larger budget has a larger prompt chunk as well.
+    room = 20 * model.resident.plan["kv_bytes"]
     memory = model.budgets.part(share) + room
     e = engine(model.path, memory, io="null:delay=0..0.2ms,reorder,seed=8", prefetch="on")
     found: list[bytes | BaseException | None] = [None] * 8
@@ -344,7 +346,7 @@ def test_eight_threads_with_a_session_each(model: Model, share: float) -> None:
 
 
 def test_eight_threads_of_which_some_fail_and_some_are_cancelled(mixtral: Model) -> None:
-    room = 8 * mixtral.resident.plan["kv_bytes"]
+    room = 20 * mixtral.resident.plan["kv_bytes"]
     memory = mixtral.budgets.part(0.2) + room
     for seed in range(200):
         try:
