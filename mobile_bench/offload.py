@@ -180,7 +180,8 @@ def report(result: dict[str, Any]) -> str:
     rows.append(
         f"roofline: {1 / limit:.1f} tok/s = the slower of computation "
         f"({r['compute_s'] * 1e3:.1f} ms) and reading ({r['read_s'] * 1e3:.1f} ms: "
-        f"{r['belady_misses']:.1f} misses, {r['belady_bytes'] / 1e6:.1f} MB a token at {r['flash_bandwidth'] / 1e6:.0f} MB/s)"
+        f"{r['belady_misses']:.1f} misses, {r['belady_bytes'] / 1e6:.1f} MB a token "
+        f"at {r['flash_bandwidth'] / 1e6:.0f} MB/s)"
     )
     return "\n".join(rows)
 

@@ -5,18 +5,21 @@
 
 namespace stoker {
 
-std::vector<int64_t> Cache::plan_slots(const Layout& layout, int64_t bytes) {
+std::vector<int64_t> Cache::plan_slots(const Layout& layout, int64_t bytes, int64_t experts_used) {
   const std::vector<int64_t>& size = layout.class_bytes();
   const std::vector<int64_t>& units = layout.class_units();
-  int64_t all = 0;
-  for (size_t c = 0; c < size.size(); ++c) all += size[c] * units[c];
   std::vector<int64_t> slots(size.size());
-  int64_t used = 0;
+  int64_t used = 0, others = 0;  // bytes of the rings, and of the units beyond them
   for (size_t c = 0; c < size.size(); ++c) {
-    const double share = all > 0 ? static_cast<double>(bytes) / static_cast<double>(all) : 0;
-    slots[c] = std::clamp<int64_t>(static_cast<int64_t>(share * static_cast<double>(units[c])), 1,
-                                   units[c]);
+    slots[c] = ring_slots(units[c], experts_used);
     used += slots[c] * size[c];
+    others += (units[c] - slots[c]) * size[c];
+  }
+  const int64_t rest = std::min(std::max<int64_t>(0, bytes - used), others);
+  for (size_t c = 0; c < size.size() && others > 0; ++c) {
+    const int64_t more = rest * (units[c] - slots[c]) / others;
+    slots[c] += more;
+    used += more * size[c];
   }
   // What rounding left goes to the large slots first.
   for (size_t c = size.size(); c-- > 0;) {

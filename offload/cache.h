@@ -35,9 +35,9 @@ class Cache {
   // slots: of each size class of the layout.
   Cache(const Layout& layout, std::vector<int64_t> slots, std::unique_ptr<Policy> policy);
 
-  // The slots that `bytes` hold, for each size class in proportion to its units; what each class
-  // needs at least for one unit in use comes first.
-  static std::vector<int64_t> plan_slots(const Layout& layout, int64_t bytes);
+  // The slots that `bytes` hold: of each size class the ring (ring_slots), whatever it takes; of
+  // the rest, in proportion to its units.
+  static std::vector<int64_t> plan_slots(const Layout& layout, int64_t bytes, int64_t experts_used);
 
   Slot* find(UnitId unit) {
     const int32_t s = slot_of_[static_cast<size_t>(unit)];
@@ -58,6 +58,7 @@ class Cache {
 
   Policy& policy() { return *policy_; }
   std::span<Slot> slots() { return slots_; }
+  std::span<const Slot> slots() const { return slots_; }
   // Whether a unit of this size needs nobody's place.
   bool has_free(UnitId unit) const {
     return !free_[static_cast<size_t>(layout_.size_class(unit))].empty();

@@ -55,18 +55,15 @@ class FlashLease : public ExpertLease {
       slots_[i] = slot;
       if (status == IoStatus::kPending) {
         store_.reader_->io().promote(slot->job);
-        for (auto& f : store_.flights_) {
-          if (f.slot == slot && !f.demand) ++s.prefetches_used;
-        }
         waiting_.push_back(index);
         source_[i] = 2;
         ++late;
       } else {
-        if (slot->prefetched) ++s.prefetches_used;
         give_.push_back(index);
         source_[i] = 1;
         ++hits;
       }
+      if (slot->prefetched) ++s.prefetches_used;
       slot->prefetched = false;
     }
     const int64_t misses = static_cast<int64_t>(missing_.size());

@@ -72,7 +72,8 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
                     mib(memory_margin(minimum)) + ", experts at least " + mib(least) +
                     "); a smaller context needs less");
   }
-  set_slots(p, layout, Cache::plan_slots(layout, std::min(budget - p.margin - taken, all)));
+  set_slots(p, layout,
+            Cache::plan_slots(layout, std::min(budget - p.margin - taken, all), experts_used));
   return p;
 }
 

@@ -267,9 +267,14 @@ def fit(
         elif name == "path":
             states[name] = fit_path(recording, progress=progress)
         else:
-            states[name] = replay_predictor(
-                name, state=b"", distance=1, width=1, count_from=0, **_replayed(recording)
-            )["state"]
+            state = b""
+            for begin in range(0, recording.n_tokens, _WINDOW):  # a part's floats at a time
+                part = recording.part(begin, begin + _WINDOW)
+                replayed = replay_predictor(
+                    name, state=state, distance=1, width=1, **_replayed(part)
+                )
+                state = replayed["state"]
+            states[name] = state
     return states
 
 

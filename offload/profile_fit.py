@@ -56,7 +56,7 @@ class Recording:
     @property
     def n_tokens(self) -> int:
         """Tokens recorded."""
-        return self.experts.shape[0]
+        return int(self.experts.shape[0])
 
     def part(self, begin: int, end: int) -> Recording:
         """The tokens from `begin` to before `end`."""

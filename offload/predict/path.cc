@@ -127,8 +127,7 @@ class Path : public Predictor {
       const int64_t n = std::min(MapInput::kBatch, tokens_ - first);
       hidden_.set(h_.data() + first * n_hidden_, n);
       float* out = score_.data() + first * shape_.n_expert;
-      to_experts_.multiply(hidden_, layer * shape_.n_expert, shape_.n_expert, out,
-                           shape_.n_expert);
+      to_experts_.multiply(hidden_, layer * shape_.n_expert, shape_.n_expert, out, shape_.n_expert);
       for (int64_t i = 0; i < n; ++i) {
         for (int64_t e = 0; e < shape_.n_expert; ++e) out[i * shape_.n_expert + e] += bias[e];
       }
@@ -138,14 +137,14 @@ class Path : public Predictor {
   PredictorShape shape_;
   int64_t cols_;
   int64_t n_hidden_ = 0;
-  std::vector<float> factor_;       // [n_embd]
-  std::vector<float> bias_;         // [H]
-  std::vector<float> score_bias_;   // [n_layer * n_expert]
-  Map from_embedding_;              // [H][cols]
-  Map from_experts_;                // [n_layer * n_expert][H]
-  Map to_experts_;                  // [n_layer * n_expert][H]
-  int64_t tokens_ = 1;              // of this walk
-  bool ready_ = false;              // h_ is of this walk
+  std::vector<float> factor_;      // [n_embd]
+  std::vector<float> bias_;        // [H]
+  std::vector<float> score_bias_;  // [n_layer * n_expert]
+  Map from_embedding_;             // [H][cols]
+  Map from_experts_;               // [n_layer * n_expert][H]
+  Map to_experts_;                 // [n_layer * n_expert][H]
+  int64_t tokens_ = 1;             // of this walk
+  bool ready_ = false;             // h_ is of this walk
   Horizon horizon_;
   std::vector<int64_t> before_;  // layer * n_expert + expert of the token before this chunk
   std::vector<int64_t> chosen_;  // the same of this chunk's last token

@@ -45,7 +45,10 @@ StateReader::StateReader(std::string_view state, std::string_view predictor,
            std::to_string(version));
   }
   const std::string_view padded = bytes(kNameBytes);
-  const std::string name(padded.substr(0, padded.find('\0')));
+  std::string name(padded.substr(0, padded.find('\0')));
+  for (char& c : name) {
+    if (c < ' ' || c > '~') c = '?';
+  }
   if (name != predictor) refuse("expected a state of its own, found one of " + name);
   const int64_t expected[4] = {shape.n_layer, shape.n_embd, shape.n_expert, shape.n_expert_used};
   int64_t found[4];

@@ -119,9 +119,8 @@ class Transition : public Predictor {
              table(lag, layer)[row_ * row_ - 1] != 0;  // uses of all experts
     };
     const float used = static_cast<float>(shape_.n_expert_used);
-    const float shrink =
-        kSigns / (used * static_cast<float>(std::max<int64_t>(
-                             1, std::count_if(seen_, seen_ + kLags, precedes))));
+    const float shrink = kSigns / (used * static_cast<float>(std::max<int64_t>(
+                                              1, std::count_if(seen_, seen_ + kLags, precedes))));
     const float share = used / static_cast<float>(shape_.n_expert);
     for (const Seen& s : seen_) {
       if (!precedes(s)) continue;

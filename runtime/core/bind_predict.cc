@@ -33,13 +33,14 @@ nb::dict replay(const std::string& predictor, nb::bytes state, const Cube<float>
   shape.n_expert = static_cast<int64_t>(routers.shape(1));
   shape.n_embd = static_cast<int64_t>(routers.shape(2));
   shape.n_expert_used = static_cast<int64_t>(experts.shape(2));
-  stoker::Recording recording{static_cast<int64_t>(experts.shape(0)), hidden.data(),
-                              experts.data(), routers.data()};
+  stoker::Recording recording{static_cast<int64_t>(experts.shape(0)), hidden.data(), experts.data(),
+                              routers.data()};
   const auto layers = static_cast<size_t>(shape.n_layer);
   if (experts.shape(1) != layers || hidden.shape(0) != layers + 1 ||
       hidden.shape(1) != experts.shape(0) || hidden.shape(2) != routers.shape(2)) {
-    refuse("expected hidden [layers + 1][tokens][n_embd], experts [tokens][layers][used] and "
-           "routers [layers][experts][n_embd], found arrays that disagree");
+    refuse(
+        "expected hidden [layers + 1][tokens][n_embd], experts [tokens][layers][used] and "
+        "routers [layers][experts][n_embd], found arrays that disagree");
   }
   if (shape.n_expert_used < 1 || shape.n_expert_used > shape.n_expert) {
     refuse("expected 1 to " + std::to_string(shape.n_expert) + " experts used, found " +

@@ -1,0 +1,618 @@
+// The expert store without a model: every lease hands out the bytes of the file, whatever the
+// policy, the predictor, the order and the failures of reads; nothing stays pinned.
+#include "offload/flash_experts.h"
+
+#include <algorithm>
+#include <array>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "offload/policy/policy.h"
+#include "offload/predict/predictor.h"
+#include "tests/native/io_fixture.h"
+
+namespace {
+
+using namespace io_fixture;
+using stoker::Cache;
+using stoker::Expert;
+using stoker::Extent;
+using stoker::FlashExperts;
+using stoker::FlashReader;
+using stoker::Layout;
+using stoker::Matrix;
+using stoker::PredictorShape;
+using stoker::PrefetchMode;
+using stoker::Routes;
+using stoker::UnitId;
+
+struct Interrupted {};
+
+Matrix matrix(int64_t rows, int64_t stride) {
+  Matrix m;
+  m.rows = rows;
+  m.cols = stride;
+  m.stride = stride;
+  return m;
+}
+
+Layout::Part part(int32_t shard, uint64_t offset, int64_t rows, int64_t stride) {
+  return {matrix(rows, stride), {shard, offset, static_cast<uint64_t>(rows * stride)}};
+}
+
+// --- layout --------------------------------------------------------------------------------------
+
+// An expert through a real read into a slot is the file's bytes.
+void check_unit(const Files& files, IoBackend& io, const Layout& layout, UnitId u,
+                const std::array<Extent, 3>& extents, const std::string& what) {
+  const uint64_t room =
+      static_cast<uint64_t>(layout.class_bytes()[static_cast<size_t>(layout.size_class(u))]);
+  auto* slot = static_cast<uint8_t*>(::operator new(room + kIoAlign, std::align_val_t(kIoAlign)));
+  std::memset(slot, 0x5a, room + kIoAlign);
+  IoJob job;
+  layout.prepare(u, slot, job);
+  int64_t bytes = 0;
+  for (int i = 0; i < job.n_reads; ++i) {
+    const stoker::Read& r = job.reads[static_cast<size_t>(i)];
+    bytes += static_cast<int64_t>(r.bytes);
+    check(r.into >= slot && r.into + r.bytes <= slot + room, what + ": reads stay in the slot");
+    for (int j = 0; j < i; ++j) {
+      const stoker::Read& other = job.reads[static_cast<size_t>(j)];
+      check(r.into >= other.into + other.bytes || other.into >= r.into + r.bytes,
+            what + ": reads do not overlap");
+    }
+  }
+  check(bytes == layout.read_bytes(u), what + ": read_bytes");
+  io.submit(job, true);
+  while (job.status.load(std::memory_order_acquire) == IoStatus::kPending) {
+    std::this_thread::yield();
+  }
+  check(job.status.load() == IoStatus::kDone, what + ": read: " + job.error);
+  const Expert e = layout.view(u, slot);
+  const Matrix* matrices[] = {&e.gate, &e.up, &e.down};
+  for (size_t i = 0; i < 3; ++i) {
+    const auto& file = *files[static_cast<size_t>(extents[i].shard)];
+    check(file.same(matrices[i]->data, extents[i].offset, extents[i].bytes),
+          what + ": matrix " + std::to_string(i));
+  }
+  for (uint64_t i = 0; i < kIoAlign; ++i) {
+    if (slot[room + i] != 0x5a) {
+      check(false, what + ": written beyond the slot");
+      break;
+    }
+  }
+  ::operator delete(slot, std::align_val_t(kIoAlign));
+}
+
+void test_layouts(const Files& files) {
+  const std::unique_ptr<IoBackend> io = open(files, "pread_pool", 2);
+  std::mt19937_64 random(3);
+  bool joined = false, apart = false, several = false;
+  for (int round = 0; round < 60; ++round) {
+    const int64_t n_layer = 1 + static_cast<int64_t>(random() % 3);
+    const int64_t n_expert = 1 + static_cast<int64_t>(random() % 6);
+    Layout layout(n_layer, n_expert);
+    std::vector<std::array<Extent, 3>> extents(static_cast<size_t>(n_layer * n_expert));
+    std::vector<bool> added(extents.size());
+    for (int64_t l = 0; l < n_layer; ++l) {
+      if (l > 0 && random() % 4 == 0) continue;  // a dense layer
+      for (int64_t e = 0; e < n_expert; ++e) {
+        Layout::Parts parts;
+        const size_t u = static_cast<size_t>(layout.unit(l, e));
+        // Near each other, anywhere, or in several files; in any order; up to the last byte.
+        const uint64_t kind = random() % 3;
+        uint64_t at = random() % (1 << 20);
+        for (size_t i = 0; i < 3; ++i) {
+          const int64_t rows = 1 + static_cast<int64_t>(random() % 40);
+          const int64_t stride = 18 * (1 + static_cast<int64_t>(random() % 12));
+          const uint64_t n = static_cast<uint64_t>(rows * stride);
+          int32_t file = 0;
+          if (kind == 2) file = static_cast<int32_t>(random() % files.size());
+          const uint64_t size = files[static_cast<size_t>(file)]->size();
+          if (kind != 0) at = random() % 8 == 0 ? size - n : random() % (size - n);
+          parts[i] = part(file, at, rows, stride);
+          extents[u][i] = parts[i].extent;
+          at += n + random() % 3000;
+        }
+        // Two parts of an expert never share bytes in a real file.
+        bool overlap = false;
+        for (size_t i = 0; i < 3; ++i) {
+          for (size_t j = 0; j < i; ++j) {
+            const Extent &a = extents[u][i], &b = extents[u][j];
+            overlap |= a.shard == b.shard && a.offset < b.offset + b.bytes &&
+                       b.offset < a.offset + a.bytes;
+          }
+        }
+        if (overlap) {
+          --e;
+          continue;
+        }
+        layout.add(l, e, parts);
+        added[u] = true;
+      }
+    }
+    layout.finish();
+    int64_t units = 0;
+    for (size_t c = 0; c < layout.class_bytes().size(); ++c) {
+      units += layout.class_units()[c];
+      check(layout.class_bytes()[c] % static_cast<int64_t>(kIoAlign) == 0, "whole pages");
+      check(c == 0 || layout.class_bytes()[c] > layout.class_bytes()[c - 1], "ascending");
+    }
+    several |= layout.class_bytes().size() > 1;
+    check(units == std::count(added.begin(), added.end(), true), "every unit has a size");
+    for (UnitId u = 0; u < static_cast<UnitId>(layout.n_units()); ++u) {
+      const size_t k = static_cast<size_t>(u);
+      check(layout.has(u) == added[k], "has()");
+      if (!added[k]) continue;
+      int64_t weights = 0;
+      for (const Extent& e : extents[k]) weights += static_cast<int64_t>(e.bytes);
+      check(layout.nbytes(u) == weights, "nbytes()");
+      IoJob job;
+      layout.prepare(u, nullptr, job);
+      joined |= job.n_reads == 1;
+      apart |= job.n_reads == 3;
+      check_unit(files, *io, layout, u, extents[k],
+                 "layout " + std::to_string(round) + " unit " + std::to_string(u));
+    }
+  }
+  check(joined && apart && several, "layouts of every kind were tried");
+}
+
+// --- slots ---------------------------------------------------------------------------------------
+
+void test_plan_slots() {
+  std::mt19937_64 random(5);
+  for (int round = 0; round < 300; ++round) {
+    const int64_t n_expert = 1 + static_cast<int64_t>(random() % 40);
+    const int64_t n_layer = 1 + static_cast<int64_t>(random() % 12);
+    Layout layout(n_layer, n_expert);
+    uint64_t at = 0;
+    for (int64_t l = 0; l < n_layer; ++l) {
+      const int64_t rows = int64_t{1} << (random() % 9);
+      for (int64_t e = 0; e < n_expert; ++e) {
+        Layout::Parts parts;
+        for (auto& p : parts) {
+          p = part(0, at, rows, 288);
+          at += p.extent.bytes;
+        }
+        layout.add(l, e, parts);
+      }
+    }
+    layout.finish();
+    const int64_t used = 1 + static_cast<int64_t>(random() % static_cast<uint64_t>(n_expert));
+    const std::vector<int64_t>& size = layout.class_bytes();
+    const std::vector<int64_t>& units = layout.class_units();
+    int64_t least = 0, all = 0;
+    for (size_t c = 0; c < size.size(); ++c) {
+      least += stoker::ring_slots(units[c], used) * size[c];
+      all += units[c] * size[c];
+    }
+    for (const double share : {0.0, 0.001, 0.2, 0.5, 0.999, 1.0, 3.0}) {
+      const int64_t bytes = least + static_cast<int64_t>(share * static_cast<double>(all - least));
+      const std::vector<int64_t> slots = Cache::plan_slots(layout, bytes, used);
+      int64_t total = 0, smallest_left = INT64_MAX;
+      bool rings = true;
+      for (size_t c = 0; c < size.size(); ++c) {
+        total += slots[c] * size[c];
+        rings &= slots[c] >= stoker::ring_slots(units[c], used) && slots[c] <= units[c];
+        if (slots[c] < units[c]) smallest_left = std::min(smallest_left, size[c]);
+      }
+      check(total <= bytes || total == least, "slots fit");
+      check(rings, "every size has its ring, and no more slots than units");
+      check(bytes < all || total == all, "all of them where they fit");
+      check(smallest_left > bytes - total, "nothing is left that a slot would fit into");
+    }
+  }
+}
+
+// Units of two sizes: layer 0 small, layer 1 large.
+Layout two_sizes(int64_t n_expert) {
+  Layout layout(2, n_expert);
+  uint64_t at = 0;
+  for (int64_t l = 0; l < 2; ++l) {
+    for (int64_t e = 0; e < n_expert; ++e) {
+      Layout::Parts parts;
+      for (auto& p : parts) {
+        p = part(0, at, l == 0 ? 16 : 64, 256);
+        at += p.extent.bytes;
+      }
+      layout.add(l, e, parts);
+    }
+  }
+  layout.finish();
+  return layout;
+}
+
+void test_cache() {
+  const Layout layout = two_sizes(4);
+  check(layout.class_bytes().size() == 2, "two sizes of slots");
+  Cache cache(layout, {2, 3}, stoker::make_policy("lru", {2, 4, 2}));
+  const UnitId small[] = {layout.unit(0, 0), layout.unit(0, 1), layout.unit(0, 2)};
+  const UnitId large = layout.unit(1, 0);
+  Cache::Slot* a = cache.take(small[0], 1, false);
+  Cache::Slot* b = cache.take(small[1], 1, false);
+  check(a && b && a != b && cache.find(small[0]) == a, "slots are given");
+  check(a->size_class == 0 && a->data != b->data, "of the unit's size");
+  check(cache.take(large, 1, false)->size_class == 1, "of the larger size");
+  a->pins = 1;
+  b->pins = 1;
+  check(!cache.take(small[2], 1, true), "pinned slots are not taken");
+  b->pins = 0;
+  b->keep = 5;
+  check(!cache.take(small[2], 4, false), "kept slots are not taken before their step");
+  check(cache.take(small[2], 4, true) == b, "unless they must be");
+  check(!cache.find(small[1]) && cache.find(small[2]) == b && b->keep == 0, "the unit has left");
+  check(cache.evictions() == 1, "evictions are counted");
+  cache.drop(*b);
+  check(!cache.find(small[2]) && cache.evictions() == 1, "a dropped unit is no eviction");
+  check(cache.take(small[1], 1, false) == b, "its slot is free");
+  a->pins = 0;
+
+  // Lent slots leave the arena and come back.
+  const int64_t sizes[] = {layout.class_bytes()[0], layout.class_bytes()[1]};
+  check(cache.n_slots() == 5, "five slots");
+  check(cache.lend(1 << 30, {1, 1}) == 0 && cache.n_slots() == 5, "too much is refused whole");
+  const int64_t lent = cache.lend(sizes[1] + 1, {1, 1});
+  check(lent == 2 * sizes[1] && cache.n_slots() == 3, "two large slots are lent");
+  check(cache.take_back(sizes[1] - 1) == 0, "less than a slot does not come back");
+  check(cache.take_back(2 * sizes[1]) == 2 * sizes[1] && cache.n_slots() == 5, "they come back");
+  std::set<const uint8_t*> places;
+  for (int32_t e = 0; e < 3; ++e) {
+    Cache::Slot* slot = cache.find(layout.unit(1, e));
+    if (!slot) slot = cache.take(layout.unit(1, e), 1, false);
+    check(slot != nullptr, "and can be taken");
+    std::memset(slot->data, e, static_cast<size_t>(sizes[1]));
+    places.insert(slot->data);
+  }
+  check(places.size() == 3, "each in its place");
+}
+
+// --- the store -----------------------------------------------------------------------------------
+
+// A mixture in the test files: experts of layers 0, 2, 4 are large, of 1, 3 small; layer 5 dense;
+// layer 4 in two files.
+struct Mixture {
+  static constexpr int64_t kLayers = 6, kExperts = 10, kUsed = 3;
+  Layout layout{kLayers, kExperts};
+  std::vector<std::array<Extent, 3>> extents{static_cast<size_t>(kLayers * kExperts)};
+  PredictorShape shape;
+
+  Mixture() {
+    shape.n_layer = kLayers;
+    shape.n_embd = 8;
+    shape.n_expert = kExperts;
+    shape.n_expert_used = kUsed;
+    uint64_t at[] = {0, 0};
+    for (int64_t l = 0; l < kLayers; ++l) {
+      shape.mixture.push_back(l != 5);
+      if (l == 5) continue;
+      // Parts lie as in a stock file: all gates, all ups, all downs.
+      const int64_t rows = l % 2 == 0 ? 41 : 13;
+      for (size_t i = 0; i < 3; ++i) {
+        const int32_t file = l == 4 && i == 2 ? 1 : 0;
+        for (int64_t e = 0; e < kExperts; ++e) {
+          const Layout::Part p = part(file, at[file], rows, 162);
+          extents[static_cast<size_t>(layout.unit(l, e))][i] = p.extent;
+          at[file] += p.extent.bytes;
+        }
+        at[file] += 70000;
+      }
+      for (int64_t e = 0; e < kExperts; ++e) {
+        Layout::Parts parts;
+        for (size_t i = 0; i < 3; ++i) {
+          const Extent& x = extents[static_cast<size_t>(layout.unit(l, e))][i];
+          parts[i] = part(x.shard, x.offset, rows, 162);
+        }
+        layout.add(l, e, parts);
+      }
+    }
+    layout.finish();
+  }
+};
+
+class FakeAhead final : public stoker::RouterAhead {
+ public:
+  FakeAhead(std::mt19937_64& random, int64_t tokens) : random_(random), tokens_(tokens) {
+    hidden_.resize(static_cast<size_t>(tokens * 8));
+    for (float& x : hidden_) x = static_cast<float>(random_() % 1000) / 1000;
+  }
+  // Of the layer's routes that are to come, mostly.
+  void logits(int64_t layer, float* out) override {
+    (void)layer;
+    for (int64_t i = 0; i < tokens_ * Mixture::kExperts; ++i) {
+      out[i] = static_cast<float>(random_() % 1000) / 100;
+    }
+  }
+  const float* hidden() const override { return hidden_.data(); }
+
+ private:
+  std::mt19937_64& random_;
+  int64_t tokens_;
+  std::vector<float> hidden_;
+};
+
+struct Walker {
+  Walker(const Files& files, const std::string& backend, int readers, const std::string& policy,
+         const std::string& predictor, PrefetchMode prefetch, double share, uint64_t seed)
+      : files(files), random(seed) {
+    int64_t all = 0;
+    for (size_t c = 0; c < mixture.layout.class_bytes().size(); ++c) {
+      all += mixture.layout.class_bytes()[c] * mixture.layout.class_units()[c];
+    }
+    FlashExperts::Options options;
+    options.slots = Cache::plan_slots(
+        mixture.layout, static_cast<int64_t>(share * static_cast<double>(all)), Mixture::kUsed);
+    options.policy = policy;
+    options.predictor = predictor;
+    options.prefetch = prefetch;
+    std::vector<std::string> paths;
+    std::vector<uint64_t> sizes;
+    for (const auto& f : files) {
+      paths.push_back(f->path());
+      sizes.push_back(f->size());
+    }
+    auto reader =
+        std::make_unique<FlashReader>(paths, sizes, stoker::IoOptions{backend, readers, true});
+    store =
+        std::make_unique<FlashExperts>(mixture.layout, std::move(reader), mixture.shape, options);
+  }
+
+  Routes routes(int64_t tokens) {
+    Routes r;
+    for (int64_t t = 0; t < tokens; ++t) {
+      std::set<int32_t> chosen;
+      // Some experts are liked better, as in life.
+      while (static_cast<int64_t>(chosen.size()) < Mixture::kUsed) {
+        const uint64_t e = random() % Mixture::kExperts;
+        chosen.insert(static_cast<int32_t>(random() % 2 ? e : e / 3));
+      }
+      for (int32_t e : chosen) {
+        r.expert.push_back(e);
+        r.weight.push_back(1.0f / Mixture::kUsed);
+      }
+    }
+    return r;
+  }
+
+  void check_bytes(UnitId u, const Expert& e, const char* when) {
+    const Matrix* matrices[] = {&e.gate, &e.up, &e.down};
+    for (size_t i = 0; i < 3; ++i) {
+      const Extent& x = mixture.extents[static_cast<size_t>(u)][i];
+      if (!files[static_cast<size_t>(x.shard)]->same(matrices[i]->data, x.offset, x.bytes)) {
+        check(false, std::string("wrong bytes of unit ") + std::to_string(u) + " " + when);
+      }
+    }
+  }
+
+  // One chunk through the layers. Returns false where a read failed.
+  bool walk(int64_t tokens, bool announce, const std::function<void()>& poll = {}) {
+    try {
+      store->begin(tokens, &poll);
+      for (int64_t l = 0; l < Mixture::kLayers; ++l) {
+        if (!mixture.shape.mixture[static_cast<size_t>(l)]) continue;
+        const Routes r = routes(tokens);
+        if (announce) store->announce(l, r);
+        const std::set<int32_t> distinct(r.expert.begin(), r.expert.end());
+        const std::vector<int32_t> experts(distinct.begin(), distinct.end());
+        const auto lease = store->acquire(l, experts, r);
+        acquired += static_cast<int64_t>(experts.size());
+        FakeAhead ahead(random, tokens);
+        store->look_ahead(l, ahead);
+        std::vector<int> times(experts.size());
+        for (;;) {
+          const std::span<const int32_t> ready = lease->next_ready();
+          if (ready.empty()) break;
+          for (const char* when : {"when given", "while given"}) {
+            for (int32_t i : ready) {
+              check_bytes(store->layout().unit(l, experts[static_cast<size_t>(i)]),
+                          lease->expert(i), when);
+            }
+          }
+          for (int32_t i : ready) ++times[static_cast<size_t>(i)];
+        }
+        check(std::all_of(times.begin(), times.end(), [](int n) { return n == 1; }),
+              "every expert is given once");
+      }
+      store->end();
+      return true;
+    } catch (const stoker::Error& e) {
+      check(e.kind() == stoker::ErrorKind::kDevice, e.what());
+      check(contains(e.what(), "offset") && contains(e.what(), TestFile::folder()), e.what());
+      return false;
+    } catch (const Interrupted&) {
+      return false;
+    }
+  }
+
+  // Nothing may stay pinned or on its way.
+  void check_settled(const std::string& what) {
+    for (int i = 0; i < 2000; ++i) {
+      store->forget();
+      if (pinned() == 0) break;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    check(pinned() == 0, what + ": slots stay pinned");
+    for (const Cache::Slot& s : std::as_const(*store).cache().slots()) {
+      check(s.unit < 0, what + ": the cache is empty");
+    }
+    const stoker::StoreStatistics s = store->statistics();
+    check(s.hits + s.late + s.misses <= acquired, what + ": counted once");
+    check(s.prefetches_used <= s.prefetches && s.cancelled <= s.prefetches,
+          what + ": no more prefetches used or cancelled than made");
+  }
+  int64_t pinned() const {
+    int64_t n = 0;
+    for (const Cache::Slot& s : std::as_const(*store).cache().slots()) n += s.pins;
+    return n;
+  }
+
+  const Files& files;
+  Mixture mixture;
+  std::mt19937_64 random;
+  std::unique_ptr<FlashExperts> store;
+  int64_t acquired = 0;
+};
+
+// Predictors that can do without a profile.
+std::vector<std::string> predictors() {
+  std::vector<std::string> names;
+  const Mixture mixture;
+  for (std::string_view name : stoker::predictor_names()) {
+    try {
+      const auto predictor = stoker::make_predictor(name, mixture.shape);
+      if (predictor) predictor->set_state({});
+      names.emplace_back(name);
+    } catch (const stoker::Error& e) {
+      check(e.kind() == stoker::ErrorKind::kOption, e.what());
+    }
+  }
+  return names;
+}
+
+void test_every_combination(const Files& files) {
+  uint64_t seed = 0;
+  for (std::string_view policy : stoker::policy_names()) {
+    for (const std::string& predictor : predictors()) {
+      for (const double share : {0.0, 0.3, 1.0}) {
+        const std::string what = std::string(policy) + ", " + predictor;
+        const PrefetchMode mode = seed % 3 ? PrefetchMode::kOn : PrefetchMode::kAuto;
+        Walker w(files, "null:delay=0..0.05ms,reorder,seed=" + std::to_string(seed), 3,
+                 std::string(policy), predictor, mode, share, seed);
+        ++seed;
+        for (int i = 0; i < 24; ++i) {
+          check(w.walk(i % 6 == 0 ? 9 : 1, i % 2 == 1), what + ": no read fails");
+        }
+        const stoker::StoreStatistics s = w.store->statistics();
+        check(s.hits + s.late + s.misses == w.acquired, what + ": hits, late and misses");
+        check(predictor != "none" || s.prefetches == 0, what + ": demand only");
+        check(share < 1 || s.evictions == 0, what + ": nothing leaves where all fits");
+        check(share > 0 || s.evictions > 0, what + ": a ring evicts");
+        w.check_settled(what);
+      }
+    }
+  }
+}
+
+void test_failures(const Files& files) {
+  for (uint64_t seed = 0; seed < 12; ++seed) {
+    const std::string script = "null:eio=0.03,short=0.03,delay=0..0.1ms,reorder,seed=";
+    Walker w(files, script + std::to_string(seed), 1 + static_cast<int>(seed % 4), "reuse",
+             "next_gate", PrefetchMode::kOn, seed % 2 ? 0.4 : 0.0, seed);
+    int passed = 0, failed = 0;
+    for (int i = 0; i < 120; ++i) ++(w.walk(i % 5 == 0 ? 12 : 1, i % 3 == 0) ? passed : failed);
+    check(passed > 0 && failed > 0, "some walks pass and some fail");
+    w.check_settled("failures " + std::to_string(seed));
+  }
+}
+
+// Reads that fail just as a lease looks at their slots.
+void test_failures_as_leases_begin(const Files& files) {
+  for (uint64_t seed = 0; seed < 6; ++seed) {
+    Walker w(files, "null:eio=0.3,seed=" + std::to_string(seed), 4, "reuse", "next_gate",
+             PrefetchMode::kOn, 0.5, seed);
+    for (int i = 0; i < 400; ++i) w.walk(40, true);
+    w.check_settled("failures as leases begin");
+  }
+}
+
+void test_interruptions(const Files& files) {
+  for (uint64_t seed = 0; seed < 8; ++seed) {
+    Walker w(files, "null:delay=0..0.5ms,spike=15ms@0.01,reorder,seed=" + std::to_string(seed), 2,
+             "lru", seed % 2 ? "next_gate" : "none", PrefetchMode::kOn, 0.1 * double(seed % 3),
+             seed);
+    int polls = 0, interrupted = 0;
+    const std::function<void()> poll = [&] {
+      if (++polls % 3 == 0) throw Interrupted();
+    };
+    for (int i = 0; i < 40; ++i) {
+      if (i % 2 == 0) {
+        interrupted += !w.walk(i % 4 == 0 ? 16 : 1, i % 3 == 0, poll);
+      } else {
+        check(w.walk(1, false), "a walk after an interrupted one");
+      }
+    }
+    check(interrupted > 0, "some walks were interrupted");
+    w.check_settled("interruptions");
+  }
+}
+
+void test_cancelled_prefetches(const Files& files) {
+  // One reader, slower than the walk: guesses go stale before their reads begin.
+  Walker w(files, "null:delay=0.01ms", 1, "lru", "next_gate", PrefetchMode::kOn, 0.4, 1);
+  int walks = 0;
+  while (w.store->statistics().cancelled < 10'000 && walks < 60'000) {
+    ++walks;
+    if (!w.walk(2, false)) break;
+  }
+  check(w.store->statistics().cancelled >= 10'000,
+        "ten thousand prefetches are cancelled: " +
+            std::to_string(w.store->statistics().cancelled) + " in " + std::to_string(walks));
+  w.check_settled("cancelled prefetches");
+  std::printf("%d walks, ", walks);
+}
+
+// Destroyed with reads under way.
+void test_closing(const Files& files) {
+  for (uint64_t seed = 0; seed < 30; ++seed) {
+    Walker w(files, "null:delay=0..3ms,seed=" + std::to_string(seed), 2, "lru", "next_gate",
+             PrefetchMode::kOn, 0.3, seed);
+    int polls = 0;
+    w.walk(8, true, [&] {
+      if (++polls > static_cast<int>(seed % 3)) throw Interrupted();
+    });
+  }
+}
+
+// Statistics from another thread; run under TSan.
+void test_watched(const Files& files) {
+  Walker w(files, "null:delay=0..0.02ms", 3, "reuse", "next_gate", PrefetchMode::kAuto, 0.3, 4);
+  std::atomic<bool> done{false};
+  int64_t last = 0;
+  bool rises = true;
+  std::thread watcher([&] {
+    while (!done.load()) {
+      const stoker::StoreStatistics s = w.store->statistics();
+      const int64_t now = s.hits + s.late + s.misses;
+      rises &= now >= last;
+      last = now;
+      rises &= !w.store->prefetch_description().empty();
+      rises &= w.store->reader().io().statistics().bytes >= 0;
+    }
+  });
+  for (int i = 0; i < 200; ++i) w.walk(1, false);
+  done.store(true);
+  watcher.join();
+  check(rises, "counters only rise");
+}
+
+}  // namespace
+
+int main() {
+  {
+    const Files files = three_files();
+    const auto run = [&](const char* name, auto&& test) {
+      const auto began = std::chrono::steady_clock::now();
+      test();
+      const std::chrono::duration<double> s = std::chrono::steady_clock::now() - began;
+      std::printf("%-24s %.2f s\n", name, s.count());
+    };
+    run("layouts", [&] { test_layouts(files); });
+    run("plan_slots", [] { test_plan_slots(); });
+    run("cache", [] { test_cache(); });
+    run("every combination", [&] { test_every_combination(files); });
+    run("failures", [&] { test_failures(files); });
+    run("failures as leases begin", [&] { test_failures_as_leases_begin(files); });
+    run("interruptions", [&] { test_interruptions(files); });
+    run("cancelled prefetches", [&] { test_cancelled_prefetches(files); });
+    run("closing", [&] { test_closing(files); });
+    run("watched", [&] { test_watched(files); });
+  }
+  return report("flash_experts_test");
+}
