@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The test suite, native and Python, with ASan and UBSan; then the engine tests with TSan.
+# The test suite, native and Python, with ASan and UBSan; then with TSan what has threads: the engine,
+# the expert store and its reads.
 # usage: tests/sanitize.sh path/to/venv/bin [asan | tsan]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,8 +24,10 @@ build() {  # build NAME SANITIZERS OPTIONS...: build/sanitize-NAME
 }
 
 # Without address randomisation (setarch -R), which the TSan of older compilers cannot live with.
-native() {  # native NAME: its C++ test programs
-  setarch -R "$bin/ctest" --test-dir "build/sanitize-$1" --output-on-failure
+native() {  # native NAME [OPTIONS...]: its C++ test programs
+  local folder=build/sanitize-$1
+  shift
+  setarch -R "$bin/ctest" --test-dir "$folder" --output-on-failure "$@"
 }
 
 python() {  # python NAME RUNTIME TESTS...: pytest on the installed package with this core in it
@@ -50,7 +53,9 @@ case "${2:-all}" in
     python asan libasan.so tests
     ;;&
   all | tsan)
-    build tsan thread
-    python tsan libtsan.so tests/test_families.py tests/test_threads.py
+    build tsan thread -DSTOKER_NATIVE_TESTS=ON
+    native tsan -R 'io_|flash_experts'
+    python tsan libtsan.so tests/test_families.py tests/test_threads.py tests/test_offload.py \
+      tests/test_offload_faults.py
     ;;
 esac
