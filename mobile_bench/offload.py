@@ -258,16 +258,20 @@ def main() -> None:
         "roofline": roofline(records, config, options.tokens),
         "records": records,
     }
-    if options.json:
-        for runs in records.values():
-            for r in runs:
-                r.pop("routing", None)
-        options.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     print(
         f"{model.name} in {limit / 1e6:.0f} MB, budget {budget / 1e6:.0f} MB, "
         f"{options.repeats} repeats"
     )
     print(report(summary))
+    if options.json:
+        for runs in records.values():
+            for r in runs:
+                r.pop("routing", None)
+                r.pop("tokens", None)
+                times = sorted(r.pop("token_s", []))
+                if times:
+                    r["token_ms"] = {q: 1e3 * times[len(times) * q // 100] for q in (50, 95, 99)}
+        options.json.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
