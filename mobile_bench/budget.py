@@ -110,7 +110,9 @@ def reclaims(group: MemoryGroup) -> int:
     """How often an allocation found the group at its limit."""
     with suppress(OSError, ValueError, KeyError):
         if not group.unified:
-            return int((group.folder / "memory.failcnt").read_text())
+            # With and without swap: where the limits are equal, either may be met first.
+            files = (group.folder / name for name in ("memory.failcnt", "memory.memsw.failcnt"))
+            return max(int(file.read_text()) for file in files if file.is_file())
         text = (group.folder / "memory.events").read_text()
         return int(dict(line.split() for line in text.splitlines())["max"])
     return 0

@@ -296,6 +296,28 @@ def test_control_c_in_a_spike(mixtral: Model) -> None:
     goes_on(mixtral, t, tokens)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no pthread_kill")
+def test_control_c_while_loading(mixtral: Model) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
+    took = []
+    for _ in range(2):
+        sent: list[float] = []
+
+        def interrupt(sent: list[float] = sent) -> None:
+            sent.append(time.monotonic())
+            signal.pthread_kill(main, signal.SIGINT)
+
+        timer = threading.Timer(0.1, interrupt)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            mixtral.offloaded(0.0, io="null:delay=50ms", readers=1)
+        took.append(time.monotonic() - sent[0])
+        timer.join()
+    assert min(took) < PROMPTLY, took
+    assert run(mixtral.offloaded(0.0)) == mixtral.expected()
+
+
 def test_hundreds_of_cancelled_prefetches(mixtral: Model) -> None:
     # One reader that is slower than the walk: guesses pile up and go stale. (Ten thousand, without
     # the arithmetic of a model, in tests/native/flash_experts_test.cc.)

@@ -482,8 +482,8 @@ def test_models_load_profiles(mixture: Model, made: profiles.Profile, predictor:
     e = engine(
         mixture.path, budget, predictor=predictor, predictor_state=state, prefetch="on", threads=2
     )
+    assert e.predictor_state() == state
     assert run(e) == mixture.expected()
-    assert e.offload["prefetches"] > 0
 
 
 def test_profiles_of_something_else_are_refused(
