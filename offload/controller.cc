@@ -41,6 +41,12 @@ Controller::Controller(const PredictorShape& shape, PrefetchMode mode)
       record[d][1][static_cast<size_t>(b)] = 0.95f * p;
     }
   }
+  // The longer an occurrence, the surer.
+  for (size_t b = 0; b < kBins; ++b) {
+    const float p = 1 - 0.6f / static_cast<float>(b + 1);
+    record[kRememberedNow][0][b] = record[kRememberedNext][0][b] = 0.9f * p;
+    record[kRememberedNow][1][b] = record[kRememberedNext][1][b] = p;
+  }
   came_true_.assign(static_cast<size_t>(shape.n_layer), record);
   pending_.resize(static_cast<size_t>(shape.n_layer));
   phase_left_ = kFirstTrial;
@@ -56,7 +62,9 @@ void Controller::begin(int64_t tokens, double now_s, double busy_s) {
   began_s_ = now_s;
   busy_s_ = busy_s;
   for (auto& layer : pending_) {
-    for (Pending& p : layer) p.made = false;
+    for (size_t k = 0; k < kKinds; ++k) {
+      if (k != kRememberedNext || tokens != 1) layer[k].made = false;
+    }
   }
 }
 
@@ -106,14 +114,18 @@ void Controller::guessed(int64_t layer, const Guess& guess, std::span<const uint
   probability->assign(n, 1.0f);
   if (tokens_ != 1) return;  // of a prompt: nothing is known, and nearly all is used
   const int64_t ahead = std::clamp<int64_t>(guess.layer - layer, 1, kMaxDistance);
-  Pending& p = pending_[static_cast<size_t>(guess.layer)][static_cast<size_t>(ahead - 1)];
+  const size_t kind = !guess.remembered               ? static_cast<size_t>(ahead - 1)
+                      : guess.layer >= shape_.n_layer ? kRememberedNext
+                                                      : kRememberedNow;
+  const size_t of = static_cast<size_t>(guess.layer % shape_.n_layer);
+  Record& record = came_true_[guess.remembered ? 0 : of];
+  Pending& p = pending_[of][kind];
   p.made = true;
   p.experts.assign(guess.experts.begin(), guess.experts.end());
   p.came_true.resize(n);
   for (size_t i = 0; i < n; ++i) {
-    auto& means = came_true_[static_cast<size_t>(guess.layer)][static_cast<size_t>(ahead - 1)]
-                            [resident[i] ? 1 : 0];
-    p.came_true[i] = &means[static_cast<size_t>(bin(guess.score[i]))];
+    const int b = guess.remembered ? static_cast<int>(guess.score[i]) : bin(guess.score[i]);
+    p.came_true[i] = &record[kind][resident[i] ? 1 : 0][static_cast<size_t>(b)];
     (*probability)[i] = *p.came_true[i];
   }
 }

@@ -51,6 +51,10 @@ class Controller {
 
  private:
   static constexpr int64_t kMaxDistance = 4;
+  // Guesses are recorded apart by layers ahead, and those from memory by whether they are at the
+  // present token or at the next one.
+  static constexpr size_t kRememberedNow = kMaxDistance, kRememberedNext = kMaxDistance + 1;
+  static constexpr size_t kKinds = kMaxDistance + 2;
   static constexpr int kBins = 8;  // of a guess's score
   struct Pending {
     bool made = false;
@@ -66,11 +70,12 @@ class Controller {
   bool active_ = true;
   int64_t distance_ = 1, width_ = 0;
   float threshold_ = 0.5f;
-  // Decayed means of outcomes, by layers ahead, resident or not, and score. For each layer: the
-  // hidden state changes much from the first to the second, and little between most others.
-  using Record = std::array<std::array<std::array<float, kBins>, 2>, kMaxDistance>;
-  std::vector<Record> came_true_;                           // [n_layer]
-  std::vector<std::array<Pending, kMaxDistance>> pending_;  // [n_layer], by layers ahead
+  // Decayed means of outcomes, by kind, resident or not, and score. For each layer: the hidden
+  // state changes much from the first to the second, and little between most others. What is
+  // remembered is as good for one layer as for another: the first layer's record has them all.
+  using Record = std::array<std::array<std::array<float, kBins>, 2>, kKinds>;
+  std::vector<Record> came_true_;                     // [n_layer]
+  std::vector<std::array<Pending, kKinds>> pending_;  // [n_layer]
   // The trial of prefetch against demand only.
   int64_t tokens_ = 0;                 // of the chunk
   double began_s_ = 0, busy_s_ = 0;    // of the chunk

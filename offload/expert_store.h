@@ -66,10 +66,12 @@ class RouterAhead {
 class ExpertStore {
  public:
   virtual ~ExpertStore() = default;
-  // A chunk of tokens begins its walk through the layers. poll is called every 20 ms of waiting
-  // and may throw to interrupt it; it must live until the walk ends.
-  virtual void begin(int64_t tokens, const std::function<void()>* poll) {
-    (void)tokens, (void)poll;
+  // A chunk of tokens begins its walk through the layers; timeline: a number that those have in
+  // common that follow each other. poll is called every 20 ms of waiting and may throw to interrupt
+  // it; it must live until the walk ends.
+  virtual void begin(std::span<const int32_t> tokens, int64_t timeline,
+                     const std::function<void()>* poll) {
+    (void)tokens, (void)timeline, (void)poll;
   }
   virtual void end() {}  // of the chunk's last layer
   // The experts that `layer` will certainly use.

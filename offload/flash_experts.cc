@@ -198,6 +198,7 @@ class FlashLease : public ExpertLease {
 FlashExperts::FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader,
                            const PredictorShape& shape, const Options& options)
     : layout_(std::move(layout)),
+      history_(layout_.n_layer(), shape.n_expert_used),
       cache_(layout_, options.slots,
              make_policy(options.policy,
                          {layout_.n_layer(), layout_.n_expert(), shape.n_expert_used})),
@@ -208,7 +209,9 @@ FlashExperts::FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader,
       reader_(std::move(reader)) {
   statistics_.layer_uses.assign(static_cast<size_t>(layout_.n_layer()), 0);
   statistics_.layer_hits.assign(static_cast<size_t>(layout_.n_layer()), 0);
+  cache_.policy().follow(&history_);
   if (predictor_) {
+    predictor_->follow(&history_);
     predictor_->set_state(options.predictor_state);
   } else if (!options.predictor_state.empty()) {
     throw Error(ErrorKind::kOption, "predictor none: expected no profile");
@@ -218,17 +221,19 @@ FlashExperts::FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader,
 
 FlashExperts::~FlashExperts() = default;
 
-void FlashExperts::begin(int64_t tokens, const std::function<void()>* poll) {
+void FlashExperts::begin(std::span<const int32_t> tokens, int64_t timeline,
+                         const std::function<void()>* poll) {
   ++walk_;
-  tokens_ = tokens;
+  tokens_ = static_cast<int64_t>(tokens.size());
   layer_ = 0;
   poll_ = poll;
   reap();
-  wishes_.clear();
-  next_wish_ = 0;
+  history_.begin(timeline, tokens);
+  cache_.policy().foresee();
+  if (!history_.as_foretold()) wishes_.clear();
   publish();  // of a walk that was interrupted
-  controller_.begin(tokens, now(), reader_->io().statistics().busy_s);
-  if (predictor_) predictor_->begin(tokens);
+  controller_.begin(tokens_, now(), reader_->io().statistics().busy_s);
+  if (predictor_) predictor_->begin(tokens_);
 }
 
 void FlashExperts::end() {
@@ -239,16 +244,8 @@ void FlashExperts::end() {
 void FlashExperts::announce(int64_t layer, const Routes& routes) {
   if (!predictor_) return;  // demand only
   reap();
-  wishes_.clear();
-  next_wish_ = 0;
-  for (int32_t e : routes.expert) {
-    const UnitId u = layout_.unit(layer, e);
-    if (Slot* slot = cache_.find(u)) {
-      slot->keep = std::max(slot->keep, step(layer));
-    } else {
-      wishes_.push_back({u, step(layer), 1.0f});
-    }
-  }
+  for (int32_t e : routes.expert) wish(layout_.unit(layer, e), step(layer), 1.0f);
+  sort_wishes();
   pump();
 }
 
@@ -264,11 +261,11 @@ std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<cons
     for (size_t j = 0; j < used; ++j) units_[j] = layout_.unit(layer, routes.expert[t * used + j]);
     policy.use(units_, std::span(routes.weight).subspan(t * used, used));
   }
+  history_.take(layer, routes);
   controller_.judge(layer, experts);
   if (predictor_) predictor_->observe(layer, routes);
   // Wishes for this layer are moot now; the rest of them wait until its misses are on their way.
   std::erase_if(wishes_, [&](const Wish& w) { return w.step <= step(layer); });
-  next_wish_ = 0;
   return std::make_unique<FlashLease>(*this, layer, experts, routes);
 }
 
@@ -276,36 +273,41 @@ void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
   if (!predictor_ || !controller_.predicts()) return;
   const size_t n =
       predictor_->predict(layer, controller_.distance(), controller_.width(), ahead, guesses_);
-  wishes_.clear();
-  next_wish_ = 0;
   for (size_t g = 0; g < n; ++g) {
     const Guess& guess = guesses_[g];
     units_.resize(guess.experts.size());
     resident_.resize(guess.experts.size());
     for (size_t i = 0; i < units_.size(); ++i) {
-      units_[i] = layout_.unit(guess.layer, guess.experts[i]);
+      units_[i] = layout_.unit(guess.layer % layout_.n_layer(), guess.experts[i]);
       resident_[i] = cache_.find(units_[i]) != nullptr;
     }
     controller_.guessed(layer, guess, resident_, &probabilities_);
-    cache_.policy().predict(units_, probabilities_);
+    if (!guess.remembered) cache_.policy().predict(units_, probabilities_);
     if (!controller_.prefetches()) continue;
     // Every expert of a prompt's guess was chosen by some token.
     const float threshold = tokens_ == 1 ? controller_.threshold() : 0;
     for (size_t i = 0; i < units_.size(); ++i) {
       // While the cache fills, an idle disk may as well fetch what is likely at some later time.
       if (probabilities_[i] < (cache_.has_free(units_[i]) ? kFillThreshold : threshold)) continue;
-      if (Slot* slot = cache_.find(units_[i])) {
-        slot->keep = std::max(slot->keep, step(guess.layer));
-      } else {
-        wishes_.push_back({units_[i], step(guess.layer), probabilities_[i]});
-      }
+      wish(units_[i], step(guess.layer), probabilities_[i]);
     }
   }
-  if (tokens_ == 1) {
-    std::stable_sort(wishes_.begin(), wishes_.end(),
-                     [](const Wish& a, const Wish& b) { return a.probability > b.probability; });
-  }
+  sort_wishes();
   pump();
+}
+
+void FlashExperts::wish(UnitId unit, int64_t step, float probability) {
+  if (Slot* slot = cache_.find(unit)) {
+    slot->keep = std::max(slot->keep, step);
+  } else {
+    wishes_.push_back({unit, step, probability});
+  }
+}
+
+void FlashExperts::sort_wishes() {
+  std::stable_sort(wishes_.begin(), wishes_.end(), [](const Wish& a, const Wish& b) {
+    return a.step != b.step ? a.step < b.step : a.probability > b.probability;
+  });
 }
 
 int64_t FlashExperts::layer_bytes(int64_t layer) const {
@@ -421,12 +423,16 @@ bool FlashExperts::cancel_one() {
 }
 
 void FlashExperts::pump() {
-  if (next_wish_ >= wishes_.size()) return;
+  if (wishes_.empty()) return;
   const int64_t limit =
       std::min(tokens_ == 1 ? kDecodeFlights : kPromptFlights, cache_.n_slots() / 3);
-  while (next_wish_ < wishes_.size() && static_cast<int64_t>(flights_.size()) < limit) {
-    const Wish w = wishes_[next_wish_++];
-    if (cache_.find(w.unit)) continue;
+  size_t granted = 0;
+  while (granted < wishes_.size() && static_cast<int64_t>(flights_.size()) < limit) {
+    const Wish w = wishes_[granted++];
+    if (Slot* there = cache_.find(w.unit)) {
+      there->keep = std::max(there->keep, w.step);
+      continue;
+    }
     Slot* slot = cache_.take(w.unit, step(layer_), false);
     if (!slot) continue;
     slot->keep = w.step;
@@ -434,6 +440,7 @@ void FlashExperts::pump() {
     flights_.back().step = w.step;
     ++statistics_.prefetches;
   }
+  wishes_.erase(wishes_.begin(), wishes_.begin() + static_cast<int64_t>(granted));
 }
 
 void FlashExperts::record(bool on) {

@@ -14,6 +14,7 @@
 #include "offload/expert_store.h"
 #include "offload/flash_reader.h"
 #include "offload/predict/predictor.h"
+#include "offload/token_history.h"
 
 namespace stoker {
 
@@ -64,7 +65,8 @@ class FlashExperts : public ExpertStore {
                const Options& options);
   ~FlashExperts() override;
 
-  void begin(int64_t tokens, const std::function<void()>* poll) override;
+  void begin(std::span<const int32_t> tokens, int64_t timeline,
+             const std::function<void()>* poll) override;
   void end() override;
   void announce(int64_t layer, const Routes& routes) override;
   std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
@@ -95,7 +97,7 @@ class FlashExperts : public ExpertStore {
  private:
   friend class FlashLease;
   using Slot = Cache::Slot;
-  // A unit that may be prefetched, in order of layer and likelihood.
+  // A unit that may be prefetched.
   struct Wish {
     UnitId unit;
     int64_t step;
@@ -114,10 +116,13 @@ class FlashExperts : public ExpertStore {
   bool cancel_one();
   void land_cancelled(size_t flight);
   void publish();
+  void wish(UnitId unit, int64_t step, float probability);
+  void sort_wishes();
   // Submits wishes while there is room.
   void pump();
 
   Layout layout_;
+  TokenHistory history_;
   Cache cache_;
   std::unique_ptr<Predictor> predictor_;
   Controller controller_;
@@ -133,8 +138,7 @@ class FlashExperts : public ExpertStore {
     bool demand;
   };
   std::vector<Flight> flights_;
-  std::vector<Wish> wishes_;
-  size_t next_wish_ = 0;
+  std::vector<Wish> wishes_;  // by step, then the likeliest first
   std::vector<Guess> guesses_;
   std::vector<UnitId> units_;
   std::vector<uint8_t> resident_;

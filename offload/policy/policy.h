@@ -19,9 +19,15 @@ struct PolicyShape {
   int64_t n_expert_used = 0;  // by a token
 };
 
+class TokenHistory;
+
 class Policy {
  public:
   virtual ~Policy() = default;
+  // Called once, before all else, where tokens are known.
+  virtual void follow(const TokenHistory* history) { (void)history; }
+  // The history knows of the tokens of a new evaluation.
+  virtual void foresee() {}
   // Layer `layer` of an evaluation of `tokens` tokens begins; layer 0 begins a new evaluation.
   virtual void begin_layer(int64_t layer, int64_t tokens) { (void)layer, (void)tokens; }
   // A token of this layer chose `units`, with the weights the router gave them (same length). A

@@ -8,6 +8,10 @@
 // that nothing must be kept until a distant use is seen. Where a predictor gives a probability for
 // the walk's next visit, it stands in for the model's own view of that visit.
 //
+// Where the tokens are known and the last of them occurred before, what followed there
+// (token_history.h) says when units will be used, with a confidence that is measured: the worth is a
+// mixture of both views.
+//
 // It is deterministic and begins with weights rounded from what it learnt on three recorded traces.
 #include <algorithm>
 #include <array>
@@ -21,6 +25,7 @@
 #include "offload/policy/path_memory.h"
 #include "offload/policy/policy.h"
 #include "offload/policy/token_clock.h"
+#include "offload/token_history.h"
 
 namespace stoker {
 
@@ -36,6 +41,12 @@ constexpr float kRate = 0.03f;        // of learning, a visit
 constexpr float kLeastShare = 0.01f;  // of similar tokens: none is as good as this
 constexpr int64_t kLongAgo = 1000;    // tokens
 constexpr int64_t kOutlooks = 4;      // at the layers ahead, in a token
+// Of what followed an earlier occurrence of the last tokens, by its length (TokenHistory::bin).
+constexpr int64_t kForesight = 64;  // tokens
+constexpr int64_t kPatience = 8;    // tokens without a use speak against the unit
+constexpr std::array<float, TokenHistory::kBins> kComesTrue = {0.5f, 0.6f, 0.7f, 0.8f, 0.9f, 0.9f};
+constexpr std::array<float, TokenHistory::kBins> kGoesOn = {0.2f, 0.4f, 0.6f, 0.8f, 0.9f, 0.95f};
+constexpr float kOutcome = 1.0f / 32;  // weight of one more outcome
 
 float logistic(float z) { return 1.0f / (1.0f + std::exp(-z)); }
 
@@ -47,10 +58,27 @@ class Reuse : public Policy {
         layers_an_outlook_((n_layer_ + kOutlooks - 1) / kOutlooks),
         paths_(shape),
         units_(static_cast<size_t>(n_layer_ * n_expert_)),
-        score_(units_.size(), 0.0f),
+        worth_(units_.size(), 0.0f),
         used_(static_cast<size_t>(n_expert_), 0),
         share_(static_cast<size_t>(n_expert_), 0.0f) {
     for (size_t i = 0; i < kHalfLife.size(); ++i) decay_[i] = std::exp2(-1.0f / kHalfLife[i]);
+  }
+
+  void follow(const TokenHistory* history) override { history_ = history; }
+
+  void foresee() override {
+    learn();
+    if (bin_ >= 0) {
+      float& goes_on = goes_on_[static_cast<size_t>(bin_)];
+      goes_on += ((history_->as_foretold() ? 1.0f : 0.0f) - goes_on) * kOutcome;
+    }
+    const bool foresaw = bin_ >= 0;
+    bin_ = history_->match() > 0 ? history_->bin() : -1;
+    if (history_->as_foretold() || (!foresaw && bin_ < 0)) return;
+    for (int64_t l = 0; l < n_layer_; ++l) {
+      look_back(l, 0);
+      rate(l);
+    }
   }
 
   void begin_layer(int64_t layer, int64_t tokens) override {
@@ -84,19 +112,19 @@ class Reuse : public Policy {
       Unit& unit = units_[static_cast<size_t>(units[k])];
       if (unit.predicted < 0) predicted_.push_back(units[k]);
       unit.predicted = std::min(probability[k], 1.0f);
-      score_[static_cast<size_t>(units[k])] = with_prediction(unit);
+      worth_[static_cast<size_t>(units[k])] = worth(unit);
     }
   }
 
   size_t victim(std::span<const UnitId> candidates) override {
     learn();
     size_t least = 0;
-    float least_score = score_[static_cast<size_t>(candidates[0])];
+    float least_worth = worth_[static_cast<size_t>(candidates[0])];
     for (size_t i = 1; i < candidates.size(); ++i) {
-      const float score = score_[static_cast<size_t>(candidates[i])];
-      if (score < least_score) {
+      const float worth = worth_[static_cast<size_t>(candidates[i])];
+      if (worth < least_worth) {
         least = i;
-        least_score = score;
+        least_worth = worth;
       }
     }
     return least;
@@ -110,6 +138,7 @@ class Reuse : public Policy {
     float own = 0;         // the model's score without the path's input, at the layer's last visit
     float score = 0;       // with it
     float predicted = -1;  // probability of use at the layer's next visit; < 0 where not predicted
+    int64_t due = -1;      // token of the next use, as the history foretells; < 0: it does not
     Inputs inputs{};       // at the layer's last visit; [0] is 0 before the first
   };
 
@@ -152,12 +181,16 @@ class Reuse : public Policy {
         const float error = target - logistic(dot(before));
         for (size_t i = 0; i < kInputs; ++i) step[i] += error * before[i];
       }
-      score_[static_cast<size_t>(layer_ * n_expert_ + e)] = unit.score;
     }
-    const float rate = kRate / static_cast<float>(n_expert_);
+    const float share = kRate / static_cast<float>(n_expert_);
     for (size_t i = 0; i < kInputs; ++i) {
-      weight_[i] = std::clamp(weight_[i] + rate * step[i], -kLimit, kLimit);
+      weight_[i] = std::clamp(weight_[i] + share * step[i], -kLimit, kLimit);
     }
+    if (bin_ >= 0) {
+      book_foretold();
+      look_back(layer_, 1);
+    }
+    rate(layer_);
     if (++layers_since_outlook_ >= layers_an_outlook_) {
       layers_since_outlook_ = 0;
       look_out();
@@ -194,8 +227,35 @@ class Reuse : public Policy {
       for (int64_t e = 0; e < n_expert_; ++e) {
         Unit& unit = units_[static_cast<size_t>(layer * n_expert_ + e)];
         unit.score = unit.own + weight_[7] * path_input(share_[static_cast<size_t>(e)]);
-        score_[static_cast<size_t>(layer * n_expert_ + e)] = unit.score;
       }
+      rate(layer);
+    }
+  }
+
+  // Of the present token: did its layer take what was foretold?
+  void book_foretold() {
+    float& comes_true = comes_true_[static_cast<size_t>(bin_)];
+    for (uint16_t e : history_->foretold(0, layer_)) {
+      comes_true += ((used_[e] != 0 ? 1.0f : 0.0f) - comes_true) * kOutcome;
+    }
+  }
+
+  // When the layer's units are due, as the history foretells from `ahead` tokens on.
+  void look_back(int64_t layer, int64_t ahead) {
+    Unit* units = units_.data() + layer * n_expert_;
+    for (int64_t e = 0; e < n_expert_; ++e) units[e].due = -1;
+    if (bin_ < 0) return;
+    const int64_t present = clock_.now() + (ahead == 0 ? 1 : 0);
+    for (int64_t t = kForesight; t >= ahead; --t) {
+      for (uint16_t e : history_->foretold(t, layer)) units[e].due = present + t;
+    }
+  }
+
+  // The worth of the layer's units.
+  void rate(int64_t layer) {
+    for (int64_t e = 0; e < n_expert_; ++e) {
+      const size_t id = static_cast<size_t>(layer * n_expert_ + e);
+      worth_[id] = worth(units_[id]);
     }
   }
 
@@ -207,16 +267,22 @@ class Reuse : public Policy {
         unit.predicted = -1;
         return true;
       }
-      score_[static_cast<size_t>(id)] = with_prediction(unit);
+      worth_[static_cast<size_t>(id)] = worth(unit);
       return false;
     });
   }
 
-  float with_prediction(const Unit& unit) const {
-    const float p = unit.predicted;
-    const float worth = p + (1 - p) * kDiscount * logistic(unit.score);
-    const float bounded = std::clamp(worth, 1e-6f, 1 - 1e-6f);
-    return std::log(bounded / (1 - bounded));
+  float worth(const Unit& unit) const {
+    float worth = logistic(unit.score);
+    if (bin_ >= 0) {
+      const size_t b = static_cast<size_t>(bin_);
+      const bool due = unit.due >= 0;
+      const float t = static_cast<float>(due ? std::max<int64_t>(0, unit.due - clock_.now()) : kPatience);
+      const float sure = comes_true_[b] * std::pow(goes_on_[b], t);
+      worth = (due ? sure * std::pow(kDiscount, t) : 0.0f) + (1 - sure) * worth;
+    }
+    if (unit.predicted >= 0) worth = unit.predicted + (1 - unit.predicted) * kDiscount * worth;
+    return worth;
   }
 
   int64_t n_layer_, n_expert_;
@@ -227,7 +293,7 @@ class Reuse : public Policy {
   std::array<float, kHalfLife.size()> decay_{};  // of a count in a token
   Inputs weight_ = kStart;
   std::vector<Unit> units_;        // [n_layer * n_expert]
-  std::vector<float> score_;       // [n_layer * n_expert]: log odds of the worth
+  std::vector<float> worth_;       // [n_layer * n_expert]
   std::vector<UnitId> predicted_;  // units with a prediction
   std::vector<int32_t> experts_;   // of the token in use()
   std::vector<uint8_t> used_;      // [n_expert] by this visit of the layer
@@ -236,6 +302,9 @@ class Reuse : public Policy {
   int64_t tokens_ = 1;             // of this visit
   int64_t uses_ = 0;               // tokens of this visit that use() has told of
   bool open_ = false;              // a visit that has not been learnt from
+  const TokenHistory* history_ = nullptr;
+  int bin_ = -1;  // of the history's occurrence; -1: none
+  std::array<float, TokenHistory::kBins> comes_true_ = kComesTrue, goes_on_ = kGoesOn;
 };
 
 }  // namespace

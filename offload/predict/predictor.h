@@ -20,9 +20,12 @@ struct PredictorShape {
   std::vector<bool> mixture;  // [n_layer] layers that have experts
 };
 
+class TokenHistory;
+
 // A guess at one layer: experts in order of likelihood.
 struct Guess {
-  int64_t layer = 0;
+  int64_t layer = 0;  // from n_layer on: of the token after the present one
+  bool remembered = false;  // from the history: score is its bin()
   std::vector<int32_t> experts;
   // Of each expert: how sure the predictor is, falling. Of one token: 0 where it is as likely as
   // not to be chosen, in units of the spread between experts; the controller learns from outcomes
@@ -33,12 +36,15 @@ struct Guess {
 class Predictor {
  public:
   virtual ~Predictor() = default;
+  // Called once, before the first chunk. The history knows of a chunk before begin() does.
+  virtual void follow(const TokenHistory* history) { (void)history; }
   // A chunk of tokens begins at layer 0.
   virtual void begin(int64_t tokens) { (void)tokens; }
   // What a layer's router chose.
   virtual void observe(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
   // A guess at layer + distance, or (where the walk begins) at all layers up to it (horizon.h), of
-  // those that it can say something about; at most `width` experts a token. guesses
+  // those that it can say something about; at most `width` experts a token. What it remembers may
+  // reach further, to one token ahead. guesses
   // [0 .. return value) are filled, storage is reused. layer -1: before the first layer, when the
   // hidden states are the tokens' embeddings.
   virtual size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,

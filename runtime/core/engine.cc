@@ -98,6 +98,7 @@ void Engine::load(const std::function<void()>& poll) {
   }
   FixedMemory fixed;
   fixed.process = o.process_bytes + static_cast<int64_t>(o.predictor_state.size());
+  if (c.is_mixture()) fixed.process += TokenHistory::nbytes(c.n_layer, c.n_expert_used);
   fixed.kv = plan_.kv_bytes;
   fixed.scratch = plan_.scratch_bytes;
   if (!c.is_mixture()) {

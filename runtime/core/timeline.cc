@@ -1,6 +1,7 @@
 #include "runtime/core/timeline.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 
@@ -13,6 +14,8 @@ namespace {
 constexpr double kPollSeconds = 0.02;
 // Rows of logits that are alive at once where only a number of each is kept.
 constexpr int64_t kLogitRows = 16;
+
+std::atomic<int64_t> timelines{0};  // made so far
 
 double now() {
   using Clock = std::chrono::steady_clock;
@@ -52,7 +55,8 @@ Timeline::Timeline(std::shared_ptr<const Engine> engine, std::function<void()> p
       interrupt_([this] { interrupt_if_asked(); }),
       kv_(engine_->config(), engine_->plan().context, engine_->kv_f16()),
       hidden_(static_cast<size_t>(engine_->config().n_embd)),
-      logits_(static_cast<size_t>(engine_->config().n_vocab)) {}
+      logits_(static_cast<size_t>(engine_->config().n_vocab)),
+      id_(timelines.fetch_add(1)) {}
 
 void Timeline::interrupt_if_asked() {
   if (cancelled_.load(std::memory_order_relaxed)) {
@@ -95,10 +99,10 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
     if (taps) {
       forward.tap(taps + first * n_embd, hidden ? hidden + first * n_embd : nullptr, n * n_embd);
     }
-    forward.begin(tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(count)),
-                  position_);
+    const auto chunk = tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(count));
+    forward.begin(chunk, position_);
     if (experts) {
-      experts->begin(count, &interrupt_);
+      experts->begin(chunk, id_, &interrupt_);
       forward.look_ahead_first();
     }
     for (int64_t il = 0; il < engine_->config().n_layer; ++il) {

@@ -89,6 +89,7 @@ class Timeline {
   std::vector<float> hidden_;  // [n_embd]
   std::vector<float> logits_;  // [n_vocab]
   TimelineStats stats_;
+  const int64_t id_;  // no other timeline of this process has it
   std::atomic<bool> cancelled_{false};
   std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
   double last_poll_ = 0;

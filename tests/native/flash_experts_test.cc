@@ -395,7 +395,9 @@ struct Walker {
   // One chunk through the layers. Returns false where a read failed.
   bool walk(int64_t tokens, bool announce, const std::function<void()>& poll = {}) {
     try {
-      store->begin(tokens, &poll);
+      std::vector<int32_t> chunk(static_cast<size_t>(tokens));
+      for (int32_t& t : chunk) t = static_cast<int32_t>(random() % 4);
+      store->begin(chunk, 0, &poll);
       for (int64_t l = 0; l < Mixture::kLayers; ++l) {
         if (!mixture.shape.mixture[static_cast<size_t>(l)]) continue;
         const Routes r = routes(tokens);

@@ -1,0 +1,59 @@
+// What followed the same words before (token_history.h), for a whole token ahead: all layers of the
+// token that begins, and one by one those of the token after it. What is nearest is also asked of
+// the next layers' routers, who know words that are new.
+#include <memory>
+
+#include "offload/predict/predictor.h"
+#include "offload/token_history.h"
+
+namespace stoker {
+
+std::unique_ptr<Predictor> make_next_gate_predictor(const PredictorShape& shape);
+
+namespace {
+
+class History : public Predictor {
+ public:
+  explicit History(const PredictorShape& shape)
+      : shape_(shape), routers_(make_next_gate_predictor(shape)) {}
+
+  void follow(const TokenHistory* history) override { history_ = history; }
+  void begin(int64_t tokens) override { routers_->begin(tokens); }
+
+  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
+                 std::vector<Guess>& guesses) override {
+    size_t n = routers_->predict(layer, distance, width, ahead, guesses);
+    if (!history_ || history_->match() == 0) return n;
+    if (layer < 0) {
+      for (int64_t l = 0; l < shape_.n_layer; ++l) n = foretell(0, l, n, guesses);
+    } else {
+      n = foretell(1, layer, n, guesses);
+    }
+    return n;
+  }
+
+ private:
+  size_t foretell(int64_t tokens, int64_t layer, size_t n, std::vector<Guess>& guesses) const {
+    const std::span<const uint16_t> experts = history_->foretold(tokens, layer);
+    if (experts.empty()) return n;
+    if (guesses.size() == n) guesses.emplace_back();
+    Guess& guess = guesses[n];
+    guess.layer = tokens * shape_.n_layer + layer;
+    guess.remembered = true;
+    guess.experts.assign(experts.begin(), experts.end());
+    guess.score.assign(experts.size(), static_cast<float>(history_->bin()));
+    return n + 1;
+  }
+
+  const PredictorShape shape_;
+  const std::unique_ptr<Predictor> routers_;
+  const TokenHistory* history_ = nullptr;
+};
+
+}  // namespace
+
+std::unique_ptr<Predictor> make_history_predictor(const PredictorShape& shape) {
+  return std::make_unique<History>(shape);
+}
+
+}  // namespace stoker
