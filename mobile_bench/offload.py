@@ -113,6 +113,7 @@ def belady_misses(
         offset=np.append(first, len(evaluation)).astype(np.int64),
         expert=np.asarray(routing["expert"], np.int32),
         weight=np.asarray(routing["weight"], np.float32),
+        token=np.zeros(0, np.int32),
         n_layer=config["n_layer"],
         n_expert=config["n_expert"],
         n_expert_used=config["n_expert_used"],

@@ -17,8 +17,11 @@ constexpr float kStep = 0.2f;
 constexpr double kBusy = 0.9;
 constexpr float kThresholdGain = 0.15f;
 constexpr float kLeastThreshold = 0.5f, kMostThreshold = 0.97f;
-// A trial compares this many tokens without prefetch with as many just before.
+// A trial compares this many tokens of the other side with as many just before; it ends early where
+// some tokens are slower by a share that says enough.
 constexpr int64_t kTrial = 12;
+constexpr size_t kShortTrial = 4;
+constexpr double kClearly = 0.2;
 // The cache fills first; then trials, ever rarer while their outcome stays the same.
 constexpr int64_t kFirstTrial = 24;
 constexpr int64_t kMaxBackoff = 16;
@@ -83,7 +86,7 @@ void Controller::weigh(double token_s, double busy_share) {
   distance_ = std::clamp<int64_t>(static_cast<int64_t>(layers + 0.75), 1, kMaxDistance);
   if (mode_ != PrefetchMode::kAuto) return;
   times_.push_back(token_s);
-  if (--phase_left_ > 0) return;
+  if (--phase_left_ > 0 && !loses_clearly()) return;
   // The last tokens of the phase: its first ones still feel the phase before.
   const size_t n = std::min(times_.size(), static_cast<size_t>(kTrial - kTrial / 4));
   const double mean = std::accumulate(times_.end() - static_cast<int64_t>(n), times_.end(), 0.0) /
@@ -106,6 +109,13 @@ void Controller::weigh(double token_s, double busy_share) {
     backoff_ = std::min(2 * backoff_, kMaxBackoff);
   }
   phase_left_ = backoff_ * 4 * kTrial;
+}
+
+bool Controller::loses_clearly() const {
+  if (!trial_ || times_.size() < kShortTrial) return false;
+  const double sum = std::accumulate(times_.begin(), times_.end(), 0.0);
+  return sum >
+         (1 + kClearly) * (active_ ? without_s_ : with_s_) * static_cast<double>(times_.size());
 }
 
 void Controller::guessed(int64_t layer, const Guess& guess, std::span<const uint8_t> resident,

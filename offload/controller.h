@@ -62,6 +62,8 @@ class Controller {
     std::vector<float*> came_true;  // of each expert: the mean that its outcome goes to
   };
   static int bin(float score);
+  // Whether a trial need not go on.
+  bool loses_clearly() const;
   // Books a decoded token and decides whether to go on as it was.
   void weigh(double token_s, double busy_share);
 

@@ -175,10 +175,11 @@ class FlashLease : public ExpertLease {
     for (size_t p = 0; p < routes_.expert.size(); ++p) {
       const int32_t e = routes_.expert[p];
       const auto at = std::lower_bound(experts_.begin(), experts_.end(), e) - experts_.begin();
-      store_.trace_.push_back({static_cast<int32_t>(store_.walk_), static_cast<int32_t>(tokens),
-                               static_cast<int32_t>(p / used), static_cast<int16_t>(layer_),
-                               static_cast<int16_t>(p % used), e, routes_.weight[p],
-                               source_[static_cast<size_t>(at)], wait_[static_cast<size_t>(at)]});
+      store_.trace_.push_back(
+          {static_cast<int32_t>(store_.walk_), static_cast<int32_t>(tokens),
+           static_cast<int32_t>(p / used), store_.history_.token(static_cast<int64_t>(p / used)),
+           static_cast<int16_t>(layer_), static_cast<int16_t>(p % used), e, routes_.weight[p],
+           source_[static_cast<size_t>(at)], wait_[static_cast<size_t>(at)]});
     }
   }
 

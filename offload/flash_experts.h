@@ -41,6 +41,7 @@ struct Access {
   int32_t evaluation = 0;  // chunks since the trace began
   int32_t tokens = 0;      // of the chunk: 1 in decode
   int32_t token = 0;       // of the chunk
+  int32_t id = 0;          // of the token in the vocabulary
   int16_t layer = 0;
   int16_t rank = 0;  // 0: the router's first choice
   int32_t expert = 0;

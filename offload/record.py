@@ -37,6 +37,7 @@ class RoutingRecorder:
             n_expert=int(config["n_expert"]),
             n_expert_used=int(config["n_expert_used"]),
             expert_bytes=sizes if all(sizes) else None,
+            tokens=True,
         )
         try:
             engine.record_routing(True)
@@ -60,7 +61,7 @@ class RoutingRecorder:
                 columns[key][order].tolist() for key in ("expert", "weight", "wait_us")
             )
             hit = (columns["source"][order] == _HIT).tolist()
-            tokens = columns["tokens"][order].tolist()
+            tokens, ids = columns["tokens"][order].tolist(), columns["id"][order].tolist()
             evaluation, layer, token = visit.tolist()
             for at, end in pairwise(edges):
                 phase = DECODE if decode and tokens[at] == 1 else PREFILL
@@ -72,6 +73,7 @@ class RoutingRecorder:
                     weight[at:end],
                     hits=hit[at:end],
                     wait_us=wait[at:end],
+                    token=ids[at],
                 )
                 if end == len(order) or evaluation[end] != evaluation[at]:
                     self._step[phase] += tokens[at]

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "offload/token_history.h"
 #include "runtime/core/errors.h"
 
 namespace stoker {
@@ -29,6 +30,7 @@ void check(const RoutingTrace& trace, int64_t slots) {
   }
   if (trace.evaluation.size() != visits || trace.offset.size() != visits + 1 ||
       trace.weight.size() != trace.expert.size() || trace.offset[0] != 0 ||
+      (!trace.token.empty() && trace.token.size() != visits) ||
       trace.offset[visits] != static_cast<int64_t>(trace.expert.size())) {
     bad("arrays of unequal length");
   }
@@ -198,6 +200,13 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
   } else {
     policy = make_policy(policy_name, shape);
   }
+  std::unique_ptr<TokenHistory> history;
+  if (!trace.token.empty()) {
+    history = std::make_unique<TokenHistory>(shape.n_layer, shape.n_expert_used);
+    policy->follow(history.get());
+  }
+  int64_t evaluation = -1;
+  Routes routes;
   const Chunks chunks = chunks_of(trace);
   Slots cache(slots, shape.n_layer * shape.n_expert);
   Replay result;
@@ -209,6 +218,11 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
     const std::span<const UnitId> needed(chunks.unit.data() + chunk.first_unit,
                                          chunk.end_unit - chunk.first_unit);
     const auto layer = static_cast<size_t>(trace.layer[chunk.begin]);
+    if (history && std::exchange(evaluation, trace.evaluation[chunk.begin]) != evaluation) {
+      history->begin(0, trace.token.subspan(chunk.begin, chunk.end - chunk.begin));
+      policy->foresee();
+    }
+    routes.expert.clear();
     policy->begin_layer(trace.layer[chunk.begin], static_cast<int64_t>(chunk.end - chunk.begin));
     for (size_t v = chunk.begin; v < chunk.end; ++v) {
       const auto first = static_cast<size_t>(trace.offset[v]);
@@ -218,6 +232,13 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
         units.push_back(static_cast<UnitId>(layer) * static_cast<UnitId>(shape.n_expert) + expert);
       }
       policy->use(units, trace.weight.subspan(first, count));
+      for (const int32_t expert : trace.expert.subspan(first, count)) {
+        routes.expert.push_back(expert);
+      }
+    }
+    const size_t asked = (chunk.end - chunk.begin) * static_cast<size_t>(shape.n_expert_used);
+    if (history && routes.expert.size() == asked) {
+      history->take(static_cast<int64_t>(layer), routes);
     }
     if (belady != nullptr) {
       belady->foresee(needed, {chunks.next_use.data() + chunk.first_unit, needed.size()});

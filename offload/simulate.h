@@ -20,6 +20,7 @@ struct RoutingTrace {
   std::span<const int64_t> offset;      // [visits + 1] first use of each visit
   std::span<const int32_t> expert;      // [uses] distinct within a visit
   std::span<const float> weight;        // [uses] of the router
+  std::span<const int32_t> token;       // [visits] of the vocabulary; empty: not known
 };
 
 struct Replay {

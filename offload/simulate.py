@@ -124,6 +124,7 @@ def simulate(
             offset=trace.offset,
             expert=trace.expert,
             weight=trace.weight,
+            token=np.zeros(0, np.int32) if trace.token is None else trace.token,
             n_layer=trace.n_layer,
             n_expert=trace.n_expert,
             n_expert_used=trace.n_expert_used,

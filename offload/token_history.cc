@@ -35,8 +35,10 @@ TokenHistory::Stream& TokenHistory::stream(int64_t id) {
 void TokenHistory::begin(int64_t id, std::span<const int32_t> tokens) {
   Stream& stream = this->stream(id);
   const bool foretold = match_ > 0 && !path_.empty() && first_ == stream.last &&
-                        tokens.size() == 1 && at(path_[path_.size() > 1 ? 1 : 0]).token == tokens[0];
+                        tokens.size() == 1 &&
+                        at(path_[path_.size() > 1 ? 1 : 0]).token == tokens[0];
   first_ = next_;
+  count_ = static_cast<int64_t>(tokens.size());
   for (int32_t token : tokens) {
     Entry& e = at(next_);
     e = {token, known(stream.last) ? stream.last : -1, -1, heads_[hash(token) % kHeads]};
@@ -54,7 +56,7 @@ void TokenHistory::take(int64_t layer, const Routes& routes) {
   const int64_t n = static_cast<int64_t>(routes.expert.size()) / used_;
   // A chunk longer than the ring has lost its first tokens.
   for (int64_t t = std::max<int64_t>(0, n - size_); t < n; ++t) {
-    uint16_t* out = taken(first_ + t, layer);
+    uint16_t* out = taken(first_ + count_ - n + t, layer);
     for (int64_t j = 0; j < used_; ++j) {
       out[j] = static_cast<uint16_t>(routes.expert[static_cast<size_t>(t * used_ + j)]);
     }
@@ -102,8 +104,7 @@ std::span<const uint16_t> TokenHistory::foretold(int64_t ahead, int64_t layer) c
   const int64_t period = static_cast<int64_t>(path_.size());
   if (ahead >= period && at(path_.back()).after != first_) return {};
   const int64_t entry = path_[static_cast<size_t>(ahead % period)];
-  const uint16_t* experts =
-      taken_.data() + ((entry % size_) * n_layer_ + layer) * used_;
+  const uint16_t* experts = taken_.data() + ((entry % size_) * n_layer_ + layer) * used_;
   if (experts[0] == kUnknown) return {};
   return {experts, static_cast<size_t>(used_)};
 }

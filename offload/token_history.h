@@ -1,6 +1,6 @@
-// The tokens that were evaluated, with the experts that each took, and what they foretell: where the
-// last tokens occurred before, the same experts are likely to follow again. A text repeats itself
-// more than its routers do: names, quotations, code, answers that take up the question.
+// The tokens that were evaluated, with the experts that each took, and what they foretell: where
+// the last tokens occurred before, the same experts are likely to follow again. A text repeats
+// itself more than its routers do: names, quotations, code, answers that take up the question.
 #pragma once
 
 #include <array>
@@ -21,8 +21,10 @@ class TokenHistory {
 
   // A chunk of `stream` begins: the tokens that follow those of its last chunk.
   void begin(int64_t stream, std::span<const int32_t> tokens);
-  // What the chunk's tokens took.
+  // What the chunk's tokens took, or the last of them.
   void take(int64_t layer, const Routes& routes);
+  // Of the chunk.
+  int32_t token(int64_t index) const { return at(first_ + index).token; }
 
   // How many of the last tokens, the chunk's one token last, the latest of the longest earlier
   // occurrences shares: 0 of a chunk of several tokens, and where there is none.
@@ -68,12 +70,13 @@ class TokenHistory {
   void find();
 
   const int64_t n_layer_, used_, size_;
-  std::vector<Entry> entries_;    // [size], a ring
-  std::vector<uint16_t> taken_;   // [size][n_layer][used]
-  std::vector<int64_t> heads_;    // [kHeads]: the last entry of each hash
+  std::vector<Entry> entries_;            // [size], a ring
+  std::vector<uint16_t> taken_;           // [size][n_layer][used]
+  std::vector<int64_t> heads_;            // [kHeads]: the last entry of each hash
   std::array<Stream, kStreams> streams_;  // the one used last first
-  int64_t next_ = 0;              // entry to come
-  int64_t first_ = 0;             // of the chunk
+  int64_t next_ = 0;                      // entry to come
+  int64_t first_ = 0;                     // of the chunk
+  int64_t count_ = 0;                     // tokens of the chunk
   int match_ = 0;
   bool as_foretold_ = false;
   std::vector<int64_t> path_;  // entries from the occurrence's end to the chunk's token, exclusive

@@ -2,7 +2,8 @@
 
 Formats, by content, compressed with gzip or not:
 
-* ours: CSV with the columns step, phase, layer, slot, expert, weight and optionally hit, wait_us;
+* ours: CSV with the columns step, phase, layer, slot, expert, weight and optionally hit, wait_us
+  and token (its number in the vocabulary);
 * BigMoeOnEdge's route.csv: turn, phase, step, layer, slot, expert, weight, residency, expert_bytes;
 * waste's JSON lines: {"tok": 0, "layers": [[expert, ...], ...]}.
 
@@ -58,6 +59,7 @@ class Trace:
     decode: npt.NDArray[np.bool_]  # [evaluations] False: a prompt's chunk
     tokens: npt.NDArray[np.int64]  # [evaluations]
     expert_bytes: npt.NDArray[np.int64] | None = None  # [n_layer] of one expert
+    token: npt.NDArray[np.int32] | None = None  # [visits] of the vocabulary
 
     @property
     def n_tokens(self) -> int:
@@ -82,6 +84,7 @@ class Trace:
             weight=self.weight[kept_uses],
             decode=self.decode[self.decode],
             tokens=self.tokens[self.decode],
+            token=None if self.token is None else self.token[keep],
         )
 
 
@@ -160,6 +163,7 @@ def _read_csv(header: str, source: Iterator[str], rows: _Rows) -> None:
         ) from None
     turn = columns.index("turn") if "turn" in columns else phase
     size = columns.index("expert_bytes") if "expert_bytes" in columns else None
+    token = columns.index("token") if "token" in columns else None
     for line in source:
         if line.startswith("#"):
             rows.comment(line)
@@ -176,6 +180,7 @@ def _read_csv(header: str, source: Iterator[str], rows: _Rows) -> None:
             _number(cells[slot], "slot", _MAX_EXPERT),
             expert=_number(cells[expert], "expert", _MAX_EXPERT),
             weight=_weight(cells[weight]),
+            token=None if token is None else _number(cells[token], "token", 1 << 31),
         )
         if size is not None and cells[size] != "0":  # 0: it was resident, nothing was read
             rows.bytes_of(at_layer, _number(cells[size], "expert_bytes"))
@@ -247,6 +252,7 @@ class _Rows:
     offset: list[int] = field(default_factory=list)
     expert: list[int] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
+    token: list[int] = field(default_factory=list)
     decode: list[bool] = field(default_factory=list)
     steps: list[set[int]] = field(default_factory=list)  # of each evaluation
     _part: tuple[str, ...] | None = None  # turn and phase
@@ -285,6 +291,7 @@ class _Rows:
         *,
         expert: int,
         weight: float,
+        token: int | None = None,
     ) -> None:
         """One expert of one token at one layer; `part` is the turn and phase it belongs to."""
         # A walk passes the layers upwards, so that a lower one begins the next evaluation; while
@@ -301,6 +308,8 @@ class _Rows:
             self.layer.append(layer)
             self.step.append(step)
             self.offset.append(len(self.expert))
+            if token is not None:
+                self.token.append(token)
             self.steps[-1].add(step)
             self._seen.clear()
         if slot != len(self._seen):
@@ -341,6 +350,7 @@ class _Rows:
             np.array(self.decode, np.bool_),
             np.array([len(steps) for steps in self.steps], np.int64),
             sizes,
+            np.array(self.token, np.int32) if self.token else None,
         )
 
 
@@ -353,6 +363,7 @@ class TraceWriter:
         path: compressed where it ends in .gz.
         n_layer, n_expert, n_expert_used: of the model.
         expert_bytes: [n_layer] bytes of one expert, where known.
+        tokens: each visit names its token.
     """
 
     def __init__(
@@ -363,7 +374,9 @@ class TraceWriter:
         n_expert: int,
         n_expert_used: int,
         expert_bytes: Sequence[int] | None = None,
+        tokens: bool = False,
     ) -> None:
+        self._tokens = tokens
         self._path = Path(path)
         self._part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
         try:
@@ -380,7 +393,7 @@ class TraceWriter:
         self._file.write(f"# n_layer={n_layer} n_expert={n_expert} n_expert_used={n_expert_used}\n")
         for layer, nbytes in enumerate(expert_bytes or ()):
             self._file.write(f"# layer={layer} expert_bytes={nbytes}\n")
-        self._rows.writerow([*_COLUMNS, "hit", "wait_us"])
+        self._rows.writerow([*_COLUMNS, "hit", "wait_us", *(["token"] if tokens else [])])
 
     def visit(
         self,
@@ -392,6 +405,7 @@ class TraceWriter:
         *,
         hits: Sequence[bool] | None = None,
         wait_us: Sequence[float] | None = None,
+        token: int = 0,
     ) -> None:
         """One token at one layer; experts, weights, hits, wait_us: [n_expert_used] or empty.
 
@@ -400,11 +414,13 @@ class TraceWriter:
             phase: PREFILL or DECODE.
             hits: whether each expert was in the cache when it was asked for.
             wait_us: microseconds that the computation waited for each.
+            token: its number in the vocabulary, where the file has them.
         """
         for slot, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
             hit = "" if hits is None else int(hits[slot])
             wait = "" if wait_us is None else f"{wait_us[slot]:.1f}"
-            self._rows.writerow([step, phase, layer, slot, expert, f"{weight:.6g}", hit, wait])
+            row = [step, phase, layer, slot, expert, f"{weight:.6g}", hit, wait]
+            self._rows.writerow([*row, token] if self._tokens else row)
 
     def close(self) -> None:
         """Gives the file its name. Raises OptionError where the disk is full."""
@@ -446,6 +462,7 @@ def write_trace(path: str | os.PathLike[str], trace: Trace) -> None:
         n_expert=trace.n_expert,
         n_expert_used=trace.n_expert_used,
         expert_bytes=None if trace.expert_bytes is None else trace.expert_bytes.tolist(),
+        tokens=trace.token is not None,
     ) as writer:
         for v, layer in enumerate(trace.layer.tolist()):
             uses = slice(int(trace.offset[v]), int(trace.offset[v + 1]))
@@ -455,4 +472,5 @@ def write_trace(path: str | os.PathLike[str], trace: Trace) -> None:
                 layer,
                 trace.expert[uses].tolist(),
                 trace.weight[uses].tolist(),
+                token=0 if trace.token is None else int(trace.token[v]),
             )

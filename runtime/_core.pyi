@@ -204,6 +204,7 @@ def simulate(
     offset: npt.NDArray[np.int64],
     expert: npt.NDArray[np.int32],
     weight: npt.NDArray[np.float32],
+    token: npt.NDArray[np.int32],
     n_layer: int,
     n_expert: int,
     n_expert_used: int,
@@ -213,7 +214,8 @@ def simulate(
 ) -> dict[str, Any]:
     """Replays routing through a cold cache; policy: one of policies() or "belady".
 
-    evaluation, layer [visits], offset [visits + 1], expert, weight [uses] (offload/simulate.h).
+    evaluation, layer [visits], offset [visits + 1], expert, weight [uses], token [visits] or empty
+    (offload/simulate.h).
     Returns uses, misses and layer_uses, layer_misses [n_layer], counted from evaluation
     `count_from` on. Raises OptionError for slots < 1, unknown policies and inconsistent arrays.
     """

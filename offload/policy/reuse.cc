@@ -9,8 +9,8 @@
 // the walk's next visit, it stands in for the model's own view of that visit.
 //
 // Where the tokens are known and the last of them occurred before, what followed there
-// (token_history.h) says when units will be used, with a confidence that is measured: the worth is a
-// mixture of both views.
+// (token_history.h) says when units will be used, with a confidence that is measured: the worth is
+// a mixture of both views.
 //
 // It is deterministic and begins with weights rounded from what it learnt on three recorded traces.
 #include <algorithm>
@@ -43,9 +43,9 @@ constexpr int64_t kLongAgo = 1000;    // tokens
 constexpr int64_t kOutlooks = 4;      // at the layers ahead, in a token
 // Of what followed an earlier occurrence of the last tokens, by its length (TokenHistory::bin).
 constexpr int64_t kForesight = 64;  // tokens
-constexpr int64_t kPatience = 8;    // tokens without a use speak against the unit
 constexpr std::array<float, TokenHistory::kBins> kComesTrue = {0.5f, 0.6f, 0.7f, 0.8f, 0.9f, 0.9f};
 constexpr std::array<float, TokenHistory::kBins> kGoesOn = {0.2f, 0.4f, 0.6f, 0.8f, 0.9f, 0.95f};
+constexpr float kReturn = 0.2f;        // a text that leaves what is foretold often returns to it
 constexpr float kOutcome = 1.0f / 32;  // weight of one more outcome
 
 float logistic(float z) { return 1.0f / (1.0f + std::exp(-z)); }
@@ -62,6 +62,9 @@ class Reuse : public Policy {
         used_(static_cast<size_t>(n_expert_), 0),
         share_(static_cast<size_t>(n_expert_), 0.0f) {
     for (size_t i = 0; i < kHalfLife.size(); ++i) decay_[i] = std::exp2(-1.0f / kHalfLife[i]);
+    for (size_t t = 0; t < discount_.size(); ++t) {
+      discount_[t] = std::pow(kDiscount, static_cast<float>(t));
+    }
   }
 
   void follow(const TokenHistory* history) override { history_ = history; }
@@ -74,6 +77,10 @@ class Reuse : public Policy {
     }
     const bool foresaw = bin_ >= 0;
     bin_ = history_->match() > 0 ? history_->bin() : -1;
+    for (size_t t = 0; bin_ >= 0 && t < goes_so_far_.size(); ++t) {
+      goes_so_far_[t] =
+          std::pow(goes_on_[static_cast<size_t>(bin_)], kReturn * static_cast<float>(t));
+    }
     if (history_->as_foretold() || (!foresaw && bin_ < 0)) return;
     for (int64_t l = 0; l < n_layer_; ++l) {
       look_back(l, 0);
@@ -277,9 +284,11 @@ class Reuse : public Policy {
     if (bin_ >= 0) {
       const size_t b = static_cast<size_t>(bin_);
       const bool due = unit.due >= 0;
-      const float t = static_cast<float>(due ? std::max<int64_t>(0, unit.due - clock_.now()) : kPatience);
-      const float sure = comes_true_[b] * std::pow(goes_on_[b], t);
-      worth = (due ? sure * std::pow(kDiscount, t) : 0.0f) + (1 - sure) * worth;
+      const int64_t left =
+          due ? std::clamp<int64_t>(unit.due - clock_.now(), 0, kForesight + 1) : 0;
+      const size_t t = static_cast<size_t>(left);
+      const float sure = comes_true_[b] * goes_so_far_[t];
+      worth = (due ? sure * discount_[t] : 0.0f) + (1 - sure) * worth;
     }
     if (unit.predicted >= 0) worth = unit.predicted + (1 - unit.predicted) * kDiscount * worth;
     return worth;
@@ -305,6 +314,7 @@ class Reuse : public Policy {
   const TokenHistory* history_ = nullptr;
   int bin_ = -1;  // of the history's occurrence; -1: none
   std::array<float, TokenHistory::kBins> comes_true_ = kComesTrue, goes_on_ = kGoesOn;
+  std::array<float, kForesight + 2> goes_so_far_{}, discount_{};  // in t tokens
 };
 
 }  // namespace

@@ -59,6 +59,6 @@ class Predictor {
 // Throws Error(kOption) for a name that predictors.inc lacks.
 std::unique_ptr<Predictor> make_predictor(std::string_view name, const PredictorShape& shape);
 std::vector<std::string_view> predictor_names();
-inline constexpr std::string_view kDefaultPredictor = "next_gate";
+inline constexpr std::string_view kDefaultPredictor = "history";
 
 }  // namespace stoker

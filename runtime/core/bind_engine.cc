@@ -211,6 +211,7 @@ nb::dict take_routing(const Engine& e) {
   d["evaluation"] = column([](const stoker::Access& a) { return a.evaluation; });
   d["tokens"] = column([](const stoker::Access& a) { return a.tokens; });
   d["token"] = column([](const stoker::Access& a) { return a.token; });
+  d["id"] = column([](const stoker::Access& a) { return a.id; });
   d["layer"] = column([](const stoker::Access& a) { return a.layer; });
   d["rank"] = column([](const stoker::Access& a) { return a.rank; });
   d["expert"] = column([](const stoker::Access& a) { return a.expert; });

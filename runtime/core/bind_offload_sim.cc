@@ -28,8 +28,8 @@ std::span<const T> span(const Array<T>& array) {
 
 nb::dict simulate(const Array<int64_t>& evaluation, const Array<int32_t>& layer,
                   const Array<int64_t>& offset, const Array<int32_t>& expert,
-                  const Array<float>& weight, int64_t n_layer, int64_t n_expert,
-                  int64_t n_expert_used, const std::string& policy, int64_t slots,
+                  const Array<float>& weight, const Array<int32_t>& token, int64_t n_layer,
+                  int64_t n_expert, int64_t n_expert_used, const std::string& policy, int64_t slots,
                   int64_t count_from) {
   const stoker::RoutingTrace trace{
       .shape = {.n_layer = n_layer, .n_expert = n_expert, .n_expert_used = n_expert_used},
@@ -37,7 +37,8 @@ nb::dict simulate(const Array<int64_t>& evaluation, const Array<int32_t>& layer,
       .layer = span(layer),
       .offset = span(offset),
       .expert = span(expert),
-      .weight = span(weight)};
+      .weight = span(weight),
+      .token = span(token)};
   stoker::Replay replay;
   {
     const nb::gil_scoped_release release;
@@ -81,9 +82,10 @@ Names io_backends() {
 
 void bind_offload_sim(nb::module_& m) {
   m.def("simulate", &simulate, nb::kw_only(), nb::arg("evaluation"), nb::arg("layer"),
-        nb::arg("offset"), nb::arg("expert"), nb::arg("weight"), nb::arg("n_layer"),
-        nb::arg("n_expert"), nb::arg("n_expert_used"), nb::arg("policy"), nb::arg("slots"),
-        nb::arg("count_from") = 0, "Replays routing through a cold cache; see offload/simulate.h.");
+        nb::arg("offset"), nb::arg("expert"), nb::arg("weight"), nb::arg("token"),
+        nb::arg("n_layer"), nb::arg("n_expert"), nb::arg("n_expert_used"), nb::arg("policy"),
+        nb::arg("slots"), nb::arg("count_from") = 0,
+        "Replays routing through a cold cache; see offload/simulate.h.");
   m.def("policies", &policies, "(name, summary) of every online cache policy.");
   m.def("predictors", &predictors, "(name, summary) of every predictor.");
   m.def("io_backends", &io_backends, "(name, summary) of every I/O backend.");
