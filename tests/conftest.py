@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import os
+import signal
 import tarfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Before numpy is imported: on a busy machine the threads of its BLAS wait for each other in loops,
+# and small matrices take thirty times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# A shell that runs the tests in the background makes them, and the commands that they start, deaf
+# to Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples on every run, however long one takes: neither chance nor a busy machine decides
+# whether a change passes. (Search: STOKER_HYPOTHESIS=search; the reader has a fuzzer, too.)
+settings.register_profile(
+    "stoker", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "search", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile(os.environ.get("STOKER_HYPOTHESIS", "stoker"))
 
 
 @pytest.fixture(scope="session")

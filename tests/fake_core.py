@@ -7,6 +7,7 @@ test wants to decide what a model says; what real models compute is tested elsew
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -63,6 +64,8 @@ class GgufFile:
 class Engine:
     story = b"the story"
     delay = 0.0  # seconds that one evaluation takes
+    # (text, n): of the answer to a question with that text, what follows n bytes never comes.
+    stuck: tuple[str, int] | None = None
     offload: dict[str, Any] | None = None  # of a model whose experts are in memory
     budgets: list[dict[str, Any]] = []  # noqa: RUF012 (what each load was given beyond the rest)
 
@@ -76,6 +79,9 @@ class Engine:
         precision: str = "balanced",
         **offloading: Any,
     ) -> None:
+        self.evaluating = threading.Event()  # set when an evaluation begins
+        self.go_on = threading.Event()  # evaluations end only while it is set
+        self.go_on.set()
         self.budgets.append(offloading)
         self.context = context or 4096
         self.config = {"architecture": "recital", "n_vocab": N_VOCAB, "n_embd": 2}
@@ -116,12 +122,13 @@ class Timeline:
         if len(self.tokens) + len(tokens) > self.context:
             raise ContextLengthError("the core's own check")
         self._has_logits = False
-        until = time.monotonic() + self.engine.delay
+        until = math.inf if self._stuck(tokens) else time.monotonic() + self.engine.delay
+        self.engine.evaluating.set()
         while True:  # as the core does, look for a request before the work and during it
             if self._cancelled.is_set():
                 self._cancelled.clear()
                 raise Cancelled("the session was cancelled")
-            if time.monotonic() >= until:
+            if time.monotonic() >= until and self.engine.go_on.is_set():
                 break
             time.sleep(0.001)
         self.tokens += tokens
@@ -141,6 +148,16 @@ class Timeline:
             return END
         said = self.tokens[::-1].index(ANSWER)
         return self.engine.story[said] if said < len(self.engine.story) else END
+
+    def _stuck(self, tokens: Sequence[int]) -> bool:
+        if self.engine.stuck is None or len(tokens) > 1 or ANSWER not in self.tokens:
+            return False
+        text, n = self.engine.stuck
+        said = self.tokens[::-1].index(ANSWER)
+        question = self.tokens[: len(self.tokens) - said - 1]
+        if USER in question:
+            question = question[len(question) - question[::-1].index(USER) :]
+        return said >= n and text in bytes(t for t in question if t < 256).decode()
 
     def sample(self, sampler: Sampler) -> int:
         return sampler.sample(self.logits())

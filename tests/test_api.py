@@ -238,11 +238,12 @@ model = stoker.load(sys.argv[1], context=4096)
 session = model.session()
 session.append("before")
 held = session.position
-more = 0
+more = session.append("x " * 1500)
+session.truncate(held)
 try:
     print("ready", flush=True)
     while True:
-        more = session.append("x " * 1500)
+        session.append("x " * 1500)
         session.truncate(held)
 except KeyboardInterrupt:
     pass
@@ -273,7 +274,7 @@ def test_interrupt_within_the_core(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=60)
+        out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert len(out) > 2
 

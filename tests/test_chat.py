@@ -258,10 +258,10 @@ def test_nothing_to_reach(source: str) -> None:
 def test_nothing_runs_away(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_sandbox, "MAX_STEPS", 20_000)
     monkeypatch.setattr(template_sandbox, "MAX_OUTPUT", 1 << 18)
-    start = time.perf_counter()
+    start = time.thread_time()
     with pytest.raises(ChatTemplateError, match=STOPPED):
         render(source)
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,15 @@ from stoker.runtime.terminal import WordWrap
 from tiny_models import make
 
 TESTS = Path(__file__).parent
-# The command on a model whose words the test decides, said slowly enough to interrupt.
+# The command on a model whose words the test decides. It never ends its answer to a question with
+# "slowly" in it: an interruption cannot come too late.
 RECITING = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 import fake_core
 fake_core.install()
 fake_core.Engine.delay = float(sys.argv.pop(1))
+fake_core.Engine.stuck = ("slowly", 8)
 fake_core.Engine.story = sys.argv.pop(1).encode()
 from stoker.runtime.cli import main
 sys.exit(main())
@@ -51,7 +53,7 @@ def finish(
         env=os.environ | environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=500,
         check=False,
     )
 
@@ -73,7 +75,7 @@ def recital(tmp_path: Path) -> str:
 
 
 def test_help_is_quick_and_has_examples() -> None:
-    seconds = []  # of processor time: a busy machine does not count
+    seconds = []  # of processor time, the best of three: a busy machine counts little
     for _ in range(3):
         before = os.times()
         done = finish(command("--help"))
@@ -83,8 +85,8 @@ def test_help_is_quick_and_has_examples() -> None:
     assert all(re.search(rf"^  {name} ", done.stdout, re.M) for name in names)
     for name in names:
         assert f"\n  stoker {name} " in finish(command(name, "--help")).stdout
-    # Loading numpy and the core would not fit; a slow machine should.
-    assert min(seconds) < 0.3
+    # A tenth of it on a desktop. What must not be loaded is the next test's.
+    assert min(seconds) < 1
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -294,16 +296,17 @@ def test_run_on_the_real_core(tiny: Path) -> None:
 
 
 def test_interrupted_run(recital: str) -> None:
-    line = reciting("a story that goes on " * 20, "run", recital, "x", delay=0.02)
+    line = reciting("a story that goes on", "run", recital, "slowly")
     with subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read(7) == "a story"
-        begin = time.perf_counter()
         process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=30)
-    assert time.perf_counter() - begin < 5
+        try:
+            out, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert out.endswith("\n")
     assert errors.strip() == ""
@@ -315,7 +318,7 @@ def test_closed_pipe_is_quiet(tiny: Path) -> None:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(30) == 1
+        assert process.wait(300) == 1
 
 
 # inspect and perplexity
@@ -424,12 +427,19 @@ class Terminal:
         self.seen = ""
         self.statuses = ""  # what was written on the status row
 
-    def expect(self, text: str, seconds: float = 20) -> str:
+    def expect(self, text: str, seconds: float = 120) -> str:
         """Reads until `text` comes; returns what came with it."""
+        if not self.comes(text, seconds):
+            raise AssertionError(f"expected {text!r}, found {self.seen!r}")
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def comes(self, text: str, seconds: float) -> bool:
+        """Whether `text` comes; expect() finds it, then."""
         end = time.monotonic() + seconds
         while text not in self.seen:
             if not select.select([self.fd], [], [], max(end - time.monotonic(), 0))[0]:
-                raise AssertionError(f"expected {text!r}, found {self.seen!r}")
+                return False
             try:
                 data = os.read(self.fd, 65536)
             except OSError:  # the program has gone
@@ -439,8 +449,7 @@ class Terminal:
             self.seen += data.decode(errors="replace")
             self.statuses += "\n".join(STATUS.findall(self.seen))
             self.seen = STATUS.sub("", self.seen)
-        before, _, self.seen = self.seen.partition(text)
-        return before + text
+        return True
 
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
@@ -480,7 +489,8 @@ def test_chat_in_a_terminal(recital: str, terminals: list[Terminal]) -> None:
     rest = terminal.expect("> ")
     assert "\x1b[r" in rest  # and given back
     # Ctrl-C stops the answer, not the program; what was said is remembered.
-    terminal.type("and more\r")
+    terminal.type("and more, slowly\r")
+    terminal.expect("slowly")  # the echo
     terminal.expect("A long")
     terminal.type("\x03")
     stopped = terminal.expect("> ")
@@ -488,8 +498,11 @@ def test_chat_in_a_terminal(recital: str, terminals: list[Terminal]) -> None:
     terminal.type("/stats\r")
     terminal.expect("tok/s")
     terminal.expect("> ")
-    time.sleep(0.3)  # readline misses a signal that comes between its prompt and its select()
-    terminal.type("\x03")
+    # Again, because readline misses a signal that comes between its prompt and its select().
+    for _ in range(100):
+        terminal.type("\x03")
+        if terminal.comes("(Ctrl-D or /quit to leave)", 0.5):
+            break
     terminal.expect("(Ctrl-D or /quit to leave)")
     terminal.expect("> ")
     terminal.type("/reset\r")

@@ -323,7 +323,7 @@ def test_instruction_sets_give_the_same_bits(tiny: BUILD) -> None:
             [sys.executable, "-c", ISA_PROGRAM, isa, tokens, *map(str, paths)],
             env={**os.environ, "STOKER_ISA": isa},
             check=True,
-            timeout=300,
+            timeout=500,
         )
         results[isa] = [Path(f"{path}.{isa}").read_bytes() for path in paths]
     for isa in usable:
@@ -432,7 +432,7 @@ def test_the_command_line_refuses_another_model(tmp_path: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")

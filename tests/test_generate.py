@@ -215,15 +215,34 @@ def test_fresh_seeds_differ_and_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
     assert first.seed != second.seed
 
 
+class StoppedClock:
+    """Time passes only where a test says so; seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def taking(self, seconds: float, call: Any) -> Any:
+        """`call`, which takes so long."""
+
+        def slow(*arguments: Any) -> Any:
+            self.now += seconds
+            return call(*arguments)
+
+        return slow
+
+
 def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    generation = reciting(monkeypatch, "abcd", delay=0.01).chat("12")
+    clock = StoppedClock(monkeypatch)
+    monkeypatch.setattr(fake_core.Timeline, "eval", clock.taking(0.01, fake_core.Timeline.eval))
+    generation = reciting(monkeypatch, "abcd").chat("12")
     assert generation.stats.new_tokens == 0
     generation.read()
     stats = generation.stats
     assert (stats.prompt_tokens, stats.reused_tokens, stats.new_tokens) == (4, 0, 4)
     assert stats.decode_tokens == 4  # the last one led to the end-of-generation token
-    assert 0.01 <= stats.prefill_s <= stats.ttft_s < 1
-    assert 0.04 <= stats.decode_s < 1
+    assert (stats.prefill_s, stats.ttft_s) == (pytest.approx(0.01), pytest.approx(0.01))
+    assert stats.decode_s == pytest.approx(0.04)
     assert stats.prefill_tok_s == pytest.approx(4 / stats.prefill_s)
     assert stats.bytes_per_token == 1000
     assert stats.gb_s == pytest.approx(4000 / stats.decode_s / 1e9)
@@ -233,10 +252,11 @@ def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_time_of_the_reader_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = StoppedClock(monkeypatch)
     generation = reciting(monkeypatch, "abcdef").chat("?")
     for _ in generation:
-        time.sleep(0.02)
-    assert generation.stats.decode_s < 0.05
+        clock.now += 0.02
+    assert generation.stats.decode_s == 0
 
 
 # Sessions.
@@ -420,26 +440,30 @@ def in_thread(call: Any) -> tuple[threading.Thread, list[Any]]:
 
 
 def test_cancel_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = reciting(monkeypatch, "abcdef" * 50, delay=0.02).session()
-    generation = session.chat("?")
+    monkeypatch.setattr(fake_core.Engine, "stuck", ("slowly", 20))  # it does not end by itself
+    session = reciting(monkeypatch, "abcdef" * 50).session()
+    generation = session.chat("slowly?")
     thread, results = in_thread(generation.read)
     while not generation.tokens:
         time.sleep(0.002)
     session.cancel()
-    thread.join(5)
+    thread.join(60)
     assert generation.finish_reason == "cancelled"
     assert results == [generation.text]
-    assert 0 < len(generation.text) < 200
+    assert 0 < len(generation.text) <= 21
     # Neither the next prompt nor the next answer hears of it.
     assert session.chat("?", max_tokens=5).read() == "abcde"
 
 
 def test_cancelled_append(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = reciting(monkeypatch, "abc", delay=0.3).session()
+    session = reciting(monkeypatch, "abc").session()
+    engine = session._timeline.engine
+    engine.go_on.clear()
     thread, results = in_thread(lambda: session.append("text"))
-    time.sleep(0.1)
+    assert engine.evaluating.wait(300)
     session.cancel()
-    thread.join(5)
+    thread.join(60)
+    engine.go_on.set()
     assert isinstance(results[0], Cancelled)
     assert session.position == 0
     session.cancel()  # nothing is running: must not hit the next call
@@ -460,12 +484,15 @@ def test_cancel_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_second_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = reciting(monkeypatch, "abc", delay=0.3).session()
+    session = reciting(monkeypatch, "abc").session()
+    engine = session._timeline.engine
+    engine.go_on.clear()
     thread, results = in_thread(lambda: session.append("text"))
-    time.sleep(0.1)
+    assert engine.evaluating.wait(300)
     with pytest.raises(OptionError, match="in use by another thread"):
         session.append("more")
-    thread.join(5)
+    engine.go_on.set()
+    thread.join(60)
     assert results == [4]
 
 
@@ -476,7 +503,7 @@ def test_second_thread_is_refused_between_the_steps(monkeypatch: pytest.MonkeyPa
 
     def read() -> str:
         next(generation)
-        go_on.wait(5)
+        go_on.wait(300)
         return generation.read()
 
     thread, results = in_thread(read)
@@ -485,7 +512,7 @@ def test_second_thread_is_refused_between_the_steps(monkeypatch: pytest.MonkeyPa
     with pytest.raises(OptionError, match="in use by another thread"):
         session.append("more")
     go_on.set()
-    thread.join(5)
+    thread.join(60)
     assert results == ["abc"]
     session.append("more")  # that thread is done with it
 
@@ -495,7 +522,7 @@ def test_threads_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [in_thread(lambda i=i: model.chat(f"question {i}").read()) for i in range(8)]
     runs += [in_thread(lambda: [model.chat("again").read() for _ in range(5)][-1])]
     for thread, results in runs:
-        thread.join(30)
+        thread.join(120)
         assert results == ["a story of some length"]
 
 

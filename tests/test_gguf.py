@@ -246,7 +246,7 @@ def as_python(kind: int, content: Any) -> Any:
     return content.decode(errors="surrogateescape") if kind == STRING else content
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     scalars=st.dictionaries(keys, st.one_of(integers, floats, strings, bools), max_size=8),
     arrays=st.dictionaries(

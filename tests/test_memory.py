@@ -37,14 +37,19 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("dense") / "dense.gguf", "llama", context=256)
 
 
-def tight(path: Path, spare: int = 0, **options: Any) -> stoker.Model:
-    """The model inside the smallest budget that it names, and `spare` bytes."""
-    with pytest.raises(stoker.BudgetError) as error:
-        stoker.load(path, memory=MIB, threads=2, **options)
-    least = re.search(r"expected at least (\d+) bytes", str(error.value))
-    assert least is not None
-    # The process has grown by the exception, and may by a page here and there.
-    return stoker.load(path, memory=int(least[1]) + 2 * MIB + spare, threads=2, **options)
+def tight(path: Path, **options: Any) -> stoker.Model:
+    """The model inside the smallest budget that it names."""
+    memory = MIB
+    # A process grows by the exception, by huge pages and by what else is mapped, under a sanitizer
+    # by all that it freed: more to spare each time.
+    for attempt in range(5):
+        try:
+            return stoker.load(path, memory=memory, threads=2, **options)
+        except stoker.BudgetError as error:
+            least = re.search(r"expected at least (\d+) bytes", str(error))
+            assert least is not None
+            memory = int(least[1]) + (2 << attempt) * MIB
+    raise AssertionError("what is named is never enough")
 
 
 # Sizes.
@@ -509,7 +514,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=500,
         check=False,
     )
 
@@ -520,7 +525,8 @@ def least(path: Path) -> str:
     assert re.fullmatch(r"stoker: error: .* at least \d+ bytes.*\n", done.stderr)
     found = re.search(r"at least (\d+) bytes", done.stderr)
     assert found is not None
-    return str(int(found[1]) + 2 * MIB)
+    # How much of its libraries a process finds in memory varies by megabytes.
+    return str(int(found[1]) + 6 * MIB)
 
 
 def test_run_inside_a_budget(mixture: Path, tmp_path: Path) -> None:

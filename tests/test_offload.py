@@ -207,7 +207,8 @@ def test_cancel_in_a_slow_prompt_then_go_on(mixtures: Any, prefetch: str, share:
     tokens = prompt(e)
     t.eval(tokens[:7])
     cancelled = 0
-    for pause in (0.0, 0.005, 0.02, 0.04):
+    # Where the prompt ended before the timer came round, again.
+    for pause in itertools.islice(itertools.cycle((0.0, 0.005, 0.02, 0.04)), 200):
         timer = threading.Timer(pause, t.cancel)
         timer.start()
         try:
@@ -217,7 +218,9 @@ def test_cancel_in_a_slow_prompt_then_go_on(mixtures: Any, prefetch: str, share:
         timer.join()
         if t.position == len(tokens):
             t.truncate(7)
-    assert cancelled >= 2
+        if cancelled == 4:
+            break
+    assert cancelled == 4
     # One that came after the end would cancel what follows.
     try:
         t.eval(tokens[t.position :])
@@ -302,8 +305,9 @@ def test_the_minimum_that_is_named_works(mixtures: Any, name: str, context: int)
 def test_process_bytes_count(mixtures: Any) -> None:
     model = mixtures("mixtral")
     more = 3 * MEBIBYTE
+    alone = engine(model.path, model.budgets.least).plan["process_bytes"]  # the token history
     e = engine(model.path, model.budgets.least + more, process_bytes=more)
-    assert e.plan["process_bytes"] == more
+    assert e.plan["process_bytes"] == alone + more
     with pytest.raises(errors.BudgetError):
         engine(model.path, model.budgets.least + more - 1, process_bytes=more)
 

@@ -4,6 +4,7 @@ never a wrong token, a hang or a leak."""
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 import signal
@@ -107,7 +108,7 @@ def test_a_prefetch_that_fails_as_its_layer_comes(model: Model) -> None:
                 continue
             passed += 1
             np.testing.assert_array_equal(t.logits(), expected.logits())
-        if time.monotonic() > deadline:
+        if passed > 0 and time.monotonic() > deadline:
             break
     assert passed > 0
 
@@ -150,7 +151,10 @@ def test_every_single_read_may_fail(mixtral: Model) -> None:
 @pytest.fixture
 def copied(mixtral: Model, tmp_path: Path) -> Path:
     """A file of this test's own."""
-    return Path(shutil.copy(mixtral.path, tmp_path / "model.gguf"))
+    path = Path(shutil.copy(mixtral.path, tmp_path / "model.gguf"))
+    # So old that a change shows, also where the file system's clock is coarse.
+    os.utime(path, (1_700_000_000, 1_700_000_000))
+    return path
 
 
 BACKENDS = ["pread_pool", "uring", "mmap", "null"]
@@ -232,8 +236,11 @@ def test_truncated_during_a_slow_prompt(mixtral: Model, copied: Path) -> None:
     timer = threading.Timer(0.03, os.truncate, (copied, size // 3))
     t = e.timeline()
     timer.start()
+    # Prompts until it happens, which is in the first where nothing holds the timer up.
     with pytest.raises(errors.DeviceError, match="changed while the model runs"):
-        t.eval(prompt(e))
+        for _ in range(1000):
+            t.truncate(0)
+            t.eval(prompt(e))
     timer.join()
 
 
@@ -245,8 +252,11 @@ def slow(mixtral: Model, **options: Any) -> _core.Engine:
     return next(opened(mixtral, 0.0, "spike=2000ms@0.05", **options))
 
 
-def interrupted(t: _core.Timeline, tokens: np.ndarray, how: Any, error: Any) -> float:
-    """Seconds from calling `how`, 0.1 s after the start, to the end of the evaluation."""
+def interrupted(work: Any, how: Any, error: Any) -> float:
+    """Seconds from calling `how`, 0.1 s after the start of `work`, until that ends with `error`.
+
+    Infinity where the work ended before.
+    """
     asked: list[float] = []
 
     def ask() -> None:
@@ -255,11 +265,25 @@ def interrupted(t: _core.Timeline, tokens: np.ndarray, how: Any, error: Any) -> 
 
     timer = threading.Timer(0.1, ask)
     timer.start()
-    with pytest.raises(error):
-        t.eval(tokens)
-    ended = time.monotonic()
-    timer.join()
-    return ended - asked[0]
+    try:
+        work()
+    except error:
+        ended = time.monotonic()
+        timer.cancel()  # where an earlier one that came too late has ended it
+        timer.join()
+        return ended - asked[0] if asked else math.inf
+    with suppress(error):
+        timer.join()
+        time.sleep(0.01)  # a signal comes when this thread runs next
+    return math.inf
+
+
+def prompt_ends(work: Any, how: Any, error: Any) -> None:
+    """Asserts that `work` can be interrupted promptly, whatever else the machine has to do."""
+    took: list[float] = []
+    while min(took, default=math.inf) >= PROMPTLY:
+        assert len(took) < 10, took
+        took.append(interrupted(work, how, error))
 
 
 def goes_on(mixtral: Model, t: _core.Timeline, tokens: np.ndarray) -> None:
@@ -269,15 +293,22 @@ def goes_on(mixtral: Model, t: _core.Timeline, tokens: np.ndarray) -> None:
     np.testing.assert_array_equal(t.logits(), expected.logits())
 
 
-# The best of two: a machine that stalls for a moment is no failure.
-PROMPTLY = 2.0 if SANITIZED else 0.25
+# Seconds; the best of ten: a machine that stalls for a moment is no failure.
+PROMPTLY = 1.5 if SANITIZED else 0.25
+
+
+def slow_prompt(t: _core.Timeline, tokens: np.ndarray) -> Any:
+    def work() -> None:
+        t.truncate(0)
+        t.eval(tokens)
+
+    return work
 
 
 def test_a_spike_of_two_seconds_can_be_cancelled(mixtral: Model) -> None:
     t = slow(mixtral, prefetch="on").timeline()
     tokens = prompt(mixtral.resident, n=12)
-    took = [interrupted(t, tokens, t.cancel, errors.Cancelled) for _ in range(2)]
-    assert min(took) < PROMPTLY, took
+    prompt_ends(slow_prompt(t, tokens), t.cancel, errors.Cancelled)
     goes_on(mixtral, t, tokens)
 
 
@@ -291,8 +322,7 @@ def test_control_c_in_a_spike(mixtral: Model) -> None:
     def interrupt() -> None:
         signal.pthread_kill(main, signal.SIGINT)
 
-    took = [interrupted(t, tokens, interrupt, KeyboardInterrupt) for _ in range(2)]
-    assert min(took) < PROMPTLY, took
+    prompt_ends(slow_prompt(t, tokens), interrupt, KeyboardInterrupt)
     goes_on(mixtral, t, tokens)
 
 
@@ -300,21 +330,16 @@ def test_control_c_in_a_spike(mixtral: Model) -> None:
 def test_control_c_while_loading(mixtral: Model) -> None:
     main = threading.main_thread().ident
     assert main is not None
-    took = []
-    for _ in range(2):
-        sent: list[float] = []
 
-        def interrupt(sent: list[float] = sent) -> None:
-            sent.append(time.monotonic())
-            signal.pthread_kill(main, signal.SIGINT)
+    def interrupt() -> None:
+        signal.pthread_kill(main, signal.SIGINT)
 
-        timer = threading.Timer(0.1, interrupt)
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            mixtral.offloaded(0.0, io="null:delay=50ms", readers=1)
-        took.append(time.monotonic() - sent[0])
-        timer.join()
-    assert min(took) < PROMPTLY, took
+    memory = mixtral.budgets.least
+    prompt_ends(
+        lambda: engine(mixtral.path, memory, io="null:delay=50ms", readers=1),
+        interrupt,
+        KeyboardInterrupt,
+    )
     assert run(mixtral.offloaded(0.0)) == mixtral.expected()
 
 
@@ -326,8 +351,9 @@ def test_hundreds_of_cancelled_prefetches(mixtral: Model) -> None:
     expected.eval(tokens)
     e = mixtral.offloaded(0.5, io="null:delay=0.1ms,reorder", readers=1, prefetch="on")
     t = e.timeline()
-    deadline = time.monotonic() + 60
-    while e.offload["cancelled"] < 100 and time.monotonic() < deadline:
+    for _ in range(50):  # about 24 each
+        if e.offload["cancelled"] >= 100:
+            break
         t.truncate(0)
         for piece in np.array_split(tokens, 48):
             t.eval(piece)
@@ -505,8 +531,14 @@ def test_nothing_leaks(mixtral: Model, cycle: Any, io: str) -> None:
     n = 25
     for _ in range(n):
         cycle(mixtral, io)
-    more_rss, more_threads, more_fds = resources()
-    assert (more_threads, more_fds) == (threads, fds)
+    # A thread that was joined is counted until the kernel is done with it.
+    for _ in range(1000):
+        more_rss, more_threads, more_fds = resources()
+        if more_threads <= threads:
+            break
+        time.sleep(0.01)
+    assert more_threads <= threads
+    assert more_fds <= fds
     # An engine holds a megabyte and more: half of one a cycle would be found.
     if not SANITIZED:
         assert more_rss - rss < n * 100_000, (more_rss - rss) / n

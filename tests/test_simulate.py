@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -262,6 +263,38 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     for field in ("evaluation", "layer", "step", "offset", "expert", "weight", "decode", "tokens"):
         assert np.array_equal(getattr(trace, field), getattr(again, field)), field
     assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_tokens_round_trip_and_help_the_default_policy(tmp_path: Path) -> None:
+    # A sentence of 12 words, over and over, each word with experts of its own at each layer: more
+    # experts than slots, so that whoever knows what comes misses less.
+    rng = np.random.default_rng(5)
+    words, layers, experts, used, repeats = 12, 3, 32, 2, 12
+    taken = [[rng.choice(experts, used, False) for _ in range(layers)] for _ in range(words)]
+    path = tmp_path / "t.csv"
+    shape = {"n_layer": layers, "n_expert": experts, "n_expert_used": used}
+    with TraceWriter(path, **shape, tokens=True) as writer:
+        for step in range(words * repeats):
+            for layer in range(layers):
+                chosen = taken[step % words][layer].tolist()
+                writer.visit(step, DECODE, layer, chosen, [0.5] * used, token=100 + step % words)
+    trace = read_trace(path)
+    assert trace.token is not None
+    assert trace.token.tolist() == [100 + v // layers % words for v in range(len(trace.layer))]
+    assert trace.token.tolist() == trace.without_prompts().token.tolist()  # type: ignore[union-attr]
+    write_trace(tmp_path / "again.csv", trace)
+    assert np.array_equal(read_trace(tmp_path / "again.csv").token, trace.token)
+    distinct = len(np.unique(trace.layer.repeat(used) * experts + trace.expert))
+    slots = distinct * 2 // 3
+
+    def misses(trace: Trace) -> dict[str, int]:
+        at = simulate(trace, slots, policies=["lru", "reuse"], skip=0.5)
+        return {p.policy: p.misses for p in at.policies}
+
+    told, not_told = misses(trace), misses(replace(trace, token=None))
+    assert told["belady"] <= told["reuse"] < not_told["reuse"]
+    assert told["lru"] == not_told["lru"]
+    assert told["reuse"] < 1.1 * told["belady"]
 
 
 def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:

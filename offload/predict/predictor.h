@@ -24,7 +24,7 @@ class TokenHistory;
 
 // A guess at one layer: experts in order of likelihood.
 struct Guess {
-  int64_t layer = 0;  // from n_layer on: of the token after the present one
+  int64_t layer = 0;        // from n_layer on: of the token after the present one
   bool remembered = false;  // from the history: score is its bin()
   std::vector<int32_t> experts;
   // Of each expert: how sure the predictor is, falling. Of one token: 0 where it is as likely as

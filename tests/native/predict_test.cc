@@ -11,6 +11,7 @@
 #include "offload/predict/map.h"
 #include "offload/predict/predictor.h"
 #include "offload/predict/state.h"
+#include "offload/token_history.h"
 #include "runtime/core/errors.h"
 
 using namespace stoker;
@@ -190,9 +191,82 @@ void test_damaged(const char* name, const std::string& state, const PredictorSha
   CHECK(refused > 50 && taken > 5);
 }
 
+class Noise : public RouterAhead {
+ public:
+  Noise(Random& random, int64_t n_expert) : random_(random), n_expert_(n_expert) {}
+  void logits(int64_t, float* out) override {
+    const std::vector<float> drawn = normal(random_, n_expert_);
+    std::copy(drawn.begin(), drawn.end(), out);
+  }
+  const float* hidden() const override { return nullptr; }
+
+ private:
+  Random& random_;
+  const int64_t n_expert_;
+};
+
+// A text that repeats itself: what is remembered of each token is what it took the last time, told
+// apart from what the routers say, whose guesses use the same storage.
+void test_history(const PredictorShape& s) {
+  constexpr int64_t kPeriod = 5;
+  Random random(3);
+  TokenHistory history(s.n_layer, s.n_expert_used);
+  const auto predictor = make_predictor("history", s);
+  predictor->set_state({});
+  predictor->follow(&history);
+  std::vector<std::vector<std::vector<int32_t>>> taken;  // [token][n_layer], layer 1: empty
+  std::vector<Guess> guesses;
+  int now = 0, next = 0, routers = 0;
+  for (int64_t i = 0; i < 60; ++i) {
+    const int32_t token[] = {static_cast<int32_t>(100 + i % kPeriod)};
+    history.begin(7, token);
+    predictor->begin(1);
+    taken.emplace_back(static_cast<size_t>(s.n_layer));
+    for (int64_t layer = -1; layer < s.n_layer; ++layer) {
+      if (layer >= 0) {
+        if (!s.mixture[static_cast<size_t>(layer)]) continue;
+        Routes routes;
+        const int32_t first = static_cast<int32_t>(random() % static_cast<uint64_t>(s.n_expert));
+        for (int64_t j = 0; j < s.n_expert_used; ++j) {
+          routes.expert.push_back(static_cast<int32_t>((first + j) % s.n_expert));
+        }
+        routes.weight.assign(routes.expert.size(), 0.5f);
+        taken.back()[static_cast<size_t>(layer)] = routes.expert;
+        history.take(layer, routes);
+        predictor->observe(layer, routes);
+      }
+      Noise ahead(random, s.n_expert);
+      const size_t n = predictor->predict(layer, 2, 2 * s.n_expert_used, ahead, guesses);
+      for (size_t g = 0; g < n; ++g) {
+        const Guess& guess = guesses[g];
+        CHECK(guess.experts.size() == guess.score.size());
+        if (!guess.remembered) {
+          CHECK(guess.layer > layer && guess.layer <= layer + 2 && guess.layer < s.n_layer);
+          ++routers;
+          continue;
+        }
+        CHECK(i >= kPeriod);
+        const bool of_next = guess.layer >= s.n_layer;
+        CHECK(of_next ? guess.layer == s.n_layer + layer : layer < 0);
+        const auto& then = taken[static_cast<size_t>(i - kPeriod + of_next)];
+        CHECK(guess.experts == then[static_cast<size_t>(guess.layer % s.n_layer)]);
+        for (float score : guess.score) {
+          CHECK(score == static_cast<float>(history.bin()));
+          CHECK(score >= 0 && score < TokenHistory::kBins);
+        }
+        ++(of_next ? next : now);
+      }
+    }
+  }
+  // Three layers with experts; each token but the first ones was foretold, and its next.
+  CHECK(now == 3 * (60 - kPeriod) && next == 3 * (60 - kPeriod));
+  CHECK(routers > 0);
+}
+
 }  // namespace
 
 int main() {
+  test_history(shape_of(32));
   for (int64_t n_embd : {32, 50}) {
     const PredictorShape s = shape_of(n_embd);
     Random random(static_cast<uint64_t>(n_embd));
