@@ -134,7 +134,9 @@ void Controller::guessed(int64_t layer, const Guess& guess, std::span<const uint
   p.experts.assign(guess.experts.begin(), guess.experts.end());
   p.came_true.resize(n);
   for (size_t i = 0; i < n; ++i) {
-    const int b = guess.remembered ? static_cast<int>(guess.score[i]) : bin(guess.score[i]);
+    const int b = guess.remembered
+                      ? std::clamp(static_cast<int>(guess.score[i]), 0, static_cast<int>(kBins) - 1)
+                      : bin(guess.score[i]);
     p.came_true[i] = &record[kind][resident[i] ? 1 : 0][static_cast<size_t>(b)];
     (*probability)[i] = *p.came_true[i];
   }

@@ -23,6 +23,7 @@ class History : public Predictor {
   size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
                  std::vector<Guess>& guesses) override {
     size_t n = routers_->predict(layer, distance, width, ahead, guesses);
+    for (size_t i = 0; i < n; ++i) guesses[i].remembered = false;  // storage is reused
     if (!history_ || history_->match() == 0) return n;
     if (layer < 0) {
       for (int64_t l = 0; l < shape_.n_layer; ++l) n = foretell(0, l, n, guesses);
