@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from ..models.cache import Progress
 
 app = typer.Typer(
     name="export",
@@ -75,12 +70,12 @@ def upcycle(
     """
     from ..export import upcycle as upcycling
     from .run_command import find, read_text
-    from .terminal import size
+    from .terminal import size, stage_progress
 
     corpus = None if text is None else read_text(text)
     path = find(base)
     try:
-        with _bars() as progress:
+        with stage_progress() as progress:
             made = upcycling.upcycle(
                 path,
                 out,
@@ -104,32 +99,3 @@ def upcycle(
     typer.echo(
         f"{made.path}: {size(made.nbytes)}, {experts} experts of {size(made.expert_bytes)} a layer"
     )
-
-
-@contextmanager
-def _bars() -> Iterator[Progress | None]:
-    """A bar for each stage on stderr where that is a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    from .terminal import size
-
-    tasks: dict[str, TaskID] = {}
-    columns = (
-        TextColumn("{task.description:14}"),
-        BarColumn(),
-        TextColumn("{task.fields[amount]}"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-
-        def report(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total, amount="")
-            amount = size(done) if what == "experts" else f"{done} of {total}"
-            bars.update(tasks[what], completed=done, total=total, amount=amount)
-
-        yield report

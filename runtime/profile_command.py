@@ -50,9 +50,9 @@ def profile(
     stoker run mixture.gguf "Hello" --memory 1GiB --predictor linear --profile mixture.profile
     """
     from ..offload.profile import PREDICTORS, check_predictors, make_profile
-    from .export_command import _bars
     from .options import LoadOptions
     from .run_command import open_model, read_text
+    from .terminal import stage_progress
 
     names = PREDICTORS if predictor == "all" else tuple(predictor.split(","))
     check_predictors(names)
@@ -62,7 +62,7 @@ def profile(
         raise OptionError(f"{out} exists: choose another name, or replace it with --force")
     corpus = None if text is None else read_text(text)
     opened = open_model(model, LoadOptions(threads=threads, context=context, memory=memory))
-    with _bars() as progress:
+    with stage_progress() as progress:
         made = make_profile(
             opened, out, text=corpus, tokens=tokens, predictors=names, progress=progress
         )

@@ -33,6 +33,34 @@ def size(count: float) -> str:
 
 
 @contextmanager
+def stage_progress() -> Iterator[Progress | None]:
+    """A bar for each stage on stderr where that is a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    tasks: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description:14}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total, amount="")
+            amount = size(done) if what == "experts" else f"{done} of {total}"
+            bars.update(tasks[what], completed=done, total=total, amount=amount)
+
+        yield report
+
+
+@contextmanager
 def byte_progress() -> Iterator[Progress]:
     """A progress callback for downloads, on stderr: a bar in a terminal, lines elsewhere."""
     if sys.stderr.isatty():
