@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "offload/predict/predictor.h"
 #include "offload/token_history.h"
 #include "runtime/core/errors.h"
 
@@ -184,10 +185,67 @@ class Slots {
   uint64_t chunk_ = 0;
 };
 
+// A predictor that is told of the walk, and what it has named of each layer.
+class Foresight : RouterAhead {
+ public:
+  Foresight(std::string_view name, const PolicyShape& shape, const TokenHistory* history)
+      : n_expert_(shape.n_expert),
+        used_(static_cast<size_t>(shape.n_expert_used)),
+        remembers_(name == "history"),
+        named_(static_cast<size_t>(shape.n_layer)) {
+    if (std::find(std::begin(kReplayed), std::end(kReplayed), name) == std::end(kReplayed)) {
+      bad("predictor " + std::string(name) + ": expected one that needs no hidden states");
+    }
+    const auto layers = static_cast<size_t>(shape.n_layer);
+    predictor_ = make_predictor(name, {shape.n_layer, 0, shape.n_expert, shape.n_expert_used,
+                                       std::vector<bool>(layers, true)});
+    predictor_->follow(history);
+    predictor_->set_state({});
+  }
+
+  void begin(int64_t tokens) {
+    decodes_ = tokens == 1;
+    for (auto& experts : named_) experts.clear();
+    predictor_->begin(tokens);
+    if (decodes_) guess(-1);
+  }
+  void take(int64_t layer, const Routes& routes) {
+    if (!decodes_ || routes.expert.size() != used_) return;
+    predictor_->observe(layer, routes);
+    guess(layer);
+  }
+  std::span<const int32_t> named(size_t layer) const { return named_[layer]; }
+
+ private:
+  // Its routers see nothing here, and their guesses are not taken.
+  void logits(int64_t, float* out) override { std::fill_n(out, n_expert_, 0.0f); }
+  const float* hidden() const override { return nullptr; }
+
+  void guess(int64_t layer) {
+    const size_t n = predictor_->predict(layer, 1, static_cast<int64_t>(used_), *this, guesses_);
+    for (size_t g = 0; g < n; ++g) {
+      const Guess& guess = guesses_[g];
+      if (guess.remembered != remembers_) continue;
+      if (static_cast<size_t>(guess.layer) >= named_.size()) continue;  // of the next token
+      const size_t most = std::min(guess.experts.size(), used_);
+      named_[static_cast<size_t>(guess.layer)].assign(
+          guess.experts.begin(), guess.experts.begin() + static_cast<int64_t>(most));
+    }
+  }
+
+  const int64_t n_expert_;
+  const size_t used_;
+  const bool remembers_;
+  bool decodes_ = false;
+  std::unique_ptr<Predictor> predictor_;
+  std::vector<std::vector<int32_t>> named_;  // [n_layer]
+  std::vector<Guess> guesses_;
+};
+
 }  // namespace
 
 Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t slots,
-              int64_t count_from) {
+              int64_t count_from, std::string_view predictor) {
   check(trace, slots);
   const PolicyShape& shape = trace.shape;
   const bool clairvoyant = policy_name == "belady";
@@ -205,6 +263,10 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
     history = std::make_unique<TokenHistory>(shape.n_layer, shape.n_expert_used);
     policy->follow(history.get());
   }
+  std::unique_ptr<Foresight> foresight;
+  if (!predictor.empty()) {
+    foresight = std::make_unique<Foresight>(predictor, shape, history.get());
+  }
   int64_t evaluation = -1;
   Routes routes;
   const Chunks chunks = chunks_of(trace);
@@ -218,12 +280,16 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
     const std::span<const UnitId> needed(chunks.unit.data() + chunk.first_unit,
                                          chunk.end_unit - chunk.first_unit);
     const auto layer = static_cast<size_t>(trace.layer[chunk.begin]);
-    if (history && std::exchange(evaluation, trace.evaluation[chunk.begin]) != evaluation) {
-      history->begin(0, trace.token.subspan(chunk.begin, chunk.end - chunk.begin));
-      policy->foresee();
+    const auto tokens = static_cast<int64_t>(chunk.end - chunk.begin);
+    if (std::exchange(evaluation, trace.evaluation[chunk.begin]) != evaluation) {
+      if (history) {
+        history->begin(0, trace.token.subspan(chunk.begin, static_cast<size_t>(tokens)));
+        policy->foresee();
+      }
+      if (foresight) foresight->begin(tokens);
     }
     routes.expert.clear();
-    policy->begin_layer(trace.layer[chunk.begin], static_cast<int64_t>(chunk.end - chunk.begin));
+    policy->begin_layer(trace.layer[chunk.begin], tokens);
     for (size_t v = chunk.begin; v < chunk.end; ++v) {
       const auto first = static_cast<size_t>(trace.offset[v]);
       const auto count = static_cast<size_t>(trace.offset[v + 1]) - first;
@@ -236,8 +302,7 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
         routes.expert.push_back(expert);
       }
     }
-    const size_t asked = (chunk.end - chunk.begin) * static_cast<size_t>(shape.n_expert_used);
-    if (history && routes.expert.size() == asked) {
+    if (history && static_cast<int64_t>(routes.expert.size()) == tokens * shape.n_expert_used) {
       history->take(static_cast<int64_t>(layer), routes);
     }
     if (belady != nullptr) {
@@ -248,6 +313,19 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
     for (const UnitId unit : needed) {
       if (!cache.resident(unit)) missing.push_back(unit);
     }
+    if (foresight && tokens == 1 && trace.evaluation[chunk.begin] >= count_from) {
+      for (const int32_t expert : foresight->named(layer)) {
+        const UnitId unit =
+            static_cast<UnitId>(layer) * static_cast<UnitId>(shape.n_expert) + expert;
+        if (cache.resident(unit)) continue;
+        const bool came = std::find(missing.begin(), missing.end(), unit) != missing.end();
+        ++(came ? result.foreseen : result.needless);
+      }
+    }
+    if (tokens == 1 && trace.evaluation[chunk.begin] >= count_from) {
+      result.decode_misses += static_cast<int64_t>(missing.size());
+    }
+    if (foresight) foresight->take(static_cast<int64_t>(layer), routes);
     for (const UnitId unit : missing) cache.load(unit, *policy);
     if (trace.evaluation[chunk.begin] >= count_from) {
       result.layer_uses[layer] += static_cast<int64_t>(needed.size());

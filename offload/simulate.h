@@ -24,8 +24,11 @@ struct RoutingTrace {
 };
 
 struct Replay {
-  int64_t uses = 0;                   // of distinct experts by a chunk or token, from count_from on
-  int64_t misses = 0;                 // of them
+  int64_t uses = 0;    // of distinct experts by a chunk or token, from count_from on
+  int64_t misses = 0;  // of them
+  // Decoded tokens' misses, of these those that the predictor had named before the layer was reached, and
+  // the units that it named in vain though they were not there.
+  int64_t decode_misses = 0, foreseen = 0, needless = 0;
   std::vector<int64_t> layer_uses;    // [n_layer]
   std::vector<int64_t> layer_misses;  // [n_layer]
 };
@@ -33,9 +36,13 @@ struct Replay {
 // Cold cache of `slots` units of any layer, read on demand. The policy is told of a token's experts
 // before the missing ones, in the order in which the tokens first use them, evict units that this
 // chunk does not need (any unit, once there is no other). Counts from evaluation `count_from` on.
-// policy: a name of policies.inc or "belady". Throws Error(kOption) for an unknown policy, slots <
-// 1 or a trace that breaks the rules above.
-Replay replay(const RoutingTrace& trace, std::string_view policy, int64_t slots,
-              int64_t count_from);
+// policy: a name of policies.inc or "belady". predictor: empty, or one that needs routing and
+// tokens only (kReplayed); it names as many experts a layer as a token uses, and what it names is
+// booked, not read. Throws Error(kOption) for an unknown policy or predictor, slots < 1 or a trace
+// that breaks the rules above.
+Replay replay(const RoutingTrace& trace, std::string_view policy, int64_t slots, int64_t count_from,
+              std::string_view predictor = {});
+
+inline constexpr std::string_view kReplayed[] = {"history", "transition"};
 
 }  // namespace stoker

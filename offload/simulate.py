@@ -5,6 +5,10 @@ token, or a prompt's chunk, asks for each distinct expert of a layer once; that 
 policy sees the token's choice before victims are asked for, and what the chunk needs cannot be a
 victim. Belady's line evicts what is used again last: no policy that reads on demand misses less. It
 is also the oracle bound: with every miss foreseen and prefetched these bytes must still be read.
+
+Predictors that recorded routing suffices for (`predictor_names`) watch each replay: which of its
+misses they would have named in time, and what they would have read in vain. Those that look at
+hidden states are measured where there are some, by `stoker profile`.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +37,10 @@ class PolicyResult:
     layer_misses: tuple[int, ...]  # [n_layer]
     hit_rate: float
     misses_per_token: float
+    # Of a decoded token's misses the share that each predictor named before the layer was reached,
+    # and the experts a token that it named in vain though they were not in the cache.
+    foreseen: dict[str, float]
+    needless_per_token: dict[str, float]
     bytes_per_token: float | None  # read; None where no size of an expert is known
     gap_closed: float | None  # of the misses between LRU and Belady; None where there are none
     tokens_per_s: float | None  # that the bandwidth allows, were computing free
@@ -45,6 +54,11 @@ class CacheSize:
     share: float  # of all experts
     nbytes: int | None  # of the slots
     policies: tuple[PolicyResult, ...]  # the last one is Belady
+
+
+def predictor_names() -> list[str]:
+    """Predictors that recorded routing suffices for; the others need hidden states."""
+    return list(_core.replayed_predictors)
 
 
 def policy_names() -> list[str]:
@@ -117,8 +131,10 @@ def simulate(
     names.append(BELADY)
     first = counted_from(trace, skip)
     tokens = int(trace.tokens[first:].sum())
-    replays = {
-        name: _core.simulate(
+    decoded = max(1, int(trace.tokens[first:][trace.decode[first:]].sum()))
+
+    def replay(name: str, predictor: str) -> dict[str, Any]:
+        return _core.simulate(
             evaluation=trace.evaluation,
             layer=trace.layer,
             offset=trace.offset,
@@ -131,9 +147,10 @@ def simulate(
             policy=name,
             slots=slots,
             count_from=first,
+            predictor=predictor,
         )
-        for name in dict.fromkeys([*names, "lru"])
-    }
+
+    replays = {name: replay(name, "") for name in dict.fromkeys([*names, "lru"])}
     least, lru = replays[BELADY]["misses"], replays["lru"]["misses"]
 
     def result(name: str) -> PolicyResult:
@@ -142,6 +159,7 @@ def simulate(
         read: float | None = None
         if expert_bytes is not None:
             read = float(np.dot(found["layer_misses"], expert_bytes)) / tokens
+        foresight = {p: replay(name, p) for p in predictor_names() if trace.decode[first:].any()}
         return PolicyResult(
             policy=name,
             uses=uses,
@@ -149,6 +167,8 @@ def simulate(
             layer_misses=tuple(found["layer_misses"]),
             hit_rate=1 - misses / uses if uses else 1.0,
             misses_per_token=misses / tokens,
+            foreseen={p: r["foreseen"] / max(1, r["decode_misses"]) for p, r in foresight.items()},
+            needless_per_token={p: r["needless"] / decoded for p, r in foresight.items()},
             bytes_per_token=read,
             gap_closed=None if lru == least else (lru - misses) / (lru - least),
             tokens_per_s=bandwidth / read if bandwidth is not None and read else None,

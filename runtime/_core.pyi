@@ -175,6 +175,9 @@ def matmul(
 
 def read_bandwidth(threads: int, bytes: int) -> float: ...  # bytes a second
 def int8_peak(isa: str, threads: int) -> float: ...  # operations a second, a multiply-add is two
+
+replayed_predictors: list[str]  # that simulate() takes
+
 def policies() -> list[tuple[str, str]]: ...  # (name, summary) of every online cache policy
 def replay_predictor(
     predictor: str,
@@ -211,8 +214,10 @@ def simulate(
     policy: str,
     slots: int,
     count_from: int = 0,
+    predictor: str = "",
 ) -> dict[str, Any]:
-    """Replays routing through a cold cache; policy: one of policies() or "belady".
+    """Replays routing through a cold cache; policy: one of policies() or "belady"; predictor: none
+    or one of replayed_predictors.
 
     evaluation, layer [visits], offset [visits + 1], expert, weight [uses], token [visits] or empty
     (offload/simulate.h).

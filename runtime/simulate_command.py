@@ -88,6 +88,10 @@ def as_table(trace: Trace, found: Sequence[CacheSize]) -> str:
         out += ["", f"{at.slots} slots, {at.share * 100:.1f}% of the experts{held}"]
         rows = [["policy", "hits", "misses/token", "read/token", "gap closed"]]
         bound = any(result.tokens_per_s is not None for result in at.policies)
+        foresight = [
+            p for p in at.policies[0].foreseen if trace.token is not None or p != "history"
+        ]
+        rows[0] += [f"foreseen by {p}" for p in foresight]
         if bound:
             rows[0].append("tok/s at most")
         for result in at.policies:
@@ -99,6 +103,7 @@ def as_table(trace: Trace, found: Sequence[CacheSize]) -> str:
                 "?" if read is None else size(read),
                 "-" if result.gap_closed is None else f"{result.gap_closed * 100:.1f}%",
             ]
+            row += [f"{result.foreseen[p] * 100:.0f}%" for p in foresight]
             if bound:
                 limit = result.tokens_per_s
                 row.append("no limit" if limit is None else f"{limit:.1f}")
@@ -135,10 +140,16 @@ _COLUMNS = (
 
 def as_tsv(found: Sequence[CacheSize]) -> str:
     """One line a size and policy, tab-separated; empty where unknown."""
-    out = ["\t".join(("slots", "share", *_COLUMNS))]
+    from . import _core
+
+    kinds = ("foreseen", "needless_per_token")
+    more = [f"{kind}_{p}" for p in _core.replayed_predictors for kind in kinds]
+    out = ["\t".join(("slots", "share", *_COLUMNS, *more))]
     for at in found:
         for result in at.policies:
             values: list[Any] = [getattr(result, column) for column in _COLUMNS]
+            for p in _core.replayed_predictors:
+                values += [result.foreseen.get(p), result.needless_per_token.get(p)]
             cells = [at.slots, f"{at.share:.6f}", *("" if v is None else v for v in values)]
             out.append("\t".join(str(cell) for cell in cells))
     return "\n".join(out)

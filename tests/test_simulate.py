@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stoker.offload.simulate import policy_names, simulate, slots_of_share
+from stoker.offload.simulate import policy_names, predictor_names, simulate, slots_of_share
 from stoker.offload.trace import DECODE, Trace, TraceWriter, read_trace, write_trace
 from stoker.runtime import simulate_command
 from stoker.runtime.errors import OptionError
@@ -265,6 +265,34 @@ def test_round_trip(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
+def test_transitions_are_foreseen_and_counted() -> None:
+    # Layer 1 takes what layer 0 took, plus 8; layer 0 is random. 3 slots: nothing stays.
+    rng = np.random.default_rng(6)
+    n, used = 600, 2
+    first = np.stack([rng.choice(8, used, False) for _ in range(n)])
+    expert = np.stack([first, first + 8], 1)  # [n][layer][used]
+    visits = 2 * n
+    trace = Trace(
+        2,
+        16,
+        used,
+        np.repeat(np.arange(n), 2),
+        np.tile(np.arange(2, dtype=np.int32), n),
+        np.repeat(np.arange(n), 2),
+        np.arange(visits + 1) * used,
+        expert.reshape(-1).astype(np.int32),
+        np.full(visits * used, 0.5, np.float32),
+        np.full(n, True),
+        np.full(n, 1),
+    )
+    lru = simulate(trace, 3, policies=["lru"], skip=0.5).policies[0]
+    # All of layer 1's misses, nearly, and of layer 0's none: nothing precedes it.
+    share = lru.layer_misses[1] / lru.misses
+    assert 0.95 * share < lru.foreseen["transition"] <= share
+    named_in_vain = lru.needless_per_token["transition"]
+    assert named_in_vain < 0.1
+
+
 def test_tokens_round_trip_and_help_the_default_policy(tmp_path: Path) -> None:
     # A sentence of 12 words, over and over, each word with experts of its own at each layer: more
     # experts than slots, so that whoever knows what comes misses less.
@@ -295,6 +323,13 @@ def test_tokens_round_trip_and_help_the_default_policy(tmp_path: Path) -> None:
     assert told["belady"] <= told["reuse"] < not_told["reuse"]
     assert told["lru"] == not_told["lru"]
     assert told["reuse"] < 1.1 * told["belady"]
+    # The sentence is known by heart after its first time, and no layer follows from another one.
+    for policy in simulate(trace, slots, skip=0.5).policies:
+        assert policy.foreseen["history"] == 1
+        assert policy.needless_per_token["history"] == 0
+    blind = simulate(replace(trace, token=None), slots, policies=["lru"], skip=0.5).policies[0]
+    assert blind.foreseen["history"] == 0
+    assert blind.misses_per_token > 0
 
 
 def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:
@@ -396,6 +431,6 @@ def test_outputs() -> None:
     assert "oracle bound" in table and "tok/s at most" in table
     lines = simulate_command.as_tsv(found).splitlines()
     assert len(lines) == 1 + len(policy_names())
-    assert {len(line.split("\t")) for line in lines} == {10}
+    assert {len(line.split("\t")) for line in lines} == {10 + 2 * len(predictor_names())}
     document = json.loads(simulate_command.as_json(trace, found))
     assert document["sizes"][0]["policies"][-1]["misses"] == belady.misses

@@ -30,7 +30,7 @@ nb::dict simulate(const Array<int64_t>& evaluation, const Array<int32_t>& layer,
                   const Array<int64_t>& offset, const Array<int32_t>& expert,
                   const Array<float>& weight, const Array<int32_t>& token, int64_t n_layer,
                   int64_t n_expert, int64_t n_expert_used, const std::string& policy, int64_t slots,
-                  int64_t count_from) {
+                  int64_t count_from, const std::string& predictor) {
   const stoker::RoutingTrace trace{
       .shape = {.n_layer = n_layer, .n_expert = n_expert, .n_expert_used = n_expert_used},
       .evaluation = span(evaluation),
@@ -42,11 +42,14 @@ nb::dict simulate(const Array<int64_t>& evaluation, const Array<int32_t>& layer,
   stoker::Replay replay;
   {
     const nb::gil_scoped_release release;
-    replay = stoker::replay(trace, policy, slots, count_from);
+    replay = stoker::replay(trace, policy, slots, count_from, predictor);
   }
   nb::dict result;
   result["uses"] = replay.uses;
   result["misses"] = replay.misses;
+  result["decode_misses"] = replay.decode_misses;
+  result["foreseen"] = replay.foreseen;
+  result["needless"] = replay.needless;
   result["layer_uses"] = replay.layer_uses;
   result["layer_misses"] = replay.layer_misses;
   return result;
@@ -84,8 +87,10 @@ void bind_offload_sim(nb::module_& m) {
   m.def("simulate", &simulate, nb::kw_only(), nb::arg("evaluation"), nb::arg("layer"),
         nb::arg("offset"), nb::arg("expert"), nb::arg("weight"), nb::arg("token"),
         nb::arg("n_layer"), nb::arg("n_expert"), nb::arg("n_expert_used"), nb::arg("policy"),
-        nb::arg("slots"), nb::arg("count_from") = 0,
+        nb::arg("slots"), nb::arg("count_from") = 0, nb::arg("predictor") = "",
         "Replays routing through a cold cache; see offload/simulate.h.");
+  m.attr("replayed_predictors") =
+      std::vector<std::string>(std::begin(stoker::kReplayed), std::end(stoker::kReplayed));
   m.def("policies", &policies, "(name, summary) of every online cache policy.");
   m.def("predictors", &predictors, "(name, summary) of every predictor.");
   m.def("io_backends", &io_backends, "(name, summary) of every I/O backend.");
