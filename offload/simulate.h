@@ -26,8 +26,8 @@ struct RoutingTrace {
 struct Replay {
   int64_t uses = 0;    // of distinct experts by a chunk or token, from count_from on
   int64_t misses = 0;  // of them
-  // Decoded tokens' misses, of these those that the predictor had named before the layer was reached, and
-  // the units that it named in vain though they were not there.
+  // Decoded tokens' misses, of these those that the predictor had named before the layer was
+  // reached, and the units that it named in vain though they were not there.
   int64_t decode_misses = 0, foreseen = 0, needless = 0;
   std::vector<int64_t> layer_uses;    // [n_layer]
   std::vector<int64_t> layer_misses;  // [n_layer]
