@@ -14,7 +14,7 @@
 namespace stoker {
 
 enum class PrefetchMode {
-  kOff,   // guesses inform the cache policy at most
+  kOff,   // nothing is guessed
   kOn,    // always, at the threshold that suits the disk
   kAuto,  // as long as it pays
 };

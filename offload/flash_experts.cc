@@ -283,7 +283,6 @@ void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
       resident_[i] = cache_.find(units_[i]) != nullptr;
     }
     controller_.guessed(layer, guess, resident_, &probabilities_);
-    if (!guess.remembered) cache_.policy().predict(units_, probabilities_);
     if (!controller_.prefetches()) continue;
     // Every expert of a prompt's guess was chosen by some token.
     const float threshold = tokens_ == 1 ? controller_.threshold() : 0;

@@ -34,10 +34,6 @@ class Policy {
   // prompt's chunk calls this once for each token. Called before victims for them are asked for,
   // whether or not they are resident.
   virtual void use(std::span<const UnitId> units, std::span<const float> weights) = 0;
-  // Predicted uses: probability that the unit is used when the walk next reaches its layer.
-  virtual void predict(std::span<const UnitId> units, std::span<const float> probability) {
-    (void)units, (void)probability;
-  }
   virtual void insert(UnitId unit) { (void)unit; }  // became resident (or is on its way)
   virtual void erase(UnitId unit) { (void)unit; }   // left, by victim() or a failed read
   // The index into `candidates` (resident, not pinned; not empty) of the one to evict.

@@ -5,8 +5,7 @@
 // uses decayed with half-lives of 4 to 256 tokens, the router's weight at the last use, and what
 // the paths of similar tokens foretell (path_memory.h). Target, one visit later: 1 where the layer
 // used the unit, else the discounted worth that the model gives it now (temporal differences), so
-// that nothing must be kept until a distant use is seen. Where a predictor gives a probability for
-// the walk's next visit, it stands in for the model's own view of that visit.
+// that nothing must be kept until a distant use is seen.
 //
 // Where the tokens are known and the last of them occurred before, what followed there
 // (token_history.h) says when units will be used, with a confidence that is measured: the worth is
@@ -113,16 +112,6 @@ class Reuse : public Policy {
     paths_.take(token, layer_, experts_);
   }
 
-  void predict(std::span<const UnitId> units, std::span<const float> probability) override {
-    for (size_t k = 0; k < units.size(); ++k) {
-      if (!(probability[k] >= 0)) continue;
-      Unit& unit = units_[static_cast<size_t>(units[k])];
-      if (unit.predicted < 0) predicted_.push_back(units[k]);
-      unit.predicted = std::min(probability[k], 1.0f);
-      worth_[static_cast<size_t>(units[k])] = worth(unit);
-    }
-  }
-
   size_t victim(std::span<const UnitId> candidates) override {
     learn();
     size_t least = 0;
@@ -142,11 +131,10 @@ class Reuse : public Policy {
     std::array<float, kHalfLife.size()> count{};  // decayed uses, as of the layer's last visit
     int64_t token = -kLongAgo;                    // of the last use
     float weight = 0;                             // of the router at that use
-    float own = 0;         // the model's score without the path's input, at the layer's last visit
-    float score = 0;       // with it
-    float predicted = -1;  // probability of use at the layer's next visit; < 0 where not predicted
-    int64_t due = -1;      // token of the next use, as the history foretells; < 0: it does not
-    Inputs inputs{};       // at the layer's last visit; [0] is 0 before the first
+    float own = 0;     // the model's score without the path's input, at the layer's last visit
+    float score = 0;   // with it
+    int64_t due = -1;  // token of the next use, as the history foretells; < 0: it does not
+    Inputs inputs{};   // at the layer's last visit; [0] is 0 before the first
   };
 
   float power(size_t half_life, int64_t tokens) const {
@@ -202,7 +190,6 @@ class Reuse : public Policy {
       layers_since_outlook_ = 0;
       look_out();
     }
-    settle_predictions();
   }
 
   // Sets the unit's inputs and scores from what is known after a visit of its layer.
@@ -266,19 +253,6 @@ class Reuse : public Policy {
     }
   }
 
-  // Predictions for the layer just visited have come true or not; the others hold.
-  void settle_predictions() {
-    std::erase_if(predicted_, [&](UnitId id) {
-      Unit& unit = units_[static_cast<size_t>(id)];
-      if (id / n_expert_ == layer_) {
-        unit.predicted = -1;
-        return true;
-      }
-      worth_[static_cast<size_t>(id)] = worth(unit);
-      return false;
-    });
-  }
-
   float worth(const Unit& unit) const {
     float worth = logistic(unit.score);
     if (bin_ >= 0) {
@@ -290,7 +264,6 @@ class Reuse : public Policy {
       const float sure = comes_true_[b] * goes_so_far_[t];
       worth = (due ? sure * discount_[t] : 0.0f) + (1 - sure) * worth;
     }
-    if (unit.predicted >= 0) worth = unit.predicted + (1 - unit.predicted) * kDiscount * worth;
     return worth;
   }
 
@@ -301,16 +274,15 @@ class Reuse : public Policy {
   PathMemory paths_;
   std::array<float, kHalfLife.size()> decay_{};  // of a count in a token
   Inputs weight_ = kStart;
-  std::vector<Unit> units_;        // [n_layer * n_expert]
-  std::vector<float> worth_;       // [n_layer * n_expert]
-  std::vector<UnitId> predicted_;  // units with a prediction
-  std::vector<int32_t> experts_;   // of the token in use()
-  std::vector<uint8_t> used_;      // [n_expert] by this visit of the layer
-  std::vector<float> share_;       // [n_expert] scratch
-  int64_t layer_ = 0;              // of this visit
-  int64_t tokens_ = 1;             // of this visit
-  int64_t uses_ = 0;               // tokens of this visit that use() has told of
-  bool open_ = false;              // a visit that has not been learnt from
+  std::vector<Unit> units_;       // [n_layer * n_expert]
+  std::vector<float> worth_;      // [n_layer * n_expert]
+  std::vector<int32_t> experts_;  // of the token in use()
+  std::vector<uint8_t> used_;     // [n_expert] by this visit of the layer
+  std::vector<float> share_;      // [n_expert] scratch
+  int64_t layer_ = 0;             // of this visit
+  int64_t tokens_ = 1;            // of this visit
+  int64_t uses_ = 0;              // tokens of this visit that use() has told of
+  bool open_ = false;             // a visit that has not been learnt from
   const TokenHistory* history_ = nullptr;
   int bin_ = -1;  // of the history's occurrence; -1: none
   std::array<float, TokenHistory::kBins> comes_true_ = kComesTrue, goes_on_ = kGoesOn;
