@@ -88,6 +88,15 @@ def llama_cpp(path: str, task: dict[str, Any]) -> dict[str, Any]:
     import llama_cpp as package
     import numpy as np
 
+    # Repacked weights are memory of the process, which the kernel cannot drop: it would be killed.
+    defaults = package.llama_cpp.llama_model_default_params
+
+    def mapped() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    package.llama_cpp.llama_model_default_params = mapped
     start = time.perf_counter()
     llama = package.Llama(
         path,
