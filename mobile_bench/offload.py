@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 from stoker.mobile_bench.cgroup_run import MemoryGroup, memory_group
 from stoker.mobile_bench.compare import prompt_tokens, spread
 
