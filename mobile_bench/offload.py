@@ -29,7 +29,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil  # type: ignore[import-untyped, unused-ignore]
 from stoker.mobile_bench.cgroup_run import MemoryGroup, memory_group
 from stoker.mobile_bench.compare import prompt_tokens, spread
 
