@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import DeviceError
+from .direct_file import DirectFile, page_start
 
 _STRING, _ARRAY = 8, 9
 # Bytes of the value types that have a fixed size: u8 i8 u16 i16 u32 i32 f32 bool u64 i64 f64.
 _FIXED = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _ALIGNMENT_KEY = "general.alignment"
+_DIRECT_BYTES = 1 << 20  # of a write from which on it is worth going past the page cache
 
 
 def u32(value: int) -> bytes:
@@ -94,28 +96,42 @@ class Layout:
     size: int
 
 
-def layout(metadata: Mapping[str, bytes], tensors: Sequence[Tensor]) -> Layout:
-    """The layout of a file with these entries (encoded) and tensors, in their order."""
+def _aligned(n: int, metadata: Mapping[str, bytes]) -> int:
     alignment = 32
     if _ALIGNMENT_KEY in metadata:
         alignment = struct.unpack("<I", metadata[_ALIGNMENT_KEY][4:])[0]
+    return -(-n // alignment) * alignment
 
-    def aligned(n: int) -> int:
-        return -(-n // alignment) * alignment
 
+def layout(metadata: Mapping[str, bytes], tensors: Sequence[Tensor]) -> Layout:
+    """The layout of a file with these entries (encoded) and tensors, in their order."""
+    begin = len(header(metadata, tensors, None))
+    offsets, end = {}, begin
+    for tensor in tensors:
+        offsets[tensor.name] = end
+        end = begin + _aligned(end - begin + tensor.nbytes, metadata)
+    return Layout(header(metadata, tensors, offsets), offsets, end)
+
+
+def header(
+    metadata: Mapping[str, bytes],
+    tensors: Sequence[Tensor],
+    offsets: Mapping[str, int] | None,
+) -> bytes:
+    """All that comes before the data, for tensors at these aligned offsets of the file.
+
+    offsets: None leaves them 0, to learn how long the header is.
+    """
+    fixed = sum(len(_text(t.name)) + 8 * len(t.shape) + 16 for t in tensors)
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
     parts += [_text(key) + value for key, value in metadata.items()]
-    relative, end = {}, 0
+    begin = _aligned(sum(map(len, parts)) + fixed, metadata)
     for tensor in tensors:
-        relative[tensor.name] = end
+        at = 0 if offsets is None else offsets[tensor.name] - begin
         parts.append(_text(tensor.name))
         parts.append(struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape))
-        parts.append(struct.pack("<IQ", tensor.type, end))
-        end = aligned(end + tensor.nbytes)
-    header = b"".join(parts)
-    header += bytes(aligned(len(header)) - len(header))
-    offsets = {name: len(header) + offset for name, offset in relative.items()}
-    return Layout(header, offsets, len(header) + end)
+        parts.append(struct.pack("<IQ", tensor.type, at))
+    return b"".join(parts).ljust(begin, b"\0")
 
 
 class PartFile:
@@ -146,6 +162,7 @@ class PartFile:
             if self.done == 0:
                 self.discard()
             raise
+        self._direct = DirectFile.open(self.part)
 
     def _resumable(self) -> int:
         try:
@@ -181,11 +198,19 @@ class PartFile:
         """Writes data at a byte offset."""
         view = memoryview(data).cast("B")
         try:
-            self._file.seek(offset)
-            while len(view):
-                view = view[self._file.write(view) :]
+            if len(view) >= _DIRECT_BYTES and self._direct is not None:
+                head = page_start(offset) - offset  # a page that is not ours alone is cached
+                self._cached(offset, view[:head])
+                done = head + self._direct.write(offset + head, view[head:])
+                offset, view = offset + done, view[done:]
+            self._cached(offset, view)
         except OSError as error:
             raise self._explained(error) from error
+
+    def _cached(self, offset: int, view: memoryview) -> None:
+        self._file.seek(offset)
+        while len(view):
+            view = view[self._file.write(view) :]
 
     def commit(self, done: int) -> None:
         """Brings all that was written to the disk, then notes that `done` steps are there."""
@@ -201,7 +226,7 @@ class PartFile:
     def finish(self) -> None:
         """Gives the file its name."""
         os.fsync(self._file.fileno())
-        self._file.close()
+        self._close()
         os.replace(self.part, self.path)
         self._journal.unlink(missing_ok=True)
         if hasattr(os, "O_DIRECTORY"):
@@ -213,9 +238,15 @@ class PartFile:
 
     def close(self) -> None:
         """Closes the part: kept where a step is on the disk, else removed."""
-        self._file.close()
+        self._close()
         if self.done == 0:
             self.discard()
+
+    def _close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
+        self._file.close()
 
     def discard(self) -> None:
         """Removes the part and its journal."""

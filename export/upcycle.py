@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,16 +26,26 @@ from . import gguf_writer
 from .dense_base import PARTS, DenseBase, format_row
 from .gguf_writer import Layout, PartFile, Tensor
 from .hidden_states import Progress, feed_forward_inputs, of_text, own_text
+from .model_writer import (
+    COMMIT_BYTES,
+    Piece,
+    check_output,
+    making,
+    resumable_part,
+    write_pieces,
+)
 from .routers import kmeans_router, random_router
 
 if TYPE_CHECKING:
     from ..runtime._core import GgufFile
 
+__all__ = ["ROUTERS", "Recipe", "Upcycled", "resumable_part", "upcycle"]
+
 ROUTERS = ("kmeans", "random")
 
 _RECIPE_VERSION = 1  # of what this file makes from the same arguments
 _BATCH_BYTES = 16 << 20  # of experts made in one call
-_COMMIT_BYTES = 128 << 20  # written between two notes of how far the file has come
+_COMMIT_BYTES = COMMIT_BYTES
 _STATE_BYTES = 1 << 30  # of hidden states that are kept at once
 # qwen2moe: the shared expert does this share of the work of its neurons, the experts the rest.
 _SHARED_SHARE = np.float32(0.5)
@@ -129,12 +137,7 @@ def upcycle(
     _check_options(experts=experts, used=used, type=type, router=router, noise=noise, seed=seed)
     file = GgufFile(str(base_path))
     dense = DenseBase(file, architecture, type)
-    if path.exists() and os.path.samefile(path, base_path):
-        raise OptionError(f"{path}: expected another file than the base")
-    if path.exists() and not force:
-        raise OptionError(f"{path} exists: choose another name, or replace it with --force")
-    if not path.parent.is_dir():
-        raise OptionError(f"{path.parent}: no such directory")
+    check_output(path, [base_path], force=force)
     recipe = Recipe(
         base=_digest_of(file),
         architecture=dense.architecture,
@@ -149,38 +152,9 @@ def upcycle(
     work = _Upcycling(
         file, dense, recipe, text=text, threads=threads or os.cpu_count() or 1, progress=progress
     )
-    with _locked(path):
-        part = PartFile(path, work.layout.size, recipe.digest())
-        try:
-            work.write(part)
-            part.finish()
-        except BaseException:
-            part.close()
-            raise
+    with making(path, work.layout.size, recipe.digest()) as part:
+        work.write(part)
     return Upcycled(path, work.layout.size, work.expert_bytes)
-
-
-def resumable_part(out: str | os.PathLike[str]) -> Path | None:
-    """The part that an interrupted `upcycle` of `out` has left, None where there is none."""
-    path = Path(out)
-    part = path.with_name(f".{path.name}.part")
-    return part if part.exists() else None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Refuses a second process that makes the same file at the same time."""
-    from ..models.cache import locked
-
-    def busy() -> None:
-        raise OptionError(f"{path}: another process is making this file")
-
-    lock = path.with_name(f".{path.name}.lock")
-    with locked(lock, busy):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 def _check_options(
@@ -337,27 +311,20 @@ class _Upcycling:
         batches = self._batches()
         total = sum(b.count for b in batches) * self._matrix_bytes
         at = sum(b.count for b in batches[: part.done - 1]) * self._matrix_bytes
-        pending: list[Future[None]] = []
-        with ThreadPoolExecutor(1) as writer:
-            try:
-                uncommitted = 0
-                for index in range(part.done - 1, len(batches)):
-                    batch = batches[index]
-                    data = self._experts(batch)
-                    uncommitted += data.nbytes
-                    commit = uncommitted >= _COMMIT_BYTES or index + 1 == len(batches)
-                    name = f"blk.{batch.layer}.ffn_{batch.part}_exps.weight"
-                    offset = self.layout.offsets[name] + batch.first * self._matrix_bytes
-                    done = index + 2 if commit else None
-                    pending.append(writer.submit(_write, part, offset, data, done))
-                    uncommitted = 0 if commit else uncommitted
-                    while len(pending) > 2:  # bounds the memory
-                        pending.pop(0).result()
-                    at += data.nbytes
-                    self._report("experts", at, total)
-            finally:
-                for future in pending:
-                    future.result()
+
+        def pieces() -> Iterator[Piece]:
+            for index in range(part.done - 1, len(batches)):
+                batch = batches[index]
+                name = f"blk.{batch.layer}.ffn_{batch.part}_exps.weight"
+                offset = self.layout.offsets[name] + batch.first * self._matrix_bytes
+                yield Piece(offset, self._experts(batch), index + 2)
+
+        def report(n: int) -> None:
+            nonlocal at
+            at += n
+            self._report("experts", at, total)
+
+        write_pieces(part, pieces(), commit_bytes=_COMMIT_BYTES, taken=report)
 
     def _batches(self) -> Sequence[_Batch]:
         """All experts in the order of making."""
@@ -480,12 +447,6 @@ class _Upcycling:
     def _report(self, what: str, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(what, done, total)
-
-
-def _write(part: PartFile, offset: int, data: npt.NDArray[np.uint8], done: int | None) -> None:
-    part.write(offset, data.data)
-    if done is not None:
-        part.commit(done)
 
 
 def _feed_forward_part(name: str) -> tuple[int, str | None]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from ..models.cache import Progress
 
+_BYTE_STAGES = ("experts", "tensors")  # stages of an export that count bytes
 # A model can write any character; those that steer a terminal are not passed on to one.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -54,7 +55,7 @@ def stage_progress() -> Iterator[Progress | None]:
         def report(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total, amount="")
-            amount = size(done) if what == "experts" else f"{done} of {total}"
+            amount = size(done) if what in _BYTE_STAGES else f"{done} of {total}"
             bars.update(tasks[what], completed=done, total=total, amount=amount)
 
         yield report
