@@ -108,6 +108,16 @@ class Timeline:
     @property
     def stats(self) -> dict[str, float]: ...  # bytes_read, seconds, tokens of prefill and decode
 
+class ActivationSums:
+    """Sums of the squares of what every matrix of an engine multiplies with."""
+
+    def __init__(self, engine: Engine) -> None: ...
+    def eval(self, timeline: Timeline, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """Timeline.eval_nll(tokens), and adds the inputs of all its products."""
+    @property
+    def tensors(self) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]:
+        """Tensor -> (sums [experts or 1, cols], tokens [experts or 1]); a copy."""
+
 class Sampler:
     """Sampling chain and its state: logit bias, penalties, top-k, top-p, min-p, temperature."""
 
@@ -165,6 +175,24 @@ def make_experts(
     axis: "rows" or "columns", which of them order [experts, rows or cols] rearranges: neuron i of
     an expert is x's order[i]. noise: relative standard deviation; seeds [experts]. Raises
     OptionError.
+    """
+
+def requantize(
+    source_format: str,
+    data: npt.NDArray[np.uint8],
+    rows: int,
+    cols: int,
+    format: str,
+    importance: npt.NDArray[np.float32] | None = None,
+    threads: int = 1,
+    *,
+    first_row: int = 0,
+) -> npt.NDArray[np.uint8]:
+    """Rows of one tensor type in another: uint8 [rows, row bytes], the same for any threads.
+
+    data: rows * row bytes of `source_format`, contiguous. importance: [cols], weights of the
+    squared error. first_row: added to rows in messages. Raises ModelFileError naming the first
+    weight that is not finite or that `format` cannot hold, OptionError.
     """
 
 def dequantize(format: str, data: npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.float32]: ...

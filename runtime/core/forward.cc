@@ -116,6 +116,9 @@ Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quan
 }
 
 void Forward::multiply(std::span<const Product> products, const Input& in) {
+  if (sums_) {
+    for (const Product& p : products) sums_->add(*p.matrix, in.high, p.token_list, p.first, p.n);
+  }
   // One numbering of the row pieces of all products, so that one phase covers them.
   struct Part {
     int64_t first_piece, rows_per_piece;

@@ -100,6 +100,7 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
       forward.tap(taps + first * n_embd, hidden ? hidden + first * n_embd : nullptr, n * n_embd);
     }
     const auto chunk = tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(count));
+    forward.collect(sums_);
     forward.begin(chunk, position_);
     if (experts) {
       experts->begin(chunk, id_, &interrupt_);
@@ -114,6 +115,7 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
     position_ += count;
     first += count;
     has_logits_ = false;
+    forward.collect(nullptr);  // the last token's logits were among those of `sink`
     if (first == n) keep_last(forward, count);
   }
   const double seconds = now() - start;
@@ -176,6 +178,18 @@ void Timeline::eval_nll(std::span<const int32_t> tokens, double* out) {
       });
     }
   });
+}
+
+void Timeline::eval_sums(std::span<const int32_t> tokens, double* out, ActivationSums& sums) {
+  if (&sums.engine() != engine_.get()) {
+    throw Error(ErrorKind::kOption, "expected the sums of this session's model, found another's");
+  }
+  struct Collecting {
+    explicit Collecting(Timeline& t, ActivationSums& sums) : t(t) { t.sums_ = &sums; }
+    ~Collecting() { t.sums_ = nullptr; }
+    Timeline& t;
+  } const collecting(*this, sums);
+  eval_nll(tokens, out);
 }
 
 const std::vector<float>& Timeline::logits() const {

@@ -49,6 +49,9 @@ class Timeline {
   void eval_hidden_taps(std::span<const int32_t> tokens, float* out, float* hidden);
   // The same, with -ln p(tokens[i + 1]) after token i: out [n - 1], nats.
   void eval_nll(std::span<const int32_t> tokens, double* out);
+  // The same, and adds the inputs of every product, those of the logits among them. Throws
+  // Error(kOption) where the sums are of another engine.
+  void eval_sums(std::span<const int32_t> tokens, double* out, ActivationSums& sums);
   // Logits after the last token [n_vocab]. Throws Error(kOption) where nothing is evaluated.
   const std::vector<float>& logits() const;
   // Final-norm hidden state of the last token [n_embd].
@@ -82,6 +85,7 @@ class Timeline {
   std::shared_ptr<const Engine> engine_;
   Opened opened_;
   std::function<void()> poll_;
+  ActivationSums* sums_ = nullptr;   // during eval_sums
   std::function<void()> interrupt_;  // interrupt_if_asked(), for those who wait for reads
   KvCache kv_;
   int64_t position_ = 0;
