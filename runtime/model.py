@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ChatTemplateError, OptionError, TokenizerError
+from .errors import ChatTemplateError, OptionError, TokenizerError, UnsupportedModelError
 from .memory import available_memory, budget, check_memory, process_bytes, resident_bytes
 from .options import GenerationOptions, LoadOptions
 from .perplexity import Perplexity, measure
@@ -24,6 +24,7 @@ from .session import Message, Session, Tokens
 
 if TYPE_CHECKING:
     from ..offload.record import RoutingRecorder
+    from ._core import Engine, GgufFile
     from .chat import ChatTemplate
     from .generate import Generation
     from .plan import PlanReport
@@ -44,20 +45,25 @@ def load(
     prefetch: str = "auto",
     io: str | None = None,
     readers: int | None = None,
+    onnx: Mapping[str, Any] | None = None,
     download: bool = False,
 ) -> Model:
-    """Loads a GGUF model.
+    """Loads a GGUF or ONNX model.
 
     path: a file (the first one of a sharded model), "hf:owner/name/file.gguf[@revision]", or a
-    name of the catalogue ("smollm2").
+    name of the catalogue ("smollm2"). A name that ends in .onnx gives an OnnxModel, which runs on
+    onnxruntime; a GGUF file that the native engine does not run goes to llama.cpp where llama_cpp
+    is installed (see backends/).
     memory: budget of the whole process: bytes, "500MB", "2GiB", "60%" of what the machine can give,
         or "auto" (all of it, where the model needs it). Experts that do not fit stay on flash.
     threads, context, kv_type, precision, policy, predictor, profile, prefetch, io, readers: see
         LoadOptions.
+    onnx: options of onnxruntime, fields of backends/onnx.py's OnnxOptions.
     download: fetch a named model that is not in the cache; without it that is a DownloadError.
     Raises ModelFileError, UnsupportedModelError, DownloadError, OptionError, BudgetError.
     """
     from ..models.locate import locate
+    from .backends import open_model
 
     options = LoadOptions(
         threads=threads,
@@ -72,24 +78,21 @@ def load(
         io=io,
         readers=readers,
     )
-    return Model(locate(fspath(path), download=download), options)
+    return open_model(locate(fspath(path), download=download), options, onnx)
 
 
 class Model:
     """Weights, configuration, tokenizer and chat template of one file. Made by `load`."""
+
+    _file: GgufFile
+    _engine: Engine
 
     def __init__(self, path: Path, options: LoadOptions | None = None) -> None:
         from ._core import Engine, GgufFile
 
         started = time.perf_counter()
         options = options or LoadOptions()
-        self.path = path
-        self.options = options
-        self._lazy = threading.RLock()
-        self._idle: Session | None = None  # kept for the next generate or chat
-        self._recorder: RoutingRecorder | None = None
-        self._memory_bandwidth = 0.0  # bytes a second; 0: not measured
-        self._file = GgufFile(str(path))
+        self._set_up(path, options, GgufFile(str(path)))
         _check_names(options)
         self._engine = Engine(
             self._file,
@@ -101,6 +104,16 @@ class Model:
         )
         self._load_bandwidth = self._read_bandwidth()  # of the weights that stay
         self.load_s = time.perf_counter() - started  # seconds that loading took
+
+    def _set_up(self, path: Path, options: LoadOptions, file: GgufFile) -> None:
+        """All fields but the engine, which a backend (backends/) makes in its own way."""
+        self.path = path
+        self.options = options
+        self._lazy = threading.RLock()
+        self._idle: Session | None = None  # kept for the next generate or chat
+        self._recorder: RoutingRecorder | None = None
+        self._memory_bandwidth = self._load_bandwidth = 0.0  # bytes a second; 0: not measured
+        self._file = file
 
     def _offload_arguments(self) -> dict[str, Any]:
         """Of the engine, for the memory that the options name; none where everything fits."""
@@ -241,6 +254,10 @@ class Model:
             if any(self._file.get(key) for key in named):
                 raise  # it has one, and that one is malformed
             return None
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+        """Of an ONNX model: evaluates its graph once, arrays by name -> arrays by name."""
+        raise UnsupportedModelError(f"{self.path}: run(inputs) expects an ONNX model")
 
     def session(self, *, system: str | None = None) -> Session:
         """A new, empty session with a KV cache of its own."""

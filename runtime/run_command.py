@@ -31,9 +31,9 @@ def open_model(
     plan: print the plan, as JSON on stdout or as a table on stderr; measure: the bandwidth of the
     memory, so that statistics can name the limit. Raises BudgetError and what a load raises.
     """
-    from .model import Model
+    from . import backends
 
-    model = Model(find(spec), options)
+    model = backends.open_model(find(spec), options)
     if plan or measure:
         report = model.forecast()
         if plan and as_json:

@@ -1,0 +1,1 @@
+"""ONNX graphs of decoders: what a family computes, written with onnxruntime's operators."""

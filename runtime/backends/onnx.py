@@ -1,0 +1,550 @@
+"""ONNX models on onnxruntime: decoders with a KV cache as a `Model`, all others by `run`.
+
+A decoder is a graph with an input input_ids, past_key_values.N.key and .value, and outputs
+logits and present.N.key and .value, as `stoker export onnx`, optimum and onnxruntime-genai make
+them. Its tokenizer is in the file (`stoker export onnx`) or in files beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import (
+    BudgetError,
+    Cancelled,
+    DeviceError,
+    ModelFileError,
+    OptionError,
+    UnsupportedModelError,
+)
+from ..memory import budget, process_bytes
+from ..model import Model
+from ..options import LoadOptions
+from . import ONNX_LOGITS_FROM, ONNX_METADATA
+from .timeline import Array, BackendEngine, BackendTimeline, Ids, Metadata, Wanted, default_plan
+
+if TYPE_CHECKING:
+    from ..session import Tokens
+    from ..tokenizer import Tokenizer
+
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_DEFAULT_CONTEXT = 4096
+_FIRST_CAPACITY = 256  # tokens that a fresh cache has room for
+_LONG_CHUNK = 512  # tokens of one run without logits of all of them
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint64)": np.uint64,
+    "tensor(bool)": np.bool_,
+}
+_LEVELS = ("disable", "basic", "extended", "all")
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """How onnxruntime runs a model.
+
+    arena: keep freed memory for the next run: faster, larger. None: off under a memory budget.
+    memory_pattern: allocate a run's memory at once. None: as arena.
+    spinning: threads wait busily for work, which is faster and burns CPU. None: onnxruntime's.
+    optimization: of the graph at load: disable, basic, extended or all.
+    config: further session options, as onnxruntime names them ("session.…": "1").
+    """
+
+    arena: bool | None = None
+    memory_pattern: bool | None = None
+    spinning: bool | None = None
+    optimization: str = "all"
+    config: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.optimization not in _LEVELS:
+            raise OptionError(
+                f"optimization must be one of {', '.join(_LEVELS)}, not {self.optimization!r}"
+            )
+        for key, value in self.config.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise OptionError(f"config must map strings to strings, not {key!r} to {value!r}")
+
+
+def _runtime() -> Any:
+    if find_spec("onnxruntime") is None:
+        raise OptionError("ONNX models need onnxruntime: pip install 'stoker[onnx]'")
+    import onnxruntime
+
+    return onnxruntime
+
+
+def _physical_cores() -> int:
+    from .._core import cpu
+
+    found = cpu()
+    return int(found.get("performance") or found.get("physical") or os.cpu_count() or 1)
+
+
+class OnnxModel(Model):
+    """An ONNX file. `run` evaluates any graph; the rest of the API is for decoders."""
+
+    def __init__(
+        self, path: Path, options: LoadOptions | None = None, onnx: OnnxOptions | None = None
+    ) -> None:
+        started = time.perf_counter()
+        options, onnx = options or LoadOptions(), onnx or OnnxOptions()
+        limit = None if options.memory == "auto" else budget(options.memory)
+        threads = options.threads or _physical_cores()
+        self._graph = _open(path, threads, onnx, limit)
+        metadata = _metadata(path, self._graph.get_modelmeta().custom_metadata_map)
+        self.decodes = _decodes(self._graph)
+        self._set_up(path, options, Metadata(metadata).native())
+        if self.decodes:
+            engine = OnnxEngine(path, self._graph, metadata, options, threads)
+            if limit is not None:
+                engine.check(limit)
+            self._engine = engine.native()
+        else:
+            self._engine = GraphEngine(path, self._graph, threads).native()
+        self.load_s = time.perf_counter() - started
+
+    @property
+    def inputs(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
+        """Name -> (type, shape) of each input; a dimension that may vary has a name or None."""
+        return {i.name: (_short(i.type), tuple(i.shape)) for i in self._graph.get_inputs()}
+
+    @property
+    def outputs(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
+        """As inputs."""
+        return {o.name: (_short(o.type), tuple(o.shape)) for o in self._graph.get_outputs()}
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
+        """Evaluates the graph once: arrays by the inputs' names -> arrays by the outputs' names.
+
+        Integers and floats are converted to the input's own type. Raises OptionError for a name,
+        type or shape that the graph does not take.
+        """
+        known = {i.name: i for i in self._graph.get_inputs()}
+        for name in inputs:
+            if name not in known:
+                raise OptionError(f"input {name!r}: expected {', '.join(known)}")
+        missing = [name for name in known if name not in inputs]
+        if missing:
+            raise OptionError(f"inputs: expected {', '.join(known)}, {missing[0]} is missing")
+        feed = {name: _fitting(known[name], value) for name, value in inputs.items()}
+        names = [o.name for o in self._graph.get_outputs()]
+        return dict(zip(names, _run(self._graph, self.path, names, feed), strict=True))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """As Model.tokenizer; UnsupportedModelError where the graph is no decoder."""
+        self._require_decoder()
+        return super().tokenizer
+
+    def _encode(self, text: str | Tokens, *, add_special: bool, parse_special: bool) -> list[int]:
+        self._require_decoder()
+        return super()._encode(text, add_special=add_special, parse_special=parse_special)
+
+    def _require_decoder(self) -> None:
+        if not self.decodes:
+            raise _no_decoder(self.path, self._graph)
+
+
+def _short(type: str) -> str:
+    """ "tensor(float)" -> "float32"."""
+    return np.dtype(_TYPES[type]).name if type in _TYPES else type
+
+
+def _open(path: Path, threads: int, o: OnnxOptions, limit: int | None) -> Any:
+    """A session of onnxruntime. Raises ModelFileError, UnsupportedModelError, OptionError."""
+    ort = _runtime()
+    if limit is not None:
+        needed = process_bytes() + _files_bytes(path)
+        if needed > limit:
+            raise BudgetError(
+                f"{path.name}: expected a budget of at least {needed / 1e6:.0f} MB (the process "
+                f"and its weights; an ONNX model is all in memory), found {limit / 1e6:.0f} MB"
+            )
+    arena = o.arena if o.arena is not None else limit is None
+    chosen = ort.SessionOptions()
+    chosen.intra_op_num_threads = threads
+    chosen.inter_op_num_threads = 1
+    chosen.log_severity_level = 4  # errors come as exceptions
+    chosen.enable_cpu_mem_arena = arena
+    chosen.enable_mem_pattern = arena if o.memory_pattern is None else o.memory_pattern
+    levels = ort.GraphOptimizationLevel
+    chosen.graph_optimization_level = getattr(levels, f"ORT_{_level(o.optimization)}")
+    if o.spinning is not None:
+        chosen.add_session_config_entry("session.intra_op.allow_spinning", str(int(o.spinning)))
+    for key, value in o.config.items():
+        try:
+            chosen.add_session_config_entry(key, value)
+        except Exception as error:
+            raise OptionError(f"config: {key}: {_line(error)}") from None
+    if path.stat().st_size == 0:
+        raise ModelFileError(f"{path}: expected an ONNX model, found an empty file")
+    try:
+        return ort.InferenceSession(
+            os.fspath(path), sess_options=chosen, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # onnxruntime's own exceptions have no common base but this
+        text = _line(error)
+        if type(error).__name__ in ("NotImplemented", "InvalidGraph") or "opset" in text:
+            raise UnsupportedModelError(f"{path}: onnxruntime does not run it: {text}") from None
+        raise ModelFileError(f"{path}: expected an ONNX model: {text}") from None
+
+
+def _level(name: str) -> str:
+    return {"disable": "DISABLE_ALL", "all": "ENABLE_ALL"}.get(name, f"ENABLE_{name.upper()}")
+
+
+def _line(error: BaseException) -> str:
+    """One line of an error of onnxruntime, without its prefix."""
+    text = " ".join(str(error).split())
+    return _PREFIX.sub("", text)[:300] or type(error).__name__
+
+
+def _files_bytes(path: Path) -> int:
+    """Of the model and the data file beside it."""
+    names = [path, path.with_name(path.name + ".data"), path.with_name(path.name + "_data")]
+    return sum(name.stat().st_size for name in names if name.exists())
+
+
+def _metadata(path: Path, properties: Mapping[str, str]) -> dict[str, Any]:
+    """GGUF metadata that came with the model; of a foreign one that of the files beside it."""
+    if ONNX_METADATA in properties:
+        try:
+            found = json.loads(properties[ONNX_METADATA])
+        except ValueError as error:
+            raise ModelFileError(f"{path}: {ONNX_METADATA}: expected JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ModelFileError(f"{path}: {ONNX_METADATA}: expected a JSON object")
+        return found
+    return {}
+
+
+def _decodes(graph: Any) -> bool:
+    inputs = {i.name for i in graph.get_inputs()}
+    outputs = {o.name for o in graph.get_outputs()}
+    past = [m for m in map(_PAST.fullmatch, inputs) if m]
+    presents = {f"present.{m[1]}.{m[2]}" for m in past}
+    return "input_ids" in inputs and "logits" in outputs and bool(past) and presents <= outputs
+
+
+def _fitting(expected: Any, value: Any) -> npt.NDArray[Any]:
+    """`value` as an array of the input's type and rank."""
+    array = np.asarray(value)
+    dtype = _TYPES.get(expected.type)
+    if dtype is not None and array.dtype != dtype:
+        wanted, found = np.dtype(dtype), array.dtype
+        floats = wanted.kind == "f" and found.kind in "fiub"
+        if not floats and not (wanted.kind in "iu" and found.kind in "iub"):
+            raise OptionError(f"input {expected.name}: expected {wanted.name}, found {found.name}")
+        converted: npt.NDArray[Any] = array.astype(dtype)
+        if wanted.kind in "iu" and not np.array_equal(converted, array):
+            raise OptionError(f"input {expected.name}: expected values of {wanted.name}")
+        array = converted
+    shape = tuple(expected.shape)
+    fits = len(shape) == array.ndim and all(
+        not isinstance(want, int) or want == have
+        for want, have in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise OptionError(
+            f"input {expected.name}: expected shape {list(shape)}, found {list(array.shape)}"
+        )
+    return np.ascontiguousarray(array)
+
+
+def _run(
+    graph: Any, path: Path, names: list[str], feed: Mapping[str, Any], options: Any = None
+) -> list[Any]:
+    try:
+        return list(graph.run(names, feed, options))
+    except Exception as error:
+        raise DeviceError(f"{path}: onnxruntime failed: {_line(error)}") from None
+
+
+def _no_decoder(path: Path, graph: Any) -> UnsupportedModelError:
+    found = ", ".join(i.name for i in graph.get_inputs())
+    return UnsupportedModelError(
+        f"{path}: expected a decoder with input_ids, past_key_values and logits, found inputs "
+        f"{found}: use run(inputs)"
+    )
+
+
+class GraphEngine(BackendEngine):
+    """Of a graph that is no decoder: it has no timelines."""
+
+    def __init__(self, path: Path, graph: Any, threads: int) -> None:
+        self._path, self._graph = path, graph
+        self.config = {"architecture": "onnx", "name": path.stem, "n_vocab": 0}
+        self.plan = default_plan(
+            threads=threads,
+            context=0,
+            weight_bytes=_files_bytes(path),
+            kv_bytes=0,
+            token_bytes=0,
+            kv_type="none",
+            isa="onnxruntime",
+        )
+
+    def timeline(self) -> BackendTimeline:
+        """Raises UnsupportedModelError."""
+        raise _no_decoder(self._path, self._graph)
+
+
+class OnnxEngine(BackendEngine):
+    """A decoder's graph, shared by its timelines."""
+
+    def __init__(
+        self,
+        path: Path,
+        graph: Any,
+        metadata: Mapping[str, Any],
+        options: LoadOptions,
+        threads: int,
+    ) -> None:
+        self.path, self.graph = path, graph
+        properties = graph.get_modelmeta().custom_metadata_map
+        self.inputs = {i.name: i for i in graph.get_inputs()}
+        self.outputs = [o.name for o in graph.get_outputs()]
+        optional = {i.name for i in graph.get_overridable_initializers()}
+        self.chooses_logits = ONNX_LOGITS_FROM in optional
+        self.past = sorted(name for name in self.inputs if _PAST.fullmatch(name))
+        one = self.inputs[self.past[0]]
+        if len(one.shape) != 4 or not all(isinstance(one.shape[i], int) for i in (1, 3)):
+            raise UnsupportedModelError(
+                f"{path}: {one.name}: expected the shape [batch, KV heads, tokens, width of a "
+                f"head], found {one.shape}"
+            )
+        self.kv_dtype = np.dtype(_TYPES.get(one.type, np.float32))
+        self.kv_heads, self.head_dim = int(one.shape[1]), int(one.shape[3])
+        self.shares_buffer = properties.get("stoker.kv") == "buffer"
+        trained = int(properties.get("stoker.context", 0)) or _beside(path)
+        if options.context is not None and options.context > trained:
+            raise OptionError(
+                f"context must be at most the model's {trained}, not {options.context}"
+            )
+        self.context = options.context or min(trained, _DEFAULT_CONTEXT)
+        weight_bytes = _files_bytes(path)
+        self.token_bytes = int(properties.get("stoker.token_bytes", 0)) or weight_bytes
+        self.n_vocab = self._vocabulary()
+        kv = len(self.past) * self.kv_heads * self.head_dim * self.kv_dtype.itemsize
+        self.kv_token_bytes = kv
+        self.config = {
+            "architecture": metadata.get("general.architecture", "onnx"),
+            "name": metadata.get("general.name", path.stem),
+            "n_layer": len(self.past) // 2,
+            "n_vocab": self.n_vocab,
+            "n_head_kv": self.kv_heads,
+            "head_dim": self.head_dim,
+            "n_expert": 0,
+            "context_train": trained,
+            "context": self.context,
+        }
+        self.plan = default_plan(
+            threads=threads,
+            context=self.context,
+            weight_bytes=weight_bytes,
+            kv_bytes=kv * self.context,
+            token_bytes=self.token_bytes,
+            kv_type="f16" if self.kv_dtype == np.float16 else "f32",
+            isa="onnxruntime",
+        )
+
+    def check(self, limit: int) -> None:
+        """Raises BudgetError where the process and one KV cache do not fit `limit` bytes."""
+        needed = process_bytes() + self.kv_token_bytes * self.context
+        if needed > limit:
+            raise BudgetError(
+                f"{self.path.name}: expected a budget of at least {needed / 1e6:.0f} MB for a "
+                f"context of {self.context} tokens, found {limit / 1e6:.0f} MB"
+            )
+
+    def _vocabulary(self) -> int:
+        shape = next(o.shape for o in self.graph.get_outputs() if o.name == "logits")
+        if isinstance(shape[-1], int):
+            return shape[-1]
+        return int(self.evaluate(np.zeros(1, np.int32), 0, self.empty(), ["logits"])[0].shape[-1])
+
+    def empty(self) -> dict[str, npt.NDArray[Any]]:
+        """A past of no tokens."""
+        shape = (1, self.kv_heads, 0, self.head_dim)
+        return {name: np.zeros(shape, self.kv_dtype) for name in self.past}
+
+    def feed(self, ids: Ids, position: int, first: int = 0) -> dict[str, npt.NDArray[Any]]:
+        """The inputs of ids [n] after `position` tokens, but for the past.
+
+        first: of the ids, whose logits are wanted; 0 where the graph cannot choose.
+        """
+        total = position + len(ids)
+        values: dict[str, npt.NDArray[Any]] = {
+            "input_ids": ids[None],
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(position, total)[None],
+            "use_cache_branch": np.array([position > 0]),
+        }
+        fed: dict[str, npt.NDArray[Any]] = {}
+        for name, expected in self.inputs.items():
+            if name in self.past:
+                continue
+            if name not in values:
+                raise UnsupportedModelError(
+                    f"{self.path}: input {name}: expected input_ids, attention_mask, position_ids "
+                    "and past_key_values of a decoder: use run(inputs)"
+                )
+            fed[name] = values[name].astype(_TYPES[expected.type])
+        if self.chooses_logits:
+            fed[ONNX_LOGITS_FROM] = np.array([first], np.int64)
+        return fed
+
+    def evaluate(
+        self,
+        ids: Ids,
+        position: int,
+        past: Mapping[str, npt.NDArray[Any]],
+        names: list[str],
+        options: Any = None,
+    ) -> list[Any]:
+        """One run of the graph; the outputs of these names."""
+        return _run(self.graph, self.path, names, {**self.feed(ids, position), **past}, options)
+
+    def timeline(self) -> OnnxTimeline:
+        """A new, empty sequence."""
+        return OnnxTimeline(self)
+
+
+def _beside(path: Path) -> int:
+    """The context that config.json beside a foreign model tells, in tokens."""
+    try:
+        found = json.loads((path.parent / "config.json").read_text())["max_position_embeddings"]
+        return max(1, int(found))
+    except (OSError, ValueError, KeyError, TypeError):
+        return _DEFAULT_CONTEXT
+
+
+class OnnxTimeline(BackendTimeline):
+    """A KV cache in arrays: one buffer for past and present where the graph allows that.
+
+    Otherwise each run's present becomes the next one's past, which copies the cache at each step.
+    """
+
+    def __init__(self, engine: OnnxEngine) -> None:
+        super().__init__(engine.context, engine.n_vocab, engine.token_bytes)
+        self._engine = engine
+        if engine.chooses_logits:
+            self._long_chunk = _LONG_CHUNK
+        self._options: Any = None  # of the run under way
+        # Where each run gives a new cache: name -> [1, KV heads, position, width].
+        self._past = engine.empty()
+        # Where it is one buffer: name -> [1, KV heads, capacity, width], bound to the graph.
+        self._buffers: dict[str, Any] = {}
+        self._capacity = 0  # tokens
+        self._binding: Any = None
+        self._bound = ""  # the output that is bound beside the cache
+
+    def _forward(self, ids: Ids, wanted: Wanted) -> Array:
+        e = self._engine
+        name = "hidden_states" if wanted == "hidden" else "logits"
+        if name not in e.outputs:
+            raise UnsupportedModelError(
+                f"{e.path}: expected an output hidden_states for embeddings, found none"
+            )
+        self._options = _runtime().RunOptions()
+        self._options.log_severity_level = 4
+        try:
+            # The graph may leave out the logits of earlier tokens, which nobody wants.
+            first = len(ids) - 1 if wanted != "all" and e.chooses_logits else 0
+            if e.shares_buffer:
+                found = self._shared(ids, name, first)
+            else:
+                found = self._appended(ids, name, first)
+        except DeviceError:
+            if self._cancelled.is_set():
+                raise Cancelled("cancelled") from None
+            raise
+        finally:
+            self._options = None
+        rows = found[0] if wanted != "last" else found[0, -1:]
+        return np.asarray(rows, dtype=np.float32)
+
+    def _appended(self, ids: Ids, name: str, first: int) -> npt.NDArray[Any]:
+        e = self._engine
+        presents = [past.replace("past_key_values", "present") for past in e.past]
+        feed = {**e.feed(ids, self.position, first), **self._past}
+        found = _run(e.graph, e.path, [name, *presents], feed, self._options)
+        self._past = dict(zip(e.past, found[1:], strict=True))
+        wanted: npt.NDArray[Any] = found[0]
+        return wanted
+
+    def _shared(self, ids: Ids, name: str, first: int) -> npt.NDArray[Any]:
+        e = self._engine
+        self._reserve(self.position + len(ids))
+        if self._bound != name:
+            self._bind(name)
+        binding = self._binding
+        for key, value in e.feed(ids, self.position, first).items():
+            if key == ONNX_LOGITS_FROM:  # the other call knows no inputs with defaults
+                binding.bind_ortvalue_input(key, _runtime().OrtValue.ortvalue_from_numpy(value))
+            else:
+                binding.bind_cpu_input(key, value)
+        binding.bind_output(name, "cpu")  # again, since its shape is another
+        try:
+            e.graph.run_with_iobinding(binding, self._options)
+        except Exception as error:
+            raise DeviceError(f"{e.path}: onnxruntime failed: {_line(error)}") from None
+        found: npt.NDArray[Any] = binding.get_outputs()[-1].numpy()
+        return found
+
+    def _reserve(self, tokens: int) -> None:
+        """Buffers with room for `tokens`, and what they hold copied into larger ones."""
+        if tokens <= self._capacity:
+            return
+        e, ort = self._engine, _runtime()
+        capacity = min(self.context, max(_FIRST_CAPACITY, 2 * self._capacity, tokens))
+        for name in e.past:
+            fresh = np.zeros((1, e.kv_heads, capacity, e.head_dim), e.kv_dtype)
+            if self.position:
+                fresh[:, :, : self.position] = self._buffers[name].numpy()[:, :, : self.position]
+            self._buffers[name] = ort.OrtValue.ortvalue_from_numpy(fresh)
+        self._capacity, self._bound = capacity, ""
+
+    def _bind(self, output: str) -> None:
+        """Binds the buffers, and `output` as the last."""
+        self._binding = self._engine.graph.io_binding()
+        for name, value in self._buffers.items():
+            self._binding.bind_ortvalue_input(name, value)
+            present = name.replace("past_key_values", "present")
+            self._binding.bind_ortvalue_output(present, value)
+        self._binding.bind_output(output, "cpu")
+        self._bound = output
+
+    def _forget(self, position: int) -> None:
+        if not self._engine.shares_buffer:
+            self._past = {name: a[:, :, :position].copy() for name, a in self._past.items()}
+
+    def _interrupt(self) -> None:
+        options = self._options
+        if options is not None:
+            options.terminate = True
+
+    def _kv_bytes(self) -> int:
+        return self._engine.kv_token_bytes * self.position
