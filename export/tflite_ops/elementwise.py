@@ -1,0 +1,72 @@
+"""Operators that treat each element alike, in whichever layout their inputs are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...runtime.errors import UnsupportedModelError
+from .file import Operator
+from .graph import Graph
+
+_BINARY = {"ADD": "Add", "SUB": "Sub", "MUL": "Mul", "MAXIMUM": "Max", "MINIMUM": "Min"}
+_UNARY = {"LOGISTIC": "Sigmoid", "TANH": "Tanh", "RELU": "Relu", "HARD_SWISH": "HardSwish"}
+_CLIPS = {"RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
+
+
+def binary(graph: Graph, operator: Operator) -> None:
+    """ADD, SUB, MUL, MAXIMUM, MINIMUM, with numpy's broadcasting."""
+    layout = graph.common_layout(operator)
+    operands = [graph.real(i, layout) for i in operator.inputs]
+    activation = operator.options.get("FusedActivationFunction", 0)
+    graph.finish_real(operator, layout, _BINARY[operator.name], *operands, activation=activation)
+
+
+def unary(graph: Graph, operator: Operator) -> None:
+    """LOGISTIC, TANH, RELU, HARD_SWISH."""
+    layout = graph.common_layout(operator)
+    graph.finish_real(
+        operator, layout, _UNARY[operator.name], graph.real(operator.inputs[0], layout)
+    )
+
+
+def clip(graph: Graph, operator: Operator) -> None:
+    """RELU6, RELU_N1_TO_1."""
+    layout = graph.common_layout(operator)
+    bounds = [graph.shared(np.array(b, np.float32)) for b in _CLIPS[operator.name]]
+    graph.finish_real(operator, layout, "Clip", graph.real(operator.inputs[0], layout), *bounds)
+
+
+def leaky_relu(graph: Graph, operator: Operator) -> None:
+    """x where positive, else alpha x."""
+    layout = graph.common_layout(operator)
+    real = graph.real(operator.inputs[0], layout)
+    graph.finish_real(operator, layout, "LeakyRelu", real, alpha=float(operator.options["Alpha"]))
+
+
+def softmax(graph: Graph, operator: Operator) -> None:
+    """exp(beta x) over the last dimension (the channels), normalised."""
+    real, beta = graph.real(operator.inputs[0]), float(operator.options["Beta"])
+    if beta != 1.0:
+        real = graph.node("Mul", [real, graph.shared(np.array(beta, np.float32))])
+    graph.finish_real(operator, "file", "Softmax", real, axis=-1)
+
+
+def quantize(graph: Graph, operator: Operator) -> None:
+    """Reals, or integers of other scales, to the output's integers."""
+    _copy(graph, operator, to_integers=True)
+
+
+def dequantize(graph: Graph, operator: Operator) -> None:
+    """Integers (or half precision) to reals."""
+    _copy(graph, operator, to_integers=False)
+
+
+def _copy(graph: Graph, operator: Operator, *, to_integers: bool) -> None:
+    output = graph.tensor(operator.outputs[0])
+    if output.quantized != to_integers:
+        wanted = "integers with scales" if to_integers else "FLOAT32"
+        raise UnsupportedModelError(
+            f"{graph.file.path}: {operator}: expected {wanted} as output, found {output.type}"
+        )
+    layout = graph.common_layout(operator)
+    graph.finish_real(operator, layout, "Identity", graph.real(operator.inputs[0], layout))
