@@ -65,15 +65,24 @@ Cache::Slot* Cache::take(UnitId unit, int64_t step, bool force) {
     s = free_[c].back();
     free_[c].pop_back();
   } else {
-    const auto gather = [&](bool kept) {
+    const auto gather = [&](int64_t kept) {
       candidates_.clear();
       for (int32_t k = range_[c].first; k < range_[c].second; ++k) {
         const Slot& slot = slots_[static_cast<size_t>(k)];
-        if (slot.pins == 0 && (kept || slot.keep <= step)) candidates_.push_back(slot.unit);
+        const bool leaves = kept > 0 ? slot.keep >= kept : slot.keep <= step;
+        if (slot.pins == 0 && leaves) candidates_.push_back(slot.unit);
       }
     };
-    gather(false);
-    if (candidates_.empty() && force) gather(true);
+    gather(0);
+    if (candidates_.empty() && force) {
+      // Of what is kept for later, what is needed last.
+      int64_t last = 0;
+      for (int32_t k = range_[c].first; k < range_[c].second; ++k) {
+        const Slot& slot = slots_[static_cast<size_t>(k)];
+        if (slot.pins == 0) last = std::max(last, slot.keep);
+      }
+      gather(last);
+    }
     if (candidates_.empty()) return nullptr;
     const UnitId leaves = candidates_[policy_->victim(candidates_)];
     s = slot_of_[static_cast<size_t>(leaves)];
@@ -87,6 +96,14 @@ Cache::Slot* Cache::take(UnitId unit, int64_t step, bool force) {
   slot_of_[static_cast<size_t>(unit)] = s;
   policy_->insert(unit);
   return &slot;
+}
+
+int64_t Cache::n_slots(int size_class) const {
+  const auto [first, last] = range_[static_cast<size_t>(size_class)];
+  const auto lent = std::count_if(lent_.begin(), lent_.end(), [&](int32_t s) {
+    return slots_[static_cast<size_t>(s)].size_class == size_class;
+  });
+  return last - first - lent;
 }
 
 int64_t Cache::lend(int64_t bytes, const std::vector<int64_t>& least) {

@@ -64,6 +64,7 @@ class Cache {
     return !free_[static_cast<size_t>(layout_.size_class(unit))].empty();
   }
   int64_t n_slots() const { return static_cast<int64_t>(slots_.size() - lent_.size()); }
+  int64_t n_slots(int size_class) const;
   int64_t evictions() const { return evictions_; }
 
  private:

@@ -20,6 +20,9 @@ struct Matrix {
   int64_t rows = 0;
   int64_t cols = 0;
   int64_t stride = 0;  // bytes a row
+  // Where it comes from: the tensor's number in its file, and the slice where it holds several.
+  int32_t tensor = -1;
+  int32_t slice = 0;
 
   explicit operator bool() const { return data != nullptr; }
   int64_t nbytes() const { return rows * stride; }
@@ -74,7 +77,7 @@ class ExpertStore {
     (void)tokens, (void)timeline, (void)poll;
   }
   virtual void end() {}  // of the chunk's last layer
-  // The experts that `layer` will certainly use.
+  // The experts that `layer` will certainly use; for any number of layers ahead, once each.
   virtual void announce(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
   // experts: the distinct numbers of routes.expert, ascending. One lease at a time.
   virtual std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,

@@ -15,6 +15,8 @@ namespace {
 // no more, because a later guess is a better one.
 constexpr int64_t kDecodeFlights = 3;
 constexpr int64_t kPromptFlights = 64;
+// What was announced cannot turn out wrong: enough reads that the disk has always the next one.
+constexpr int64_t kAnnouncedFlights = 8;
 // Least probability of a guess that is read into an empty slot.
 constexpr float kFillThreshold = 0.2f;
 
@@ -226,12 +228,18 @@ void FlashExperts::begin(std::span<const int32_t> tokens, int64_t timeline,
                          const std::function<void()>* poll) {
   ++walk_;
   tokens_ = static_cast<int64_t>(tokens.size());
-  layer_ = 0;
+  layer_ = -1;
   poll_ = poll;
   reap();
   history_.begin(timeline, tokens);
   cache_.policy().foresee();
-  if (!history_.as_foretold()) wishes_.clear();
+  announced_.clear();
+  announced_wished_ = 0;
+  if (history_.as_foretold()) {
+    std::erase_if(wishes_, [](const Wish& w) { return w.announced; });  // of an interrupted walk
+  } else {
+    wishes_.clear();
+  }
   publish();  // of a walk that was interrupted
   controller_.begin(tokens_, now(), reader_->io().statistics().busy_s);
   if (predictor_) predictor_->begin(tokens_);
@@ -243,11 +251,40 @@ void FlashExperts::end() {
 }
 
 void FlashExperts::announce(int64_t layer, const Routes& routes) {
-  if (!predictor_) return;  // demand only
+  if (!predictor_ || !controller_.predicts()) return;  // demand only
   reap();
-  for (int32_t e : routes.expert) wish(layout_.unit(layer, e), step(layer), 1.0f);
-  sort_wishes();
+  units_.clear();
+  for (int32_t e : routes.expert) units_.push_back(layout_.unit(layer, e));
+  std::sort(units_.begin(), units_.end());
+  units_.erase(std::unique(units_.begin(), units_.end()), units_.end());
+  for (UnitId unit : units_) announced_.push_back({unit, step(layer), 1.0f, true});
+  std::stable_sort(announced_.begin() + static_cast<int64_t>(announced_wished_), announced_.end(),
+                   [](const Wish& a, const Wish& b) { return a.step < b.step; });
+  wish_announced();
   pump();
+}
+
+void FlashExperts::wish_announced() {
+  // What is wished for stays in its slot until its layer comes. The layer that computes and the
+  // policy keep the rest; the next layer always gets its wishes.
+  std::vector<int64_t> room(layout_.class_units().size());
+  for (size_t c = 0; c < room.size(); ++c) {
+    room[c] = cache_.n_slots(static_cast<int>(c)) - 2 * used_;
+  }
+  const auto later = std::find_if(announced_.begin(), announced_.end(),
+                                  [&](const Wish& w) { return w.step > step(layer_); });
+  const int64_t next_layer = later == announced_.end() ? 0 : later->step;
+  const size_t before = announced_wished_;
+  for (size_t i = 0; i < announced_.size(); ++i) {
+    const Wish& next = announced_[i];
+    int64_t& left = room[static_cast<size_t>(layout_.size_class(next.unit))];
+    --left;
+    if (i < announced_wished_) continue;
+    if (left < 0 && next.step > next_layer) break;
+    wish(next);
+    ++announced_wished_;
+  }
+  if (announced_wished_ > before) sort_wishes();
 }
 
 std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<const int32_t> experts,
@@ -266,7 +303,12 @@ std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<cons
   controller_.judge(layer, experts);
   if (predictor_) predictor_->observe(layer, routes);
   // Wishes for this layer are moot now; the rest of them wait until its misses are on their way.
-  std::erase_if(wishes_, [&](const Wish& w) { return w.step <= step(layer); });
+  const auto past = [&](const Wish& w) { return w.step <= step(layer); };
+  std::erase_if(wishes_, past);
+  const auto wished = announced_.begin() + static_cast<int64_t>(announced_wished_);
+  announced_wished_ -= static_cast<size_t>(std::count_if(announced_.begin(), wished, past));
+  std::erase_if(announced_, past);
+  wish_announced();
   return std::make_unique<FlashLease>(*this, layer, experts, routes);
 }
 
@@ -289,18 +331,18 @@ void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
     for (size_t i = 0; i < units_.size(); ++i) {
       // While the cache fills, an idle disk may as well fetch what is likely at some later time.
       if (probabilities_[i] < (cache_.has_free(units_[i]) ? kFillThreshold : threshold)) continue;
-      wish(units_[i], step(guess.layer), probabilities_[i]);
+      wish({units_[i], step(guess.layer), probabilities_[i]});
     }
   }
   sort_wishes();
   pump();
 }
 
-void FlashExperts::wish(UnitId unit, int64_t step, float probability) {
-  if (Slot* slot = cache_.find(unit)) {
-    slot->keep = std::max(slot->keep, step);
+void FlashExperts::wish(const Wish& wish) {
+  if (Slot* slot = cache_.find(wish.unit)) {
+    slot->keep = std::max(slot->keep, wish.step);
   } else {
-    wishes_.push_back({unit, step, probability});
+    wishes_.push_back(wish);
   }
 }
 
@@ -424,23 +466,30 @@ bool FlashExperts::cancel_one() {
 
 void FlashExperts::pump() {
   if (wishes_.empty()) return;
-  const int64_t limit =
-      std::min(tokens_ == 1 ? kDecodeFlights : kPromptFlights, cache_.n_slots() / 3);
-  size_t granted = 0;
-  while (granted < wishes_.size() && static_cast<int64_t>(flights_.size()) < limit) {
-    const Wish w = wishes_[granted++];
+  const int64_t most = cache_.n_slots() / 3;
+  const int64_t guesses = std::min(tokens_ == 1 ? kDecodeFlights : kPromptFlights, most);
+  const int64_t announced = std::min(std::max(kAnnouncedFlights, guesses), most);
+  size_t granted = 0, waiting = 0;
+  while (granted < wishes_.size()) {
+    const Wish w = wishes_[granted];
+    if (static_cast<int64_t>(flights_.size()) >= (w.announced ? announced : guesses)) break;
+    ++granted;
     if (Slot* there = cache_.find(w.unit)) {
       there->keep = std::max(there->keep, w.step);
       continue;
     }
     Slot* slot = cache_.take(w.unit, step(layer_), false);
-    if (!slot) continue;
+    if (!slot) {
+      if (w.announced) wishes_[waiting++] = w;
+      continue;
+    }
     slot->keep = w.step;
     submit(*slot, false);
     flights_.back().step = w.step;
     ++statistics_.prefetches;
   }
-  wishes_.erase(wishes_.begin(), wishes_.begin() + static_cast<int64_t>(granted));
+  wishes_.erase(wishes_.begin() + static_cast<int64_t>(waiting),
+                wishes_.begin() + static_cast<int64_t>(granted));
 }
 
 void FlashExperts::record(bool on) {

@@ -103,6 +103,7 @@ class FlashExperts : public ExpertStore {
     UnitId unit;
     int64_t step;
     float probability;
+    bool announced = false;  // it will be used: it waits for a slot where a guess is given up
   };
 
   int64_t step(int64_t layer) const { return walk_ * layout_.n_layer() + layer; }
@@ -117,7 +118,9 @@ class FlashExperts : public ExpertStore {
   bool cancel_one();
   void land_cancelled(size_t flight);
   void publish();
-  void wish(UnitId unit, int64_t step, float probability);
+  void wish(const Wish& wish);
+  // Wishes for what was announced, as many layers ahead as there is room for in the cache.
+  void wish_announced();
   void sort_wishes();
   // Submits wishes while there is room.
   void pump();
@@ -131,7 +134,7 @@ class FlashExperts : public ExpertStore {
   const int64_t used_;  // experts of a layer that one token uses
   int64_t walk_ = 0;    // chunks so far
   int64_t tokens_ = 1;  // of this chunk
-  int64_t layer_ = 0;
+  int64_t layer_ = -1;  // acquired last
   const std::function<void()>* poll_ = nullptr;
   struct Flight {
     Slot* slot;
@@ -139,7 +142,9 @@ class FlashExperts : public ExpertStore {
     bool demand;
   };
   std::vector<Flight> flights_;
-  std::vector<Wish> wishes_;  // by step, then the likeliest first
+  std::vector<Wish> wishes_;     // by step, then the likeliest first
+  std::vector<Wish> announced_;  // of later layers, by step
+  size_t announced_wished_ = 0;  // of them, from the first: those that are wishes or in the cache
   std::vector<Guess> guesses_;
   std::vector<UnitId> units_;
   std::vector<uint8_t> resident_;

@@ -255,15 +255,19 @@ def _unit(x: Floats) -> Floats:
 
 
 def fit(
-    recording: Recording, predictors: Sequence[str], progress: Progress | None = None
+    recording: Recording,
+    predictors: Sequence[str],
+    progress: Progress | None = None,
+    *,
+    minutes: float = 0.0,
 ) -> dict[str, bytes]:
-    """The states of predictors, learnt from a recording."""
+    """The states of predictors, learnt from a recording; minutes: of distilling `linear`."""
     from ..runtime._core import replay_predictor
 
     states: dict[str, bytes] = {}
     for name in predictors:
         if name == "linear":
-            states[name] = fit_linear(recording, DISTANCES, progress)
+            states[name] = fit_linear(recording, DISTANCES, progress, seconds=60 * minutes)
         elif name == "path":
             states[name] = fit_path(recording, progress=progress)
         else:
@@ -347,13 +351,15 @@ def make_profile(
     tokens: int = 4096,
     predictors: Sequence[str] = PREDICTORS,
     seed: int = 0,
+    minutes: float = 0.0,
     progress: Progress | None = None,
 ) -> Profile:
     """Learns what the next layers of a mixture will ask for, and writes it to `out`.
 
     text: what the model is run on; None lets it write about as many tokens itself. The last eighth
     is held out: recalls are measured on it (next_gate's for comparison), and learnt from by
-    nothing. Raises OptionError for a dense model, too short a text, an unknown predictor.
+    nothing. minutes: of distilling `linear` from the routers' choices, after regression, at most.
+    Raises OptionError for a dense model, too short a text, an unknown predictor.
     """
     from ..export.hidden_states import own_text
 
@@ -362,6 +368,8 @@ def make_profile(
     if not target.parent.is_dir():
         raise OptionError(f"{target.parent}: no such directory")
     digest = routers_digest(model._file)
+    if model.config.get("pregated"):
+        raise OptionError(f"{model.path}: pre-gated: its experts are known without a profile")
     if text is None:
         sequences = own_text(model, tokens, seed, progress)
     else:
@@ -374,7 +382,7 @@ def make_profile(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         recording = record(model, sequences, folder, progress)
         learnt = n - n // _HELD_OUT
-        states = fit(recording.part(0, learnt), predictors, progress)
+        states = fit(recording.part(0, learnt), predictors, progress, minutes=minutes)
         used = recording.shape.n_expert_used
         recalls = measure(
             recording.part(learnt, n), states, (used, used + (used + 1) // 2), (1, 2, 3), progress

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from .adam import Adam
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[str, int, "int | None"], None]
@@ -15,6 +18,11 @@ Progress = Callable[[str, int, "int | None"], None]
 # Strengths of the pull towards the start; a hidden state has a mean square of 1 a value.
 _RIDGES = (30.0, 100.0, 300.0, 1000.0)
 _VALIDATION = 8  # one part in so many of the tokens chooses between them
+# Of distilling.
+_EPOCHS = 8
+_BATCH = 256
+_RATE = 2e-3
+_SPREAD = 2.0  # standard deviation of the scores that it begins with
 _ROW = 32  # a row of a map is padded to a multiple of this (offload/predict/map.h)
 
 
@@ -93,16 +101,24 @@ def map_bytes(weights: Floats) -> bytes:
     return quantize("Q8_0", padded).tobytes()
 
 
-def fit_linear(recording: Recording, distances: int, progress: Progress | None = None) -> bytes:
+def fit_linear(
+    recording: Recording,
+    distances: int,
+    progress: Progress | None = None,
+    *,
+    seconds: float = 0.0,
+) -> bytes:
     """State of the predictor `linear`: maps from each layer to the next `distances` routers.
 
     Ridge regression towards the next router on the present hidden state, or towards nothing, and
-    as strong, as does best on the last eighth of the tokens.
+    as strong, as does best on the last eighth of the tokens. In at most `seconds`, 0 for none, the
+    maps then learn which experts are used (logistic regression), as long as that does better.
     """
     shape = recording.shape
     n = recording.n_tokens
     held = n - max(n // _VALIDATION, 1)
     out = [shape.header("linear"), struct.pack("<q", distances)]
+    end = time.monotonic() + seconds
     for source in range(shape.n_layer):
         x = recording.hidden[source].astype(np.float32)
         rms = np.sqrt(np.mean(np.square(x), axis=0)) + np.float32(1e-3)
@@ -113,6 +129,10 @@ def fit_linear(recording: Recording, distances: int, progress: Progress | None =
             if recording.has_experts(layer)
         ]
         maps = _fit_source(recording, source, targets, x, held)
+        if seconds > 0 and maps:
+            now = time.monotonic()
+            stop = now + (end - now) / (shape.n_layer - source)
+            _distil(recording, maps, x / rms, rms=rms, held=held, end=stop)
         for layer in range(source, source + distances):
             out.append(struct.pack("<q", layer in maps))
             if layer in maps:
@@ -160,6 +180,59 @@ def _fit_source(
         weights, bias = fits[best[i][1:]]
         found[layer] = (weights[:, columns].T, bias[columns])
     return found
+
+
+def _distil(
+    recording: Recording,
+    maps: dict[int, tuple[Floats, Floats]],
+    x: Floats,
+    *,
+    rms: Floats,
+    held: int,
+    end: float,
+) -> None:
+    """Replaces maps by distilled ones that find more of the held experts, until `end`.
+
+    x: the maps' inputs over their rms a column. end: of time.monotonic().
+    """
+    experts, n_expert = recording.experts, recording.shape.n_expert
+    targets = list(maps)
+    starts, biases = [], []
+    for weights, bias in maps.values():
+        scores = x[:held] @ (weights * rms).T + bias
+        factor = np.float32(_SPREAD / max(float(scores.std()), 1e-6))
+        starts.append((weights * rms).T * factor)
+        biases.append((bias - scores.mean()) * factor - np.float32(_SPREAD))
+    parameters = [np.concatenate(starts, axis=1), np.concatenate(biases)]
+    best = {
+        layer: recall(x[held:] @ (weights * rms).T + bias, experts[held:, layer], experts.shape[2])
+        for layer, (weights, bias) in maps.items()
+    }
+    adam = Adam(parameters, _RATE)
+    rng = np.random.default_rng(len(targets))
+    began, step = time.monotonic(), 0
+    batches = max(1, held // _BATCH)
+    for _ in range(_EPOCHS):
+        for rows in np.array_split(rng.permutation(held), batches):
+            now = time.monotonic()
+            if now >= end:
+                return
+            scores = x[rows] @ parameters[0] + parameters[1]
+            error = 1 / (1 + np.exp(-np.clip(scores, -30, 30)))
+            for i, layer in enumerate(targets):
+                used = experts[rows, layer].astype(np.int64) + i * n_expert
+                error[np.arange(len(rows))[:, None], used] -= 1
+            error /= np.float32(len(rows))
+            part = max(step / (_EPOCHS * batches), (now - began) / (end - began))
+            adam.step((x[rows].T @ error, error.sum(axis=0)), part)
+            step += 1
+        scores = x[held:] @ parameters[0] + parameters[1]
+        for i, layer in enumerate(targets):
+            columns = slice(i * n_expert, (i + 1) * n_expert)
+            found = recall(scores[:, columns], experts[held:, layer], experts.shape[2])
+            if found > best[layer]:
+                best[layer] = found
+                maps[layer] = (parameters[0][:, columns].T / rms, parameters[1][columns].copy())
 
 
 def _solve(gram: Floats, moment: Floats, ridge: float) -> Floats:

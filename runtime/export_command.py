@@ -8,6 +8,17 @@ from typing import Annotated
 
 import typer
 
+from .export_bitwidth_command import bitwidth
+from .export_gguf_command import gguf
+from .export_imatrix_command import imatrix
+from .export_onnx_command import onnx
+from .export_pregate_command import pregate
+from .export_quantize_command import quantize
+from .export_quantize_onnx_command import quantize_onnx
+from .export_refactor_command import refactor
+from .export_tflite_command import tflite
+from .export_verify_command import verify
+
 app = typer.Typer(
     name="export",
     help="Make model files from other model files.",
@@ -21,7 +32,11 @@ def root(context: typer.Context) -> None:
     """Make model files from other model files.
 
     \b
+    stoker export gguf SmolLM2-135M-Instruct smollm2.gguf
     stoker export upcycle smollm2 mixture.gguf --experts 64 --used 4
+    stoker export quantize model-f16.gguf model-q4.gguf --type Q4_K_M
+    stoker export bitwidth mixture-f16.gguf small.gguf --text corpus.txt --bits 4
+    stoker export imatrix model-f16.gguf model.imatrix.gguf --text corpus.txt
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -99,3 +114,15 @@ def upcycle(
     typer.echo(
         f"{made.path}: {size(made.nbytes)}, {experts} experts of {size(made.expert_bytes)} a layer"
     )
+
+
+app.command("gguf")(gguf)
+app.command("quantize")(quantize)
+app.command("pregate")(pregate)
+app.command("refactor")(refactor)
+app.command("imatrix")(imatrix)
+app.command("bitwidth")(bitwidth)
+app.command("verify")(verify)
+app.command("onnx")(onnx)
+app.command("tflite")(tflite)
+app.command("quantize-onnx")(quantize_onnx)

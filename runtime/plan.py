@@ -25,7 +25,7 @@ _LEAST_READ = 16 << 20  # below it caches would answer
 _KINDS = (
     ("experts", re.compile(r"\.ffn_(gate|up|down)(_exps\.|\.\d+\.)")),
     ("shared experts", re.compile(r"_shexp\.")),
-    ("routers", re.compile(r"\.(ffn_gate_inp|exp_probs_b)\b")),
+    ("routers", re.compile(r"\.(ffn_gate_inp|ffn_pregate|exp_probs_b)\b")),
     ("norms", re.compile(r"_norm\b")),
     ("attention", re.compile(r"\.attn_")),
     ("feed-forward", re.compile(r"\.ffn_")),

@@ -9,7 +9,7 @@ void standard_layer(Forward& f, int64_t il) {
   f.attention(il, f.a(), f.b());
   f.add(f.x(), f.b());
   f.norm(f.x(), w.ffn_norm, f.a());
-  if (w.router) {
+  if (w.mixture) {
     f.mixture(il, f.a(), f.route(il, f.a()), f.b());
   } else {
     f.feed_forward(il, f.a(), f.b());

@@ -8,7 +8,7 @@ namespace {
 
 void qwen(const GgufFile& file, ModelConfig& c, bool normalize) {
   c.rope.neox = true;
-  c.qk_norm = c.architecture == "qwen3" || c.architecture == "qwen3moe";
+  c.qk_norm = c.architecture.find("qwen3") != std::string::npos;  // also where it is pre-gated
   c.sliding_window = 0;  // in the metadata, not in the graph
   c.normalize_experts = normalize;
   const std::string key = c.architecture + ".expert_feed_forward_length";
@@ -19,7 +19,7 @@ void configure_dense(const GgufFile& file, ModelConfig& c) { qwen(file, c, true)
 
 void configure_qwen2moe(const GgufFile& file, ModelConfig& c) {
   qwen(file, c, false);
-  c.n_ff_shared = file.get_int("qwen2moe.expert_shared_feed_forward_length", 0);
+  c.n_ff_shared = file.get_int(c.architecture + ".expert_shared_feed_forward_length", 0);
   if (c.n_ff_shared == 0) c.n_ff_shared = c.n_ff;
 }
 

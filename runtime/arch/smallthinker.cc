@@ -15,14 +15,15 @@ void configure(const GgufFile& file, ModelConfig& c) {
   c.normalize_experts = true;
   c.routed = c.routes_early = true;
   if (!c.is_mixture()) {
-    throw Error(ErrorKind::kModelFile,
-                file.path() + ": smallthinker.expert_count: expected at least 1, found 0");
+    throw Error(ErrorKind::kModelFile, file.path() + ": " + c.architecture +
+                                           ".expert_count: expected at least 1, found 0");
   }
-  const int64_t gating = file.require_int("smallthinker.expert_gating_func");
+  const std::string key = c.architecture + ".expert_gating_func";
+  const int64_t gating = file.require_int(key);
   if (gating != 1 && gating != 2) {
-    throw Error(ErrorKind::kUnsupported,
-                file.path() + ": smallthinker.expert_gating_func: expected 1 (softmax) or 2 " +
-                    "(sigmoid), found " + std::to_string(gating));
+    throw Error(ErrorKind::kUnsupported, file.path() + ": " + key +
+                                             ": expected 1 (softmax) or 2 (sigmoid), found " +
+                                             std::to_string(gating));
   }
   c.gating = gating == 1 ? Gating::kSoftmax : Gating::kSigmoid;
   set_sliding_layers(file, c, kPeriod, true);
@@ -33,7 +34,6 @@ void configure(const GgufFile& file, ModelConfig& c) {
 void layer(Forward& f, int64_t il) {
   const LayerWeights& w = f.layer(il);
   const Routes routes = f.route(il, f.x());
-  f.announce(il, routes);
   f.norm(f.x(), w.attn_norm, f.a());
   f.attention(il, f.a(), f.b());
   f.add(f.x(), f.b());

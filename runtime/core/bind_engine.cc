@@ -91,6 +91,7 @@ nb::dict config_of(const Engine& e) {
   d["n_ff_expert"] = c.n_ff_expert;
   d["sliding_window"] = c.sliding_window;
   d["routes_early"] = c.routes_early;
+  d["pregated"] = c.pregated;
   d["context_train"] = c.context_train;
   d["context"] = e.plan().context;
   return d;

@@ -1,6 +1,7 @@
 #include "runtime/core/config.h"
 
 #include <cmath>
+#include <string_view>
 
 #include "runtime/core/errors.h"
 
@@ -11,6 +12,8 @@ namespace {
 // Limits that no real model comes near; they keep products of sizes inside 64 bits.
 constexpr int64_t kMaxSize = int64_t{1} << 24;
 constexpr int64_t kMaxLayers = 4096;
+// Of the architecture's name where a layer's experts are chosen a layer ahead (archs.inc).
+constexpr std::string_view kPregatedPrefix = "pregated-";
 
 struct Reader {
   const GgufFile& file;
@@ -133,6 +136,11 @@ ModelConfig read_config(const GgufFile& file) {
                                            std::to_string(c.n_expert_used));
   }
   c.n_ff_expert = r.size("expert_feed_forward_length", c.n_ff, 0);
+  c.pregated = c.architecture.starts_with(kPregatedPrefix);
+  if (c.pregated && c.n_expert == 0) {
+    throw Error(ErrorKind::kModelFile, file.path() + ": " + r.key("expert_count") +
+                                           ": expected at least 1 in a pre-gated model, found 0");
+  }
 
   const GgufTensor& embedding = file.require_tensor("token_embd.weight");
   c.n_vocab = embedding.ne[1];

@@ -26,7 +26,11 @@ struct RopeConfig {
   double beta_slow = 1.0;
 };
 
-enum class Gating { kSoftmax, kSigmoid };
+enum class Gating {
+  kSoftmax,
+  kSigmoid,
+  kUnit,  // the used experts count in full
+};
 
 struct ModelConfig {
   std::string architecture;
@@ -55,12 +59,17 @@ struct ModelConfig {
   bool post_norms = false;     // norms after attention and feed-forward
   bool routed = false;         // every layer is a mixture
   bool routes_early = false;   // routers read a layer's raw input, before attention
-  bool qk_norm_full = false;   // q and k normalised over all heads at once, not each head
+  // A layer's experts are chosen at the mixture layer before it, out of what its router reads; the
+  // layer's own router weighs them. The first one's router does both.
+  bool pregated = false;
+  bool routes_once = false;   // one router after the first layer, which is dense, for all others
+  bool qk_norm_full = false;  // q and k normalised over all heads at once, not each head
 
   int64_t n_expert = 0;  // 0: dense
   int64_t n_expert_used = 0;
   int64_t n_ff_expert = 0;
   int64_t n_ff_shared = 0;  // width of the shared expert; 0: none
+  int64_t n_router = 0;     // hidden width of the router of routes_once
   Gating gating = Gating::kSoftmax;
   bool normalize_experts = false;  // used experts' weights divided by their sum
 

@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "runtime/core/activation_sums.h"
 #include "runtime/core/engine.h"
 #include "runtime/core/kv_cache.h"
 
@@ -45,6 +46,9 @@ class Forward {
     tap_stride_ = layer_stride;
   }
 
+  // From now on adds the inputs of all products; null: no longer.
+  void collect(ActivationSums* sums) { sums_ = sums; }
+
   // out = rms_norm(in) * w, token by token; [tokens][n_embd].
   void norm(const float* in, const Vector& w, float* out);
   // y += x, [tokens][n_embd]
@@ -55,10 +59,14 @@ class Forward {
   void feed_forward(int64_t il, const float* in, float* out);
   // Lets the store's predictor see the embeddings, before the first layer.
   void look_ahead_first();
-  // The router's choice for every token, from in [tokens][n_embd].
+  // The experts of every token and their weights, from in [tokens][n_embd]. Announces them where
+  // they are known before attention; of a pre-gated model chooses and announces those of the next
+  // mixture layer, too.
   Routes route(int64_t il, const float* in);
-  // Tells the store that layer `il` will use these experts, so that their reads begin.
-  void announce(int64_t il, const Routes& routes);
+  // The choice of the router of routes_once, from the residual stream after layer 0; announced to
+  // the store for all layers that use it, and kept for them.
+  void route_once();
+  const Routes& routes_kept() const { return routes_kept_; }
   // Sum of the routed experts (and the shared expert where the layer has one).
   void mixture(int64_t il, const float* in, const Routes& routes, float* out);
 
@@ -106,6 +114,14 @@ class Forward {
   void store_kv(int64_t il);
   void attend(int64_t il);
   void shared_expert(int64_t il, const float* in, float* out);
+  // Of a pre-gated model: logits [tokens][n_expert] of the mixture layer after `il`.
+  void pregate(int64_t il, const Input& in, float* logits);
+  // The next mixture layer before or after `il`; -1 or n_layer: none.
+  int64_t mixture_before(int64_t il) const;
+  int64_t mixture_after(int64_t il) const;
+  // The used experts and their weights by the router's logits in scratch; among [tokens]
+  // [n_expert_used]: the experts, where they are known.
+  Routes chosen(const std::vector<int32_t>& among = {});
   // The routers of later layers on the present hidden states, for the store's predictor.
   class Ahead;
   ExpertStore& experts() const { return *engine_.weights().experts; }
@@ -123,6 +139,9 @@ class Forward {
   float* tap_ = nullptr;  // null: nobody listens
   float* hidden_tap_ = nullptr;
   int64_t tap_stride_ = 0;
+  ActivationSums* sums_ = nullptr;
+  std::vector<int32_t> pregated_;  // [tokens][n_expert_used] of the next mixture layer; or empty
+  Routes routes_kept_;
 };
 
 }  // namespace stoker

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <utility>
 
 #include "runtime/core/errors.h"
 #include "runtime/core/forward.h"
@@ -13,17 +14,8 @@ namespace {
 
 bool int8(const Matrix& m) { return m.format->act == ActKind::i8; }
 
-// Chooses the k largest probabilities, ties to the lower expert, and their weights.
-void choose(const ModelConfig& c, const float* logits, float* p, int32_t* expert, float* weight) {
-  const int64_t n = c.n_expert, k = c.n_expert_used;
-  if (c.gating == Gating::kSigmoid) {
-    for (int64_t e = 0; e < n; ++e) p[e] = 1.0f / (1.0f + std::exp(-logits[e]));
-  } else {
-    const float top = *std::max_element(logits, logits + n);
-    float sum = 0;
-    for (int64_t e = 0; e < n; ++e) sum += p[e] = std::exp(logits[e] - top);
-    for (int64_t e = 0; e < n; ++e) p[e] /= sum;
-  }
+// Takes the k largest of p [n] out of it, ties to the lower expert; returns their sum.
+float take_best(float* p, int64_t n, int64_t k, int32_t* expert, float* weight) {
   float total = 0;
   for (int64_t j = 0; j < k; ++j) {
     // A chosen expert's probability is replaced by -1; NaN logits choose the first ones left.
@@ -36,8 +28,44 @@ void choose(const ModelConfig& c, const float* logits, float* p, int32_t* expert
     total += p[best];
     p[best] = -1.0f;
   }
-  if (!c.normalize_experts) return;
-  total = std::max(total, 6.103515625e-5f);  // the smallest normal f16, as llama.cpp has it
+  return total;
+}
+
+// Chooses the k largest probabilities and their weights. With `among` [k] the choice is made, and
+// these experts' weights have the sum that the k largest would have had.
+void choose(const ModelConfig& c, const float* logits, const int32_t* among, float* p,
+            int32_t* expert, float* weight) {
+  const int64_t n = c.n_expert, k = c.n_expert_used;
+  if (c.gating == Gating::kSigmoid) {
+    for (int64_t e = 0; e < n; ++e) p[e] = 1.0f / (1.0f + std::exp(-logits[e]));
+  } else {
+    const float top = *std::max_element(logits, logits + n);
+    float sum = 0;
+    for (int64_t e = 0; e < n; ++e) sum += p[e] = std::exp(logits[e] - top);
+    for (int64_t e = 0; e < n; ++e) p[e] /= sum;
+  }
+  float total = take_best(p, n, k, expert, weight);
+  const float most = c.normalize_experts ? 1.0f : total;
+  if (among) {
+    for (int64_t j = 0; j < k; ++j) p[expert[j]] = weight[j];
+    for (int64_t e = 0; e < n; ++e) {
+      if (std::find(among, among + k, static_cast<int32_t>(e)) == among + k) p[e] = -1.0f;
+    }
+    total = take_best(p, n, k, expert, weight);
+  }
+  if (c.gating == Gating::kUnit) std::fill_n(weight, k, 1.0f);
+  if (!c.normalize_experts && !among) return;
+  constexpr float kLeast = 6.103515625e-5f;  // the smallest normal f16, as llama.cpp has it
+  if (among && total < kLeast) {
+    // None of them is likely, but they are all there is. Both gatings are exponential down there.
+    std::sort(expert, expert + k, [&](int32_t a, int32_t b) {
+      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+    });
+    const float top = logits[expert[0]];
+    total = 0;
+    for (int64_t j = 0; j < k; ++j) total += weight[j] = std::exp(logits[expert[j]] - top);
+  }
+  total = std::max(total, kLeast) / most;
   for (int64_t j = 0; j < k; ++j) weight[j] /= total;
 }
 
@@ -47,49 +75,116 @@ class Forward::Ahead : public RouterAhead {
  public:
   explicit Ahead(Forward& forward) : f_(forward) {}
   void logits(int64_t layer, float* out) override {
-    const ModelConfig& c = f_.config_;
-    const Matrix& router = f_.layer(layer).router;
-    const float* in = f_.s_.x;
-    if (!c.routes_early) {
-      f_.norm(in, f_.layer(layer).ffn_norm, f_.s_.ahead);
-      in = f_.s_.ahead;
-    }
-    const Input x = f_.input(in, f_.n_, c.n_embd, int8(router), false);
-    const Product product[] = {{&router, out, c.n_expert, nullptr, 0, f_.n_}};
-    f_.multiply(product, x);
+    ActivationSums* const sums = std::exchange(f_.sums_, nullptr);  // a guess is not counted
+    guess(layer, out);
+    f_.sums_ = sums;
   }
   const float* hidden() const override { return f_.s_.x; }
 
  private:
+  void guess(int64_t layer, float* out) {
+    const ModelConfig& c = f_.config_;
+    // Where it is decided: at the layer, or at the mixture before.
+    const int64_t before = c.pregated ? f_.mixture_before(layer) : -1;
+    const LayerWeights& w = f_.layer(before < 0 ? layer : before);
+    const Matrix& router = before < 0 ? w.router : w.pregate;
+    const float* in = f_.s_.x;
+    if (!c.routes_early) {
+      f_.norm(in, w.ffn_norm, f_.s_.ahead);
+      in = f_.s_.ahead;
+    }
+    const Input x = f_.input(in, f_.n_, c.n_embd, int8(router), false);
+    if (before >= 0) return f_.pregate(before, x, out);
+    const Product product[] = {{&router, out, c.n_expert, nullptr, 0, f_.n_}};
+    f_.multiply(product, x);
+  }
+
   Forward& f_;
 };
 
 void Forward::look_ahead_first() {
+  if (config_.routes_once) return;
   Ahead ahead(*this);
   experts().look_ahead(-1, ahead);
 }
-
-void Forward::announce(int64_t il, const Routes& routes) { experts().announce(il, routes); }
 
 Routes Forward::route(int64_t il, const float* in) {
   copy_to_tap(il, in);
   const ModelConfig& c = config_;
   const Matrix& router = layer(il).router;
-  const Input x = input(in, n_, c.n_embd, int8(router), two_terms(Precision::kBalanced));
+  const Matrix& gate = layer(il).pregate;
+  const Input x = input(in, n_, c.n_embd, int8(router) || (gate && int8(gate)),
+                        two_terms(Precision::kBalanced));
   const Product product[] = {{&router, s_.router, c.n_expert, nullptr, 0, n_}};
   multiply(product, x);
+  const Routes routes = chosen(pregated_);
+  if (c.routes_early && pregated_.empty()) experts().announce(il, routes);
+  pregated_.clear();
+  if (gate) {
+    pregate(il, x, s_.router);
+    Routes next = chosen();
+    experts().announce(mixture_after(il), next);
+    pregated_ = std::move(next.expert);
+  }
+  return routes;
+}
+
+void Forward::pregate(int64_t il, const Input& in, float* logits) {
+  const LayerWeights& w = layer(il);
+  const int64_t n = config_.n_expert;
+  const Product product[] = {{&w.pregate, logits, n, nullptr, 0, n_}};
+  multiply(product, in);
+  for_rows(n_, n, [&](int64_t i, int) { ops_.add(logits + i * n, w.pregate_bias.data(), n); });
+}
+
+int64_t Forward::mixture_before(int64_t il) const {
+  while (--il >= 0 && !layer(il).mixture) {
+  }
+  return il;
+}
+
+int64_t Forward::mixture_after(int64_t il) const {
+  while (++il < config_.n_layer && !layer(il).mixture) {
+  }
+  return il;
+}
+
+void Forward::route_once() {
+  const ModelConfig& c = config_;
+  const Weights& w = engine_.weights();
+  const bool two = two_terms(Precision::kBalanced);
+  norm(s_.x, w.router_norm, s_.a);
+  const Input x = input(s_.a, n_, c.n_embd, int8(w.router_up), two);
+  const Product up[] = {{&w.router_up, s_.gate, c.n_router, nullptr, 0, n_}};
+  multiply(up, x);
+  for_rows(n_, c.n_router, [&](int64_t i, int) {
+    float* row = s_.gate + i * c.n_router;
+    for (int64_t j = 0; j < c.n_router; ++j) row[j] = std::max(row[j], 0.0f);
+  });
+  const Input h = input(s_.gate, n_, c.n_router, int8(w.router_down), two);
+  const Product down[] = {{&w.router_down, s_.router, c.n_expert, nullptr, 0, n_}};
+  multiply(down, h);
+  routes_kept_ = chosen();
+  for (int64_t il = 1; il < c.n_layer; ++il) experts().announce(il, routes_kept_);
+}
+
+Routes Forward::chosen(const std::vector<int32_t>& among) {
+  const ModelConfig& c = config_;
   Routes r;
   r.expert.resize(static_cast<size_t>(n_ * c.n_expert_used));
   r.weight.resize(r.expert.size());
   for_rows(n_, 8 * c.n_expert, [&](int64_t i, int thread) {
-    choose(c, s_.router + i * c.n_expert, reinterpret_cast<float*>(thread_scratch(thread)),
-           r.expert.data() + i * c.n_expert_used, r.weight.data() + i * c.n_expert_used);
+    const int64_t at = i * c.n_expert_used;
+    choose(c, s_.router + i * c.n_expert, among.empty() ? nullptr : among.data() + at,
+           reinterpret_cast<float*>(thread_scratch(thread)), r.expert.data() + at,
+           r.weight.data() + at);
   });
   return r;
 }
 
 void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* out) {
   copy_hidden_to_tap(il);
+  if (config_.routes_once) copy_to_tap(il, in);
   const ModelConfig& c = config_;
   const int64_t k = c.n_expert_used, pairs = n_ * k, ff = c.n_ff_expert;
 
@@ -120,8 +215,10 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
   // Experts are computed in the order in which they become ready; their outputs wait in
   // s_.pairs, so that the sum below does not depend on that order.
   const std::unique_ptr<ExpertLease> lease = this->experts().acquire(il, experts, routes);
-  Ahead ahead(*this);
-  this->experts().look_ahead(il, ahead);
+  if (!config_.routes_once) {  // else there is nothing to guess
+    Ahead ahead(*this);
+    this->experts().look_ahead(il, ahead);
+  }
   const bool high = two_terms(Precision::kHigh);
   std::vector<Product> gate_up, down;
   std::vector<int32_t> rows;  // pairs whose experts are ready
@@ -156,7 +253,7 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
       ops_.add_scaled(y, s_.pairs + row_of_pair[pair] * c.n_embd, routes.weight[pair], c.n_embd);
     }
   });
-  if (layer(il).shared_gate) shared_expert(il, in, out);
+  if (c.n_ff_shared > 0) shared_expert(il, in, out);
 }
 
 void Forward::shared_expert(int64_t il, const float* in, float* out) {
@@ -164,18 +261,20 @@ void Forward::shared_expert(int64_t il, const float* in, float* out) {
   const LayerWeights& w = layer(il);
   const int64_t ff = c.n_ff_shared;
   const bool high = two_terms(Precision::kHigh);
-  const Input x = input(in, n_, c.n_embd,
-                        int8(w.shared_gate) || int8(w.shared_up) || int8(w.shared_router), high);
+  const bool weighed = static_cast<bool>(w.shared_router);
+  const bool quantize =
+      int8(w.shared_gate) || int8(w.shared_up) || (weighed && int8(w.shared_router));
+  const Input x = input(in, n_, c.n_embd, quantize, high);
   const Product products[] = {{&w.shared_gate, s_.gate, ff, nullptr, 0, n_},
                               {&w.shared_up, s_.up, ff, nullptr, 0, n_},
                               {&w.shared_router, s_.router, 1, nullptr, 0, n_}};
-  multiply(products, x);
+  multiply(std::span(products, weighed ? 3 : 2), x);
   gate_rows(s_.gate, s_.up, n_, ff);
   const Input h = input(s_.gate, n_, ff, int8(w.shared_down), high);
   const Product down[] = {{&w.shared_down, s_.pairs, c.n_embd, nullptr, 0, n_}};
   multiply(down, h);
   for_rows(n_, c.n_embd, [&](int64_t i, int) {
-    const float weight = 1.0f / (1.0f + std::exp(-s_.router[i]));
+    const float weight = weighed ? 1.0f / (1.0f + std::exp(-s_.router[i])) : 1.0f;
     ops_.add_scaled(out + i * c.n_embd, s_.pairs + i * c.n_embd, weight, c.n_embd);
   });
 }

@@ -146,6 +146,8 @@ class Loader {
     m.rows = rows;
     m.cols = cols;
     m.stride = row_bytes(f, cols);
+    m.tensor = static_cast<int32_t>(&t - file_.tensors().data());
+    m.slice = static_cast<int32_t>(slice);
     if (const uint8_t* p = data(t)) m.data = p + slice * rows * m.stride;
     return m;
   }
@@ -204,17 +206,23 @@ class Loader {
       w.post_attn_norm = vector(p + "post_attention_norm.weight", c.n_embd);
       w.post_ffn_norm = vector(p + "post_ffw_norm.weight", c.n_embd);
     }
-    if (!is_mixture(il)) {
+    w.mixture = is_mixture(il);
+    if (!w.mixture) {
       w.gate = matrix(p + "ffn_gate.weight", c.n_ff, c.n_embd);
       w.up = matrix(p + "ffn_up.weight", c.n_ff, c.n_embd);
       w.down = matrix(p + "ffn_down.weight", c.n_embd, c.n_ff);
       return w;
     }
-    w.router = matrix(p + "ffn_gate_inp.weight", c.n_expert, c.n_embd);
+    if (!c.routes_once) w.router = matrix(p + "ffn_gate_inp.weight", c.n_expert, c.n_embd);
+    if (c.pregated && mixture_after(il) < c.n_layer) {
+      w.pregate = matrix(p + "ffn_pregate.weight", c.n_expert, c.n_embd);
+      w.pregate_bias = vector(p + "ffn_pregate.bias", c.n_expert);
+    }
     if (c.n_ff_shared > 0) {
       w.shared_gate = matrix(p + "ffn_gate_shexp.weight", c.n_ff_shared, c.n_embd);
       w.shared_up = matrix(p + "ffn_up_shexp.weight", c.n_ff_shared, c.n_embd);
       w.shared_down = matrix(p + "ffn_down_shexp.weight", c.n_embd, c.n_ff_shared);
+      if (c.routes_once) return w;
       // Stored as a vector [n_embd].
       w.shared_router = view(*find(p + "ffn_gate_inp_shexp.weight", true), 1, c.n_embd);
     }
@@ -251,7 +259,15 @@ class Loader {
     return list;
   }
 
+  // The first mixture layer after `il`; n_layer: none.
+  int64_t mixture_after(int64_t il) const {
+    while (++il < config_.n_layer && !is_mixture(il)) {
+    }
+    return il;
+  }
+
   bool is_mixture(int64_t il) const {
+    if (config_.routes_once) return il > 0;
     return config_.is_mixture() &&
            (config_.routed || file_.tensor("blk." + std::to_string(il) + ".ffn_gate_inp.weight"));
   }
@@ -276,7 +292,7 @@ class Loader {
 
 // Adds what one token reads of a layer's own matrices.
 void count_layer(const LayerWeights& w, int64_t* bytes, int64_t* macs) {
-  for (const Matrix* m : {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down, &w.router,
+  for (const Matrix* m : {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down, &w.router, &w.pregate,
                           &w.shared_gate, &w.shared_up, &w.shared_down, &w.shared_router}) {
     *bytes += m->nbytes();
     *macs += m->rows * m->cols;
@@ -296,6 +312,13 @@ void load_kept(const Loader& loader, const ModelConfig& c, Weights& w) {
     w.rope_factors_short = loader.vector("rope_factors_short.weight", c.rope.n_rot / 2);
   }
   w.token_bytes = w.output.nbytes();
+  if (c.routes_once) {
+    w.router_norm = loader.vector("router_norm.weight", c.n_embd);
+    w.router_up = loader.matrix("router_up.weight", c.n_router, c.n_embd);
+    w.router_down = loader.matrix("router_down.weight", c.n_expert, c.n_router);
+    w.token_bytes += w.router_up.nbytes() + w.router_down.nbytes();
+    w.layer_macs += c.n_router * (c.n_embd + c.n_expert);
+  }
   for (int64_t il = 0; il < c.n_layer; ++il) {
     w.layers.push_back(loader.layer(il));
     count_layer(w.layers.back(), &w.token_bytes, &w.layer_macs);
@@ -304,7 +327,7 @@ void load_kept(const Loader& loader, const ModelConfig& c, Weights& w) {
 
 void count_experts(const ModelConfig& c, Weights& w) {
   for (int64_t il = 0; il < c.n_layer; ++il) {
-    if (!w.layers[static_cast<size_t>(il)].router) continue;
+    if (!w.layers[static_cast<size_t>(il)].mixture) continue;
     w.token_bytes += w.experts->layer_bytes(il) / c.n_expert * c.n_expert_used;
     w.layer_macs += c.n_expert_used * 3 * c.n_ff_expert * c.n_embd;
   }

@@ -25,11 +25,14 @@ struct LayerWeights {
   Vector q_norm, k_norm;  // [head_dim], or [heads * head_dim] with qk_norm_full
   Vector post_attn_norm;  // [n_embd], after attention, before the residual sum
   Vector ffn_norm;        // [n_embd]
+  bool mixture = false;   // else dense
   Matrix gate, up, down;  // dense feed-forward
   Vector post_ffn_norm;   // [n_embd]
-  Matrix router;          // [n_expert][n_embd]
+  Matrix router;          // [n_expert][n_embd]; none with routes_once
+  Matrix pregate;         // [n_expert][n_embd]: chooses the next mixture layer's experts
+  Vector pregate_bias;    // [n_expert]
   Matrix shared_gate, shared_up, shared_down;  // shared expert
-  Matrix shared_router;                        // [1][n_embd]: its sigmoid scales the shared expert
+  Matrix shared_router;  // [1][n_embd]: its sigmoid scales the shared expert; none: in full
 };
 
 // Weights in memory of our own: they cannot change or vanish under a running model as those of a
@@ -66,6 +69,9 @@ struct Weights {
   Vector output_bias;   // [n_vocab]
   Vector rope_factors;  // [n_rot / 2] divisors of the frequencies; empty: none
   Vector rope_factors_long, rope_factors_short;
+  // With routes_once: logits = down * relu(up * norm of the residual stream after layer 0).
+  Vector router_norm;             // [n_embd]
+  Matrix router_up, router_down;  // [n_router][n_embd], [n_expert][n_router]
   std::vector<LayerWeights> layers;
   std::unique_ptr<ExpertStore> experts;  // null for dense models
   FlashExperts* flash = nullptr;         // `experts`, where they are on flash

@@ -392,22 +392,33 @@ struct Walker {
     }
   }
 
+  // How early the layers' experts are announced.
+  enum class Announce { kNever, kAtTheLayer, kAllAtOnce };
+
   // One chunk through the layers. Returns false where a read failed.
   bool walk(int64_t tokens, bool announce, const std::function<void()>& poll = {}) {
+    return walk(tokens, announce ? Announce::kAtTheLayer : Announce::kNever, poll);
+  }
+  bool walk(int64_t tokens, Announce announce, const std::function<void()>& poll = {}) {
     try {
       std::vector<int32_t> chunk(static_cast<size_t>(tokens));
       for (int32_t& t : chunk) t = static_cast<int32_t>(random() % 4);
       store->begin(chunk, 0, &poll);
+      // One router for all layers where all are announced at once.
+      const Routes once = routes(tokens);
+      for (int64_t l = 0; announce == Announce::kAllAtOnce && l < Mixture::kLayers; ++l) {
+        if (mixture.shape.mixture[static_cast<size_t>(l)]) store->announce(l, once);
+      }
       for (int64_t l = 0; l < Mixture::kLayers; ++l) {
         if (!mixture.shape.mixture[static_cast<size_t>(l)]) continue;
-        const Routes r = routes(tokens);
-        if (announce) store->announce(l, r);
+        const Routes r = announce == Announce::kAllAtOnce ? once : routes(tokens);
+        if (announce == Announce::kAtTheLayer) store->announce(l, r);
         const std::set<int32_t> distinct(r.expert.begin(), r.expert.end());
         const std::vector<int32_t> experts(distinct.begin(), distinct.end());
         const auto lease = store->acquire(l, experts, r);
         acquired += static_cast<int64_t>(experts.size());
         FakeAhead ahead(random, tokens);
-        store->look_ahead(l, ahead);
+        if (announce != Announce::kAllAtOnce) store->look_ahead(l, ahead);
         std::vector<int> times(experts.size());
         for (;;) {
           const std::span<const int32_t> ready = lease->next_ready();
@@ -501,6 +512,27 @@ void test_every_combination(const Files& files) {
         w.check_settled(what);
       }
     }
+  }
+}
+
+// All layers announced before the first: nothing is read on demand, and nothing twice, as long as
+// three slots or more are there for each read under way.
+void test_announced(const Files& files) {
+  for (uint64_t seed = 0; seed < 24; ++seed) {
+    const double share = 0.25 * static_cast<double>(seed % 4);
+    const std::string what = "announced, share " + std::to_string(share);
+    Walker w(files, "null:delay=0..0.3ms,reorder,seed=" + std::to_string(seed), 3,
+             seed % 2 ? "lru" : "reuse", "next_gate", PrefetchMode::kOn, share, seed);
+    for (int i = 0; i < 40; ++i) {
+      check(w.walk(i % 8 == 7 ? 9 : 1, Walker::Announce::kAllAtOnce), what + ": no read fails");
+    }
+    const stoker::StoreStatistics s = w.store->statistics();
+    check(s.hits + s.late + s.misses == w.acquired, what + ": hits, late and misses");
+    check(s.prefetches == s.prefetches_used + s.cancelled || share == 0, what + ": all are used");
+    if (w.store->cache().n_slots() >= 12 * Mixture::kUsed) {
+      check(s.decode_misses == 0, what + ": " + std::to_string(s.decode_misses) + " misses");
+    }
+    w.check_settled(what);
   }
 }
 
@@ -612,6 +644,7 @@ int main() {
     run("plan_slots", [] { test_plan_slots(); });
     run("cache", [] { test_cache(); });
     run("every combination", [&] { test_every_combination(files); });
+    run("announced", [&] { test_announced(files); });
     run("failures", [&] { test_failures(files); });
     run("failures as leases begin", [&] { test_failures_as_leases_begin(files); });
     run("interruptions", [&] { test_interruptions(files); });

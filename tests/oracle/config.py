@@ -8,9 +8,10 @@ from typing import Any
 
 from oracle.weights import Weights
 
-ADJACENT_PAIRS = frozenset({"llama"})  # all others rotate (i, i + n_rot / 2)
+ADJACENT_PAIRS = frozenset({"llama", "tokenrouted"})  # all others rotate (i, i + n_rot / 2)
 GATE_SOFTMAX, GATE_SIGMOID = 1, 2  # values of <arch>.expert_gating_func
 SMALLTHINKER_PERIOD = 4  # every fourth layer is global and has no positions
+PREGATED = "pregated-"  # prefix of architectures whose experts are chosen a layer ahead
 GEMMA3_27B_LAYERS = 62  # the one size whose queries are not scaled by the head size
 
 
@@ -28,7 +29,7 @@ class RopeScaling:
 class Config:
     """Sizes in elements; one entry a layer in the lists."""
 
-    architecture: str
+    architecture: str  # without PREGATED
     n_layer: int
     n_embd: int
     n_head: int
@@ -62,12 +63,13 @@ def scalar(value: Any) -> Any:
 
 def read_config(w: Weights) -> Config:
     """The configuration of `w`; raises KeyError where a required key is missing."""
-    arch = w.get("general.architecture")
+    prefix = w.get("general.architecture")
+    arch = prefix.removeprefix(PREGATED)
 
     def get(key: str, default: Any = None) -> Any:
-        value = scalar(w.get(f"{arch}.{key}", default))
+        value = scalar(w.get(f"{prefix}.{key}", default))
         if value is None:
-            raise KeyError(f"{arch}.{key}")
+            raise KeyError(f"{prefix}.{key}")
         return value
 
     n_layer, n_embd, n_head = (
@@ -82,7 +84,7 @@ def read_config(w: Weights) -> Config:
     base = get("rope.freq_base", 10000.0)
 
     window = get("attention.sliding_window", 0) if arch in ("gemma3", "smallthinker") else 0
-    pattern = w.get(f"{arch}.attention.sliding_window_pattern")
+    pattern = w.get(f"{prefix}.attention.sliding_window_pattern")
     sliding = [False] * n_layer
     positions = [True] * n_layer
     if window > 0 and arch == "gemma3":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ RENORMALISED = {"llama": True, "qwen3moe": True, "smallthinker": True}
 RENORMALISED |= {"qwen2moe": False, "olmoe": False}
 # Matrices that precision="balanced" multiplies with activations of two int8 terms.
 BALANCED = frozenset({"attn_q", "attn_k", "attn_v", "ffn_gate_inp", "output", "token_embd"})
-FAMILIES = frozenset({"qwen2", "qwen3", "gemma3", *RENORMALISED})
+FAMILIES = frozenset({"qwen2", "qwen3", "gemma3", "tokenrouted", *RENORMALISED})
 
 
 class Oracle:
@@ -51,6 +52,7 @@ class Oracle:
         self._gelu = layers.gelu_tanh_half if half_gelu else layers.gelu_tanh
         self._context = context or self.c.context
         self.routes: list[Route] = []  # of the last call, one a mixture layer
+        self._scores: Array | None = None  # of the next mixture layer's experts, if pre-gated
 
     def logits(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> Array:
         """Logits after each of `tokens`, [n, n_vocab]."""
@@ -60,13 +62,14 @@ class Oracle:
 
     def hidden(self, tokens: Sequence[int] | npt.NDArray[np.integer]) -> Array:
         """Final-norm hidden state after each of `tokens`, [n, n_embd]."""
-        self.routes = []
+        self.routes, self._scores = [], None
         h = self.w["token_embd.weight"][np.asarray(tokens, dtype=np.int64)]
         if self.c.architecture == "gemma3":
             h = h * math.sqrt(self.c.n_embd)
         block: Callable[[Array, int], Array] = {
             "gemma3": self._sandwich_block,
             "smallthinker": self._prerouted_block,
+            "tokenrouted": self._once_routed_block,
         }.get(self.c.architecture, self._block)
         for layer in range(self.c.n_layer):
             h = block(h, layer)
@@ -81,7 +84,7 @@ class Oracle:
         x = self._norm(h, b + "ffn_norm.weight")
         if not self.c.n_expert:
             return h + self._ffn(x, b + "ffn_{}.weight", layers.silu)
-        out = self._experts(x, self._linear(x, b + "ffn_gate_inp.weight"), layer, layers.silu)
+        out = self._experts(x, self._route(x, layer), layer, layers.silu)
         if self.c.architecture == "qwen2moe":
             shared = self._ffn(x, b + "ffn_{}_shexp.weight", layers.silu)
             gate = x @ self.w[b + "ffn_gate_inp_shexp.weight"].reshape(-1, 1)
@@ -99,10 +102,26 @@ class Oracle:
     def _prerouted_block(self, h: Array, layer: int) -> Array:
         """smallthinker: the router sees the layer's raw input, before attention."""
         b = f"blk.{layer}."
-        router_logits = self._linear(h, b + "ffn_gate_inp.weight")
+        r = self._route(h, layer)
         h = h + self._attention(self._norm(h, b + "attn_norm.weight"), layer)
         x = self._norm(h, b + "ffn_norm.weight")
-        return h + self._experts(x, router_logits, layer, layers.relu)
+        return h + self._experts(x, r, layer, layers.relu)
+
+    def _once_routed_block(self, h: Array, layer: int) -> Array:
+        """tokenrouted: a dense layer 0, then one choice of experts for all layers, each in full."""
+        b = f"blk.{layer}."
+        h = h + self._attention(self._norm(h, b + "attn_norm.weight"), layer)
+        x = self._norm(h, b + "ffn_norm.weight")
+        if layer > 0:
+            if b + "ffn_gate_shexp.weight" in self.w:
+                h = h + self._ffn(x, b + "ffn_{}_shexp.weight", layers.silu)
+            return h + self._experts(x, self.routes[-1], layer, layers.silu)
+        h = h + self._ffn(x, b + "ffn_{}.weight", layers.silu)
+        hidden = self._linear(self._norm(h, "router_norm.weight"), "router_up.weight")
+        logits = self._linear(layers.relu(hidden), "router_down.weight")
+        chosen = layers.route(logits, self.c, renormalise=False)
+        self.routes.append(replace(chosen, weights=np.ones_like(chosen.weights)))
+        return h
 
     # Parts.
 
@@ -131,12 +150,26 @@ class Oracle:
 
         return project(activation(project(x, gate)) * project(x, up), down)
 
-    def _experts(
-        self, x: Array, router_logits: Array, layer: int, activation: Callable[[Array], Array]
-    ) -> Array:
-        renormalise = RENORMALISED[self.c.architecture]
-        r = layers.route(router_logits, self.c, renormalise=renormalise)
+    def _route(self, x: Array, layer: int) -> Route:
+        """The experts for x, which the router reads; where the model is pre-gated they were chosen
+        at the mixture layer before."""
+        b = f"blk.{layer}."
+        r = layers.route(
+            self._linear(x, b + "ffn_gate_inp.weight"),
+            self.c,
+            renormalise=RENORMALISED[self.c.architecture],
+            scores=self._scores,
+        )
         self.routes.append(r)
+        gated = b + "ffn_pregate.weight" in self.w
+        self._scores = (
+            self._linear(x, b + "ffn_pregate.weight", b + "ffn_pregate.bias") if gated else None
+        )
+        return r
+
+    def _experts(
+        self, x: Array, r: Route, layer: int, activation: Callable[[Array], Array]
+    ) -> Array:
         b = f"blk.{layer}."
         one_tensor = b + "ffn_gate_exps.weight" in self.w
 
@@ -174,7 +207,7 @@ class Oracle:
         return self._linear(out, b + "attn_output.weight", b + "attn_output.bias")
 
     def _rope_divisors(self) -> Array | None:
-        if self.c.architecture != "llama":
+        if self.c.architecture not in ADJACENT_PAIRS:
             return None
         if self.c.scaling.kind != "longrope":
             return self.w.optional("rope_freqs.weight")

@@ -133,21 +133,37 @@ class Route:
 
     experts: npt.NDArray[np.int64]  # [n, n_expert_used], best first
     weights: Array  # [n, n_expert_used]
-    margin: Array  # [n] router logit of the last chosen less that of the best not chosen
+    margin: Array  # [n] score of the last chosen less that of the best not chosen
 
 
-def route(router_logits: Array, c: Config, *, renormalise: bool) -> Route:
-    """Chooses n_expert_used of [n, n_expert]; the lower index wins a tie."""
+def route(
+    router_logits: Array, c: Config, *, renormalise: bool, scores: Array | None = None
+) -> Route:
+    """Chooses n_expert_used of [n, n_expert]; the lower index wins a tie.
+
+    scores: choose instead of the router, which then weighs their choice, with the sum that its own
+        would have had.
+    """
+    chosen_elsewhere = scores is not None
+    if scores is None:
+        scores = router_logits
     if c.gating not in (GATE_SOFTMAX, GATE_SIGMOID):
         raise ValueError(f"expert_gating_func 1 or 2 expected, found {c.gating}")
     soft = c.gating == GATE_SOFTMAX
     p = softmax(router_logits) if soft else 1.0 / (1.0 + np.exp(-router_logits))
-    order = np.argsort(-router_logits, axis=-1, kind="stable")
-    experts = order[:, : c.n_expert_used]
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    experts = np.sort(order[:, : c.n_expert_used], axis=-1)
+    best_first = np.argsort(-np.take_along_axis(router_logits, experts, -1), -1, kind="stable")
+    experts = np.take_along_axis(experts, best_first, axis=-1)
     weights = np.take_along_axis(p, experts, axis=-1)
-    if renormalise:
-        weights = weights / np.maximum(weights.sum(axis=-1, keepdims=True), MIN_WEIGHT_SUM)
-    ranked = np.take_along_axis(router_logits, order, axis=-1)
+    total = weights.sum(axis=-1, keepdims=True)
+    if chosen_elsewhere:  # they are all there is, however unlikely
+        most = 1.0 if renormalise else np.sort(p)[:, -c.n_expert_used :].sum(-1, keepdims=True)
+        alone = softmax(np.take_along_axis(router_logits, experts, axis=-1))
+        weights = most * np.where(total < MIN_WEIGHT_SUM, alone, weights / (total + 1e-30))
+    elif renormalise:
+        weights = weights / np.maximum(total, MIN_WEIGHT_SUM)
+    ranked = np.take_along_axis(scores, order, axis=-1)
     last = c.n_expert_used
     margin = (
         ranked[:, last - 1] - ranked[:, last] if last < c.n_expert else np.full(len(ranked), np.inf)
