@@ -179,9 +179,9 @@ class _Refactoring:
         trial = path.with_name(f".{path.name}.split")
         try:
             self._file.write(trial, self._router, self._splits, self._unfitted())
+            split = self._stage(self._model(trial), measured)
             if r.minutes == 0:
                 os.replace(trial, path)
-            split = self._stage(self._model(path if r.minutes == 0 else trial), measured)
         finally:
             with suppress(FileNotFoundError):
                 trial.unlink()

@@ -27,7 +27,7 @@ from stoker.runtime.errors import (
     StokerError,
     UnsupportedModelError,
 )
-from tiny_models import make, some_tokens
+from tiny_models import WIDE, make, some_tokens
 from typer.testing import CliRunner
 
 WORDS = ("the cat sat on the mat", "a dog ran in fog", "one two three", "x = y + z;", "Paris")
@@ -221,6 +221,18 @@ def test_quantized_rows_are_copied(tmp_path: Path) -> None:
     assert "Q4_0" in kinds and other["blk.0.ffn_up.weight"].tensor_type.name == "Q8_0"
 
 
+def test_k_quants_are_split_by_their_blocks(tmp_path: Path) -> None:
+    dense = make(tmp_path / "dense.gguf", "llama", quant="Q4_K", **(WIDE | {"n_ff": 1024}))
+    with pytest.raises(OptionError, match=r"width: .* in steps of 256 .*, found 128"):
+        small(dense, tmp_path / "out.gguf", shared=256, width=128)
+    path = small(dense, tmp_path / "out.gguf", experts=3, used=3, shared=256, width=256).path
+    assert tensors(path)["blk.1.ffn_down_exps.weight"].tensor_type.name == "Q4_K"
+    # The down matrices' columns stand in other blocks, and are rounded once more.
+    ours, theirs = logits(path), logits(dense)
+    assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.8
+    assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.98
+
+
 def test_metadata_is_carried_over_under_the_new_name(base: Path, made: Path) -> None:
     mine, dense = _core.GgufFile(str(made)).metadata, _core.GgufFile(str(base)).metadata
     assert mine["general.architecture"] == "tokenrouted"
@@ -398,8 +410,22 @@ def test_an_interruption_leaves_nothing(base: Path, tmp_path: Path, stage: str) 
         if what == stage and done == total:
             raise Stop
 
+    for minutes in (0, 5) if stage != "fitting" else (5,):
+        with pytest.raises(Stop):
+            small(base, tmp_path / "out.gguf", progress=progress, minutes=minutes)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_after_splitting_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        seen.append(what)
+        if what == "perplexity" and "channels" in seen:
+            raise Stop
+
     with pytest.raises(Stop):
-        small(base, tmp_path / "out.gguf", progress=progress)
+        small(base, tmp_path / "out.gguf", progress=progress, minutes=0)
     assert list(tmp_path.iterdir()) == []
 
 
