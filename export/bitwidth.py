@@ -142,7 +142,7 @@ def adapt(
     if out is None and curve < 1:
         raise OptionError("expected an output, a curve, or both")
     path = Path(source)
-    beside = Path(out) if out is not None else path.with_name(f"{path.name}.curve")
+    beside = _beside(path, out)
     check_output(beside, [path] if path.exists() else [], force=force or out is None)
     mixes.check_types("types", types)
     work = _Adapting(
@@ -170,6 +170,24 @@ def adapt(
     work.clean()
     points = sorted(set(points), key=lambda p: (p.bits, p.kl))
     return Adapted(None if out is None else beside, work.source_point, points, made, used)
+
+
+def resumable_part(
+    source: str | os.PathLike[str], out: str | os.PathLike[str] | None
+) -> Path | None:
+    """A file that an interrupted `adapt` has left to go on from, None where there is none."""
+    left = _hidden(_beside(Path(source), out)).values()
+    return next((path for path in left if path.exists()), None)
+
+
+def _beside(source: Path, out: str | os.PathLike[str] | None) -> Path:
+    """What the hidden files lie beside."""
+    return source.with_name(f"{source.name}.curve") if out is None else Path(out)
+
+
+def _hidden(beside: Path) -> dict[str, Path]:
+    kinds = ("imatrix", "palette", "found")
+    return {kind: beside.with_name(f".{beside.name}.{kind}") for kind in kinds}
 
 
 class _Adapting:
@@ -206,9 +224,7 @@ class _Adapting:
         self._layer = np.array([layers.index(m.layer) for m in self._matrices])
         self._part = np.array([PARTS.index(m.part) for m in self._matrices])
         self._group = self._layer * len(PARTS) + self._part
-        self._hidden = {
-            kind: out.with_name(f".{out.name}.{kind}") for kind in ("imatrix", "palette", "found")
-        }
+        self._hidden = _hidden(out)
         self._found: dict[str, Measurement] = {}
 
     # ---- preparation

@@ -30,6 +30,16 @@ def format_row(name: str) -> dict[str, Any]:
     raise UnsupportedModelError(f"tensor type {name} is not supported")
 
 
+def feed_forward_part(name: str) -> tuple[int, str | None]:
+    """(layer, "gate", "up" or "down") of a dense feed-forward matrix, (-1, None) of others."""
+    pieces = name.split(".")
+    if len(pieces) == 4 and pieces[0] == "blk" and pieces[3] == "weight":
+        part = pieces[2].removeprefix("ffn_")
+        if pieces[2].startswith("ffn_") and part in PARTS:
+            return int(pieces[1]), part
+    return -1, None
+
+
 class DenseBase:
     """The base: its sizes and its tensors' bytes."""
 

@@ -61,27 +61,22 @@ class Judge:
     ) -> None:
         """memory: budget of the engine, None: 1 GiB, or more where the model needs it."""
         self._memory, self._threads = memory, threads
+        self._context = max(len(w) for w in (*texts.search, *texts.report))
         self._journal: Path | None = None
         self._known: dict[str, Measurement] = {}
         self._texts: dict[str, Sequence[tuple[Window, Floats]]] = {}
         self.source: dict[str, Measurement] = {}
-        with self._logits_of(source, texts) as logits:
+        with self._logits_of(source) as logits:
             for name, windows in (("search", texts.search), ("report", texts.report)):
                 seen = [(window, logits(window)) for window in windows]
                 self._texts[name] = seen
                 nll = np.concatenate([token_nll(x, window) for window, x in seen])
                 self.source[name] = Measurement(0.0, float(nll.mean()))
-        self._context = max(len(w) for w in (*texts.search, *texts.report))
 
     @contextmanager
-    def _logits_of(
-        self, path: Path, texts: Texts | None = None
-    ) -> Iterator[Callable[[Window], Floats]]:
+    def _logits_of(self, path: Path) -> Iterator[Callable[[Window], Floats]]:
         from ..runtime.model import Model
         from ..runtime.options import LoadOptions
-
-        if texts is not None:
-            self._context = max(len(w) for w in (*texts.search, *texts.report))
 
         def load(memory: str | int) -> Model:
             options = LoadOptions(threads=self._threads, context=self._context, memory=memory)

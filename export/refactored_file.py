@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from . import gguf_writer
 from .channel_split import Split
-from .dense_base import PARTS, DenseBase, format_row
+from .dense_base import PARTS, DenseBase, feed_forward_part, format_row
 from .gguf_writer import PartFile, Tensor
 from .llama_layers import Floats, Indices
 from .model_writer import making
@@ -81,7 +81,7 @@ class RefactoredFile:
             Tensor("router_down.weight", (h, r.experts), 0, 4 * h * r.experts),
         ]
         for t in d.file.tensors:
-            layer, part = _feed_forward_part(t.name)
+            layer, part = feed_forward_part(t.name)
             if part is None or layer == 0:
                 rows.append(Tensor(t.name, tuple(t.shape), format_row(t.type)["id"], t.nbytes))
                 self._copied.append(t.name)
@@ -178,13 +178,3 @@ class RefactoredFile:
         edges = [0] * (r.shared > 0)
         edges += [r.shared + e * r.width for e in range(r.experts + 1)]
         return list(pairwise(edges))
-
-
-def _feed_forward_part(name: str) -> tuple[int, str | None]:
-    """(layer, "gate", "up" or "down") of a dense feed-forward matrix, (-1, None) of others."""
-    pieces = name.split(".")
-    if len(pieces) == 4 and pieces[0] == "blk" and pieces[3] == "weight":
-        part = pieces[2].removeprefix("ffn_")
-        if pieces[2].startswith("ffn_") and part in PARTS:
-            return int(pieces[1]), part
-    return -1, None

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from ..runtime.errors import ModelFileError, OptionError
 from . import gguf_writer
-from .dense_base import PARTS, DenseBase, format_row
+from .dense_base import PARTS, DenseBase, feed_forward_part, format_row
 from .gguf_writer import Layout, PartFile, Tensor
 from .hidden_states import Progress, feed_forward_inputs, of_text, own_text
 from .model_writer import (
@@ -256,7 +256,7 @@ class _Upcycling:
         rows: list[Tensor] = []
         begun: set[int] = set()  # layers whose router has its row
         for t in file.tensors:
-            layer, part = _feed_forward_part(t.name)
+            layer, part = feed_forward_part(t.name)
             if part is None:
                 rows.append(Tensor(t.name, tuple(t.shape), format_row(t.type)["id"], t.nbytes))
                 self._sources[t.name] = t.name
@@ -447,16 +447,6 @@ class _Upcycling:
     def _report(self, what: str, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(what, done, total)
-
-
-def _feed_forward_part(name: str) -> tuple[int, str | None]:
-    """(layer, "gate", "up" or "down") of a dense feed-forward matrix, (-1, None) of others."""
-    pieces = name.split(".")
-    if len(pieces) == 4 and pieces[0] == "blk" and pieces[3] == "weight":
-        part = pieces[2].removeprefix("ffn_")
-        if pieces[2].startswith("ffn_") and part in PARTS:
-            return int(pieces[1]), part
-    return -1, None
 
 
 def _halves_from_pairs(head_dim: int, n_rot: int) -> npt.NDArray[np.int64]:

@@ -265,6 +265,7 @@ void FlashExperts::announce(int64_t layer, const Routes& routes) {
 }
 
 void FlashExperts::wish_announced() {
+  if (announced_wished_ == announced_.size()) return;
   // What is wished for stays in its slot until its layer comes. The layer that computes and the
   // policy keep the rest; the next layer always gets its wishes.
   std::vector<int64_t> room(layout_.class_units().size());
@@ -350,15 +351,6 @@ void FlashExperts::sort_wishes() {
   std::stable_sort(wishes_.begin(), wishes_.end(), [](const Wish& a, const Wish& b) {
     return a.step != b.step ? a.step < b.step : a.probability > b.probability;
   });
-}
-
-int64_t FlashExperts::layer_bytes(int64_t layer) const {
-  int64_t total = 0;
-  for (int64_t e = 0; e < layout_.n_expert(); ++e) {
-    const UnitId u = layout_.unit(layer, e);
-    if (layout_.has(u)) total += layout_.nbytes(u);
-  }
-  return total;
 }
 
 void FlashExperts::publish() {

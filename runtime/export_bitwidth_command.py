@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -76,35 +75,32 @@ def bitwidth(
     stoker export bitwidth model-f16.gguf small.gguf --text corpus.txt --max-loss 1
     stoker export bitwidth model-q8.gguf --text corpus.txt --curve 3 --json > curve.json
     """
-    from ..export.bitwidth import Search, adapt
+    from ..export.bitwidth import Search, adapt, resumable_part
     from .memory import byte_count
     from .run_command import find, read_text
-    from .terminal import size, stage_progress
+    from .terminal import resumable, size, stage_progress
 
     corpus = read_text(text)
     search = Search(tokens=tokens, window=window, steps=steps, seed=seed, memory=memory)
     if max_loss is not None and not max_loss > 0:
         raise OptionError(f"--max-loss must be above 0, not {max_loss}")
-    try:
-        with stage_progress() as progress:
-            found = adapt(
-                find(model),
-                out,
-                corpus,
-                bits=bits,
-                nbytes=None if file_size is None else byte_count(file_size),
-                loss=None if max_loss is None else max_loss / 100,
-                types=[t.strip() for t in types.split(",")],
-                curve=curve,
-                imatrix=imatrix,
-                search=search,
-                threads=threads,
-                force=force,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
-        raise
+    path = find(model)
+    with resumable(lambda: resumable_part(path, out)), stage_progress() as progress:
+        found = adapt(
+            path,
+            out,
+            corpus,
+            bits=bits,
+            nbytes=None if file_size is None else byte_count(file_size),
+            loss=None if max_loss is None else max_loss / 100,
+            types=[t.strip() for t in types.split(",")],
+            curve=curve,
+            imatrix=imatrix,
+            search=search,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
     if as_json:
         typer.echo(json.dumps(_as_dict(found), indent=2))
         return
@@ -126,7 +122,7 @@ def _as_dict(found: Adapted) -> dict[str, object]:
 
 def _table(found: Adapted) -> str:
     """Aligned columns for people."""
-    from .terminal import size
+    from .terminal import aligned, size
 
     def row(p: Point, name: str) -> tuple[str, ...]:
         loss = p.ppl / found.source.ppl - 1
@@ -138,11 +134,4 @@ def _table(found: Adapted) -> str:
     for p in found.points:
         made = "  <- written" if p == found.made else ""
         rows.append(row(p, (p.uniform or "adapted") + made))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(r, widths, strict=True))
-        )
-        for r in rows
-    )
+    return "\n".join(aligned(rows, left=1))

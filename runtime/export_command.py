@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -85,32 +84,26 @@ def upcycle(
     """
     from ..export import upcycle as upcycling
     from .run_command import find, read_text
-    from .terminal import size, stage_progress
+    from .terminal import resumable, size, stage_progress
 
     corpus = None if text is None else read_text(text)
     path = find(base)
-    try:
-        with stage_progress() as progress:
-            made = upcycling.upcycle(
-                path,
-                out,
-                experts=experts,
-                used=used,
-                architecture=arch,
-                type=type,
-                text=corpus,
-                router=router,
-                noise=noise,
-                seed=seed,
-                threads=threads,
-                force=force,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        left = upcycling.resumable_part(out)
-        kept = "nothing was written" if left is None else "the same command goes on from here"
-        print(f"\ninterrupted: {kept}", file=sys.stderr)
-        raise
+    with resumable(lambda: upcycling.resumable_part(out)), stage_progress() as progress:
+        made = upcycling.upcycle(
+            path,
+            out,
+            experts=experts,
+            used=used,
+            architecture=arch,
+            type=type,
+            text=corpus,
+            router=router,
+            noise=noise,
+            seed=seed,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
     typer.echo(
         f"{made.path}: {size(made.nbytes)}, {experts} experts of {size(made.expert_bytes)} a layer"
     )

@@ -50,28 +50,22 @@ def gguf(
     """
     from ..export import hf_to_gguf, mixes
     from .errors import OptionError
-    from .terminal import size, stage_progress
+    from .terminal import resumable, size, stage_progress
 
     overrides = [mixes.parse_override(text) for text in override or []]
     if overrides and type is None:
         raise OptionError("--override: expected together with --type, found no type")
-    try:
-        with stage_progress() as progress:
-            made = hf_to_gguf.convert(
-                folder,
-                out,
-                type=type,
-                overrides=overrides,
-                pre=pre,
-                threads=threads,
-                force=force,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        left = hf_to_gguf.resumable_part(out)
-        kept = "nothing was written" if left is None else "the same command goes on from here"
-        print(f"\ninterrupted: {kept}", file=sys.stderr)
-        raise
+    with resumable(lambda: hf_to_gguf.resumable_part(out)), stage_progress() as progress:
+        made = hf_to_gguf.convert(
+            folder,
+            out,
+            type=type,
+            overrides=overrides,
+            pre=pre,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     types = ", ".join(f"{count} {name}" for name, count in made.types.items())

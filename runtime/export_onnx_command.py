@@ -56,33 +56,27 @@ def onnx(
     from ..export.to_onnx import gguf_to_onnx, interrupted_part
     from .errors import OptionError
     from .run_command import find
-    from .terminal import byte_progress, size
+    from .terminal import byte_progress, resumable, size
 
     folder = Path(source).is_dir()
     if not folder and through == "optimum":
         raise OptionError("--through optimum expects a Hugging Face folder")
     path = Path(source) if folder else find(source)
-    try:
-        with byte_progress() as progress:
-            if folder:
-                made = hf_to_onnx(
-                    path,
-                    out,
-                    type=type,
-                    context=context,
-                    through=through,
-                    force=force,
-                    progress=progress,
-                )
-            else:
-                made = gguf_to_onnx(
-                    path, out, type=type, context=context, force=force, progress=progress
-                )
-    except KeyboardInterrupt:
-        left = interrupted_part(out)
-        kept = "nothing was written" if left is None else "the same command goes on from here"
-        print(f"\ninterrupted: {kept}", file=sys.stderr)
-        raise
+    with resumable(lambda: interrupted_part(out)), byte_progress() as progress:
+        if folder:
+            made = hf_to_onnx(
+                path,
+                out,
+                type=type,
+                context=context,
+                through=through,
+                force=force,
+                progress=progress,
+            )
+        else:
+            made = gguf_to_onnx(
+                path, out, type=type, context=context, force=force, progress=progress
+            )
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     typer.echo(

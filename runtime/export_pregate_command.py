@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,7 +74,7 @@ def pregate(
     from . import profile_command
     from .options import LoadOptions
     from .run_command import find, open_model, read_text
-    from .terminal import stage_progress
+    from .terminal import resumable, stage_progress
 
     if hint_only and test is not None:
         raise OptionError("--test: expected none with --hint-only, which changes no perplexity")
@@ -101,26 +100,20 @@ def pregate(
         show = profile_command.as_json_text if as_json else profile_command.as_table
         typer.echo(show(hints))
         return
-    try:
-        with stage_progress() as progress:
-            made = pregating.pregate(
-                path,
-                out,
-                text=corpus,
-                test_text=measured,
-                tokens=amount,
-                minutes=minutes,
-                seed=seed,
-                threads=threads,
-                memory=memory,
-                force=force,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        left = pregating.resumable_part(out)
-        kept = "nothing was written" if left is None else "the same command goes on from here"
-        print(f"\ninterrupted: {kept}", file=sys.stderr)
-        raise
+    with resumable(lambda: pregating.resumable_part(out)), stage_progress() as progress:
+        made = pregating.pregate(
+            path,
+            out,
+            text=corpus,
+            test_text=measured,
+            tokens=amount,
+            minutes=minutes,
+            seed=seed,
+            threads=threads,
+            memory=memory,
+            force=force,
+            progress=progress,
+        )
     typer.echo(as_json_text(made) if as_json else as_table(made))
 
 

@@ -52,27 +52,21 @@ def quantize(
     from ..export import mixes
     from ..export import quantize as quantizing
     from .run_command import find
-    from .terminal import size, stage_progress
+    from .terminal import resumable, size, stage_progress
 
     overrides = [mixes.parse_override(text) for text in override or []]
     path = find(source)
-    try:
-        with stage_progress() as progress:
-            made = quantizing.quantize(
-                path,
-                out,
-                type=type,
-                overrides=overrides,
-                imatrix=imatrix,
-                threads=threads,
-                force=force,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        left = quantizing.resumable_part(out)
-        kept = "nothing was written" if left is None else "the same command goes on from here"
-        print(f"\ninterrupted: {kept}", file=sys.stderr)
-        raise
+    with resumable(lambda: quantizing.resumable_part(out)), stage_progress() as progress:
+        made = quantizing.quantize(
+            path,
+            out,
+            type=type,
+            overrides=overrides,
+            imatrix=imatrix,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     types = ", ".join(f"{count} {name}" for name, count in made.types.items())

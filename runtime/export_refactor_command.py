@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,30 +65,26 @@ def refactor(
     """
     from ..export.refactor import refactor as refactoring
     from .run_command import find, read_text
-    from .terminal import stage_progress
+    from .terminal import resumable, stage_progress
 
     texts = None if not text else [read_text(path) for path in text]
     path = find(base)
-    try:
-        with stage_progress() as progress:
-            made = refactoring(
-                path,
-                out,
-                experts=experts,
-                used=used,
-                shared=shared,
-                width=width,
-                type=type,
-                text=texts,
-                minutes=minutes,
-                seed=seed,
-                threads=threads,
-                force=force,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written", file=sys.stderr)
-        raise
+    with resumable(lambda: None), stage_progress() as progress:
+        made = refactoring(
+            path,
+            out,
+            experts=experts,
+            used=used,
+            shared=shared,
+            width=width,
+            type=type,
+            text=texts,
+            minutes=minutes,
+            seed=seed,
+            threads=threads,
+            force=force,
+            progress=progress,
+        )
     if as_json:
         typer.echo(json.dumps({**asdict(made), "path": str(made.path)}, indent=2))
     else:
@@ -98,7 +93,7 @@ def refactor(
 
 def _table(made: Refactored) -> str:
     """Aligned columns for people."""
-    from .terminal import size
+    from .terminal import aligned, size
 
     rows = [("", "perplexity", "change", "bytes a token")]
     for name, stage in (
@@ -110,11 +105,7 @@ def _table(made: Refactored) -> str:
             change = stage.perplexity / made.dense.perplexity - 1
             cells = (f"{stage.perplexity:.3f}", f"{change:+.1%}", size(stage.token_bytes))
             rows.append((name, *cells))
-    widths = [max(len(r[i]) for r in rows) for i in range(4)]
-    lines = [
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in cells)
-        for cells in (list(enumerate(zip(r, widths, strict=True))) for r in rows)
-    ]
+    lines = aligned(rows, left=1)
     r = made.recipe
     lines.append(
         f"{made.path}: {size(made.nbytes)}; {r.shared} shared channels, {r.experts} experts of "

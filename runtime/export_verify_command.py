@@ -88,7 +88,7 @@ def _as_dict(found: Verification) -> dict[str, object]:
 
 def _table(found: Verification) -> str:
     """Aligned columns for people."""
-    from .terminal import size
+    from .terminal import aligned, size
 
     rows = [("", "kind", "size", "perplexity", "decode tok/s")]
     for name, form in (("A", found.a), ("B", found.b)):
@@ -101,11 +101,7 @@ def _table(found: Verification) -> str:
                 f"{form.decode:.1f}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    out = [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    out = aligned(rows, left=len(rows[0]))
     out += [
         "",
         f"KL of B from A     {found.kl:.3g} nats (99th percentile {found.kl_99:.3g})",

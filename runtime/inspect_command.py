@@ -52,7 +52,7 @@ def as_tsv(file: GgufFile) -> str:
 
 def as_table(file: GgufFile, *, metadata: bool, tensors: bool, full: bool = False) -> str:
     """Aligned columns for people."""
-    from .terminal import size
+    from .terminal import aligned, size
 
     entries = file.metadata
     infos = file.tensors
@@ -79,11 +79,7 @@ def as_table(file: GgufFile, *, metadata: bool, tensors: bool, full: bool = Fals
                 (*row, "shard" if i == 0 else str(infos[i - 1].shard + 1))  # type: ignore[misc]
                 for i, row in enumerate(rows)
             ]
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        out += [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        out += aligned(rows, left=len(rows[0]))
         totals: dict[str, int] = {}
         for t in infos:
             totals[t.type] = totals.get(t.type, 0) + t.nbytes

@@ -71,7 +71,7 @@ def profile(
 
 def as_table(made: Profile) -> str:
     """What each predictor finds of the experts that held-out text uses, for people."""
-    from .terminal import size
+    from .terminal import aligned, size
 
     recalls = made.recalls
     columns = sorted({(r.width, r.distance) for r in recalls})
@@ -81,13 +81,8 @@ def as_table(made: Profile) -> str:
     for name in names:
         cells = [of[name, w, d] for w, d in columns]
         rows.append([name, *("-" if r.mean is None else f"{r.mean * 100:.1f}%" for r in cells)])
-    widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-    out = [f"{made.path}: {size(made.nbytes)}, {made.tokens} tokens, 1/8 of them held out", ""]
-    for row in rows:
-        line = [row[0].ljust(widths[0])]
-        line += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        out.append("  ".join(line))
-    return "\n".join(out)
+    head = f"{made.path}: {size(made.nbytes)}, {made.tokens} tokens, 1/8 of them held out"
+    return "\n".join([head, "", *aligned(rows, left=1)])
 
 
 def as_json_text(made: Profile) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError
 from .memory import byte_count
-from .terminal import size
+from .terminal import aligned, size
 
 if TYPE_CHECKING:
     from ..offload.simulate import CacheSize, PolicyResult
@@ -108,11 +108,7 @@ def as_table(trace: Trace, found: Sequence[CacheSize]) -> str:
                 limit = result.tokens_per_s
                 row.append("no limit" if limit is None else f"{limit:.1f}")
             rows.append(row)
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        for row in rows:
-            cells = [row[0].ljust(widths[0])]
-            cells += [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-            out.append("  ".join(cells))
+        out += aligned(rows, left=1)
         out.append(_oracle_line(at.policies[-1]))
     return "\n".join(out)
 

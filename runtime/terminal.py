@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -31,6 +31,29 @@ def size(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """The rows with their columns below each other; the first `left` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+@contextmanager
+def resumable(part: Callable[[], object]) -> Iterator[None]:
+    """On Ctrl-C says what is left; part: what the same command would go on from, None: nothing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "nothing was written" if part() is None else "the same command goes on from here"
+        print(f"\ninterrupted: {kept}", file=sys.stderr)
+        raise
 
 
 @contextmanager
