@@ -34,12 +34,4 @@ std::unique_ptr<ExpertLease> ResidentExperts::acquire(int64_t layer,
   return std::make_unique<ResidentLease>(layers_[static_cast<size_t>(layer)], experts);
 }
 
-int64_t ResidentExperts::layer_bytes(int64_t layer) const {
-  int64_t total = 0;
-  for (const Expert& e : layers_[static_cast<size_t>(layer)]) {
-    total += e.gate.nbytes() + e.up.nbytes() + e.down.nbytes();
-  }
-  return total;
-}
-
 }  // namespace stoker

@@ -24,7 +24,7 @@ struct Matrix {
   int32_t tensor = -1;
   int32_t slice = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  explicit operator bool() const { return format != nullptr; }
   int64_t nbytes() const { return rows * stride; }
 };
 
@@ -85,8 +85,6 @@ class ExpertStore {
   // Time to guess what comes after `layer`, whose reads are under way; -1: before layer 0, when the
   // hidden states are the tokens' embeddings.
   virtual void look_ahead(int64_t layer, RouterAhead& ahead) { (void)layer, (void)ahead; }
-  // Bytes of one layer's expert weights, all experts.
-  virtual int64_t layer_bytes(int64_t layer) const = 0;
 };
 
 // Every expert in memory.
@@ -96,7 +94,6 @@ class ResidentExperts : public ExpertStore {
   void add(int64_t layer, Expert expert) { layers_[static_cast<size_t>(layer)].push_back(expert); }
   std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
                                        const Routes& routes) override;
-  int64_t layer_bytes(int64_t layer) const override;
 
  private:
   std::vector<std::vector<Expert>> layers_;  // [n_layer][n_expert]

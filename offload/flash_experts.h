@@ -73,7 +73,6 @@ class FlashExperts : public ExpertStore {
   std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
                                        const Routes& routes) override;
   void look_ahead(int64_t layer, RouterAhead& ahead) override;
-  int64_t layer_bytes(int64_t layer) const override;
 
   const Layout& layout() const { return layout_; }
   const Cache& cache() const { return cache_; }

@@ -37,6 +37,8 @@ class Layout {
   }
   int64_t layer_of(UnitId u) const { return u / n_expert_; }
   bool has(UnitId u) const { return at(u).n_reads > 0; }
+  // Gate, up and down of a unit: shapes and formats, data null.
+  const std::array<Matrix, 3>& matrices(UnitId u) const { return at(u).matrices; }
   // Weight bytes of a unit.
   int64_t nbytes(UnitId u) const { return at(u).weight_bytes; }
   // Bytes that reading a unit takes from flash.

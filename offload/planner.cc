@@ -28,6 +28,15 @@ int64_t with_margin(int64_t bytes) {
   return budget;
 }
 
+// Bytes of the fewest slots that work.
+int64_t least_slots(const Layout& layout, int64_t experts_used) {
+  int64_t least = 0;
+  for (size_t c = 0; c < layout.class_bytes().size(); ++c) {
+    least += ring_slots(layout.class_units()[c], experts_used) * layout.class_bytes()[c];
+  }
+  return least;
+}
+
 void set_slots(MemoryPlan& p, const Layout& layout, std::vector<int64_t> slots) {
   p.slots = std::move(slots);
   p.n_slots = p.slot_bytes = 0;
@@ -41,6 +50,10 @@ void set_slots(MemoryPlan& p, const Layout& layout, std::vector<int64_t> slots) 
 
 int64_t memory_margin(int64_t budget) { return std::max<int64_t>(int64_t{12} << 20, budget / 64); }
 
+int64_t least_memory(const FixedMemory& f, const Layout& layout, int64_t experts_used) {
+  return with_margin(f.process + f.pinned + f.kv + f.scratch + least_slots(layout, experts_used));
+}
+
 MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemory& fixed,
                        const Layout& layout, int64_t working_set, int64_t experts_used) {
   MemoryPlan p;
@@ -51,10 +64,10 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
   p.scratch = fixed.scratch;
   p.margin = memory_margin(budget);
   p.working_set = working_set;
-  int64_t least = 0, all = 0;
+  const int64_t least = least_slots(layout, experts_used);
+  int64_t all = 0;
   for (size_t c = 0; c < layout.class_bytes().size(); ++c) {
     const int64_t units = layout.class_units()[c];
-    least += ring_slots(units, experts_used) * layout.class_bytes()[c];
     all += units * layout.class_bytes()[c];
     p.n_units += units;
   }
@@ -63,7 +76,7 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
   }
   const int64_t taken = p.process + p.pinned + p.kv + p.scratch;
   if (budget - p.margin - taken < least) {
-    const int64_t minimum = with_margin(taken + least);
+    const int64_t minimum = least_memory(fixed, layout, experts_used);
     throw Error(ErrorKind::kBudget,
                 path + ": memory: expected at least " + std::to_string(minimum) + " bytes (" +
                     mib(minimum) + "), found " + std::to_string(budget) + " (process " +

@@ -31,7 +31,10 @@ struct FixedMemory {
   int64_t process = 0, pinned = 0, kv = 0, scratch = 0;
 };
 
-// Throws Error(kBudget), naming the smallest budget that would do.
+// The smallest budget that would do.
+int64_t least_memory(const FixedMemory& fixed, const Layout& layout, int64_t experts_used);
+
+// Throws Error(kBudget), naming least_memory().
 MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemory& fixed,
                        const Layout& layout, int64_t working_set, int64_t experts_used);
 

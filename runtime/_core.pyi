@@ -18,6 +18,13 @@ class GgufFile:
     """A GGUF file or the first of its shards: header and directory, checked against the files."""
 
     def __init__(self, path: str) -> None: ...
+    @staticmethod
+    def header_is_whole(data: bytes, file_size: int, name: str) -> bool:
+        """Whether data, the first bytes of a shard of file_size bytes, hold all of its header.
+
+        name is for messages. Raises ModelFileError, UnsupportedModelError where what is there is
+        wrong already.
+        """
     path: str
     version: int
     shards: list[str]
@@ -68,6 +75,23 @@ class Engine:
     def empty_cache(self) -> None: ...  # for measurements from cold
     def flash_bandwidth(self, nbytes: int, seed: int = 1) -> float: ...  # bytes/s, random experts
     def timeline(self) -> Timeline: ...
+
+def plan(
+    file: GgufFile,
+    *,
+    threads: int = 0,
+    context: int = 0,
+    kv_type: str = "f16",
+    precision: str = "balanced",
+    memory: int = 0,
+    process_bytes: int = 0,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(Engine.config, Engine.plan) of a load with these options, from the header alone.
+
+    plan["least_memory"] is the smallest budget that would do; plan["work"] is what one token
+    multiplies with: part (layers, experts, output), format, balanced (two terms of activations),
+    products, weights, bytes. Raises what the load would, BudgetError included.
+    """
 
 class Timeline:
     """KV cache and position of one sequence. Not for two threads at once (raises OptionError)."""
@@ -203,6 +227,55 @@ def matmul(
 
 def read_bandwidth(threads: int, bytes: int) -> float: ...  # bytes a second
 def int8_peak(isa: str, threads: int) -> float: ...  # operations a second, a multiply-add is two
+def float32_peak(isa: str, threads: int) -> float: ...  # likewise
+
+class StorageFile:
+    """A file whose reads are measured. Raises DeviceError where the system fails.
+
+    Not for two threads at once.
+    """
+
+    def __init__(self, path: str) -> None: ...  # an existing file
+    @staticmethod
+    def scratch(folder: str) -> StorageFile: ...  # empty; has no name and is gone with the object
+    def append(self, bytes: int) -> None: ...  # pseudo-random, stored on return; of 4096 each
+    def read(
+        self, mode: str, block: int, depth: int, seconds: float, seed: int = 1
+    ) -> dict[str, Any]:
+        """Reads random blocks, none twice and none out of memory: reads, bytes, seconds.
+
+        mode: "direct", "buffered" or "mapped"; block: bytes, a multiple of 4096; depth: reads
+        under way at a time, by a thread each. Ends after `seconds` or with the file; reads is 0
+        where all of it was in memory. Raises OptionError.
+        """
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def descriptor(self) -> int: ...
+    @property
+    def direct(self) -> bool: ...  # whether the file system takes direct I/O
+
+def kernel_speed(
+    format: str,
+    isa: str,
+    rows: int,
+    cols: int,
+    tokens: int,
+    threads: int = 1,
+    seconds: float = 0.25,
+    quantize: bool = False,
+) -> float:
+    """Seconds of one product, as the engine runs it: y[t, r] = W[r] . x[t].
+
+    W [rows, cols] of made-up weights in huge pages, x [tokens, cols]. The fastest of the products
+    that fit in about `seconds` after one to warm up; where the first takes longer than that, its
+    time. With 1 token and rows * row bytes well above the caches this is decoding (weights a
+    second = rows * cols / result); with 512 tokens and some hundred rows, a prompt (operations a
+    second = 2 * rows * cols * tokens / result). Where the format has no kernel for the ISA, the
+    nearest below it runs. quantize: quantizing the activations is timed too, which the engine does
+    once for several products. Raises OptionError: unknown format, ISA that does not execute here,
+    size below 1, cols no multiple of the block and of 32; BudgetError: no memory.
+    """
 
 replayed_predictors: list[str]  # that simulate() takes
 

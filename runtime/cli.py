@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import export_command, profile_command
+from . import (
+    bench_command,
+    bench_kernels_command,
+    export_command,
+    plan_command,
+    probe_command,
+    profile_command,
+    report_command,
+    sweep_command,
+)
 from .command_options import (
     Context,
     FrequencyPenalty,
@@ -429,6 +438,12 @@ def perplexity(
 
 
 app.command()(profile_command.profile)
+app.command()(bench_command.bench)
+app.command("bench-kernels")(bench_kernels_command.bench_kernels)
+app.command()(plan_command.plan)
+app.command()(probe_command.probe)
+app.command()(report_command.report)
+app.command()(sweep_command.sweep)
 
 
 @app.command()
@@ -493,7 +508,7 @@ def simulate(
 def doctor(
     *,
     as_json: Json = False,
-    storage: Annotated[bool, typer.Option(help="Measure the storage (reads 256 MiB).")] = True,
+    storage: Annotated[bool, typer.Option(help="Measure the storage (half a second).")] = True,
 ) -> None:
     """Show what this machine offers.
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 import platform
-import sys
-import tempfile
-import threading
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
 from .cgroup import memory_group
+from .errors import DeviceError
 
 _BLOCK = 1 << 20  # bytes of one read
 _READERS = 4
-_PROBE_BYTES = 256 << 20  # read of an existing model file at most
-_SCRATCH_BYTES = 64 << 20  # written for the probe where there is no model yet
+_SECONDS = 0.5
+_SCRATCH_BYTES = 64 << 20  # written for the measurement where there is no model yet
 
 
 def examine(cache: Path, *, storage: bool = True) -> dict[str, Any]:
@@ -74,99 +70,39 @@ def _cgroup() -> dict[str, Any] | None:
 
 
 def _storage(cache: Path, measure: bool) -> dict[str, Any]:
-    import shutil
+    from ..mobile_bench.probe_storage import existing
 
-    existing = cache
-    while not existing.exists():
-        existing = existing.parent
-    found: dict[str, Any] = {"cache": str(cache), "free": shutil.disk_usage(existing).free}
+    folder = existing(cache)
+    found: dict[str, Any] = {"cache": str(cache), "free": shutil.disk_usage(folder).free}
     if measure:
         try:
-            found |= read_bandwidth(existing)
-        except OSError as error:
-            found["error"] = f"the storage could not be measured: {error.strerror or error}"
+            found |= read_bandwidth(folder)
+        except (DeviceError, ImportError, OSError) as error:
+            found["error"] = f"the storage could not be measured: {error}"
     return found
 
 
 def read_bandwidth(folder: Path) -> dict[str, Any]:
-    """Steady read bandwidth of the storage under `folder`, past the page cache where that works.
+    """Read bandwidth of the storage under `folder`, past the page cache where that works.
 
-    Reads the largest model file there (or a scratch file) twice with four readers of 1 MiB blocks
-    and reports the second pass: on virtual disks the first warms a cache of the host.
-    Returns read_mb_s (10^6 bytes a second, None where it cannot be measured), first_read_mb_s,
-    direct, probe_bytes. Raises OSError.
+    Random blocks of 1 MiB, four at a time, of the largest model file there (or of a scratch file);
+    `stoker probe` measures more. Returns read_mb_s (10^6 bytes a second, None where all of the file
+    was in memory), direct, probe_bytes. Raises DeviceError, OSError.
     """
+    from ._core import StorageFile
+
     models = sorted(folder.glob("*.gguf"), key=lambda path: path.stat().st_size)
     if models and models[-1].stat().st_size >= _SCRATCH_BYTES:
-        return _measure(models[-1])
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".stoker-probe-") as scratch:
-        block = os.urandom(_BLOCK)
-        for _ in range(_SCRATCH_BYTES // _BLOCK):
-            scratch.write(block)
-        scratch.flush()
-        os.fsync(scratch.fileno())
-        return _measure(Path(scratch.name))
-
-
-def _measure(path: Path) -> dict[str, Any]:
-    total = min(path.stat().st_size, _PROBE_BYTES) // _BLOCK * _BLOCK
-    descriptor, direct = _open_direct(path)
-    if descriptor is None:
-        return {"read_mb_s": None, "first_read_mb_s": None, "direct": False, "probe_bytes": 0}
-    try:
-        speeds = [total / _read_all(descriptor, total, direct) / 1e6 for _ in range(2)]
-    finally:
-        os.close(descriptor)
+        file = StorageFile(str(models[-1]))
+    else:
+        file = StorageFile.scratch(str(folder))
+        file.append(_SCRATCH_BYTES)
+    found = file.read("direct" if file.direct else "buffered", _BLOCK, _READERS, _SECONDS)
     return {
-        "read_mb_s": round(speeds[1], 1),
-        "first_read_mb_s": round(speeds[0], 1),
-        "direct": direct,
-        "probe_bytes": total,
+        "read_mb_s": round(found["bytes"] / found["seconds"] / 1e6, 1) if found["reads"] else None,
+        "direct": file.direct,
+        "probe_bytes": found["bytes"],
     }
-
-
-def _open_direct(path: Path) -> tuple[int | None, bool]:
-    """A descriptor whose reads go past the page cache, and whether they really do."""
-    if sys.platform == "win32":
-        return None, False  # needs FILE_FLAG_NO_BUFFERING, which os.open does not offer
-    if sys.platform == "darwin":
-        import fcntl
-
-        descriptor = os.open(path, os.O_RDONLY)
-        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
-        return descriptor, True
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-        os.preadv(descriptor, [mmap.mmap(-1, _BLOCK)], 0)
-    except OSError:  # a filesystem without direct reads (tmpfs, some FUSE)
-        return os.open(path, os.O_RDONLY), False
-    return descriptor, True
-
-
-def _read_all(descriptor: int, total: int, direct: bool) -> float:
-    """Seconds to read `total` bytes from the beginning with several readers."""
-    if not direct and hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    failures: list[OSError] = []
-
-    def read(first: int) -> None:
-        buffer = mmap.mmap(-1, _BLOCK)  # page-aligned, as direct reads need it
-        try:
-            for offset in range(first * _BLOCK, total, _READERS * _BLOCK):
-                if os.preadv(descriptor, [buffer], offset) != _BLOCK:
-                    raise OSError(f"short read at byte {offset}")
-        except OSError as error:
-            failures.append(error)
-
-    readers = [threading.Thread(target=read, args=(i,)) for i in range(_READERS)]
-    begin = time.perf_counter()
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
-    if failures:
-        raise failures[0]
-    return time.perf_counter() - begin
 
 
 def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -214,10 +150,10 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 "storage",
-                f"{storage['read_mb_s']:.0f} MB/s ({how}; 1 MiB blocks, second pass; "
-                f"first pass {storage['first_read_mb_s']:.0f} MB/s)",
+                f"{storage['read_mb_s']:.0f} MB/s ({how}; 1 MiB blocks, {_READERS} at a time; "
+                "stoker probe measures more)",
             )
         )
     elif "read_mb_s" in storage:
-        rows.append(("storage", "cannot be measured on this system"))
+        rows.append(("storage", "cannot be measured: its files are in memory"))
     return rows

@@ -10,3 +10,4 @@ void bind_engine(nanobind::module_& m);
 void bind_export(nanobind::module_& m);
 void bind_offload_sim(nanobind::module_& m);
 void bind_predict(nanobind::module_& m);
+void bind_probe(nanobind::module_& m);

@@ -74,8 +74,7 @@ stoker::Precision to_precision(const std::string& name) {
   throw Error(ErrorKind::kOption, "precision: expected fast, balanced or high, found " + name);
 }
 
-nb::dict config_of(const Engine& e) {
-  const stoker::ModelConfig& c = e.config();
+nb::dict to_dict(const stoker::ModelConfig& c, int64_t context) {
   nb::dict d;
   d["architecture"] = c.architecture;
   d["name"] = c.name;
@@ -93,24 +92,41 @@ nb::dict config_of(const Engine& e) {
   d["routes_early"] = c.routes_early;
   d["pregated"] = c.pregated;
   d["context_train"] = c.context_train;
-  d["context"] = e.plan().context;
+  d["context"] = context;
   return d;
 }
 
-nb::dict plan_of(const Engine& e) {
-  const stoker::Plan& p = e.plan();
+nb::list to_list(const std::vector<stoker::Work>& work) {
+  constexpr const char* kParts[] = {"layers", "experts", "output"};
+  nb::list list;
+  for (const stoker::Work& w : work) {
+    nb::dict d;
+    d["part"] = kParts[static_cast<int>(w.part)];
+    d["format"] = w.format->name;
+    d["balanced"] = w.balanced;
+    d["products"] = w.products;
+    d["weights"] = w.weights;
+    d["bytes"] = w.bytes;
+    list.append(d);
+  }
+  return list;
+}
+
+nb::dict to_dict(const stoker::Plan& p, bool kv_f16, stoker::Precision precision) {
   nb::dict d;
   d["isa"] = stoker::isa_name(p.isa);
   d["threads"] = p.threads;
   d["context"] = p.context;
   d["chunk"] = p.chunk;
-  d["kv_type"] = e.kv_f16() ? "f16" : "f32";
-  d["precision"] = kPrecisions[static_cast<int>(e.precision())];
+  d["kv_type"] = kv_f16 ? "f16" : "f32";
+  d["precision"] = kPrecisions[static_cast<int>(precision)];
   d["weight_bytes"] = p.weight_bytes;
   d["kv_bytes"] = p.kv_bytes;
   d["scratch_bytes"] = p.scratch_bytes;
   d["token_bytes"] = p.token_bytes;
   d["layer_macs"] = p.layer_macs;
+  d["least_memory"] = p.least_memory;
+  d["work"] = to_list(p.work);
   const stoker::MemoryPlan& m = p.memory;
   d["memory"] = m.budget;
   if (m.budget == 0) return d;
@@ -123,6 +139,39 @@ nb::dict plan_of(const Engine& e) {
   d["working_set"] = m.working_set;
   d["streams"] = m.streams();
   return d;
+}
+
+nb::dict config_of(const Engine& e) { return to_dict(e.config(), e.plan().context); }
+
+nb::dict plan_of(const Engine& e) { return to_dict(e.plan(), e.kv_f16(), e.precision()); }
+
+void set_shape(stoker::EngineOptions& options, int threads, int64_t context,
+               const std::string& kv_type, const std::string& precision, int64_t memory,
+               int64_t process_bytes) {
+  if (kv_type != "f16" && kv_type != "f32") {
+    throw Error(ErrorKind::kOption, "kv_type: expected f16 or f32, found " + kv_type);
+  }
+  options.threads = threads;
+  options.context = context;
+  options.kv_f16 = kv_type == "f16";
+  options.precision = to_precision(precision);
+  options.offload.memory = memory;
+  options.offload.process_bytes = process_bytes;
+}
+
+// What an Engine of these options would have as its config and plan, from the header alone.
+nb::tuple plan_without_load(const stoker::GgufFile& file, int threads, int64_t context,
+                            const std::string& kv_type, const std::string& precision,
+                            int64_t memory, int64_t process_bytes) {
+  stoker::EngineOptions options;
+  set_shape(options, threads, context, kv_type, precision, memory, process_bytes);
+  stoker::LoadPlan load;
+  {
+    nb::gil_scoped_release release;
+    load = stoker::plan_load(file, options);
+  }
+  return nb::make_tuple(to_dict(load.config, load.plan.context),
+                        to_dict(load.plan, options.kv_f16, options.precision));
 }
 
 constexpr const char* kPrefetchModes[] = {"off", "on", "auto"};
@@ -243,17 +292,9 @@ void bind_engine(nb::module_& m) {
                        const std::string& predictor, nb::bytes predictor_state,
                        const std::string& prefetch, const std::string& io, int readers, bool direct,
                        bool cache, bool overlap) {
-             if (kv_type != "f16" && kv_type != "f32") {
-               throw Error(ErrorKind::kOption, "kv_type: expected f16 or f32, found " + kv_type);
-             }
              stoker::EngineOptions options;
-             options.threads = threads;
-             options.context = context;
-             options.kv_f16 = kv_type == "f16";
-             options.precision = to_precision(precision);
+             set_shape(options, threads, context, kv_type, precision, memory, process_bytes);
              stoker::OffloadOptions& offload = options.offload;
-             offload.memory = memory;
-             offload.process_bytes = process_bytes;
              offload.policy = policy;
              offload.predictor = predictor;
              offload.predictor_state.assign(predictor_state.c_str(), predictor_state.size());
@@ -283,6 +324,11 @@ void bind_engine(nb::module_& m) {
         nb::gil_scoped_release release;  // it may wait for another session's evaluation
         return std::make_unique<Timeline>(std::move(e), poll_signals);
       });
+
+  m.def("plan", plan_without_load, nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0,
+        nb::arg("context") = 0, nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced",
+        nb::arg("memory") = 0, nb::arg("process_bytes") = 0,
+        "(Engine.config, Engine.plan) of a load with these options, from the header alone.");
 
   nb::class_<Timeline>(m, "Timeline")
       .def_prop_ro("position", &Timeline::position)

@@ -106,6 +106,18 @@ nb::tuple shape(const GgufTensor& t) {
   return nb::borrow<nb::tuple>(out);
 }
 
+// Whether data, the first bytes of a shard of file_size bytes, hold all of its header.
+bool header_is_whole(nb::bytes data, uint64_t file_size, const std::string& name) {
+  const auto* bytes = reinterpret_cast<const uint8_t*>(data.c_str());
+  try {
+    nb::gil_scoped_release release;
+    GgufFile::parse(bytes, data.size(), file_size, name);
+  } catch (const stoker::HeaderEndsEarly&) {
+    return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 void bind_gguf(nb::module_& m) {
@@ -127,6 +139,9 @@ void bind_gguf(nb::module_& m) {
       m, "GgufFile",
       "A GGUF file or the first of its shards: header and directory, checked against the files.")
       .def(nb::new_(&open_file), nb::arg("path"))
+      .def_static("header_is_whole", &header_is_whole, nb::arg("data"), nb::arg("file_size"),
+                  nb::arg("name"),
+                  "Whether the first bytes of a shard hold its header and directory.")
       .def_prop_ro("path", [](const GgufFile& f) { return decode_path(f.path()); })
       .def_prop_ro("version", &GgufFile::version)
       .def_prop_ro("nbytes", &GgufFile::nbytes, "Bytes of all shards.")

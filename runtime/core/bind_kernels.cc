@@ -21,6 +21,7 @@
 
 #include "kernels_cpu/cpu.h"
 #include "kernels_cpu/kernel.h"
+#include "kernels_cpu/kernel_speed.h"
 #include "kernels_cpu/peak.h"
 #include "runtime/core/bind.h"
 #include "runtime/core/errors.h"
@@ -300,4 +301,24 @@ void bind_kernels(nb::module_& m) {
       },
       nb::arg("isa"), nb::arg("threads"),
       "int8 operations a second of the ISA's best instruction, operands in registers.");
+  m.def(
+      "float32_peak",
+      [](const std::string& isa, int threads) {
+        const stoker::Isa which = isa_of(isa);
+        nb::gil_scoped_release release;
+        return stoker::float32_peak(which, threads);
+      },
+      nb::arg("isa"), nb::arg("threads"), "The same of float32 multiply-adds.");
+  m.def(
+      "kernel_speed",
+      [](const std::string& format, const std::string& isa, int64_t rows, int64_t cols,
+         int64_t tokens, int threads, double seconds, bool quantize) {
+        const Format& f = format_of(format);
+        const stoker::Isa which = isa_of(isa);
+        nb::gil_scoped_release release;
+        return stoker::kernel_speed(f, which, rows, cols, tokens, threads, seconds, quantize);
+      },
+      nb::arg("format"), nb::arg("isa"), nb::arg("rows"), nb::arg("cols"), nb::arg("tokens"),
+      nb::arg("threads") = 1, nb::arg("seconds") = 0.25, nb::arg("quantize") = false,
+      "Seconds of the fastest product of a [rows, cols] matrix with `tokens` tokens.");
 }

@@ -50,4 +50,5 @@ NB_MODULE(_core, m) {
   bind_export(m);
   bind_offload_sim(m);
   bind_predict(m);
+  bind_probe(m);
 }

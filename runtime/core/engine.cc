@@ -36,135 +36,10 @@ const Family& find_family(const GgufFile& file, const std::string& architecture)
                                            known + ", found " + architecture);
 }
 
-}  // namespace
-
-Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options,
-               const std::function<void()>& poll)
-    : file_(std::move(file)), options_(options) {
-  const std::string architecture(file_->require_string("general.architecture"));
-  family_ = &find_family(*file_, architecture);
-  config_ = read_config(*file_);
-  family_->configure(*file_, config_);
-  const ModelConfig& c = config_;
-
-  plan_.isa = active_isa();
-  ops_ = &ops_for(plan_.isa);
-  if (options.threads < 0 || options.threads > 1024) {
-    throw Error(ErrorKind::kOption, "threads: expected 0 (automatic) to 1024, found " +
-                                        std::to_string(options.threads));
-  }
-  plan_.threads = options.threads > 0 ? options.threads : default_threads();
-  plan_.context = options.context;
-  if (plan_.context == 0) plan_.context = std::min(c.context_train, kDefaultContext);
-  if (plan_.context < 1 || plan_.context > c.context_train) {
-    throw Error(ErrorKind::kOption, "context: expected 1 to " + std::to_string(c.context_train) +
-                                        " tokens (the model's limit), found " +
-                                        std::to_string(options.context));
-  }
-  plan_.kv_bytes = KvCache::nbytes(c, plan_.context, options.kv_f16);
-  load(poll);
-  const bool longrope = c.rope.scaling == RopeScaling::kLongRope;
-  const Vector& factors = !longrope                                 ? weights_.rope_factors
-                          : plan_.context > c.rope.original_context ? weights_.rope_factors_long
-                                                                    : weights_.rope_factors_short;
-  rope_ = Rope(c.rope, c.rope.base, true, factors);
-  if (c.rope.base_sliding > 0) rope_sliding_ = Rope(c.rope, c.rope.base_sliding, false, {});
-  pool_ = std::make_unique<ThreadPool>(plan_.threads);
-  pool_->be_patient(weights_.flash != nullptr);
-  plan_.weight_bytes = weights_.resident_bytes;
-  plan_.token_bytes = weights_.token_bytes;
-  plan_.layer_macs = weights_.layer_macs;
-  allocate_scratch();
-}
-
-void Engine::load(const std::function<void()>& poll) {
-  const ModelConfig& c = config_;
-  const OffloadOptions& o = options_.offload;
-  if (o.memory < 0) {
-    throw Error(ErrorKind::kOption, "memory: expected bytes, found " + std::to_string(o.memory));
-  }
-  int64_t scratch_limit = kMixtureScratch;
-  if (o.memory > 0) scratch_limit = std::min(scratch_limit, o.memory / kScratchShare);
-  int64_t& chunk = plan_.chunk;
-  chunk = std::min(kChunk, plan_.context);
-  const int64_t least = c.is_mixture() ? std::min(kLeastChunk, chunk) : chunk;
-  while (chunk > least && lay_out_scratch(chunk, nullptr) > scratch_limit) {
-    chunk = std::max(least, chunk / 4 * 3);
-  }
-  plan_.scratch_bytes = lay_out_scratch(chunk, nullptr);
-  if (o.memory == 0) {
-    weights_ = load_weights(*file_, c, plan_.threads);
-    return;
-  }
-  FixedMemory fixed;
-  fixed.process = o.process_bytes + static_cast<int64_t>(o.predictor_state.size());
-  if (c.is_mixture()) fixed.process += TokenHistory::nbytes(c.n_layer, c.n_expert_used);
-  fixed.kv = plan_.kv_bytes;
-  fixed.scratch = plan_.scratch_bytes;
-  if (!c.is_mixture()) {
-    fixed.pinned = static_cast<int64_t>(file_->nbytes());
-    const Layout none(0, 0);
-    plan_.memory = plan_memory(file_->path(), o.memory, fixed, none, 0, 0);
-    weights_ = load_weights(*file_, c, plan_.threads);
-    return;
-  }
-  Partition parts = partition(*file_, c);
-  fixed.pinned = TensorMemory::nbytes(parts.kept);
-  for (;;) {
-    try {
-      plan_.memory = plan_memory(file_->path(), o.memory, fixed, parts.layout, parts.working_set,
-                                 c.n_expert_used);
-      break;
-    } catch (const Error&) {
-      // The minimum is the minimum of the smallest chunk.
-      if (chunk == least) throw;
-      chunk = std::max(least, chunk / 2);
-      fixed.scratch = plan_.scratch_bytes = lay_out_scratch(chunk, nullptr);
-    }
-  }
-  if (!o.cache) plan_.memory = ring_only(plan_.memory, parts.layout, c.n_expert_used);
-  auto reader = std::make_unique<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
-  FlashExperts::Options store;
-  store.slots = plan_.memory.slots;
-  store.policy = o.policy;
-  store.predictor = o.predictor;
-  store.predictor_state = std::move(options_.offload.predictor_state);
-  store.prefetch = o.prefetch;
-  store.overlap = o.overlap;
-  weights_ = load_weights(*file_, c, std::move(parts), std::move(reader), store, poll);
-}
-
-void Engine::open_session() const {
-  if (!flash()) return;
-  const ThreadPool::Lease lease(*pool_);
-  {
-    const std::lock_guard lock(sessions_mutex_);
-    ++sessions_;
-  }
-  try {
-    settle_sessions();
-  } catch (...) {
-    close_session();
-    throw;
-  }
-}
-
-void Engine::close_session() const {
-  if (!flash()) return;
-  const std::lock_guard lock(sessions_mutex_);
-  --sessions_;
-}
-
-void Engine::settle_sessions() const {
-  if (!flash()) return;
-  const std::lock_guard lock(sessions_mutex_);
-  const int64_t wanted = std::max<int64_t>(0, sessions_ - 1) * plan_.kv_bytes;
-  if (lent_ < wanted) lent_ += flash()->lend(wanted - lent_);
-  if (lent_ > wanted) lent_ -= flash()->take_back(lent_ - wanted);
-}
-
-int64_t Engine::lay_out_scratch(int64_t chunk, uint8_t* base) {
-  const ModelConfig& c = config_;
+// Sets the pointers of `s` for a chunk and a memory that begins at `base` (null: none yet); returns
+// the bytes that it needs.
+int64_t lay_out_scratch(Scratch& s, const ModelConfig& c, int threads, int64_t chunk,
+                        uint8_t* base) {
   int64_t ff = std::max(c.n_ff, c.n_ff_shared);
   int64_t pairs_per_token = 0;
   if (c.is_mixture()) {
@@ -178,7 +53,6 @@ int64_t Engine::lay_out_scratch(int64_t chunk, uint8_t* base) {
   const int64_t widest = round_up(std::max({c.n_embd, o, ff}), 64);
   const int64_t gate_floats =
       std::max(chunk * std::max(c.n_ff, c.n_ff_shared), pairs * c.n_ff_expert);
-  Scratch& s = scratch_;
   s.rows = rows;
   s.thread_low =
       round_up(std::max<int64_t>(
@@ -210,7 +84,7 @@ int64_t Engine::lay_out_scratch(int64_t chunk, uint8_t* base) {
       {reinterpret_cast<void**>(&s.act_q), 2 * rows * widest},
       {reinterpret_cast<void**>(&s.act_scale), floats(2 * rows * (widest / 32))},
       {reinterpret_cast<void**>(&s.act_sum), floats(2 * rows * (widest / 16))},
-      {reinterpret_cast<void**>(&s.thread), plan_.threads * s.thread_bytes},
+      {reinterpret_cast<void**>(&s.thread), threads * s.thread_bytes},
   };
   int64_t total = 64;
   uint8_t* at = base;
@@ -223,6 +97,149 @@ int64_t Engine::lay_out_scratch(int64_t chunk, uint8_t* base) {
   return total;
 }
 
+int64_t scratch_bytes(const ModelConfig& c, int threads, int64_t chunk) {
+  Scratch s;
+  return lay_out_scratch(s, c, threads, chunk, nullptr);
+}
+
+}  // namespace
+
+LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
+  const std::string architecture(file.require_string("general.architecture"));
+  const Family& family = find_family(file, architecture);
+  ModelConfig c = read_config(file);
+  family.configure(file, c);
+  Plan p;
+  p.isa = active_isa();
+  if (options.threads < 0 || options.threads > 1024) {
+    throw Error(ErrorKind::kOption, "threads: expected 0 (automatic) to 1024, found " +
+                                        std::to_string(options.threads));
+  }
+  p.threads = options.threads > 0 ? options.threads : default_threads();
+  p.context = options.context;
+  if (p.context == 0) p.context = std::min(c.context_train, kDefaultContext);
+  if (p.context < 1 || p.context > c.context_train) {
+    throw Error(ErrorKind::kOption, "context: expected 1 to " + std::to_string(c.context_train) +
+                                        " tokens (the model's limit), found " +
+                                        std::to_string(options.context));
+  }
+  const OffloadOptions& o = options.offload;
+  if (o.memory < 0) {
+    throw Error(ErrorKind::kOption, "memory: expected bytes, found " + std::to_string(o.memory));
+  }
+  p.kv_bytes = KvCache::nbytes(c, p.context, options.kv_f16);
+  Partition parts = partition(file, c);
+  for (const Work& w : parts.work) {
+    p.token_bytes += w.bytes;
+    if (w.part != Work::Part::kOutput) p.layer_macs += w.weights;
+  }
+  p.work = parts.work;
+
+  int64_t scratch_limit = kMixtureScratch;
+  if (o.memory > 0) scratch_limit = std::min(scratch_limit, o.memory / kScratchShare);
+  const int64_t largest = std::min(kChunk, p.context);
+  const int64_t least = c.is_mixture() ? std::min(kLeastChunk, largest) : largest;
+  p.chunk = largest;
+  const auto scratch = [&](int64_t chunk) { return scratch_bytes(c, p.threads, chunk); };
+  while (p.chunk > least && scratch(p.chunk) > scratch_limit) {
+    p.chunk = std::max(least, p.chunk / 4 * 3);
+  }
+  FixedMemory fixed;
+  fixed.process = o.process_bytes + static_cast<int64_t>(o.predictor_state.size());
+  if (c.is_mixture()) fixed.process += TokenHistory::nbytes(c.n_layer, c.n_expert_used);
+  fixed.kv = p.kv_bytes;
+  fixed.pinned =
+      c.is_mixture() ? TensorMemory::nbytes(parts.kept) : static_cast<int64_t>(file.nbytes());
+  // The minimum is the minimum of the smallest chunk.
+  fixed.scratch = scratch(least);
+  p.least_memory = least_memory(fixed, parts.layout, c.n_expert_used);
+  fixed.scratch = scratch(p.chunk);
+  p.weight_bytes = c.is_mixture() && o.memory > 0 ? fixed.pinned : TensorMemory::nbytes(file);
+  while (o.memory > 0) {
+    try {
+      p.memory = plan_memory(file.path(), o.memory, fixed, parts.layout, parts.working_set,
+                             c.n_expert_used);
+      break;
+    } catch (const Error&) {
+      if (p.chunk == least) throw;
+      p.chunk = std::max(least, p.chunk / 2);
+      fixed.scratch = scratch(p.chunk);
+    }
+  }
+  p.scratch_bytes = fixed.scratch;
+  if (o.memory > 0 && !o.cache && c.is_mixture()) {
+    p.memory = ring_only(p.memory, parts.layout, c.n_expert_used);
+  }
+  return {&family, std::move(c), std::move(p), std::move(parts)};
+}
+
+Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options,
+               const std::function<void()>& poll)
+    : file_(std::move(file)), options_(options) {
+  LoadPlan plan = plan_load(*file_, options);
+  family_ = plan.family;
+  config_ = std::move(plan.config);
+  plan_ = std::move(plan.plan);
+  ops_ = &ops_for(plan_.isa);
+  load(std::move(plan.parts), poll);
+  const ModelConfig& c = config_;
+  const bool longrope = c.rope.scaling == RopeScaling::kLongRope;
+  const Vector& factors = !longrope                                 ? weights_.rope_factors
+                          : plan_.context > c.rope.original_context ? weights_.rope_factors_long
+                                                                    : weights_.rope_factors_short;
+  rope_ = Rope(c.rope, c.rope.base, true, factors);
+  if (c.rope.base_sliding > 0) rope_sliding_ = Rope(c.rope, c.rope.base_sliding, false, {});
+  pool_ = std::make_unique<ThreadPool>(plan_.threads);
+  pool_->be_patient(weights_.flash != nullptr);
+  allocate_scratch();
+}
+
+void Engine::load(Partition parts, const std::function<void()>& poll) {
+  const OffloadOptions& o = options_.offload;
+  if (o.memory == 0 || !config_.is_mixture()) {
+    weights_ = load_weights(*file_, config_, plan_.threads);
+    return;
+  }
+  auto reader = std::make_unique<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
+  FlashExperts::Options store;
+  store.slots = plan_.memory.slots;
+  store.policy = o.policy;
+  store.predictor = o.predictor;
+  store.predictor_state = std::move(options_.offload.predictor_state);
+  store.prefetch = o.prefetch;
+  store.overlap = o.overlap;
+  weights_ = load_weights(*file_, config_, std::move(parts), std::move(reader), store, poll);
+}
+
+void Engine::open_session() const {
+  if (!flash()) return;
+  const ThreadPool::Lease lease(*pool_);
+  {
+    const std::lock_guard lock(sessions_mutex_);
+    ++sessions_;
+  }
+  try {
+    settle_sessions();
+  } catch (...) {
+    close_session();
+    throw;
+  }
+}
+
+void Engine::close_session() const {
+  if (!flash()) return;
+  const std::lock_guard lock(sessions_mutex_);
+  --sessions_;
+}
+
+void Engine::settle_sessions() const {
+  if (!flash()) return;
+  const std::lock_guard lock(sessions_mutex_);
+  const int64_t wanted = std::max<int64_t>(0, sessions_ - 1) * plan_.kv_bytes;
+  if (lent_ < wanted) lent_ += flash()->lend(wanted - lent_);
+  if (lent_ > wanted) lent_ -= flash()->take_back(lent_ - wanted);
+}
+
 void Engine::allocate_scratch() {
   const int64_t bytes = plan_.scratch_bytes;
   Scratch& s = scratch_;
@@ -230,7 +247,7 @@ void Engine::allocate_scratch() {
   if (!s.memory) {
     throw Error(ErrorKind::kBudget, "no memory for " + std::to_string(bytes) + " bytes of scratch");
   }
-  lay_out_scratch(plan_.chunk, s.memory.get());
+  lay_out_scratch(s, config_, plan_.threads, plan_.chunk, s.memory.get());
 }
 
 }  // namespace stoker

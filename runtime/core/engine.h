@@ -68,10 +68,22 @@ struct Plan {
   int64_t weight_bytes = 0;  // resident from the start: all, or all but the experts
   int64_t kv_bytes = 0;      // of one timeline at its full context
   int64_t scratch_bytes = 0;
-  int64_t token_bytes = 0;  // weight bytes that one decoded token reads
-  int64_t layer_macs = 0;   // multiply-adds of one prompt token (the output's excluded)
-  MemoryPlan memory;        // under a budget
+  int64_t token_bytes = 0;   // weight bytes that one decoded token reads
+  int64_t layer_macs = 0;    // multiply-adds of one prompt token (the output's excluded)
+  int64_t least_memory = 0;  // the smallest budget that would do
+  std::vector<Work> work;    // of one decoded token
+  MemoryPlan memory;         // under a budget
 };
+
+// What a load will do, from the header alone.
+struct LoadPlan {
+  const Family* family = nullptr;
+  ModelConfig config;
+  Plan plan;
+  Partition parts;
+};
+// Throws Error: kModelFile, kUnsupported, kOption, kBudget.
+LoadPlan plan_load(const GgufFile& file, const EngineOptions& options);
 
 // Buffers of one evaluation, used under the pool's lease. T = plan.chunk tokens; all 64-byte
 // aligned parts of one allocation.
@@ -132,10 +144,7 @@ class Engine {
   void settle_sessions() const;
 
  private:
-  void load(const std::function<void()>& poll);
-  // Sets the pointers of scratch_ for a chunk and a memory that begins at `base` (null: none yet);
-  // returns the bytes that it needs.
-  int64_t lay_out_scratch(int64_t chunk, uint8_t* base);
+  void load(Partition parts, const std::function<void()>& poll);
   void allocate_scratch();
 
   std::shared_ptr<const GgufFile> file_;

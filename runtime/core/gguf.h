@@ -19,6 +19,8 @@
 #include <utility>
 #include <vector>
 
+#include "runtime/core/errors.h"
+
 namespace stoker {
 
 // One metadata value: a view into the header bytes that its GgufFile owns, valid as long as that
@@ -105,6 +107,12 @@ struct HeaderFree {
   void operator()(uint8_t* p) const { std::free(p); }
 };
 using HeaderBytes = std::unique_ptr<uint8_t[], HeaderFree>;
+
+// Thrown where the bytes end before the header does.
+class HeaderEndsEarly : public Error {
+ public:
+  explicit HeaderEndsEarly(const std::string& message) : Error(ErrorKind::kModelFile, message) {}
+};
 
 // Immutable once opened: share it between threads freely.
 // (enable_shared_from_this lets the Python binding hand out the same shared_ptr.)

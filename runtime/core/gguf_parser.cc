@@ -135,8 +135,9 @@ class GgufParser {
 };
 
 void GgufParser::ends_early(const char* what, uint64_t n) const {
-  fail(std::string(what) + ": expected " + std::to_string(n) + " bytes at offset " +
-       std::to_string(pos_) + ", found the end of the file at " + std::to_string(limit_));
+  throw HeaderEndsEarly(printable_path(name_) + ": " + what + ": expected " + std::to_string(n) +
+                        " bytes at offset " + std::to_string(pos_) +
+                        ", found the end of the file at " + std::to_string(limit_));
 }
 
 void GgufParser::fill(uint64_t n, const char* what) {

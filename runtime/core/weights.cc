@@ -164,14 +164,15 @@ class Loader {
       fail(file_.path(), "tensor " + t->name + ": expected shape [" + std::to_string(n) +
                              "], found " + shape(*t));
     }
+    const Format& f = format(*t);
     Vector v(static_cast<size_t>(n));
-    format(*t).dequantize(data(*t), v.data(), n);
+    if (const uint8_t* p = data(*t)) f.dequantize(p, v.data(), n);
     return v;
   }
 
   static Matrix rows_of(const Matrix& m, int64_t begin, int64_t rows) {
     Matrix part = m;
-    part.data += begin * m.stride;
+    if (m.data) part.data += begin * m.stride;
     part.rows = rows;
     return part;
   }
@@ -290,14 +291,54 @@ class Loader {
   mutable std::set<const GgufTensor*> used_;
 };
 
-// Adds what one token reads of a layer's own matrices.
-void count_layer(const LayerWeights& w, int64_t* bytes, int64_t* macs) {
-  for (const Matrix* m : {&w.q, &w.k, &w.v, &w.o, &w.gate, &w.up, &w.down, &w.router, &w.pregate,
-                          &w.shared_gate, &w.shared_up, &w.shared_down, &w.shared_router}) {
-    *bytes += m->nbytes();
-    *macs += m->rows * m->cols;
+// Adds up what one token multiplies with.
+class WorkSum {
+ public:
+  explicit WorkSum(std::vector<Work>& work) : work_(work) {}
+
+  void add(Work::Part part, const Matrix& m, bool balanced) {
+    if (m) add(part, m.format, balanced, 1, m.rows * m.cols, m.nbytes());
   }
-}
+
+  void add_layer(const LayerWeights& w) {
+    for (const Matrix* m : {&w.q, &w.k, &w.v, &w.router, &w.pregate, &w.shared_router}) {
+      add(Work::Part::kLayers, *m, true);
+    }
+    for (const Matrix* m :
+         {&w.o, &w.gate, &w.up, &w.down, &w.shared_gate, &w.shared_up, &w.shared_down}) {
+      add(Work::Part::kLayers, *m, false);
+    }
+  }
+
+  // Of a layer's experts a token uses `used`, each as often as any other.
+  void add_experts(const Layout& layout, int64_t layer, int64_t used) {
+    std::vector<Work> all;
+    WorkSum sum(all);
+    for (int64_t e = 0; e < layout.n_expert(); ++e) {
+      for (const Matrix& m : layout.matrices(layout.unit(layer, e))) {
+        sum.add(Work::Part::kExperts, m, false);
+      }
+    }
+    const auto share = [&](int64_t n) { return n * used / layout.n_expert(); };
+    for (const Work& w : all) {
+      add(w.part, w.format, w.balanced, share(w.products), share(w.weights), share(w.bytes));
+    }
+  }
+
+ private:
+  void add(Work::Part part, const Format* format, bool balanced, int64_t products, int64_t weights,
+           int64_t bytes) {
+    auto it = std::find_if(work_.begin(), work_.end(), [&](const Work& w) {
+      return w.part == part && w.format == format && w.balanced == balanced;
+    });
+    if (it == work_.end()) it = work_.insert(it, Work{part, format, balanced});
+    it->products += products;
+    it->weights += weights;
+    it->bytes += bytes;
+  }
+
+  std::vector<Work>& work_;
+};
 
 // Everything but the experts.
 void load_kept(const Loader& loader, const ModelConfig& c, Weights& w) {
@@ -311,26 +352,23 @@ void load_kept(const Loader& loader, const ModelConfig& c, Weights& w) {
     w.rope_factors_long = loader.vector("rope_factors_long.weight", c.rope.n_rot / 2);
     w.rope_factors_short = loader.vector("rope_factors_short.weight", c.rope.n_rot / 2);
   }
-  w.token_bytes = w.output.nbytes();
   if (c.routes_once) {
     w.router_norm = loader.vector("router_norm.weight", c.n_embd);
     w.router_up = loader.matrix("router_up.weight", c.n_router, c.n_embd);
     w.router_down = loader.matrix("router_down.weight", c.n_expert, c.n_router);
-    w.token_bytes += w.router_up.nbytes() + w.router_down.nbytes();
-    w.layer_macs += c.n_router * (c.n_embd + c.n_expert);
   }
   for (int64_t il = 0; il < c.n_layer; ++il) {
     w.layers.push_back(loader.layer(il));
-    count_layer(w.layers.back(), &w.token_bytes, &w.layer_macs);
   }
 }
 
-void count_experts(const ModelConfig& c, Weights& w) {
-  for (int64_t il = 0; il < c.n_layer; ++il) {
-    if (!w.layers[static_cast<size_t>(il)].mixture) continue;
-    w.token_bytes += w.experts->layer_bytes(il) / c.n_expert * c.n_expert_used;
-    w.layer_macs += c.n_expert_used * 3 * c.n_ff_expert * c.n_embd;
+// Where a shard's first tensor begins; its end where it has none.
+uint64_t data_begin(const GgufFile& file, size_t shard) {
+  uint64_t begin = file.shard_nbytes()[shard];
+  for (const GgufTensor& t : file.tensors()) {
+    if (t.shard == static_cast<int>(shard)) begin = std::min(begin, t.offset);
   }
+  return begin;
 }
 
 uint64_t page_span(const GgufTensor& t) {
@@ -342,22 +380,25 @@ uint64_t page_span(const GgufTensor& t) {
 
 TensorMemory::TensorMemory(const GgufFile& file, int threads) {
   for (size_t s = 0; s < file.shards().size(); ++s) {
-    uint64_t begin = UINT64_MAX;
-    for (const GgufTensor& t : file.tensors()) {
-      if (t.shard == static_cast<int>(s)) begin = std::min(begin, t.offset);
-    }
-    const uint64_t end = file.shard_nbytes()[s];
-    begin = std::min(begin, end);
-    Shard shard{HugeMemory(end - begin, "weights"), begin};
-    if (end > begin) {
+    const uint64_t begin = data_begin(file, s), size = file.shard_nbytes()[s] - begin;
+    Shard shard{HugeMemory(size, "weights"), begin};
+    if (size > 0) {
       const std::string error =
-          read_pieces(file.shards()[s], begin, end - begin, shard.memory.data(), threads);
+          read_pieces(file.shards()[s], begin, size, shard.memory.data(), threads);
       if (!error.empty()) fail(file.shards()[s], error);
       shard.memory.protect();
     }
-    nbytes_ += static_cast<int64_t>(end - begin);
+    nbytes_ += static_cast<int64_t>(size);
     shards_.push_back(std::move(shard));
   }
+}
+
+int64_t TensorMemory::nbytes(const GgufFile& file) {
+  uint64_t total = 0;
+  for (size_t s = 0; s < file.shards().size(); ++s) {
+    total += file.shard_nbytes()[s] - data_begin(file, s);
+  }
+  return static_cast<int64_t>(total);
 }
 
 TensorMemory::TensorMemory(const std::vector<const GgufTensor*>& tensors, FlashReader& reader,
@@ -395,7 +436,6 @@ Weights load_weights(const GgufFile& file, const ModelConfig& c, int threads) {
   const Loader loader(file, c, w);
   for (const GgufTensor& t : file.tensors()) loader.format(t);
   w.memory = std::make_unique<TensorMemory>(file, threads);
-  w.resident_bytes = w.memory->nbytes();
   load_kept(loader, c, w);
   if (c.is_mixture()) {
     auto experts = std::make_unique<ResidentExperts>(c.n_layer);
@@ -406,7 +446,6 @@ Weights load_weights(const GgufFile& file, const ModelConfig& c, int threads) {
       }
     }
     w.experts = std::move(experts);
-    count_experts(c, w);
   }
   loader.check_all_used();
   return w;
@@ -416,7 +455,7 @@ Partition partition(const GgufFile& file, const ModelConfig& c) {
   Weights none;
   const Loader loader(file, c, none);
   for (const GgufTensor& t : file.tensors()) loader.format(t);
-  Partition p{Layout(c.n_layer, c.n_expert), {}, 0};
+  Partition p{Layout(c.n_layer, c.n_expert), {}, 0, {}};
   for (int64_t il = 0; il < c.n_layer; ++il) {
     if (!loader.is_mixture(il)) continue;
     for (int64_t e = 0; e < c.n_expert; ++e) p.layout.add(il, e, loader.expert(il, e));
@@ -424,6 +463,16 @@ Partition partition(const GgufFile& file, const ModelConfig& c) {
   }
   p.layout.finish();
   p.kept = loader.others();
+  load_kept(loader, c, none);  // shapes only
+  loader.check_all_used();
+  WorkSum work(p.work);
+  for (int64_t il = 0; il < c.n_layer; ++il) {
+    work.add_layer(none.layers[static_cast<size_t>(il)]);
+    if (loader.is_mixture(il)) work.add_experts(p.layout, il, c.n_expert_used);
+  }
+  work.add(Work::Part::kLayers, none.router_up, true);
+  work.add(Work::Part::kLayers, none.router_down, true);
+  work.add(Work::Part::kOutput, none.output, true);
   return p;
 }
 
@@ -432,7 +481,6 @@ Weights load_weights(const GgufFile& file, const ModelConfig& c, Partition parti
                      const std::function<void()>& poll) {
   Weights w;
   w.memory = std::make_unique<TensorMemory>(partition.kept, *reader, poll);
-  w.resident_bytes = w.memory->nbytes();
   Loader loader(file, c, w);
   load_kept(loader, c, w);
   loader.check_all_used(partition.kept);
@@ -442,7 +490,6 @@ Weights load_weights(const GgufFile& file, const ModelConfig& c, Partition parti
                                                 shape, options);
   w.flash = experts.get();
   w.experts = std::move(experts);
-  count_experts(c, w);
   return w;
 }
 

@@ -42,6 +42,8 @@ class TensorMemory {
  public:
   // Reads the data section of every shard on `threads` threads. Throws Error(kModelFile).
   TensorMemory(const GgufFile& file, int threads);
+  // Bytes that the first form takes.
+  static int64_t nbytes(const GgufFile& file);
   // Reads the given tensors only, page-aligned as direct I/O delivers them.
   TensorMemory(const std::vector<const GgufTensor*>& tensors, FlashReader& reader,
                const std::function<void()>& poll);
@@ -76,21 +78,31 @@ struct Weights {
   std::unique_ptr<ExpertStore> experts;  // null for dense models
   FlashExperts* flash = nullptr;         // `experts`, where they are on flash
   std::unique_ptr<TensorMemory> memory;
+};
 
-  int64_t resident_bytes = 0;  // of `memory`
-  int64_t token_bytes = 0;     // weight bytes that one decoded token reads
-  int64_t layer_macs = 0;      // multiplications by weights of one token, output excluded
+// Products of one decoded token with weights of one format.
+struct Work {
+  enum class Part { kLayers, kExperts, kOutput };  // of mixtures: the experts used, on average
+  Part part = Part::kLayers;
+  const Format* format = nullptr;
+  bool balanced = false;  // two terms of activations at Precision::kBalanced (engine.h)
+  int64_t products = 0;   // matrices
+  int64_t weights = 0;    // multiply-adds
+  int64_t bytes = 0;
 };
 
 // Everything in memory.
 Weights load_weights(const GgufFile& file, const ModelConfig& config, int threads);
 
-// Which tensors of a mixture are experts, where each expert lies, and which tensors stay in memory.
+// Which tensors of a mixture are experts, where each expert lies, which tensors stay in memory, and
+// what a token multiplies with; from the header alone. A dense model has no experts.
 struct Partition {
-  Layout layout;
+  Layout layout{0, 0};
   std::vector<const GgufTensor*> kept;
   int64_t working_set = 0;  // experts that one token uses, all layers
+  std::vector<Work> work;
 };
+// Throws Error(kUnsupported) for tensors that the family does not know.
 Partition partition(const GgufFile& file, const ModelConfig& config);
 
 // Experts on flash, behind `reader` (whose files are the shards). poll is called every 20 ms.

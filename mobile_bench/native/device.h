@@ -1,0 +1,22 @@
+// The device that results belong to: the profile line of mobile_bench/device_profile.py.
+#pragma once
+
+#include <string>
+
+#include "mobile_bench/native/json.h"
+#include "mobile_bench/native/options.h"
+#include "runtime/core/gguf.h"
+
+namespace stoker::bench {
+
+// 12 hex digits that stay the same for a machine.
+std::string device_id();
+
+// Measures what options.profile asks for (storage on the model's own files) and describes the
+// rest. Throws Error.
+Json device_profile(const Options& options, const GgufFile& file);
+
+// What the model is, for results: name, nbytes, architecture, type and sizes.
+Json model_facts(const GgufFile& file);
+
+}  // namespace stoker::bench

@@ -1,0 +1,59 @@
+// Measurements of the device in Python: storage.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "mobile_bench/native/storage_file.h"
+#include "runtime/core/bind.h"
+#include "runtime/core/errors.h"
+
+namespace nb = nanobind;
+using stoker::ReadLoad;
+using stoker::ReadMode;
+using stoker::ReadSpeed;
+using stoker::StorageFile;
+
+namespace {
+
+ReadMode mode_of(const std::string& name) {
+  if (name == "direct") return ReadMode::kDirect;
+  if (name == "buffered") return ReadMode::kBuffered;
+  if (name == "mapped") return ReadMode::kMapped;
+  throw stoker::Error(stoker::ErrorKind::kOption,
+                      "storage mode: expected direct, buffered or mapped, found '" + name + "'");
+}
+
+nb::dict read_speed(StorageFile& file, const std::string& mode, uint64_t block, int depth,
+                    double seconds, uint64_t seed) {
+  const ReadLoad load{mode_of(mode), block, depth, seconds, seed};
+  ReadSpeed speed;
+  {
+    nb::gil_scoped_release release;
+    speed = file.read(load);
+  }
+  nb::dict d;
+  d["reads"] = speed.reads;
+  d["bytes"] = speed.bytes;
+  d["seconds"] = speed.seconds;
+  return d;
+}
+
+}  // namespace
+
+void bind_probe(nb::module_& m) {
+  nb::class_<StorageFile>(m, "StorageFile", "A file whose reads are measured.")
+      .def(nb::init<const std::string&>(), nb::arg("path"), "An existing file.")
+      .def_static("scratch", &StorageFile::scratch, nb::arg("folder"),
+                  "An empty file without a name, gone with the object.")
+      .def("append", &StorageFile::append, nb::arg("bytes"),
+           nb::call_guard<nb::gil_scoped_release>(), "Pseudo-random bytes, stored on return.")
+      .def("read", &read_speed, nb::arg("mode"), nb::arg("block"), nb::arg("depth"),
+           nb::arg("seconds"), nb::arg("seed") = 1,
+           "Random blocks, none twice, none out of memory.")
+      .def_prop_ro("nbytes", &StorageFile::nbytes)
+      .def_prop_ro("descriptor", &StorageFile::descriptor)
+      .def_prop_ro("direct", &StorageFile::direct);
+}
