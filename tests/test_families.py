@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from oracle import Oracle
+from oracle.forward import SINK_TOKENS
 from stoker.runtime import _core
 from stoker.runtime.errors import ContextLengthError, ModelFileError, UnsupportedModelError
 from tiny_models import N_TOKENS, VARIANTS, make, some_tokens, spec_of
@@ -111,10 +112,10 @@ def test_half_precision_weights_equal_the_oracle(tiny: BUILD, variant: str, quan
     assert np.abs(all_logits(path) - Oracle(path).logits(TOKENS)).max() < F32_BOUND
 
 
-def prompt_errors(path: Path, oracle: Oracle, precision: str) -> Array:
-    """Largest logit error of each of 25 prompts of 4 tokens."""
+def prompt_errors(path: Path, oracle: Oracle, precision: str, length: int) -> Array:
+    """Largest logit error of each of 25 prompts of 4 tokens (33 of 3)."""
     engine = open_engine(path, precision=precision)
-    prompts = TOKENS.reshape(-1, 4)
+    prompts = TOKENS[: len(TOKENS) // length * length].reshape(-1, length)
     return np.array(
         [np.abs(engine.timeline().eval_all(t) - oracle.logits(t)).max() for t in prompts]
     )
@@ -122,11 +123,18 @@ def prompt_errors(path: Path, oracle: Oracle, precision: str) -> Array:
 
 # A value that lies between two int8 steps may be rounded the other way in float32 than in the
 # oracle's float64, which moves all later tokens by about 0.1. That is rare: most short prompts must
-# be exact, and a long one must remain close. Other rounding moves every prompt by 0.1 to 1.
-def check_one_term(path: Path, precision: str, bound: float, exact_share: float) -> None:
+# be exact, and a long one must remain close. Other rounding moves every prompt.
+def check_one_term(
+    path: Path, precision: str, bound: float, exact_share: float, length: int = 4
+) -> None:
     oracle = Oracle(path, precision=precision)
-    assert (prompt_errors(path, oracle, precision) < bound).mean() >= exact_share
-    assert prompt_errors(path, Oracle(path), precision).min() > 0.05
+    assert (prompt_errors(path, oracle, precision, length) < bound).mean() >= exact_share
+    if precision == "fast":
+        assert prompt_errors(path, Oracle(path), precision, length).min() > 0.05
+    else:
+        for sink_tokens in (SINK_TOKENS - 1, SINK_TOKENS + 1):
+            other = Oracle(path, precision=precision, sink_tokens=sink_tokens)
+            assert prompt_errors(path, other, precision, length).min() > bound
     expected, actual = oracle.logits(TOKENS), all_logits(path, precision=precision)
     assert same_best(actual, expected) >= 0.96  # measured: 0.98 to 1
     assert np.median(np.abs(actual - expected).max(axis=-1)) < 0.25  # measured: at most 0.15
@@ -147,8 +155,9 @@ def test_fast_precision_equals_the_oracle(tiny: BUILD, variant: str) -> None:
 @pytest.mark.parametrize("variant", FEW)
 def test_balanced_precision_equals_the_oracle(tiny: BUILD, variant: str) -> None:
     path = tiny(variant, "Q8_0", embedding_quant="Q4_0")
-    # The second terms' own steps are 1e-4 of a logit, and make more of the first ones undecided.
-    check_one_term(path, "balanced", 4 * F32_BOUND, 0.5)  # measured: 0.72 to 1
+    # The second terms' own steps are 1e-4 of a logit, and make more of the first ones undecided:
+    # those of the third token, as the first two have both terms throughout.
+    check_one_term(path, "balanced", 4 * F32_BOUND, 0.12, length=3)  # measured: 0.15 to 0.85
 
 
 @pytest.mark.parametrize("variant", FEW)

@@ -79,7 +79,7 @@ void Forward::add(float* y, const float* x) {
 }
 
 Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quantize,
-                              bool two_terms, std::span<const int32_t> rows) {
+                              int64_t low_rows, std::span<const int32_t> rows) {
   Input in;
   Activations& a = in.high;
   a.kind = ActKind::f32;
@@ -92,7 +92,8 @@ Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quan
   a.q_stride = (cols + 63) / 64 * 64;
   a.scale = s_.act_scale;
   a.sum16 = s_.act_sum;
-  if (two_terms) {
+  in.low_rows = low_rows;
+  if (low_rows > 0) {
     in.low = a;
     in.low.q += s_.rows * a.q_stride;
     in.low.scale += s_.rows * (cols / 32);
@@ -107,7 +108,7 @@ Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quan
   for_rows(count, cols, [&](int64_t r, int thread) {
     const int64_t i = rows.empty() ? r : rows[static_cast<size_t>(r)];
     row(x + i * cols, i);
-    if (!two_terms) return;
+    if (i >= low_rows) return;
     auto* error = reinterpret_cast<float*>(thread_scratch(thread));
     ops_.rounding_error(x + i * cols, a.q + i * a.q_stride, a.scale + i * (cols / 32), error, cols);
     row(error, s_.rows + i);
@@ -162,15 +163,17 @@ void Forward::multiply(std::span<const Product> products, const Input& in) {
       args.scratch = thread_scratch(thread);
       const MatmulFn matmul = matmul_kernel(*m.format, engine_.plan().isa);
       matmul(args);
-      if (!in.low.q || m.format->act != ActKind::i8) continue;
+      const int64_t n_low = low_count(p, in);
+      if (n_low == 0 || m.format->act != ActKind::i8) continue;
       // The piece's weights are still in the cache.
       const int64_t rows = args.row_end - args.row_begin;
       auto* low = reinterpret_cast<float*>(thread_scratch(thread) + s_.thread_low);
       args.x = from_row(in.low, p.first, ActKind::i8);
+      args.n_tokens = n_low;
       args.y = low - args.row_begin;
       args.y_stride = rows;
       matmul(args);
-      for (int64_t t = 0; t < p.n; ++t) {
+      for (int64_t t = 0; t < n_low; ++t) {
         ops_.add(p.y + t * p.y_stride + args.row_begin, low + t * rows, rows);
       }
     }
@@ -271,14 +274,14 @@ void Forward::attention(int64_t il, const float* in, float* out) {
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
   const Input x =
-      input(in, n_, c.n_embd, int8(w.q) || int8(w.k) || int8(w.v), two_terms(Precision::kBalanced));
+      input(in, n_, c.n_embd, int8(w.q) || int8(w.k) || int8(w.v), low_rows(Precision::kBalanced));
   const Product qkv[] = {{&w.q, s_.q, w.q.rows, nullptr, 0, n_},
                          {&w.k, s_.k, w.k.rows, nullptr, 0, n_},
                          {&w.v, s_.v, w.v.rows, nullptr, 0, n_}};
   multiply(qkv, x);
   store_kv(il);
   attend(il);
-  const Input o = input(s_.o, n_, w.o.cols, int8(w.o), two_terms(Precision::kHigh));
+  const Input o = input(s_.o, n_, w.o.cols, int8(w.o), low_rows(Precision::kHigh));
   const Product product[] = {{&w.o, out, c.n_embd, nullptr, 0, n_}};
   multiply(product, o);
   if (!w.o_bias.empty()) {
@@ -312,12 +315,12 @@ void Forward::feed_forward(int64_t il, const float* in, float* out) {
   copy_to_tap(il, in);
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
-  const Input x = input(in, n_, c.n_embd, int8(w.gate) || int8(w.up), two_terms(Precision::kHigh));
+  const Input x = input(in, n_, c.n_embd, int8(w.gate) || int8(w.up), low_rows(Precision::kHigh));
   const Product gate_up[] = {{&w.gate, s_.gate, c.n_ff, nullptr, 0, n_},
                              {&w.up, s_.up, c.n_ff, nullptr, 0, n_}};
   multiply(gate_up, x);
   gate_rows(s_.gate, s_.up, n_, c.n_ff);
-  const Input h = input(s_.gate, n_, c.n_ff, int8(w.down), two_terms(Precision::kHigh));
+  const Input h = input(s_.gate, n_, c.n_ff, int8(w.down), low_rows(Precision::kHigh));
   const Product down[] = {{&w.down, out, c.n_embd, nullptr, 0, n_}};
   multiply(down, h);
 }
@@ -333,7 +336,8 @@ void Forward::final_norm(int64_t first, int64_t n, float* out) {
 void Forward::logits(const float* hidden, int64_t n, float* out) {
   const ModelConfig& c = config_;
   const Weights& w = engine_.weights();
-  const Input x = input(hidden, n, c.n_embd, int8(w.output), two_terms(Precision::kBalanced));
+  const Input x =
+      input(hidden, n, c.n_embd, int8(w.output), two_terms(Precision::kBalanced) ? n : 0);
   const Product product[] = {{&w.output, out, c.n_vocab, nullptr, 0, n}};
   multiply(product, x);
   if (w.output_bias.empty() && c.final_softcap == 0) return;

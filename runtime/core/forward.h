@@ -71,12 +71,17 @@ class Forward {
   void mixture(int64_t il, const float* in, const Routes& routes, float* out);
 
  private:
+  // Models park attention that has nowhere to go on the first tokens, whose activations are then
+  // hundreds of times larger than others: their rounding noise is in what every later token reads.
+  static constexpr int64_t kSinkTokens = 2;
+
   // Rows of activations: as they are, and where a format wants it as int8, in one term or two.
   // The second term is the first one's rounding error, quantized again: together they carry about
   // 15 bits, and a product with both differs from one with floats by float32 rounding only.
   struct Input {
     Activations high;
-    Activations low;  // q null: one term
+    Activations low;
+    int64_t low_rows = 0;  // the first rows have both terms
   };
   // y[i][0 .. rows) = matrix * input of the i-th token (of the list, if any).
   struct Product {
@@ -86,14 +91,27 @@ class Forward {
     const int32_t* token_list;  // [n], or null: tokens from `first`
     int64_t first;
     int64_t n;
+    int64_t low = -1;  // of them with both terms, the first ones; -1: what `low_rows` says
   };
+  static int64_t low_count(const Product& p, const Input& in) {
+    if (in.low_rows == 0 || p.low >= 0) return in.low_rows == 0 ? 0 : p.low;
+    if (!p.token_list) return std::clamp<int64_t>(in.low_rows - p.first, 0, p.n);
+    return std::lower_bound(p.token_list, p.token_list + p.n, in.low_rows) - p.token_list;
+  }
   // Runs several products of the same input together, rows spread over the threads.
   void multiply(std::span<const Product> products, const Input& in);
   // Quantizes rows x [n][cols] for matrices that want int8; with `rows`, only those. Valid until
   // the next call.
-  Input input(const float* x, int64_t n, int64_t cols, bool quantize, bool two_terms,
+  Input input(const float* x, int64_t n, int64_t cols, bool quantize, int64_t low_rows,
               std::span<const int32_t> rows = {});
   bool two_terms(Precision least) const { return engine_.precision() >= least; }
+  // Rows of the chunk that get both terms where `least` asks for them: all from this precision on,
+  // below it the first tokens of the sequence (kSinkTokens).
+  int64_t low_rows(Precision least) const {
+    if (two_terms(least)) return n_;
+    if (engine_.precision() < Precision::kBalanced) return 0;
+    return std::clamp<int64_t>(kSinkTokens - position_, 0, n_);
+  }
   // gate = act(gate) * up on rows [n][width]; with `rows`, only those.
   void gate_rows(float* gate, const float* up, int64_t n, int64_t width,
                  std::span<const int32_t> rows = {});

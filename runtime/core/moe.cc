@@ -93,7 +93,7 @@ class Forward::Ahead : public RouterAhead {
       f_.norm(in, w.ffn_norm, f_.s_.ahead);
       in = f_.s_.ahead;
     }
-    const Input x = f_.input(in, f_.n_, c.n_embd, int8(router), false);
+    const Input x = f_.input(in, f_.n_, c.n_embd, int8(router), 0);
     if (before >= 0) return f_.pregate(before, x, out);
     const Product product[] = {{&router, out, c.n_expert, nullptr, 0, f_.n_}};
     f_.multiply(product, x);
@@ -113,8 +113,8 @@ Routes Forward::route(int64_t il, const float* in) {
   const ModelConfig& c = config_;
   const Matrix& router = layer(il).router;
   const Matrix& gate = layer(il).pregate;
-  const Input x = input(in, n_, c.n_embd, int8(router) || (gate && int8(gate)),
-                        two_terms(Precision::kBalanced));
+  const Input x =
+      input(in, n_, c.n_embd, int8(router) || (gate && int8(gate)), low_rows(Precision::kBalanced));
   const Product product[] = {{&router, s_.router, c.n_expert, nullptr, 0, n_}};
   multiply(product, x);
   const Routes routes = chosen(pregated_);
@@ -152,7 +152,7 @@ int64_t Forward::mixture_after(int64_t il) const {
 void Forward::route_once() {
   const ModelConfig& c = config_;
   const Weights& w = engine_.weights();
-  const bool two = two_terms(Precision::kBalanced);
+  const int64_t two = low_rows(Precision::kBalanced);
   norm(s_.x, w.router_norm, s_.a);
   const Input x = input(s_.a, n_, c.n_embd, int8(w.router_up), two);
   const Product up[] = {{&w.router_up, s_.gate, c.n_router, nullptr, 0, n_}};
@@ -219,7 +219,7 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
     Ahead ahead(*this);
     this->experts().look_ahead(il, ahead);
   }
-  const bool high = two_terms(Precision::kHigh);
+  const int64_t low = low_rows(Precision::kHigh);
   std::vector<Product> gate_up, down;
   std::vector<int32_t> rows;  // pairs whose experts are ready
   for (;;) {
@@ -237,13 +237,14 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
       for (int64_t r = first; r < first + n; ++r) rows.push_back(static_cast<int32_t>(r));
       gate_up.push_back({&e.gate, s_.gate + first * ff, ff, list, 0, n});
       gate_up.push_back({&e.up, s_.up + first * ff, ff, list, 0, n});
-      down.push_back({&e.down, s_.pairs + first * c.n_embd, c.n_embd, nullptr, first, n});
+      const int64_t n_low = std::lower_bound(list, list + n, low) - list;
+      down.push_back({&e.down, s_.pairs + first * c.n_embd, c.n_embd, nullptr, first, n, n_low});
       quantize_in |= int8(e.gate) || int8(e.up);
       quantize_hidden |= int8(e.down);
     }
-    multiply(gate_up, input(in, n_, c.n_embd, quantize_in, high));
+    multiply(gate_up, input(in, n_, c.n_embd, quantize_in, low));
     gate_rows(s_.gate, s_.up, pairs, ff, rows);
-    multiply(down, input(s_.gate, pairs, ff, quantize_hidden, high, rows));
+    multiply(down, input(s_.gate, pairs, ff, quantize_hidden, low > 0 ? pairs : 0, rows));
   }
   for_rows(n_, c.n_embd * k, [&](int64_t i, int) {
     float* y = out + i * c.n_embd;
@@ -260,17 +261,17 @@ void Forward::shared_expert(int64_t il, const float* in, float* out) {
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
   const int64_t ff = c.n_ff_shared;
-  const bool high = two_terms(Precision::kHigh);
+  const int64_t low = low_rows(Precision::kHigh);
   const bool weighed = static_cast<bool>(w.shared_router);
   const bool quantize =
       int8(w.shared_gate) || int8(w.shared_up) || (weighed && int8(w.shared_router));
-  const Input x = input(in, n_, c.n_embd, quantize, high);
+  const Input x = input(in, n_, c.n_embd, quantize, low);
   const Product products[] = {{&w.shared_gate, s_.gate, ff, nullptr, 0, n_},
                               {&w.shared_up, s_.up, ff, nullptr, 0, n_},
                               {&w.shared_router, s_.router, 1, nullptr, 0, n_}};
   multiply(std::span(products, weighed ? 3 : 2), x);
   gate_rows(s_.gate, s_.up, n_, ff);
-  const Input h = input(s_.gate, n_, ff, int8(w.shared_down), high);
+  const Input h = input(s_.gate, n_, ff, int8(w.shared_down), low);
   const Product down[] = {{&w.shared_down, s_.pairs, c.n_embd, nullptr, 0, n_}};
   multiply(down, h);
   for_rows(n_, c.n_embd, [&](int64_t i, int) {

@@ -19,6 +19,7 @@ RENORMALISED = {"llama": True, "qwen3moe": True, "smallthinker": True}
 RENORMALISED |= {"qwen2moe": False, "olmoe": False}
 # Matrices that precision="balanced" multiplies with activations of two int8 terms.
 BALANCED = frozenset({"attn_q", "attn_k", "attn_v", "ffn_gate_inp", "output", "token_embd"})
+SINK_TOKENS = 2  # the first of a sequence, whose products have two terms with "balanced"
 FAMILIES = frozenset({"qwen2", "qwen3", "gemma3", "tokenrouted", *RENORMALISED})
 
 
@@ -28,6 +29,7 @@ class Oracle:
     dtype: of weights and sums; float64 unless the model is too large for it.
     precision: round what quantized matrices are multiplied with to int8, as the engine does with
         its option of that name: fast, balanced or high; None: do not round.
+    sink_tokens: of the sequence's beginning, which "balanced" rounds less than the others.
     half_cache: round keys and values to f16, as the engine's f16 KV cache does.
     half_gelu: GELU as llama.cpp's CPU backend computes it.
     context: tokens of the session; only longrope asks.
@@ -39,6 +41,7 @@ class Oracle:
         *,
         dtype: npt.DTypeLike = np.float64,
         precision: str | None = None,
+        sink_tokens: int = SINK_TOKENS,
         half_cache: bool = False,
         half_gelu: bool = False,
         context: int = 0,
@@ -48,6 +51,7 @@ class Oracle:
         if self.c.architecture not in FAMILIES:
             raise ValueError(f"no oracle for architecture {self.c.architecture!r}")
         self._precision = precision
+        self._sink_tokens = sink_tokens if precision == "balanced" else 0
         self._half_cache = half_cache
         self._gelu = layers.gelu_tanh_half if half_gelu else layers.gelu_tanh
         self._context = context or self.c.context
@@ -128,18 +132,35 @@ class Oracle:
     def _norm(self, x: Array, name: str) -> Array:
         return rms_norm(x, self.w[name], self.c.rms_eps)
 
-    def _linear(self, x: Array, name: str, bias: str = "", expert: int | None = None) -> Array:
-        """x [n, in] -> [n, out]; a 3-d tensor holds one matrix an expert."""
+    def _linear(
+        self,
+        x: Array,
+        name: str,
+        bias: str = "",
+        expert: int | None = None,
+        positions: Array | None = None,
+    ) -> Array:
+        """x [n, in] -> [n, out]; a 3-d tensor holds one matrix an expert.
+
+        positions: [n] of the tokens; None: 0 .. n - 1.
+        """
         matrix = self.w[name] if expert is None else self.w[name][expert]
         if self._precision and self.w.is_quantized(name):
-            x = layers.int8_activations(x, terms=2 if self._two_terms(name) else 1)
+            x = self._rounded(x, name, np.arange(len(x)) if positions is None else positions)
         y = x @ matrix.T
         return y + self.w[bias] if bias and bias in self.w else y
 
-    def _two_terms(self, name: str) -> bool:
-        if self._precision == "balanced":
-            return name.split(".")[-2] in BALANCED
-        return self._precision == "high"
+    def _rounded(self, x: Array, name: str, positions: Array) -> Array:
+        """x [n, cols] as the engine passes it to a quantized matrix."""
+        if self._precision == "high" or (
+            self._precision == "balanced" and name.split(".")[-2] in BALANCED
+        ):
+            return layers.int8_activations(x, terms=2)
+        out = layers.int8_activations(x)
+        first = positions < self._sink_tokens
+        if first.any():
+            out[first] = layers.int8_activations(x[first], terms=2)
+        return out
 
     def _ffn(self, x: Array, names: str, activation: Callable[[Array], Array]) -> Array:
         """names: a pattern with {} for gate, up and down."""
@@ -173,13 +194,15 @@ class Oracle:
         b = f"blk.{layer}."
         one_tensor = b + "ffn_gate_exps.weight" in self.w
 
-        def project(y: Array, part: str, e: int) -> Array:
-            if one_tensor:
-                return self._linear(y, f"{b}ffn_{part}_exps.weight", expert=e)
-            return self._linear(y, f"{b}ffn_{part}.{e}.weight")
+        def expert(e: int, tokens: Array) -> Array:
+            def project(y: Array, part: str) -> Array:
+                if one_tensor:
+                    name = f"{b}ffn_{part}_exps.weight"
+                    return self._linear(y, name, expert=e, positions=tokens)
+                return self._linear(y, f"{b}ffn_{part}.{e}.weight", positions=tokens)
 
-        def expert(e: int, y: Array) -> Array:
-            return project(activation(project(y, "gate", e)) * project(y, "up", e), "down", e)
+            y = x[tokens]
+            return project(activation(project(y, "gate")) * project(y, "up"), "down")
 
         return layers.mixture(x, r, expert)
 

@@ -172,9 +172,12 @@ def route(
 
 
 def mixture(x: Array, r: Route, expert: Callable[[int, Array], Array]) -> Array:
-    """sum_e weight_e * expert(e, x) over each token's own experts; x [n, D] -> [n, D]."""
+    """sum_e weight_e * expert(e, tokens) over each token's own experts; x [n, D] -> [n, D].
+
+    expert: (e, rows of x) -> its output for them.
+    """
     out = np.zeros_like(x)
     for e in np.unique(r.experts):
         token, slot = np.nonzero(r.experts == e)
-        out[token] += r.weights[token, slot, None] * expert(int(e), x[token])
+        out[token] += r.weights[token, slot, None] * expert(int(e), token)
     return out
