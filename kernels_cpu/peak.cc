@@ -272,10 +272,13 @@ Kernel float32_kernel(Isa isa) {
 // Operations a second of all threads together, each for itself until the time is over: slow cores
 // do not hold fast ones up.
 double peak(Kernel kernel, int threads) {
-  constexpr double kPassSeconds = 0.03;  // long enough for a clock to rise
-  constexpr int64_t kSteps = 20000;      // some 20 us: little beside a look at the clock
+  // Many short passes: together long enough for a clock to rise, each short enough to find a moment
+  // when nothing else wants the cores.
+  constexpr double kPassSeconds = 0.01;
+  constexpr int kPasses = 10;
+  constexpr int64_t kSteps = 20000;  // some 20 us: little beside a look at the clock
   double best = 0;
-  for (int pass = 0; pass < 3; ++pass) {
+  for (int pass = 0; pass < kPasses; ++pass) {
     std::vector<double> rates(static_cast<size_t>(threads));
     timed(threads, [&](int t) {
       uint64_t seed = static_cast<uint64_t>(t) + sink.load(std::memory_order_relaxed);

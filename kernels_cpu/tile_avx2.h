@@ -11,6 +11,8 @@ inline constexpr int kRows = 8;
 // The micro-kernel's register tile: kSubtiles x 8 rows by up to kTokens tokens.
 inline constexpr int kSubtiles = 2;
 inline constexpr int kTokens = 4;
+// Up to so many tokens are multiplied without a panel (4 or 2).
+inline constexpr int kFewTokens = 4;
 // vpmaddubsw adds two products in 16 bits: with weights above 127 that saturates, and the sign of
 // the weight moves to the activation instead.
 template <int kMax>
@@ -74,6 +76,8 @@ template <int kBits>
 STOKER_INLINE V shift_left(V a) {
   return _mm256_slli_epi32(a, kBits);
 }
+// The upper four bits of every byte.
+STOKER_INLINE V high_nibbles(V a) { return bit_and(shift_right<4>(a), set8(15)); }
 STOKER_INLINE V add32(V a, V b) { return _mm256_add_epi32(a, b); }
 STOKER_INLINE V sub32(V a, V b) { return _mm256_sub_epi32(a, b); }
 STOKER_INLINE V max32(V a, V b) { return _mm256_max_epi32(a, b); }

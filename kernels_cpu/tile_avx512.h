@@ -10,6 +10,8 @@ inline constexpr int kRows = 16;
 // The micro-kernel's register tile: kSubtiles x 16 rows by up to kTokens tokens.
 inline constexpr int kSubtiles = 2;
 inline constexpr int kTokens = 6;
+// Up to so many tokens are multiplied without a panel (4 or 2).
+inline constexpr int kFewTokens = 4;
 // This ISA multiplies unsigned weights with signed activations without saturating.
 template <int kMax>
 inline constexpr bool kSignedWeights = false;
@@ -72,6 +74,8 @@ template <int kBits>
 STOKER_INLINE V shift_left(V a) {
   return _mm512_slli_epi32(a, kBits);
 }
+// The upper four bits of every byte.
+STOKER_INLINE V high_nibbles(V a) { return bit_and(shift_right<4>(a), set8(15)); }
 STOKER_INLINE V add32(V a, V b) { return _mm512_add_epi32(a, b); }
 STOKER_INLINE V sub32(V a, V b) { return _mm512_sub_epi32(a, b); }
 STOKER_INLINE V max32(V a, V b) { return _mm512_max_epi32(a, b); }

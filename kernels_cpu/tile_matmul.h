@@ -373,16 +373,11 @@ void matmul(const MatmulArgs& given) {
   args.row_end -= args.row_begin;
   args.row_begin = 0;
   if (args.row_end < kRows) copy_short(&args);
-  switch (args.n_tokens) {
-    case 1:
-      return matmul_few<U, 1>(args);
-    case 2:
-      return matmul_few<U, 2>(args);
-    case 3:
-      return matmul_few<U, 3>(args);
-    case 4:
-      return matmul_few<U, 4>(args);
-    default:
-      return matmul_many<U>(args);
+  if (args.n_tokens == 1) return matmul_few<U, 1>(args);
+  if (args.n_tokens == 2) return matmul_few<U, 2>(args);
+  if constexpr (kFewTokens == 4) {
+    if (args.n_tokens == 3) return matmul_few<U, 3>(args);
+    if (args.n_tokens == 4) return matmul_few<U, 4>(args);
   }
+  matmul_many<U>(args);
 }

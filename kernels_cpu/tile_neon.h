@@ -11,6 +11,9 @@ inline constexpr int kRows = 4;
 // The micro-kernel's register tile: kSubtiles x 4 rows by up to kTokens tokens.
 inline constexpr int kSubtiles = 2;
 inline constexpr int kTokens = 4;
+// Up to so many tokens are multiplied without a panel (4 or 2): 3 and 4 leave no registers for the
+// unpacking, and take up to twice the instructions that way.
+inline constexpr int kFewTokens = 2;
 // Products are of signed bytes: codes above 127 are stored as q, not as u.
 template <int kMax>
 inline constexpr bool kSignedWeights = (kMax > 127);
@@ -39,8 +42,8 @@ STOKER_INLINE V set32(uint32_t x) { return vdupq_n_u32(x); }
 STOKER_INLINE V bit_and(V a, V b) { return vandq_u32(a, b); }
 STOKER_INLINE V bit_or(V a, V b) { return vorrq_u32(a, b); }
 STOKER_INLINE V bit_xor(V a, V b) { return veorq_u32(a, b); }
-// (a & mask) | b
-STOKER_INLINE V and_or(V a, V mask, V b) { return bit_or(bit_and(a, mask), b); }
+// (a & mask) | b, where b has none of the mask's bits: one instruction.
+STOKER_INLINE V and_or(V a, V mask, V b) { return vbslq_u32(mask, a, b); }
 template <int kBits>
 STOKER_INLINE V shift_right(V a) {
   if constexpr (kBits == 0) return a;
@@ -50,6 +53,8 @@ template <int kBits>
 STOKER_INLINE V shift_left(V a) {
   return vshlq_n_u32(a, kBits);
 }
+// The upper four bits of every byte.
+STOKER_INLINE V high_nibbles(V a) { return from_bytes(vshrq_n_u8(as_bytes(a), 4)); }
 STOKER_INLINE V add32(V a, V b) { return vaddq_u32(a, b); }
 STOKER_INLINE V sub32(V a, V b) { return vsubq_u32(a, b); }
 STOKER_INLINE V max32(V a, V b) { return from_int(vmaxq_s32(as_int(a), as_int(b))); }  // signed
@@ -87,11 +92,6 @@ STOKER_INLINE int load_int32(const void* p) {
   __builtin_memcpy(&x, p, 4);
   return x;
 }
-STOKER_INLINE uint16_t load_uint16(const uint8_t* p) {
-  uint16_t x;
-  __builtin_memcpy(&x, p, 2);
-  return x;
-}
 
 // out[j], lane r: bytes at + 4j .. at + 4j+3 of row r. (The last parameter serves prefetching.)
 STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int = 0) {
@@ -108,17 +108,19 @@ STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int = 0) {
 }
 // The 4 bytes at `at` of every row.
 STOKER_INLINE V load_words(const Rows& rows, int at) {
-  int32x4_t x = vdupq_n_s32(load_int32(rows.at(0) + at));
-  x = vsetq_lane_s32(load_int32(rows.at(1) + at), x, 1);
-  x = vsetq_lane_s32(load_int32(rows.at(2) + at), x, 2);
-  return from_int(vsetq_lane_s32(load_int32(rows.at(3) + at), x, 3));
+  const auto word = [&](int r) { return reinterpret_cast<const uint32_t*>(rows.at(r) + at); };
+  V x = vld1q_dup_u32(word(0));
+  x = vld1q_lane_u32(word(1), x, 1);
+  x = vld1q_lane_u32(word(2), x, 2);
+  return vld1q_lane_u32(word(3), x, 3);
 }
 // The f16 at `at` of every row; the f16 in the low or high half of every lane.
 STOKER_INLINE VF load_f16(const Rows& rows, int at) {
-  uint16x4_t x = vdup_n_u16(load_uint16(rows.at(0) + at));
-  x = vset_lane_u16(load_uint16(rows.at(1) + at), x, 1);
-  x = vset_lane_u16(load_uint16(rows.at(2) + at), x, 2);
-  x = vset_lane_u16(load_uint16(rows.at(3) + at), x, 3);
+  const auto half = [&](int r) { return reinterpret_cast<const uint16_t*>(rows.at(r) + at); };
+  uint16x4_t x = vld1_dup_u16(half(0));
+  x = vld1_lane_u16(half(1), x, 1);
+  x = vld1_lane_u16(half(2), x, 2);
+  x = vld1_lane_u16(half(3), x, 3);
   return vcvt_f32_f16(vreinterpret_f16_u16(x));
 }
 STOKER_INLINE VF low_f16(V a) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(a))); }

@@ -13,115 +13,58 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-WORKER = Path(__file__).with_name("worker.py")
-ENGINES = ("stoker", "llama_cpp")
+from stoker.mobile_bench.baseline import install_baseline
+from stoker.mobile_bench.prompt_ids import prompt_ids
+from stoker.mobile_bench.worker_process import WorkerProcess
+
+ENGINES = ("stoker", "llama-cpp")
 FIRST, PROMPT, DECODE = 16, 512, 128
-
-# llama-cpp-python's default build uses AMX where the CPU announces it; on some virtual machines
-# those instructions trap. These are the flags of a build that uses all the rest.
-BASELINE_FLAGS = (
-    "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON "
-    "-DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_BF16=ON"
-)
+CONTEXT = 1024
 
 
-class Worker:
-    """A running worker.py."""
-
-    def __init__(self, python: str, engine: str, model: Path, threads: int) -> None:
-        self.engine = engine
-        command = [python, str(WORKER), engine, str(model), str(threads)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, **command: Any) -> dict[str, Any]:
-        """Sends one command and waits for its result."""
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            code = self.process.wait()
-            raise SystemExit(f"compare: the {self.engine} worker ended with code {code}")
-        result: dict[str, Any] = json.loads(line)
-        return result
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
+def worker(python: str, engine: str, model: Path, threads: int) -> WorkerProcess:
+    """One engine with the model, everything in memory."""
+    return WorkerProcess(engine, model, threads=threads, context=CONTEXT, python=python)
 
 
 def first_token(python: str, engine: str, model: Path, threads: int, tokens: list[int]) -> float:
     """Seconds from starting a process to its first token."""
     start = time.perf_counter()
-    worker = Worker(python, engine, model, threads)
-    worker.ask(do="first", tokens=tokens)
-    seconds = time.perf_counter() - start
-    worker.close()
-    return seconds
-
-
-def prompt_tokens(model: Path, n: int) -> list[int]:
-    """The first n tokens of a public-domain text, as the model cuts it."""
-    from stoker.runtime._core import GgufFile
-    from stoker.runtime.tokenizer import Tokenizer
-
-    text = (Path(__file__).with_name("prompt.txt")).read_text(encoding="utf-8")
-    tokens = Tokenizer.from_metadata(GgufFile(str(model)).get).encode(text)
-    if len(tokens) < n:
-        raise SystemExit(f"compare: the prompt has {len(tokens)} tokens, {n} are needed")
-    return tokens[:n]
-
-
-def install_baseline(folder: Path) -> str:
-    """A Python with llama-cpp-python built for this machine; built once, about 5 minutes."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        print(f"building llama-cpp-python in {folder} (about 5 minutes)", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        environment = {**os.environ, "CMAKE_ARGS": BASELINE_FLAGS}
-        pip = [str(python), "-m", "pip", "install", "--quiet", "llama-cpp-python", "numpy"]
-        try:
-            subprocess.run(pip, check=True, env=environment)
-        except BaseException:
-            python.unlink(missing_ok=True)  # an unfinished build is tried again
-            raise
-    return str(python)
+    with worker(python, engine, model, threads) as process:
+        process.ask("prompt", tokens=tokens)
+        return time.perf_counter() - start
 
 
 def measure(model: Path, pythons: dict[str, str], threads: int, repeats: int) -> list[dict]:  # type: ignore[type-arg]
     """One record a repeat: {engine: {first_s, prefill_tok_s, decode_tok_s, peak_bytes}}."""
-    tokens = prompt_tokens(model, PROMPT)
+    tokens = list(prompt_ids(model, PROMPT))
     records = []
     for repeat in range(repeats + 1):  # the first one warms the page cache and is not counted
         record: dict[str, dict[str, float]] = {}
         for name in ENGINES if repeat % 2 else reversed(ENGINES):
             python = pythons[name]
             first = first_token(python, name, model, threads, tokens[:FIRST])
-            worker = Worker(python, name, model, threads)
-            worker.ask(do="prefill", tokens=tokens)
-            prefill = worker.ask(do="prefill", tokens=tokens)["seconds"]
-            worker.ask(do="decode", tokens=tokens[:FIRST], n=8)
-            decode = worker.ask(do="decode", tokens=tokens[:FIRST], n=DECODE)["seconds"]
+            with worker(python, name, model, threads) as process:
+                process.ask("prompt", tokens=tokens)
+                prefill = process.ask("prompt", tokens=tokens)["seconds"]
+                process.ask("prompt", tokens=tokens[:FIRST])
+                process.ask("decode", n=8)
+                process.ask("prompt", tokens=tokens[:FIRST])
+                decode = sum(process.ask("decode", n=DECODE)["token_s"])
+                peak = process.ask("memory")["peak_bytes"]
             record[name] = {
                 "first_s": first,
                 "prefill_tok_s": PROMPT / prefill,
                 "decode_tok_s": DECODE / decode,
-                "peak_bytes": worker.ask(do="memory")["peak_bytes"],
+                "peak_bytes": peak,
             }
-            worker.close()
         if repeat:
             records.append(record)
         print(f"repeat {repeat}/{repeats}", file=sys.stderr)
@@ -181,8 +124,7 @@ def main() -> None:
 
     baseline = options.baseline_python or sys.executable
     if options.install_baseline:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        baseline = install_baseline(cache / "stoker" / "baseline")
+        baseline = install_baseline()
     model = locate(options.model, download=True)
     engine = _core.Engine(_core.GgufFile(str(model)), threads=options.threads)
     plan = engine.plan
@@ -198,7 +140,7 @@ def main() -> None:
         "peak": _core.int8_peak(plan["isa"], threads),
     }
     del engine
-    pythons = {"stoker": sys.executable, "llama_cpp": baseline}
+    pythons = {"stoker": sys.executable, "llama-cpp": baseline}
     result["records"] = measure(model, pythons, threads, options.repeats)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

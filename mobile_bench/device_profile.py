@@ -62,7 +62,14 @@ class StorageRead(StorageSpread):
     bytes_s: float
 
 
-class DeviceProfile(TypedDict):
+class ProfileExtras(TypedDict, total=False):
+    """What a DeviceProfile may also have."""
+
+    noise: dict[str, Any]  # while it was measured: NoiseWatch.finish
+    seconds: float  # that the probe took
+
+
+class DeviceProfile(ProfileExtras):
     """A device. `None` where the system does not tell."""
 
     kind: Literal["profile"]
@@ -75,7 +82,9 @@ class DeviceProfile(TypedDict):
     platform: dict[str, Any]  # system, release, machine, python, virtual, product
     cpu: dict[str, Any]  # model, logical, physical, performance, quota, kinds, caches: probe_cpu
     isa: dict[str, Any]  # active, usable
-    memory: dict[str, Any]  # total, available, limit (of the cgroup), swap, page
+    # total, available, limit (of the cgroup), swap, page; fresh_bytes_s: writing to memory for the
+    # first time, on one thread
+    memory: dict[str, Any]
     memory_reads: list[MemoryRead]
     peaks: list[Peak]
     formats: list[FormatSpeed]

@@ -4,7 +4,7 @@ A decoded token takes
 
     memory or arithmetic   each format's weights at the slower of the memory's bandwidth and the
                            kernel's speed, on all threads (DeviceProfile.formats)
-    second terms           products that take their activations in two int8 terms (Precision)
+    second terms           of products that take their activations in two int8 terms (Precision)
     KV cache               what attention reads of it, growing with the position
     overhead               synchronising threads, norms and rotary embedding a layer; the start of
                            each expert, which the processor's prefetchers have not foreseen
@@ -22,52 +22,61 @@ fitted on one machine (2 cores of Zen 5, virtual), with the profile measured in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.errors import OptionError
 from .device_profile import DeviceProfile
-from .hit_curves import miss_rate, origin_of
+from .hit_curves import distinct, miss_rate, origin_of
 
 if TYPE_CHECKING:
     from ..runtime._core import GgufFile
 
-# Of a layer of a decoded token: six phases, each of which threads enter and leave together, and the
-# norms between them. SmolLM2 and Gemma 3 at 2 threads: what is left of a token after its reads.
+# Of a layer of a decoded token: six phases that threads enter and leave together, and the norms
+# between them. SmolLM2 and Gemma 3 on 2 threads: what is left of a token after its reads.
 LAYER_S = 8e-6
 # Of an expert that a token uses: three matrices at random places of gigabytes, whose first lines
-# and page tables no cache holds. up16 and up64, everything in memory.
+# and page tables no cache holds. up64, everything in memory.
 EXPERT_S = 15e-6
-# Of the second activation terms: the piece of weights is in the cache, so that a weight takes this
-# share of its time from memory. `precision` fast against balanced (README, Performance).
-SECOND_TERM = 0.25
-# The matrix products' share of the memory bandwidth that a plain read loop reaches.
-STREAMING = 0.95
-# KV cache: rows of half a kilobyte per head and position, read at this share of the bandwidth.
+# Of the speed of a prompt's products: a row of the second activation terms (Precision), whose
+# weights are in the cache. `precision` fast against balanced on both models (README, Performance).
+SECOND_TERM = 0.5
+# Of the memory bandwidth: the KV cache, rows of some hundred bytes a head and position.
 KV_STREAMING = 0.5
 # Of an expert's use under a budget: the directory, the policy, and what the predictor looks up.
+# offload-up64-2GB.json, which hardly reads, against everything in memory.
 STORE_S = 6e-6
 # Memory traffic of a byte that comes from flash: written by the device, read by the product.
 FLASH_TRAFFIC = 2.0
-# Bytes read for each byte that was missing: guesses that did not come true.
+# Bytes read for each byte that was missing: guesses that did not come true. offload-up64-1GB.json,
+# prefetching against not.
 NEEDLESS = 1.09
 # Share of a miss's reading that is under way before it is needed, and the share of computing that
-# can hide reads. Records offload-up64-*.json: waiting against the time that the disk was busy.
+# can hide reads. offload-up64-*.json: waiting against the time that the disk was busy.
 FORESEEN = 0.5
 HIDING = 0.7
 # Reads that the engine has under way at a time (its default).
 READERS = 4
 # Of a prompt's chunk: the smaller one of reading and computing that the larger one does not hide.
+# offload-up64-1GB-prompt512.json.
 EXPOSED = 0.15
-# Float operations of attention: share of the float32 peak that its loops reach.
+# Of each hidden value of an expert in a prompt, by one thread: activation function, rounding, sum.
+# up64, 64 and 512 tokens, everything in memory.
+HIDDEN_S = 3.5e-9
+# Of the float32 peak: what attention's loops reach in a prompt. SmolLM2 and Gemma 3, 512 tokens.
 ATTENTION = 0.35
-# Opening the file, the tokenizer's arrays, threads, and buffers: of a load.
-LOAD_S = 0.02
-# Fresh memory, bytes a second and thread, where the profile does not say: zeroing pages.
+# Opening the file, threads, and buffers: of a load. The same records.
+LOAD_S = 0.012
+# With cold caches a load reads the core and the interpreter's modules, page by page as they are
+# touched; under a budget numpy as well, whose import takes time besides. A process's read_bytes.
+LIBRARY_BYTES, NUMPY_BYTES, NUMPY_S = 4.7e6, 3.4e6, 0.07
+# Touching memory for the first time, bytes a second, where the profile does not say: the kernel
+# zeroes pages. Virtual machines may be ten times slower (forecast_check.py measures it).
 FRESH_BYTES_S = 4e9
-MARGIN_MACHINE, MARGIN_GROUP = 0.10, 0.05  # runtime/memory.py: what "auto" leaves to others
+# Of what a device has: left to others where memory is "auto" (runtime/memory.py).
+MARGIN_MACHINE, MARGIN_GROUP = 0.10, 0.05
 
 RESOURCES = ("memory bandwidth", "arithmetic", "flash", "overhead")
 
@@ -125,14 +134,15 @@ class Device:
         best = max(own, key=lambda p: (p["threads"] <= self.threads, p["threads"]))
         return best["ops_s"] * max(1.0, self.threads / best["threads"])
 
-    def flash_bytes_s(self, block: float, depth: int) -> float:
-        """Random direct reads (buffered where there are none) of this size and depth.
+    def flash_bytes_s(self, block: float, depth: int, mode: str = "direct") -> float:
+        """Random reads of this size and depth; buffered where there are none of this mode.
 
         Between measured sizes on a line in their logarithms, at the nearest measured depth.
         """
         reads = self.profile["storage_reads"]
-        mode = "direct" if any(r["mode"] == "direct" for r in reads) else "buffered"
-        of = [r for r in reads if r["mode"] == mode]
+        of = [r for r in reads if r["mode"] == mode] or [
+            r for r in reads if r["mode"] == "buffered"
+        ]
         if not of:
             raise OptionError(
                 "device profile: expected storage_reads, found none"
@@ -152,7 +162,7 @@ class Device:
     @property
     def fresh_bytes_s(self) -> float:
         """Touching memory for the first time."""
-        return float(self.profile["memory"].get("fresh_bytes_s") or FRESH_BYTES_S * self.threads)
+        return float(self.profile["memory"].get("fresh_bytes_s") or FRESH_BYTES_S)
 
 
 # Bits a weight of the formats that a probe measures (kernels_cpu/formats.inc).
@@ -189,6 +199,14 @@ class Subject:
         """Of the routers, for hit_curves.py."""
         recipe = self.file.get("stoker.upcycle.recipe")
         return origin_of(recipe if isinstance(recipe, str) else None)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the model is asked: tokens of a prompt, and tokens decoded after it."""
+
+    prompt_tokens: int = 64
+    tokens: int = 256
 
 
 @dataclass(frozen=True)
@@ -242,9 +260,7 @@ def forecast(
     subject: Subject,
     device: Device,
     memory: int | None,
-    *,
-    prompt_tokens: int = 64,
-    tokens: int = 256,
+    turn: Turn = Turn(),
 ) -> Forecast:
     """One budget (None: everything in memory). A budget that is too small is a Forecast too.
 
@@ -252,27 +268,27 @@ def forecast(
     needed; ModelFileError, UnsupportedModelError.
     """
     config, everything = subject.plan(0, device.threads)
-    if not 1 <= prompt_tokens <= everything["context"]:
+    context = everything["context"]
+    if not 1 <= turn.prompt_tokens <= context:
         raise OptionError(
-            f"prompt: expected 1 to {everything['context']} tokens (the context), "
-            f"found {prompt_tokens}"
+            f"prompt: expected 1 to {context} tokens (the context), found {turn.prompt_tokens}"
         )
-    tokens = max(1, min(tokens, everything["context"] - prompt_tokens))
+    turn = replace(turn, tokens=max(1, min(turn.tokens, context - turn.prompt_tokens)))
     least = int(everything["least_memory"])
     mixture = bool(config["n_expert"])
     fits = memory is None or memory >= least
     if not fits:
         return _unfit(subject, device, memory, everything)
     plan = everything if memory is None else subject.plan(memory, device.threads)[1]
-    model = _Model(subject, device, config, plan, prompt_tokens, tokens)
+    model = _Model(subject, device, turn, config, plan)
     times, prompt = model.token(), model.prompt()
     token_s, prompt_s = model.token_s(times), model.prompt_s(prompt)
     load_s = model.load_s()
-    alone = _Model(subject, device, config, everything, prompt_tokens, tokens)
+    alone = _Model(subject, device, turn, config, everything)
     full_s = alone.token_s(alone.token())
     doubles: int | None = None
     if mixture and memory is not None and full_s <= token_s / 2:
-        doubles = _budget_for(subject, device, token_s / 2, memory, prompt_tokens, tokens)
+        doubles = _budget_for(subject, device, turn, token_s / 2, memory)
     experts = int(plan.get("experts", 0))
     return Forecast(
         model=subject.name,
@@ -290,8 +306,8 @@ def forecast(
         streams=bool(plan.get("streams", False)),
         hit_rate=1 - model.miss if experts else None,
         bytes_token=model.flash_bytes,
-        tokens=tokens,
-        prompt_tokens=prompt_tokens,
+        tokens=turn.tokens,
+        prompt_tokens=turn.prompt_tokens,
         load_s=load_s,
         prompt_s=prompt_s,
         ttft_s=load_s + prompt_s,
@@ -342,13 +358,13 @@ def _unfit(
 
 
 def _budget_for(
-    subject: Subject, device: Device, token_s: float, low: int, prompt_tokens: int, tokens: int
+    subject: Subject, device: Device, turn: Turn, token_s: float, low: int
 ) -> int | None:
     """The smallest budget above `low` whose tokens take at most token_s, to a MiB."""
 
     def slow(memory: int) -> bool:
         config, plan = subject.plan(memory, device.threads)
-        model = _Model(subject, device, config, plan, prompt_tokens, tokens)
+        model = _Model(subject, device, turn, config, plan)
         return model.token_s(model.token()) > token_s
 
     everything = subject.plan(0, device.threads)[1]
@@ -387,15 +403,13 @@ class _Model:
         self,
         subject: Subject,
         device: Device,
+        turn: Turn,
         config: Mapping[str, Any],
         plan: Mapping[str, Any],
-        prompt_tokens: int,
-        tokens: int,
     ) -> None:
-        self.device, self.config, self.plan = device, config, plan
-        self.prompt_tokens, self.tokens = prompt_tokens, tokens
-        self.work: Sequence[Mapping[str, Any]] = plan["work"]
-        self.balanced = plan["precision"]
+        self.device, self.turn, self.config, self.plan = device, turn, config, plan
+        self.work: list[Mapping[str, Any]] = [w for w in plan["work"] if w["weights"]]
+        self.precision = plan["precision"]
         slots, experts = int(plan.get("slots", 0)), int(plan.get("experts", 0))
         self.slots, self.experts = slots, experts
         self.uses = int(plan.get("working_set", 0))
@@ -408,40 +422,39 @@ class _Model:
                 config["n_expert"],
                 config["n_expert_used"],
                 origin=subject.origin,
-                tokens=tokens,
+                tokens=turn.tokens,
             )  # fmt: skip
         self.unit = plan["slot_bytes"] / slots if slots else 0.0
         self.flash_bytes = self.uses * self.miss * self.unit * (NEEDLESS if self.miss < 1 else 1.0)
 
-    def _second(self, work: Mapping[str, Any]) -> bool:
-        return self.balanced == "high" or (self.balanced == "balanced" and bool(work["balanced"]))
+    def _second_s(self, work: Mapping[str, Any]) -> float:
+        """Seconds that the second terms of one token's products take; 0 where there are none."""
+        wanted = self.precision == "high" or (self.precision == "balanced" and work["balanced"])
+        if not wanted or work["format"] in ("F32", "F16", "BF16"):
+            return 0.0
+        return float(work["weights"] / (self._tile_s(work) / 2 * SECOND_TERM))
+
+    def _tile_s(self, work: Mapping[str, Any]) -> float:
+        return self.device.tile_ops_s(work["format"], 8 * work["bytes"] / work["weights"])
 
     def _rows(self, work: Mapping[str, Any]) -> tuple[float, float]:
-        """Seconds of one token's products: by the memory, and by the kernel."""
-        weights, nbytes = work["weights"], work["bytes"]
-        if not weights:
-            return 0.0, 0.0
-        kernel = weights / self.device.row_weights_s(work["format"], 8 * nbytes / weights)
-        if self._second(work):
-            kernel *= 1 + SECOND_TERM
-        return nbytes / (self.device.memory_bytes_s * STREAMING), kernel
+        """Seconds of going over the weights once: (by the memory, by the kernel), one of them 0."""
+        bits = 8 * work["bytes"] / work["weights"]
+        kernel = work["weights"] / self.device.row_weights_s(work["format"], bits)
+        read = work["bytes"] / self.device.memory_bytes_s
+        return (read, 0.0) if read >= kernel else (0.0, kernel)
 
     def token(self) -> dict[str, float]:
         """Seconds of one decoded token by resource."""
-        memory = arithmetic = 0.0
+        memory = arithmetic = flash = 0.0
         for work in self.work:
             read, kernel = self._rows(work)
-            if read >= kernel:
-                memory += read
-                if self._second(work):
-                    memory += SECOND_TERM * read
-            else:
-                arithmetic += kernel
-        position = self.prompt_tokens + self.tokens / 2
+            memory += read
+            arithmetic += kernel + self._second_s(work)
+        position = self.turn.prompt_tokens + self.turn.tokens / 2
         kv = self.plan["kv_bytes"] / self.plan["context"] * position
         memory += kv / (self.device.memory_bytes_s * KV_STREAMING)
         overhead = self.config["n_layer"] * LAYER_S + self.uses * EXPERT_S
-        flash = 0.0
         if self.experts:
             overhead += self.uses * STORE_S
             memory += FLASH_TRAFFIC * self.flash_bytes / self.device.memory_bytes_s
@@ -457,7 +470,7 @@ class _Model:
     def chunks(self) -> list[int]:
         """Tokens of each chunk of the prompt."""
         chunk = int(self.plan["chunk"])
-        whole, rest = divmod(self.prompt_tokens, chunk)
+        whole, rest = divmod(self.turn.prompt_tokens, chunk)
         return [chunk] * whole + ([rest] if rest else [])
 
     def prompt(self) -> dict[str, float]:
@@ -465,43 +478,40 @@ class _Model:
         c, device = self.config, self.device
         memory = arithmetic = flash = overhead = 0.0
         position = 0
-        for number, n in enumerate(self.chunks()):
+        chunks = self.chunks()
+        for number, n in enumerate(chunks):
+            wanted = self._distinct(n)
             for work in self.work:
-                weights = work["weights"]
-                if not weights:
-                    continue
-                if work["part"] == "output":
-                    if number == len(self.chunks()) - 1:
-                        read, kernel = self._rows(work)
-                        memory += read if read >= kernel else 0.0
-                        arithmetic += kernel if kernel > read else 0.0
+                if work["part"] == "output" and number < len(chunks) - 1:
                     continue
                 # Unpacking goes once over the weights, whatever the number of tokens.
                 read, unpack = self._rows(work)
-                ops = 2.0 * weights * n
-                tile = device.tile_ops_s(work["format"], 8 * work["bytes"] / weights)
-                if work["part"] == "experts":
-                    spread = self._distinct(n) / c["n_expert_used"]
-                    read, unpack = read * spread, unpack * spread
-                memory += read if read >= unpack else 0.0
-                arithmetic += (unpack if unpack > read else 0.0) + ops / tile
+                times = wanted / c["n_expert_used"] if work["part"] == "experts" else 1
+                tokens = 1 if work["part"] == "output" else n
+                memory += read * times
+                arithmetic += unpack * times + self._second_s(work) * SECOND_TERM * tokens
+                arithmetic += 2 * work["weights"] * tokens / self._tile_s(work)
             # Scores and values of all positions so far, for each head.
             pairs = n * (position + n / 2)
             attention = 4.0 * c["n_layer"] * c["n_head"] * c["head_dim"] * pairs
             arithmetic += attention / (device.float_ops_s * ATTENTION)
-            overhead += c["n_layer"] * LAYER_S
+            overhead += c["n_layer"] * LAYER_S + self._layers() * wanted * EXPERT_S
+            hidden = n * self.uses * c["n_ff_expert"]
+            arithmetic += hidden * HIDDEN_S / device.threads
             if self.experts:
-                layers = self.uses / c["n_expert_used"]
-                read_bytes = layers * self._distinct(n) * self.unit
+                # Neighbours in the file that are both wanted are read one after the other.
+                run = 1 / max(1 - wanted / c["n_expert"], 1e-3)
+                needed = self._layers() * wanted
                 if number:  # what the chunk before left
-                    read_bytes *= 1 - min(1.0, self.slots / self.experts)
-                flash += read_bytes / device.flash_bytes_s(self.unit / 3, READERS)
+                    needed *= 1 - min(1.0, self.slots / self.experts)
+                read_bytes = needed * self.unit
+                flash += read_bytes / device.flash_bytes_s(self.unit / 3 * run, READERS)
                 memory += FLASH_TRAFFIC * read_bytes / device.memory_bytes_s
-                overhead += layers * self._distinct(n) * STORE_S
+                overhead += needed * STORE_S
             position += n
-        if self.experts:
-            first = min(self.slots, self.uses / c["n_expert_used"] * self._distinct(position))
-            overhead += first * self.unit / device.fresh_bytes_s
+        if self.experts:  # the slots' memory is used for the first time
+            filled = min(self.slots, self._layers() * self._distinct(position))
+            flash += filled * self.unit / device.fresh_bytes_s
         return dict(zip(RESOURCES, (memory, arithmetic, flash, overhead), strict=True))
 
     def prompt_s(self, times: Mapping[str, float]) -> float:
@@ -510,14 +520,29 @@ class _Model:
         small, large = sorted((computing, times["flash"]))
         return large + EXPOSED * small
 
+    def _layers(self) -> float:
+        """Layers with experts."""
+        return self.uses / max(1, int(self.config["n_expert_used"]))
+
     def _distinct(self, n: int) -> float:
-        """Experts of a layer that n tokens use, were each token's choice independent."""
-        experts, used = self.config["n_expert"], self.config["n_expert_used"]
-        return float(experts * (1 - (1 - used / experts) ** n))
+        """Experts of a layer that n tokens use."""
+        if not self.config["n_expert"]:
+            return 0.0
+        return distinct(self.config["n_expert"], self.config["n_expert_used"], n)
 
     def load_s(self) -> float:
         """Seconds of a load with cold caches."""
         nbytes = int(self.plan["weight_bytes"])
-        read = nbytes / self.device.flash_bytes_s(4 << 20, READERS)
+        # Everything: in pieces of 4 MiB through the page cache, a thread each; else as experts are.
+        everything = not self.experts
+        rate = self.device.flash_bytes_s(
+            4 << 20,
+            self.device.threads if everything else READERS,
+            "buffered" if everything else "direct",
+        )
         fresh = (nbytes + int(self.plan["scratch_bytes"])) / self.device.fresh_bytes_s
-        return LOAD_S + read + fresh
+        budget = int(self.plan["memory"]) > 0
+        pages = LIBRARY_BYTES + (NUMPY_BYTES if budget else 0)
+        libraries = pages / self.device.flash_bytes_s(4096, 1, "buffered")
+        libraries += NUMPY_S if budget else 0
+        return LOAD_S + libraries + nbytes / rate + fresh

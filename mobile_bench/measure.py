@@ -22,12 +22,14 @@ from .energy import EnergyMeter
 from .model_summary import files_of, summary
 from .noise import NoiseWatch
 from .preparation import drop_page_cache, read_directly, touch_memory
+from .probe_cpu import virtual
 from .prompt_ids import PromptError, prompt_ids
 from .records import VERSION, Decode, Flash, Prompt, Run
 from .worker_process import WorkerError, WorkerProcess
 
 LOAD_LIMIT_S = 900.0
-HANGS = 4.0  # times the limit of time: a run that has not answered by then is killed
+# A run that has not answered after so many times the limit of time, or so long, is killed.
+HANGS, HANGS_S = 4.0, 60.0
 FLASH_BYTES, FLASH_SEEDS = 256 << 20, 3
 _TOUCHED = 2.0  # of the memory that a run will take
 _UNITS = (50, 95, 99)
@@ -158,7 +160,8 @@ class _Measurement:
     def __init__(self, case: Case, path: Path, record: Run, model: dict[str, Any]) -> None:
         self.case, self.path, self.record, self.model = case, path, record, model
         context = record["context"]
-        self.first = min(DECODE_PROMPT, max(1, context // 2))  # tokens before the decoded ones
+        # Tokens before the decoded ones; where the context is small, each gets at least half.
+        self.first = min(DECODE_PROMPT, max(1, context - case.tokens, context // 2))
         self.n = min(case.tokens, context - self.first)
         self.prompts = sorted(n for n in set(case.prompts) if n <= context)
         left_out = sorted(set(case.prompts) - set(self.prompts))
@@ -166,6 +169,7 @@ class _Measurement:
             self._note(f"prompts of {_listed(left_out)} tokens: the context is {context}")
         self.ids: list[int] = []
         self.deadline = 0.0
+        self.patience_s = max(HANGS * case.time_limit_s, HANGS_S)
 
     def carry_out(self) -> None:
         """Measures. Raises WorkerError, PromptError."""
@@ -174,7 +178,8 @@ class _Measurement:
         needed = self.record["limit"] or self.record["memory"] or int(self.model["nbytes"])
         if not drop_page_cache(files_of(self.path)):
             self._note("the page cache could not be emptied: the cold load may be a warm one")
-        touch_memory(int(needed * _TOUCHED))
+        if virtual():
+            touch_memory(int(needed * _TOUCHED))
         watch = NoiseWatch()
         try:
             with _group(self.record["limit"]) as group:
@@ -306,7 +311,7 @@ class _Measurement:
     def _ask(
         self, worker: WorkerProcess, do: str, *, timeout_s: float | None = None, **arguments: Any
     ) -> dict[str, Any]:
-        return worker.ask(do, timeout_s=timeout_s or HANGS * self.case.time_limit_s, **arguments)
+        return worker.ask(do, timeout_s=timeout_s or self.patience_s, **arguments)
 
     def _note(self, text: str) -> None:
         self.record["notes"].append(text)
@@ -338,7 +343,7 @@ def decode_of(token_s: list[float], counters: dict[str, Any] | None) -> Decode:
         "seconds": seconds,
         "tok_s": n / seconds,
         "token_ms": {f"p{q}": 1e3 * ordered[min(n - 1, n * q // 100)] for q in _UNITS},
-        "token_s": [round(s, 6) for s in token_s],
+        "token_s": [round(s, 7) for s in token_s],
         "bytes_token": None,
         "hit_rate": None,
         "layer_hits": None,

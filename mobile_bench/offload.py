@@ -20,22 +20,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
-import os
 import statistics
-import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped, unused-ignore]
+from stoker.mobile_bench import routing_trace
 from stoker.mobile_bench.cgroup_run import MemoryGroup, memory_group
-from stoker.mobile_bench.compare import prompt_tokens, spread
+from stoker.mobile_bench.compare import spread
+from stoker.mobile_bench.preparation import drop_page_cache, read_directly, touch_memory
+from stoker.mobile_bench.prompt_ids import prompt_ids
+from stoker.mobile_bench.worker_process import WorkerError, WorkerProcess
 
-WORKER = Path(__file__).with_name("offload_worker.py")
-LLAMA = {"use_mmap": True}
-_DIRECT_READ = 8 << 20
+LLAMA = {"use_mmap": True, "repack": False}
 
 
 def lines() -> dict[str, dict[str, Any]]:
@@ -59,83 +58,74 @@ def lines() -> dict[str, dict[str, Any]]:
     return table
 
 
-def read_directly(path: Path) -> None:
-    """Reads the file once past the page cache."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    try:
-        with mmap.mmap(-1, _DIRECT_READ) as buffer:
-            while os.readv(descriptor, [buffer]) == _DIRECT_READ:
-                pass
-    finally:
-        os.close(descriptor)
-
-
-def prepare(limit: int) -> None:
-    """Drops the page cache; touches and frees twice `limit` bytes.
-
-    A virtual machine may have given its free memory back to its host: the first touch of each page
-    then costs several times what reading it from the disk costs, in whichever run comes first.
-    """
-    import numpy as np
-
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3\n")
-    np.ones(min(2 * limit, psutil.virtual_memory().available * 3 // 4), np.uint8)
+def prepare(nbytes: int) -> None:
+    """Drops the page cache; touches and frees twice `nbytes` (see preparation.py)."""
+    drop_page_cache([])
+    touch_memory(2 * nbytes)
 
 
 def run(
     python: str, engine: str, model: Path, task: dict[str, Any], group: MemoryGroup | None
 ) -> dict[str, Any]:
-    """One worker. Returns its result, or {"error": ...} where it died."""
-    command = [python, str(WORKER), engine, str(model)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = (
-        group.popen(command, **pipes) if group else subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
-    )
-    out, _ = process.communicate(json.dumps(task))
-    result: dict[str, Any]
-    if process.returncode == 0:
-        result = json.loads(out)
-    else:
-        result = {"error": f"exit code {process.returncode}"}
+    """One worker: prompt, n greedy tokens. Returns {"error": ...} where it died.
+
+    task: prompt [ids], n, context, threads, engine (options), trace (record the routing).
+    """
+    try:
+        with WorkerProcess(
+            engine,
+            model,
+            threads=task["threads"],
+            context=task["context"],
+            options=task["engine"],
+            python=python,
+            group=group,
+        ) as worker:
+            result = answers(worker, task)
+    except WorkerError as error:
+        result = {"error": str(error)}
     if group:
         result["cgroup"] = {"peak": group.peak(), "kills": group.kills(), "swap": group.swapped()}
     return result
 
 
-def belady_misses(
-    routing: dict[str, list[Any]], config: dict[str, Any], slots: int, n: int
-) -> float:
-    """Misses a decoded token of an optimal cache, cold at the prompt."""
-    import numpy as np
-    from stoker.runtime import _core
+def answers(worker: WorkerProcess, task: dict[str, Any]) -> dict[str, Any]:
+    """What a worker measures: seconds; for stoker the plan, the store's counters of decode, the
+    bandwidth of the disk, and for a traced run what an optimal cache would have missed, a token."""
+    loaded = worker.ask("load")
+    trace = task.get("trace") and worker.ask("record")["recording"]
+    prompt = worker.ask("prompt", tokens=task["prompt"])
+    decoded = worker.ask("decode", n=task["n"])
+    result: dict[str, Any] = {
+        "peak_rss": worker.ask("memory")["peak_bytes"],
+        "load_s": loaded["seconds"],
+        "prompt_s": prompt["seconds"],
+        "decode_s": sum(decoded["token_s"]),
+        "token_s": decoded["token_s"],
+        "tokens": [prompt["token"], *decoded["tokens"]],
+    }
+    if loaded["plan"] is not None:
+        result["plan"] = loaded["plan"]
+    if decoded["counters"] is not None:
+        counters = dict(decoded["counters"])
+        result["prefetch"], result["io"] = counters.pop("prefetch"), counters.pop("io")
+        result["decode"] = counters
+        result["flash_bandwidth"] = worker.ask("flash", nbytes=512 << 20, seeds=5)["bytes_s"]
+    if trace:
+        with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
+            file = Path(folder) / "routing.npz"
+            worker.ask("routing", path=str(file))
+            result["belady_misses"] = routing_trace.belady_misses(
+                routing_trace.load(file), loaded["config"], loaded["plan"]["slots"], task["n"]
+            )
+    return result
 
-    evaluation = np.asarray(routing["evaluation"], np.int64)
-    first = np.flatnonzero(np.asarray(routing["rank"]) == 0)
-    result = _core.simulate(
-        evaluation=evaluation[first],
-        layer=np.asarray(routing["layer"], np.int32)[first],
-        offset=np.append(first, len(evaluation)).astype(np.int64),
-        expert=np.asarray(routing["expert"], np.int32),
-        weight=np.asarray(routing["weight"], np.float32),
-        token=np.zeros(0, np.int32),
-        n_layer=config["n_layer"],
-        n_expert=config["n_expert"],
-        n_expert_used=config["n_expert_used"],
-        policy="belady",
-        slots=slots,
-        count_from=int(evaluation.max()) - n + 1,
-    )
-    return float(result["misses"]) / n
 
-
-def roofline(
-    records: dict[str, list[dict[str, Any]]], config: dict[str, Any], n: int
-) -> dict[str, float]:
+def roofline(records: dict[str, list[dict[str, Any]]], n: int) -> dict[str, float]:
     """Seconds a token: computation alone, optimal reading, and the larger of them."""
     traced = records["+ controller (default)"][0]
     plan = traced["plan"]
-    misses = belady_misses(traced["routing"], config, plan["slots"], n)
+    misses = traced["belady_misses"]
     unit = plan["slot_bytes"] / plan["slots"]
     bandwidth = statistics.median(
         r["flash_bandwidth"] for runs in records.values() for r in runs if "flash_bandwidth" in r
@@ -216,7 +206,7 @@ def main() -> None:
     model = locate(options.model, download=False)
     limit = byte_count(options.limit)
     budget = byte_count(options.memory) if options.memory else limit * 95 // 100
-    prompt = prompt_tokens(model, options.prompt_tokens)
+    prompt = list(prompt_ids(model, options.prompt_tokens))
     wanted = options.lines.split(",")
     table = {
         name: {**engine, "memory": budget}
@@ -225,15 +215,6 @@ def main() -> None:
     }
     table["resident"] = {}
     task = {"prompt": prompt, "context": options.context, "threads": options.threads}
-    config: dict[str, Any] = {}
-    file = _core.GgufFile(str(model))
-    architecture = file.get("general.architecture")
-    for key, name in (
-        ("n_layer", "block_count"),
-        ("n_expert", "expert_count"),
-        ("n_expert_used", "expert_used_count"),
-    ):
-        config[key] = file.get(f"{architecture}.{name}")
     read_directly(model)
     records: dict[str, list[dict[str, Any]]] = {}
     for repeat in range(options.repeats):
@@ -251,7 +232,7 @@ def main() -> None:
             prepare(limit)
             this = {**task, "n": options.slow_tokens, "engine": LLAMA}
             with memory_group(limit) as group:
-                result = run(options.baseline_python, "llama_cpp", model, this, group)
+                result = run(options.baseline_python, "llama-cpp", model, this, group)
             records.setdefault("llama-cpp-python, memory-mapped", []).append(result)
             print(f"repeat {repeat + 1}: {speed(result):.2f} tok/s on llama.cpp", file=sys.stderr)
     summary = {
@@ -261,7 +242,7 @@ def main() -> None:
         "n": options.tokens,
         "prompt_tokens": len(prompt),
         "cpu": _core.cpu(),
-        "roofline": roofline(records, config, options.tokens),
+        "roofline": roofline(records, options.tokens),
         "records": records,
     }
     print(
@@ -272,7 +253,6 @@ def main() -> None:
     if options.json:
         for runs in records.values():
             for r in runs:
-                r.pop("routing", None)
                 r.pop("tokens", None)
                 times = sorted(r.pop("token_s", []))
                 if times:

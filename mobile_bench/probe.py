@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,6 +18,7 @@ from .device_profile import (
     Peak,
     device_id,
 )
+from .noise import NoiseWatch
 from .probe_cpu import about_platform, caches, core_kinds, model_name
 from .probe_power import power
 
@@ -50,7 +53,8 @@ def probe(
 
     if folder is not None and not folder.is_dir():
         raise OptionError(f"{folder}: expected a folder to measure the storage of")
-    begin = datetime.now(timezone.utc)
+    begin, started = datetime.now(timezone.utc), time.monotonic()
+    watch = NoiseWatch()
     told, kinds = cpu(), core_kinds()
     usable = [name for name, executes in isas() if executes]
     memory = psutil.virtual_memory()
@@ -92,7 +96,8 @@ def probe(
             "available": memory.available,
             "limit": limit,
             "swap": psutil.swap_memory().total,
-            "page": _page(),
+            "page": mmap.PAGESIZE,
+            "fresh_bytes_s": fresh_memory(min(_LEAST_MEMORY, room)),
         },
         "memory_reads": memory_reads,
         "peaks": peaks,
@@ -101,13 +106,9 @@ def probe(
         "storage_reads": storage_reads,
         # At the end, when the device is as warm as it got.
         "power": power(),
+        "noise": watch.finish(),
+        "seconds": round(time.monotonic() - started, 1),
     }
-
-
-def _page() -> int:
-    import mmap
-
-    return mmap.PAGESIZE
 
 
 def thread_counts(physical: int, performance: int, quota: int, *, quick: bool = False) -> list[int]:
@@ -143,6 +144,21 @@ def read_memory(
     if progress is not None:
         progress("memory", len(counts), len(counts))
     return found
+
+
+def fresh_memory(nbytes: int) -> float:
+    """Bytes a second of writing to memory that the process has just been given, on one thread.
+
+    The best of three: below a virtual machine, the first has to be found by the host.
+    """
+    import numpy as np
+
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        np.ones(max(nbytes, 1 << 20), np.uint8)
+        times.append(time.perf_counter() - start)
+    return max(nbytes, 1 << 20) / min(times)
 
 
 def measure_peaks(

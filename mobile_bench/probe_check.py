@@ -2,7 +2,8 @@
 
 Storage: the same unnamed file, block, depth and direct I/O; fio with its psync engine, a thread a
 read under way, as the probe does it. Memory: the same number of bytes and threads; the loop is C,
-compiled here. The two take turns, repeat by repeat, and each pair gives one ratio.
+compiled here. The two take turns, and each pair gives one ratio; as many pairs as the noise asks
+for, five to ten minutes in all on a noisy disk.
 
     python -m stoker.mobile_bench.probe_check --json FILE
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -43,6 +45,7 @@ POINTS = (  # bytes of a block, depth
     (4 << 20, 16),
 )
 WITHIN = 0.1  # of the other's figure
+_LEAST_PAIRS = 7
 _PASSES = 5  # of the loop over the memory; the best counts, as in STREAM
 
 # Sums an array, cut into one part a thread, and prints the bytes a second of the best pass.
@@ -184,22 +187,41 @@ class ReadLoop:
 def in_turns(
     ours: Callable[[int], float], theirs: Callable[[int], float], repeats: int
 ) -> dict[str, Any]:
-    """Both, `repeats` times; who is first changes. The ratio is the median of the pairs' ratios."""
+    """Both by turns; who is first changes. The ratio is the median of the pairs' ratios.
+
+    Ends when the ratio is known to within a third of WITHIN (its standard error), after
+    _LEAST_PAIRS at the earliest and `repeats` pairs at the latest: the disk of a virtual machine
+    can change by a factor of two from one second to the next.
+    """
     pairs: list[tuple[float, float]] = []
-    for i in range(repeats):
+    while len(pairs) < repeats:
+        i = len(pairs)
         if i % 2 == 0:
             mine = ours(i)
             pairs.append((mine, theirs(i)))
         else:
             other = theirs(i)
             pairs.append((ours(i), other))
+        error = standard_error(pairs)
+        if len(pairs) >= _LEAST_PAIRS and error is not None and error < WITHIN / 3:
+            break
     return {
         "ours": [a for a, _ in pairs],
         "theirs": [b for _, b in pairs],
         "ours_median": statistics.median(a for a, _ in pairs),
         "theirs_median": statistics.median(b for _, b in pairs),
         "ratio": statistics.median(a / b for a, b in pairs),
+        "standard_error": standard_error(pairs),
     }
+
+
+def standard_error(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Of the median of the pairs' ratios, relative; None for fewer than two pairs."""
+    if len(pairs) < 2:
+        return None
+    logs = [math.log(a / b) for a, b in pairs]
+    # A median's is 1.25 times that of a mean, where the values are normally distributed.
+    return 1.2533 * statistics.stdev(logs) / math.sqrt(len(logs))
 
 
 def compare_storage(
@@ -245,10 +267,13 @@ def compare_memory(
 
 
 def _line(what: str, row: dict[str, Any], other: str) -> str:
+    error = row["standard_error"]
+    spread = "" if error is None else f"+- {error:.3f}"
     mark = "" if abs(row["ratio"] - 1) <= WITHIN else "  <- apart"
     return (
         f"{what:20} ours {row['ours_median'] / 1e6:9.1f} MB/s   {other} "
-        f"{row['theirs_median'] / 1e6:9.1f} MB/s   ratio {row['ratio']:.3f}{mark}"
+        f"{row['theirs_median'] / 1e6:9.1f} MB/s   ratio {row['ratio']:.3f} "
+        f"{spread} ({len(row['ours'])} pairs){mark}"
     )
 
 
@@ -315,8 +340,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here, too")
     parser.add_argument("--path", type=Path, help="folder to measure the storage of")
-    parser.add_argument("--repeats", type=int, default=11, help="pairs of measurements of a point")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of one storage measurement")
+    parser.add_argument("--repeats", type=int, default=25, help="pairs of a point at most")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of a storage measurement")
     options = parser.parse_args()
     if options.repeats < 1 or not 0.01 <= options.seconds <= 60:
         parser.error("expected at least 1 repeat and 0.01 to 60 seconds")

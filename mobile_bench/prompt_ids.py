@@ -50,7 +50,7 @@ def prompt_ids(model: Path, n: int) -> tuple[int, ...]:
 
 def _of_onnx(model: Path, n: int) -> list[int]:
     """From a process of its own: the graph is large, and this one measures."""
-    with WorkerProcess("onnx", model, threads=1, context=0) as worker:
+    with WorkerProcess("onnx", model, threads=1, context=1) as worker:
         n_vocab = int(worker.ask("load")["config"]["n_vocab"])
         try:
             found: list[int] = worker.ask("encode", text=text_of(n), n=n)["tokens"]

@@ -169,6 +169,27 @@ def write(path: Path, lines: Iterable[Any]) -> None:
             out.write(json.dumps(line) + "\n")
 
 
+def mend(path: Path) -> None:
+    """Before more is appended: removes a last line that was cut off, ends one that lacks its end.
+
+    Raises OptionError where the last line was none of a result's.
+    """
+    with path.open("r+b") as file:
+        data = file.read()
+        if not data or data.endswith(b"\n"):
+            return
+        begin = data.rfind(b"\n") + 1
+        line, beginning = data[begin:], b'{"kind": '
+        if line[: len(beginning)] != beginning[: len(line)]:
+            raise OptionError(f"{path}: expected a file of results")
+        try:
+            json.loads(line)
+        except ValueError:
+            file.truncate(begin)
+        else:
+            file.write(b"\n")
+
+
 def read(path: Path) -> Results:
     """Reads a file of results. Raises OptionError naming the first line that is none.
 

@@ -20,7 +20,6 @@ from .report_regressions import (
     Regressions,
     regression_table,
     regressions,
-    statistics_text,
 )
 from .report_setups import Device, Measured, ModelResults, Read, at, clean, devices, read
 from .report_summary import across_tables, summary_table
@@ -122,7 +121,7 @@ def build(
         tuple(_commands(shown)),
         compared,
         _regression_tables(compared, several=len(shown) > 1),
-        _notes(found.runs, compared),
+        _notes(found.runs),
     )
 
 
@@ -217,10 +216,17 @@ def _remarks(shown: Sequence[Device]) -> list[str]:
         if not device.models:
             out.append(f"{prefix}no runs: stoker bench MODEL measures.")
         for model in device.models:
+            every = [run for one in model.measured for run in (*one.runs, *one.failed)]
+            noisy = sum(one.noisy for one in model.measured)
+            if noisy * 4 > len(every):
+                out.append(
+                    f"{prefix}{model.name}: {noisy} of {len(every)} runs were disturbed: "
+                    "look at the spreads before the medians."
+                )
             if not any(one.runs for one in model.measured):
                 out.append(f"{prefix}{model.name}: every run failed.")
             elif not any(one.setup.room is not None for one in model.measured):
-                continue
+                continue  # dense, or nothing to limit it
             elif not any(model.roofline(one.setup) for one in model.measured):
                 out.append(f"{prefix}{model.name}: no roofline was measured.")
     return out
@@ -243,19 +249,19 @@ def _regression_tables(found: Regressions | None, *, several: bool) -> tuple[Tab
     changed = [one for one in found.comparisons if one.verdict != "same"]
     tables = (
         regression_table(changed, "What changed", devices=several),
-        regression_table(found.of("same"), "What stayed the same", devices=several),
+        regression_table(found.of("same"), "What stayed the same", devices=several, folded=True),
     )
     return tuple(table for table in tables if table is not None)
 
 
-def _notes(runs: Sequence[dict[str, Any]], compared: Regressions | None) -> tuple[str, ...]:
+def _notes(runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """How the figures came about."""
     out = []
     if runs:
         out += [
             "A value is the median of the repeats, beside it the least and the greatest of them; "
             "whiskers in plots are the same. Percentiles of a token are those within a repeat.",
-            "Sizes are decimal (1 GB is 10^9 bytes) unless they say GiB, MiB or KiB.",
+            "Sizes are decimal (1 GB is 1,000 MB) unless they say GiB, MiB or KiB.",
             "TTFT is the time from giving the prompt, at an empty KV cache, to the token chosen "
             "after it. Decode is greedy, after a prompt of 64 tokens. Memory is what the process "
             "may take; read/token is what came from flash.",
@@ -267,8 +273,6 @@ def _notes(runs: Sequence[dict[str, Any]], compared: Regressions | None) -> tupl
             f"throttled or ran below {noise.SLOW_CLOCK:.0%} of its clock, or when a reference "
             f"computation changed by more than {noise.REFERENCE:.0%}.",
         ]
-    if compared is not None:
-        out.append(statistics_text(compared))
     return tuple(out)
 
 

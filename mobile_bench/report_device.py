@@ -45,7 +45,8 @@ def facts(profile: dict[str, Any]) -> list[tuple[str, str]]:
         virtual = platform["virtual"]
         out.append(("virtual machine", virtual if isinstance(virtual, str) else "yes"))
     out.append(("power", _power(power)))
-    probed = f"{profile.get('time', '')}{', quick' if profile.get('quick') else ''}"
+    time = str(profile.get("time") or "")[:16].replace("T", " ")
+    probed = f"{time} UTC{', quick' if profile.get('quick') else ''}"
     out.append(("probed", f"{probed}, stoker {profile.get('stoker', '?')}"))
     return [(what, finding) for what, finding in out if finding]
 
@@ -151,7 +152,9 @@ def _heat_table(
                 tuple(
                     EMPTY
                     if v is None
-                    else Cell(_plain(v / unit.factor), heat=round(100 * v / most) if most else 0)
+                    else Cell(
+                        _plain(v / unit.factor), heat=round(100 * (v / most)) if most > 0 else 0
+                    )
                     for v in values
                 ),
             )
@@ -172,7 +175,7 @@ def storage_table(profile: dict[str, Any]) -> Table | None:
     depths = sorted({r["depth"] for r in found})
     speeds = {(str(r.get("mode")), r["block"], r["depth"]): float(r["bytes_s"]) for r in found}
     modes = sorted({key[0] for key in speeds}, key=_mode_order)
-    unit = unit_of([max(speeds.values())], BYTES_S)
+    unit = unit_of(speeds.values(), BYTES_S)
     rows = [
         (mode, _block(block), [speeds.get((mode, block, depth)) for depth in depths])
         for mode in modes
@@ -215,7 +218,8 @@ def peak_table(profile: dict[str, Any]) -> Table | None:
     threads = sorted({r["threads"] for r in found})
     speeds = {(str(r.get("kind")), str(r.get("isa")), r["threads"]): r["ops_s"] for r in found}
     unit = unit_of([max(speeds.values())], OPS_S)
-    pairs = list(dict.fromkeys((kind, isa) for kind, isa, _ in speeds))
+    kinds = dict.fromkeys(kind for kind, _, _ in speeds)
+    pairs = [(k, isa) for k in kinds for isa in dict.fromkeys(i for o, i, _ in speeds if o == k)]
     return _heat_table(
         f"Arithmetic, {unit.name}: peak out of registers by threads",
         ("kind", "ISA"),

@@ -19,7 +19,7 @@ def markdown(report: Report) -> str:
     if report.regressions is not None:
         found = report.regressions
         out.append(f"## Against {_plain(found.earlier)}")
-        out.append(f"**{found.summary}**")
+        out += [f"**{found.summary}**", _plain(found.statistics)]
         out += _tables(report.regression_tables)
         for text, names in (("Only now", found.only_now), ("Only earlier", found.only_earlier)):
             if names:

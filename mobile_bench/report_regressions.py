@@ -19,7 +19,7 @@ from .report_quantities import (
     number,
     unit_of,
 )
-from .report_setups import Device, Measured
+from .report_setups import Device, Measured, agree
 from .report_tables import EMPTY, Cell, Row, Table
 
 Verdict = Literal["worse", "better", "same"]
@@ -76,6 +76,18 @@ class Regressions:
         counts = ", ".join(f"{len(self.of(one))} {one}" for one in verdicts)
         setups = {(c.device, c.model, c.room, c.label) for c in self.comparisons}
         return f"{counts} ({len(setups)} configurations)"
+
+    @property
+    def statistics(self) -> str:
+        """How the verdicts came about."""
+        return (
+            "Compared are the same device, model, engine, memory, limit, threads, context and "
+            "options. A quantity is worse or better when the medians of the repeats differ by more "
+            f"than {self.threshold * 100:g} % of the earlier one and neither median lies between "
+            "the least and the greatest repeat of the other side; otherwise it is the same. With "
+            "three repeats a side chance alone sets the medians apart like this for one quantity "
+            "in five, and with a single one always: then the threshold alone decides."
+        )
 
     @property
     def failed(self) -> bool:
@@ -194,7 +206,7 @@ def _compared(
         out.append(
             Comparison(*where, metric.name, metric.units, a, b, change, found, note),
         )
-    if out and old.digests and new.digests and old.digests != new.digests:
+    if out and any(not any(agree(a, b) for a in old.outputs) for b in new.outputs if old.outputs):
         first = out[0]
         note = ", ".join(filter(None, (first.note, "other tokens than earlier")))
         out[0] = Comparison(*where, first.metric, first.units, *_rest(first), note)
@@ -206,7 +218,7 @@ def _rest(one: Comparison) -> tuple[Spread | None, Spread | None, float | None, 
 
 
 def regression_table(
-    comparisons: Sequence[Comparison], caption: str, *, devices: bool
+    comparisons: Sequence[Comparison], caption: str, *, devices: bool, folded: bool = False
 ) -> Table | None:
     """Comparisons as a table, the configuration that changed most first. devices: name them."""
     if not comparisons:
@@ -232,7 +244,7 @@ def regression_table(
         where = _where(one, devices=devices)
         rows.append(Row(where, one.metric, tuple(cells), mark=one.note))
     heads = ("earlier", "now", "change", "verdict", "repeats")
-    return Table(caption, ("configuration", "quantity"), heads, tuple(rows))
+    return Table(caption, ("configuration", "quantity"), heads, tuple(rows), folded=folded)
 
 
 def _where(one: Comparison, *, devices: bool) -> str:
@@ -245,14 +257,3 @@ def _percent(change: float | None) -> str:
         return "from 0"
     sign = "+" if change >= 0 else "\N{MINUS SIGN}"
     return f"{sign}{abs(change) * 100:.1f} %"
-
-
-def statistics_text(found: Regressions) -> str:
-    """How the verdicts came about."""
-    return (
-        f"Compared with {found.earlier}: the same device, model, engine, memory, limit, threads, "
-        "context and options. A quantity is worse or better when the medians of the repeats differ "
-        f"by more than {found.threshold * 100:g} % of the earlier one and neither median lies "
-        "between the least and the greatest repeat of the other side; otherwise it is the same. "
-        "With a single repeat only the threshold decides."
-    )

@@ -18,6 +18,8 @@ from ..runtime.errors import OptionError
 from . import device_profile, records
 from .report_quantities import Spread, budget, spread
 
+_ABSURD = 1e30  # of any quantity in base units; sums and ratios of what is less are finite
+Output = tuple[Any, ...]  # ids of generated tokens, or a digest of them
 REFERENCE = "stoker"  # the engine that others are compared with
 _NAMES = {"llama-cpp": "llama.cpp", "onnx": "onnxruntime"}
 # Characters that steer a terminal or turn the direction of text, and halves of surrogate pairs.
@@ -73,7 +75,7 @@ class Measured:
     def prompt_lengths(self) -> list[int]:
         """Lengths of the prompts that were measured, tokens."""
         found = {at(p, "tokens") for run in self.runs for p in _list(run.get("prompts"))}
-        return sorted(int(n) for n in found if n is not None)
+        return sorted(int(n) for n in found if n is not None and n >= 1)
 
     def of_prompt(self, tokens: int, key: str) -> Spread | None:
         """The repeats of a number ("ttft_s", "tok_s") at a prompt length."""
@@ -82,7 +84,7 @@ class Measured:
     @property
     def token_seconds(self) -> list[list[float]]:
         """[repeats][tokens], seconds."""
-        lists = (_list((run.get("decode") or {}).get("token_s")) for run in self.runs)
+        lists = (_list(_within(run, "decode", "token_s")) for run in self.runs)
         return [
             kept
             for kept in ([n for n in map(finite, one) if n is not None] for one in lists)
@@ -92,7 +94,7 @@ class Measured:
     @property
     def layer_hits(self) -> list[float | None]:
         """[n_layer]: median hit rate; None in layers without experts."""
-        lists = [_list((run.get("decode") or {}).get("layer_hits")) for run in self.runs]
+        lists = [_list(_within(run, "decode", "layer_hits")) for run in self.runs]
         lists = [one for one in lists if one]
         if not lists or len({len(one) for one in lists}) > 1:
             return []
@@ -100,9 +102,15 @@ class Measured:
         return [None if one is None or one.high == 0 else one.median for one in found]
 
     @property
-    def digests(self) -> list[str]:
-        """Digests of the generated tokens, without repetitions."""
-        return sorted({str(run["tokens_sha256"]) for run in self.runs if run.get("tokens_sha256")})
+    def outputs(self) -> list[Output]:
+        """What the repeats have generated, without repetitions, the longest first."""
+        found: list[Output] = []
+        for run in self.runs:
+            ids = tuple(_list(run.get("token_ids")))
+            one: Output = ids or (str(run.get("tokens_sha256") or ""),)
+            if one != ("",) and one not in found:
+                found.append(one)
+        return sorted(found, key=lambda one: -len(one))
 
     @property
     def remarks(self) -> list[tuple[str, list[int]]]:
@@ -163,22 +171,32 @@ class Device:
     models: list[ModelResults] = field(default_factory=list)
 
 
+def agree(a: Output, b: Output) -> bool:
+    """Whether two outputs are the same as far as both go (a slow run ends early)."""
+    most = min(len(a), len(b))
+    return a[:most] == b[:most]
+
+
 def finite(value: object) -> float | None:
-    """The value where it is a finite number."""
+    """The value where it is a number that can be reckoned with."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _ABSURD else None
 
 
 def at(value: object, *keys: str) -> float | None:
     """The number that keys lead to."""
+    return finite(_within(value, *keys))
+
+
+def _within(value: object, *keys: str) -> object:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
-    return finite(value)
+    return value
 
 
 def _list(value: object) -> list[Any]:
@@ -197,10 +215,10 @@ def paired(
     ours: Measured, other: Measured, ratio: Callable[[dict[str, Any], dict[str, Any]], float | None]
 ) -> Spread | None:
     """The ratio of two setups within each repeat that both have."""
-    theirs = {(run.get("run"), run.get("repeat")): run for run in other.runs}
+    theirs = {(str(run.get("run")), run["repeat"]): run for run in other.runs}
     found = []
     for run in ours.runs:
-        partner = theirs.get((run.get("run"), run.get("repeat")))
+        partner = theirs.get((str(run.get("run")), run["repeat"]))
         if partner is not None:
             found.append(ratio(run, partner))
     return spread(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .report_quantities import BYTES, ONE, RATE, SECONDS, Spread, Unit, budget, unit_of
-from .report_setups import REFERENCE, Device, Measured, ModelResults, at, paired
+from .report_setups import REFERENCE, Device, Measured, ModelResults, paired
 from .report_tables import (
     EMPTY,
     Cell,
@@ -13,9 +13,9 @@ from .report_tables import (
     Table,
     cell_of,
     mark_of,
-    over,
     prompt_ratio,
     ratio_cell,
+    speed_ratio,
 )
 
 _Entry = tuple[str, ModelResults, Measured]
@@ -87,7 +87,7 @@ def _add_ratios(
             found = [o for ours, o in model.pairs() if ours is one and o.engine == engine]
             value = None
             if found and tokens is None:
-                value = paired(one, found[0], lambda a, b: over(at(a, *_SPEED), at(b, *_SPEED)))
+                value = paired(one, found[0], speed_ratio)
             elif found and tokens is not None:
                 value = paired(one, found[0], prompt_ratio(tokens))
             cells.append(ratio_cell(value))

@@ -139,6 +139,7 @@ _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 _NUMBER = re.compile(r"-?\d+\.\d{2,}")
 _COLOUR = re.compile(r"#[0-9a-f]{6}")
 _FONT_FAMILY = re.compile(r"\s*font-family:[^;]*;?")
+_FONT = re.compile(r"(?<![-\w])font:[^;]*?([\d.]+px)[^;]*")  # as matplotlib before 3.10 writes it
 _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
@@ -194,4 +195,5 @@ def _restyled(text: str) -> str:
         name = _VARIABLES.get(found.group())
         return f"var(--{name})" if name else found.group()
 
-    return _COLOUR.sub(colour, _FONT_FAMILY.sub("", text)).strip()
+    plain = _FONT.sub(r"font-size: \1", _FONT_FAMILY.sub("", text))
+    return _COLOUR.sub(colour, plain).strip()

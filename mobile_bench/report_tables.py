@@ -11,7 +11,6 @@ from .report_quantities import (
     BYTES,
     BYTES_S,
     JOULES,
-    ONE,
     PERCENT,
     RATE,
     SECONDS,
@@ -22,7 +21,7 @@ from .report_quantities import (
     number,
     unit_of,
 )
-from .report_setups import Measured, ModelResults, at, of_prompt, paired
+from .report_setups import Measured, ModelResults, Output, agree, at, of_prompt, paired
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     words: bool = False  # cells are words: flush left
+    folded: bool = False  # too long for what it tells: to be opened by who wants it
 
     @property
     def spans(self) -> bool:
@@ -190,22 +190,27 @@ def decode_table(model: ModelResults) -> Table | None:
 
 def _with_tokens(table: Table, model: ModelResults) -> Table:
     """With a column that gives equal letters to equal outputs, where there are outputs."""
-    letters: dict[str, str] = {}
+    known: list[Output] = []
     texts = []
     shown = [one for one in model.measured if one.of_run("decode", "tok_s")]
     if len(shown) != len(table.rows):
         return table
     for one in shown:
-        for digest in one.digests:
-            letters.setdefault(digest, string.ascii_uppercase[len(letters) % 26])
-        texts.append(", ".join(letters[digest] for digest in one.digests))
-    if not letters:
+        letters = []
+        for output in one.outputs:
+            same = next((n for n, old in enumerate(known) if agree(old, output)), len(known))
+            if same == len(known):
+                known.append(output)
+            known[same] = max(known[same], output, key=len)
+            letters.append(string.ascii_uppercase[same % 26])
+        texts.append(", ".join(dict.fromkeys(letters)))
+    if not known:
         return table
     rows = tuple(
         Row(row.group, row.head, (*row.cells, Cell(text)), row.engine, row.mark)
         for row, text in zip(table.rows, texts, strict=True)
     )
-    note = "Same letter under output: the same tokens."
+    note = "Same letter under output: the same tokens, as far as both have got."
     columns = (*table.columns, "output")
     return Table(table.caption, table.corner, columns, rows, (*table.notes, note))
 
@@ -254,51 +259,52 @@ def memory_table(model: ModelResults) -> Table | None:
 
 
 def ratio_table(model: ModelResults) -> Table | None:
-    """How many times as fast as each other engine, pair by pair within a repeat."""
+    """How much better than each other engine, pair by pair within a repeat; above 1 is better."""
     pairs = list(model.pairs())
     lengths = sorted({n for ours, _ in pairs for n in ours.prompt_lengths})
-    found: list[tuple[Measured, Measured, list[Spread | None], Spread | None]] = []
-    for ours, other in pairs:
-        speeds: list[Spread | None] = [
-            paired(ours, other, lambda a, b: over(at(a, *_SPEED), at(b, *_SPEED)))
-        ]
-        for n in lengths:
-            speeds.append(paired(ours, other, prompt_ratio(n)))
-        less = paired(ours, other, lambda a, b: over(at(a, "peak_bytes"), at(b, "peak_bytes")))
-        if any(speeds) or less:
-            found.append((ours, other, speeds, less))
+    times = "\N{MULTIPLICATION SIGN}"
+    ratios: list[tuple[str, Ratio]] = [("decode", speed_ratio)]
+    ratios += [(f"TTFT {n:,}", prompt_ratio(n)) for n in lengths]
+    ratios += [("cold load", _less("load_cold_s")), ("peak memory", _less("peak_bytes"))]
+    found = [(ours, other, [paired(ours, other, r) for _, r in ratios]) for ours, other in pairs]
+    found = [(ours, other, values) for ours, other, values in found if any(values)]
+    used = [n for n in range(len(ratios)) if any(values[n] for _, _, values in found)]
     if not found:
         return None
-    used = [n for n in range(len(lengths) + 1) if any(speeds[n] for *_, speeds, _ in found)]
-    heads = ["decode, \N{MULTIPLICATION SIGN}"]
-    heads += [f"TTFT {n:,}, \N{MULTIPLICATION SIGN}" for n in lengths]
     several = len({ours.label for ours, *_ in found}) > 1
+    counts = [max(value.n for value in values if value) for _, _, values in found]
+    same = len(set(counts)) == 1
     rows = []
-    for ours, other, speeds, less in found:
-        pairs_n = max((s.n for s in (*speeds, less) if s), default=0)
-        cells = [ratio_cell(speeds[n]) for n in used]
-        cells += [cell_of(less, ONE), Cell(str(pairs_n), tone="quiet")]
-        noisy = ours.noisy + other.noisy
+    for (ours, other, values), n in zip(found, counts, strict=True):
+        cells = [ratio_cell(values[k]) for k in used]
         rows.append(
             Row(
                 budget(ours.setup.room),
                 f"{ours.label} : {other.label}" if several else other.label,
-                tuple(cells),
+                (*cells, *([] if same else [Cell(str(n), tone="quiet")])),
                 other.setup.engine,
-                "noisy" if noisy else "",
+                "noisy" if ours.noisy or other.noisy else "",
             )
         )
-    columns = (*(heads[n] for n in used), "memory, \N{MULTIPLICATION SIGN}", "pairs")
-    notes = (
-        "Decode and TTFT: how many times as fast stoker is, coloured where every pair agrees. "
-        "Memory: stoker's peak over the other's.",
-    )
+    heads = [f"{ratios[n][0]}, {times}" for n in used] + ([] if same else ["pairs"])
+    note = "Above 1 stoker is faster, or needs less; coloured where all of several pairs agree."
+    if same:
+        note += f" {counts[0]} pair{'' if counts[0] == 1 else 's'} each."
     caption = "stoker against other engines, pair by pair within a repeat"
-    return Table(caption, ("memory", "against"), columns, tuple(rows), notes)
+    return Table(caption, ("memory", "against"), tuple(heads), tuple(rows), (note,))
 
 
 _SPEED = ("decode", "tok_s")
 Ratio = Callable[[dict[str, Any], dict[str, Any]], "float | None"]
+
+
+def speed_ratio(a: dict[str, Any], b: dict[str, Any]) -> float | None:
+    """How many times as fast the first of two runs decodes."""
+    return over(at(a, *_SPEED), at(b, *_SPEED))
+
+
+def _less(key: str) -> Ratio:
+    return lambda a, b: over(at(b, key), at(a, key))
 
 
 def prompt_ratio(tokens: int) -> Ratio:
@@ -312,10 +318,12 @@ def over(a: float | None, b: float | None) -> float | None:
 
 
 def ratio_cell(value: Spread | None) -> Cell:
-    """A ratio of speeds: better above 1 and worse below, where all pairs agree."""
+    """A ratio: better above 1 and worse below, where several pairs agree on it."""
     if value is None:
         return EMPTY
     tone = "better" if value.low > 1 else "worse" if value.high < 1 else ""
+    if value.n == 1:
+        tone = ""
     return Cell(number(value.median), between(value), tone)
 
 
@@ -325,7 +333,7 @@ def remark_table(model: ModelResults) -> Table | None:
         Row(
             budget(one.setup.room),
             one.label,
-            (Cell(text), Cell(", ".join(map(str, repeats)))),
+            (Cell(text), Cell(", ".join(str(n + 1) for n in repeats))),
             one.setup.engine,
         )
         for one in model.measured
@@ -334,7 +342,9 @@ def remark_table(model: ModelResults) -> Table | None:
     if not rows:
         return None
     caption = "What was left out, failed or was disturbed"
-    return Table(caption, ("memory", "engine"), ("what", "repeats"), rows, words=True)
+    folded = len(rows) > 8
+    columns = ("what", "repeats")
+    return Table(caption, ("memory", "engine"), columns, rows, words=True, folded=folded)
 
 
 def model_tables(model: ModelResults) -> list[Table]:

@@ -79,7 +79,7 @@ def decode_table(runs: Sequence[Run], rooflines: Sequence[Roofline]) -> list[str
     """A line for each configuration: load, decode, flash, memory, energy."""
     limits = {(r["memory"], r["threads"]): r["limit_s"] for r in rooflines}
     head = ["memory", "engine", "threads", "decode tok/s", "p50", "p95", "p99 ms", "roofline"]
-    head += ["MB read", "hits", "load cold", "warm s", "peak MB", "group", "J/token"]
+    head += ["MB read", "hits", "wait ms", "load cold", "warm s", "peak MB", "group", "J/token"]
     rows = [head]
     dead = []
     for held in grouped(runs).values():
@@ -103,6 +103,7 @@ def decode_table(runs: Sequence[Run], rooflines: Sequence[Roofline]) -> list[str
                 share,
                 median([d["bytes_token"] for d in decodes], ".1f", 1e-6),
                 median([d["hit_rate"] for d in decodes], ".1%"),
+                median([d["stall_s"] for d in decodes], ".1f", 1e3),
                 median([r["load_cold_s"] for r in good], ".2f"),
                 median([r["load_warm_s"] for r in good], ".2f"),
                 median([r["peak_bytes"] for r in good], ".0f", 1e-6),
@@ -172,13 +173,17 @@ def _agreement(pairs: list[tuple[Run, Run]]) -> str:
 
 
 def remarks(runs: Sequence[Run]) -> list[str]:
-    """What was left out, and whether the machine was too noisy to trust the figures."""
-    lines: dict[str, int] = {}
+    """What figures mean and lack, and whether the machine was too noisy to trust them."""
+    found = []
+    if any(run["limit"] is not None for run in runs):
+        found.append("memory: of each run's own cgroup, page cache included; stoker's budget: 95%")
+    notes: dict[str, list[int]] = {}
     for run in runs:
         where = f"{memory_name(run)}, {run['engine']}, {run['threads']} threads"
         for note in run.get("notes", []):
-            lines[f"{where}: left out: {note}"] = lines.get(f"{where}: left out: {note}", 0) + 1
-    found = list(lines)
+            notes.setdefault(f"{where}: not measured: {note}", []).append(run["repeat"] + 1)
+    for note, repeats in notes.items():
+        found.append(f"{note} (repeat {', '.join(map(str, repeats))})")
     measured = [r for r in runs if r["noise"]]
     noisy = [r for r in measured if r["noise"]["noisy"]]
     if noisy:

@@ -16,8 +16,9 @@ from .model_summary import summary
 from .records import Run
 
 RESIDENT = "resident"
-SLOW_TOKENS = 6
-SLOW_TIME_LIMIT_S = 40.0
+SLOW_TOKENS = 5
+SLOW_TIME_LIMIT_S = 30.0
+_PROCESS = 128 << 20  # bytes that an engine takes beside the weights, at least
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Series:
         0 for the physical performance cores. tokens, prompts, context, options, time_limit_s: of
         every Case.
     slow_tokens, slow_time_limit_s: of engines that have a limit smaller than the model and no cache
-        of experts: they read most of the file for every token.
+        of experts: they read most of the file for every token. The first repeat has twice the time,
+        so that longer prompts are measured at least once.
     """
 
     model: Path
@@ -82,8 +84,13 @@ def cases(series: Series) -> list[Case]:
         order = list(once.values())
         if repeat % 2:
             order.reverse()
-        found += [dataclasses.replace(case, repeat=repeat) for case in order]
+        found += [_repeated(case, repeat) for case in order]
     return found
+
+
+def _repeated(case: Case, repeat: int) -> Case:
+    longer = 2 if repeat == 0 and _slow(case) else 1
+    return dataclasses.replace(case, repeat=repeat, time_limit_s=longer * case.time_limit_s)
 
 
 def missing(wanted: Iterable[Case], runs: Iterable[Run]) -> list[Case]:
@@ -102,22 +109,32 @@ def _case(
 ) -> Case:
     limit = _bytes(series, memory)
     path = str(engine.model or series.model)
-    nbytes = summary(Path(path))["nbytes"] if engine.model else model["nbytes"]
-    slow = engine.engine == "llama-cpp" and limit is not None and limit < nbytes
     context = series.context or _context(series, model["context"])
-    return Case(
+    case = Case(
         model=path,
         engine=engine.engine,
         memory=limit,
         threads=threads or default_threads(),
         context=context,
         prompts=series.prompts,
-        tokens=min(series.tokens, series.slow_tokens) if slow else series.tokens,
+        tokens=series.tokens,
         options=series.options if engine.engine == "stoker" else (),
         text_model=str(series.model) if engine.model else "",
-        time_limit_s=series.slow_time_limit_s if slow else series.time_limit_s,
+        time_limit_s=series.time_limit_s,
         python=engine.python,
     )
+    if not _slow(case):
+        return case
+    tokens, time_limit_s = min(series.tokens, series.slow_tokens), series.slow_time_limit_s
+    return dataclasses.replace(case, tokens=tokens, time_limit_s=time_limit_s)
+
+
+def _slow(case: Case) -> bool:
+    """Whether the engine reads the file again and again because its limit is too small for it."""
+    if case.engine != "llama-cpp" or case.memory is None:
+        return False
+    nbytes: int = summary(Path(case.model))["nbytes"]
+    return case.memory < nbytes + _PROCESS
 
 
 def _context(series: Series, trained: int) -> int:

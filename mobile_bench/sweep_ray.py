@@ -157,7 +157,10 @@ class OnRay:
             ray.init(**arguments)
         except (ConnectionError, ImportError, ValueError, RuntimeError, TimeoutError) as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise OptionError(f"--ray {self._address}: {lines[0]}") from None
+            hint = ""
+            if kind not in ("local", "auto"):
+                hint = " (does the cluster ask for a token? then set RAY_AUTH_MODE=token)"
+            raise OptionError(f"--ray {self._address}: {lines[0]}{hint}") from None
         try:
             yield
         finally:
@@ -315,6 +318,8 @@ class _Sweeping:
             for what in sorted({_wanted(self._jobs[i]) for i, _ in lacking}):
                 self._say(f"waiting for {what} to join the cluster")
         elif lacking and now - self._idle_since > self._patience_s:
+            if not nodes:  # no job's fault: nothing is noted
+                raise DeviceError("the Ray cluster has no node with a CPU")
             for index, attempt in lacking:
                 self._pending.remove((index, attempt))
                 what = _wanted(self._jobs[index])

@@ -48,7 +48,7 @@ from .sweep_jobs import KINDS, RESIDENT, Job
 MOST_JOBS = 10_000
 AS_IS = "as-is"  # as a type: no quantization
 
-_MOST_BYTES = 1 << 20  # of a specification
+_MOST_BYTES = 128 << 10  # of a specification: pyyaml takes seconds for as much
 _MOST_TEXT = 64 << 20  # of a text that jobs need
 _DEEPEST = 8  # mappings and lists inside of each other
 _MOST_REPEATS = 1000

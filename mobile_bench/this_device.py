@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
@@ -25,6 +26,7 @@ def this_device(progress: Progress | None = None) -> DeviceProfile:
             return profile
     from .probe import probe
 
+    print("no profile of this device: probing it quickly (see stoker probe)", file=sys.stderr)
     return probe(quick=True, progress=progress)
 
 

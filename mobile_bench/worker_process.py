@@ -76,6 +76,7 @@ class WorkerProcess:
             self.kill()
             raise WorkerError(f"no answer within {timeout_s:.0f} s, killed") from None
         if line is None:
+            self._lines.put(None)  # for who asks again
             raise WorkerError(self._end())
         result: dict[str, Any] = json.loads(line)
         if "error" in result:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _FIRST = 1 << 20  # bytes of the first request; vocabularies make headers of 2 to 20 MB
 _GROWTH = 3
+_MOST = 1 << 28  # no header is longer
 _ATTEMPTS = 4
 _PAUSE_S = 0.5  # before the second attempt, doubled before each further one
 _TIMEOUT_S = 30.0
@@ -116,17 +117,25 @@ def _fetch_header(shard: _Remote, path: Path) -> None:
     """Writes a file of the shard's size that begins with all of its header."""
     from ..runtime._core import GgufFile
 
-    data, total = bytearray(), _FIRST
+    data = bytearray()
     wanted = _FIRST
     while True:
-        total = _append(shard, data, min(wanted, total) if data else wanted)
-        whole = len(data) >= total
-        if GgufFile.header_is_whole(bytes(data), total, shard.shown) or whole:
+        total = _append(shard, data, wanted)
+        if GgufFile.header_is_whole(bytes(data), total, shard.shown):
             break
-        wanted *= _GROWTH
-    with path.open("wb") as out:
-        out.write(data)
-        out.truncate(total)
+        if len(data) >= min(total, _MOST):
+            # To its end, or as far as any header goes: the reader says what is wrong with it.
+            break
+        wanted = min(total, _MOST, wanted * _GROWTH)
+    try:
+        with path.open("wb") as out:
+            out.write(data)
+            out.truncate(total)
+    except OSError as error:
+        raise DownloadError(
+            f"{shard.shown}: cannot make a temporary file of its size in {path.parent}: "
+            f"{error.strerror or error}"
+        ) from error
 
 
 def _append(shard: _Remote, data: bytearray, wanted: int) -> int:
@@ -136,6 +145,8 @@ def _append(shard: _Remote, data: bytearray, wanted: int) -> int:
         before = len(data)
         try:
             return _request(shard, data, wanted)
+        except DownloadError:
+            raise
         except urllib.error.HTTPError as error:
             with error:
                 if error.code not in _AGAIN or attempt == _ATTEMPTS:
@@ -207,12 +218,10 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects, and keeps the token from servers that it is not for."""
 
-    def redirect_request(
-        self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request | None:
-        new = super().redirect_request(req, fp, code, msg, headers, newurl)
-        if new is not None and urlsplit(newurl).netloc != urlsplit(req.full_url).netloc:
-            new.remove_header("Authorization")
+    def redirect_request(self, req: Any, *answer: Any) -> urllib.request.Request | None:
+        """The request to send instead."""
+        new = super().redirect_request(req, *answer)
+        if new is not None and urlsplit(new.full_url).netloc != urlsplit(req.full_url).netloc:
             for name in [n for n in new.headers if n.lower() == "authorization"]:
                 del new.headers[name]
         return new

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -75,13 +76,17 @@ def bench(
     ] = False,
     slow_tokens: Annotated[
         int, typer.Option(help="To decode with llama-cpp where the model is over the limit.")
-    ] = 6,
+    ] = 5,
     time_limit: Annotated[
         float, typer.Option(help="Seconds of a run; what would end later is left out.")
     ] = 60.0,
     slow_time_limit: Annotated[
-        float, typer.Option(help="The same for llama-cpp where the model is over the limit.")
-    ] = 40.0,
+        float,
+        typer.Option(
+            help="The same for llama-cpp where the model is over the limit; twice in the first "
+            "repeat."
+        ),
+    ] = 30.0,
     results: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write JSON lines here.")
     ] = None,
@@ -144,13 +149,14 @@ def bench(
         slow_tokens=slow_tokens,
         slow_time_limit_s=slow_time_limit,
     )
-    if force and results is not None:
-        results.unlink(missing_ok=True)
-    runs = _measure(series, results)
-    if csv is not None:
-        from ..mobile_bench.run_table import as_csv
+    runs: list[Run] = []
+    try:
+        _measure(series, runs, None if results is None else _File(results, force))
+    finally:  # after Ctrl-C, too
+        if csv is not None and runs:
+            from ..mobile_bench.run_table import as_csv
 
-        csv.write_text(as_csv(runs), encoding="utf-8")
+            csv.write_text(as_csv(runs), encoding="utf-8")
     if not any(run["error"] is None for run in runs):
         raise typer.Exit(1)
 
@@ -191,9 +197,39 @@ def _baseline_python(python: str, *, install: bool) -> str:
     return python
 
 
-def _measure(series: Series, results: Path | None) -> list[Run]:
-    """Measures what is missing, shows everything, also after Ctrl-C."""
-    from ..mobile_bench import records
+class _File:
+    """The file of results."""
+
+    def __init__(self, path: Path, replace: bool) -> None:
+        self.path, self._replace = path, replace
+
+    def open(self, device: DeviceProfile) -> list[Run]:
+        """What it holds. Raises OptionError where another device has measured it."""
+        from ..mobile_bench import records
+
+        if self._replace or not self.path.exists():
+            self.path.unlink(missing_ok=True)
+            self.write([device])
+            return []
+        before = records.read(self.path)
+        other = [p["name"] for p in before["profiles"] if p["id"] != device["id"]]
+        if other:
+            found = f"expected results of {device['name']}, found {other[0]}"
+            raise OptionError(f"{self.path}: {found}")
+        records.mend(self.path)
+        if not before["profiles"]:
+            self.write([device])
+        return before["runs"]
+
+    def write(self, lines: Iterable[object]) -> None:
+        """Appends."""
+        from ..mobile_bench import records
+
+        records.write(self.path, lines)
+
+
+def _measure(series: Series, runs: list[Run], file: _File | None) -> None:
+    """Measures what is missing, shows everything, also after Ctrl-C. runs: is filled."""
     from ..mobile_bench.measure import groups_allowed, measure
     from ..mobile_bench.roofline import rooflines
     from ..mobile_bench.run_table import as_text
@@ -204,16 +240,17 @@ def _measure(series: Series, results: Path | None) -> list[Run]:
     every = cases(series)
     with stage_progress() as progress:
         device = this_device(progress)
-    runs: list[Run] = []
-    if results is not None and results.exists():
-        runs = _before(results, device)
-    elif results is not None:
-        records.write(results, [device])
+    if file is not None:
+        # The file may hold other series as well.
+        keys = {case.key for case in every}
+        runs += [r for r in file.open(device) if r.get("case") in keys]
     wanted, added = missing(every, runs), 0
     run = runs[0]["run"] if runs else time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     if any(case.memory is not None for case in wanted) and not groups_allowed():
         print("no memory cgroup is allowed here: budgets, but no limits", file=sys.stderr)
     start = time.monotonic()
+    # What ends us politely must not leave workers and their groups behind either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         made = measure(
             wanted,
@@ -225,35 +262,21 @@ def _measure(series: Series, results: Path | None) -> list[Run]:
         for found in made:
             runs.append(found)
             added += 1
-            if results is not None:
-                records.write(results, [found])
+            if file is not None:
+                file.write([found])
             _told(found)
         limits = rooflines(runs)
-        if results is not None and added:
-            records.write(results, limits)
+        if file is not None and added:
+            file.write(limits)
         print(f"took {time.monotonic() - start:.0f} s", file=sys.stderr)
     except KeyboardInterrupt:
-        kept = "nothing was kept" if results is None else f"{results} has them, --resume goes on"
+        kept = "no file has them" if file is None else f"{file.path} has them, --resume goes on"
         print(f"\ninterrupted after {added} of {len(wanted)} runs: {kept}", file=sys.stderr)
         if runs:
             typer.echo(as_text(runs, rooflines(runs)))
         raise
     typer.echo(f"{series.model.name} on {device['name']}, {series.repeats} repeats\n")
     typer.echo(as_text(runs, limits))
-    return runs
-
-
-def _before(results: Path, device: DeviceProfile) -> list[Run]:
-    """The runs of a file. Raises OptionError where another device has measured it."""
-    from ..mobile_bench import records
-
-    before = records.read(results)
-    if not before["profiles"]:
-        records.write(results, [device])
-    other = [p["name"] for p in before["profiles"] if p["id"] != device["id"]]
-    if other:
-        raise OptionError(f"{results}: expected results of {device['name']}, found {other[0]}")
-    return before["runs"]
 
 
 def _say(case: Case, count: str) -> None:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from .memory import process_bytes
@@ -15,11 +14,6 @@ from .terminal import size
 if TYPE_CHECKING:
     from .model import Model
 
-# Hit rate by share of all experts that the cache holds: decayed frequency over one cache for all
-# layers, mean of the second three quarters of the routing of qwen3-30b-a3b and kimi-linear-48b
-# (public traces, replayed with `stoker simulate`) and of a 64-expert mixture of SmolLM2. Between
-# the points straight lines. Models differ by 10 points and more; it is a forecast, not a promise.
-_HITS = ((0.0, 0.0), (0.15, 0.66), (0.25, 0.80), (0.40, 0.90), (1.0, 1.0))
 _MOST_READ = 256 << 20  # bytes read to measure the memory's bandwidth, at most
 _LEAST_READ = 16 << 20  # below it caches would answer
 _KINDS = (
@@ -148,7 +142,7 @@ def report(model: Model) -> PlanReport:
     slots, experts = int(plan.get("slots", 0)), int(plan.get("experts", 0))
     working_set = int(plan.get("working_set", 0))
     one = int(plan.get("expert_bytes", 0)) // experts if experts else 0
-    hits = expected_hit_rate(slots, experts, working_set) if limit else 1.0
+    hits = expected_hit_rate(model) if limit else 1.0
     pinned = pinned_by_kind(model._file.tensors, with_experts=not limit)
     padding = int(plan["weight_bytes"]) - sum(pinned.values())
     if padding > 0:
@@ -188,20 +182,27 @@ def report(model: Model) -> PlanReport:
     )
 
 
-def expected_hit_rate(slots: int, experts: int, working_set: int) -> float:
-    """Share of uses that a cache of `slots` of all `experts` answers, from recorded routing.
+def expected_hit_rate(model: Model) -> float:
+    """Share of a token's experts that the cache answers, from recorded routing; 1 where all do.
 
     0 below one token's working set, where hits depend on the model more than on the size.
     """
+    from ..mobile_bench.hit_curves import miss_rate, origin_of
+
+    plan, config = model.plan, model.config
+    slots, experts = int(plan.get("slots", 0)), int(plan.get("experts", 0))
     if slots >= experts:
         return 1.0
-    if slots < working_set:
+    if plan["streams"]:
         return 0.0
-    share = slots / experts
-    for (x0, y0), (x1, y1) in pairwise(_HITS):
-        if share <= x1:
-            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
-    return 1.0
+    recipe = model._file.get("stoker.upcycle.recipe")
+    missed = miss_rate(
+        slots / experts,
+        int(config["n_expert"]),
+        int(config["n_expert_used"]),
+        origin=origin_of(recipe if isinstance(recipe, str) else None),
+    )
+    return 1 - missed
 
 
 def pinned_by_kind(tensors: Sequence[Any], *, with_experts: bool) -> dict[str, int]:

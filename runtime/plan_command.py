@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..mobile_bench.forecast import Device, Forecast, Subject
     from ._core import GgufFile
 
+_FRESH_BYTES = 128 << 20
 _COLUMNS = (
     "memory",
     "fits",
@@ -56,7 +57,8 @@ def plan(
     device: Annotated[
         Path | None,
         typer.Option(
-            help="A profile made by stoker probe [default: this device's, measured if there is none]."
+            help="A profile made by stoker probe "
+            "[default: this device's, measured if there is none]."
         ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Of the prompt.")] = 64,
@@ -79,7 +81,7 @@ def plan(
     stoker plan hf:Qwen/Qwen3-30B-A3B-GGUF/Qwen3-30B-A3B-Q4_K_M.gguf --memory 8GiB
     stoker plan mixture.gguf --memory 3GiB --device phone.json --prompt-tokens 512
     """
-    from ..mobile_bench.forecast import Device, Subject, forecast
+    from ..mobile_bench.forecast import Device, Subject, Turn, forecast
     from .memory import process_bytes
 
     if as_json and as_tsv:
@@ -95,8 +97,7 @@ def plan(
                 subject,
                 machine,
                 _budget(text, subject, machine),
-                prompt_tokens=prompt_tokens,
-                tokens=tokens,
+                Turn(prompt_tokens, tokens),
             )
             for text in memory.split(",")
         ]
@@ -125,13 +126,23 @@ def _header(model: str) -> Iterator[GgufFile]:
 
 
 def _profile(path: Path | None) -> DeviceProfile:
-    """The one named, else the one that `stoker probe` saved, else a quick measurement."""
+    """The one named, else this device's with how fast fresh memory is now."""
+    from ..mobile_bench import device_profile
+    from ..mobile_bench.fresh_memory import fresh_bytes_s
+
+    if path is not None:
+        return device_profile.load(path)
+    profile = _own_profile()
+    profile["memory"].setdefault("fresh_bytes_s", fresh_bytes_s(_FRESH_BYTES))
+    return profile
+
+
+def _own_profile() -> DeviceProfile:
+    """The one that `stoker probe` saved, else a quick measurement."""
     import sys
 
     from ..mobile_bench import device_profile
 
-    if path is not None:
-        return device_profile.load(path)
     saved = device_profile.default_path()
     if saved.exists():
         profile = device_profile.load(saved)
@@ -165,7 +176,9 @@ def _budget(text: str, subject: Subject, device: Device) -> int | None:
         return named
     available = device.available
     if available is None:
-        raise OptionError(f"memory {text}: the profile does not tell what the device has; name bytes")
+        raise OptionError(
+            f"memory {text}: the profile does not tell what the device has; name bytes"
+        )
     if isinstance(named, float):
         return int(available * named)
     return None if resident_bytes(subject, device) <= available else available

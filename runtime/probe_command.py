@@ -53,7 +53,9 @@ def probe(
     target = out or device_profile.default_path()
     device_profile.save(profile, target)
     if not as_json:
-        typer.echo(f"\nsaved as {target}")
+        typer.echo(f"\n{profile.get('seconds', 0):.0f} seconds, saved as {target}")
+    for reason in profile.get("noise", {}).get("noisy", []):
+        typer.echo(f"noisy: {reason}", err=True)
 
 
 def as_table(profile: DeviceProfile) -> str:

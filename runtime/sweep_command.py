@@ -64,7 +64,7 @@ def sweep(
     stoker sweep sweep.yaml --out results.jsonl --retry-failed
     ray start --head --num-cpus 0                                 # on one machine
     ray start --address HOST:6379 --labels device=laptop          # on those that measure
-    stoker sweep sweep.yaml --ray HOST:6379
+    stoker sweep sweep.yaml --ray auto                            # on any of them
     """
     from ..mobile_bench import sweep_spec
     from ..mobile_bench.sweep import InProcess, plan

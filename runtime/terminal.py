@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from ..models.cache import Progress
 
-_BYTE_STAGES = ("experts", "tensors")  # stages of an export that count bytes
+_BYTE_STAGES = ("experts", "tensors", "scratch file")  # stages that count bytes
 # A model can write any character; those that steer a terminal are not passed on to one.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -6,9 +6,13 @@ Deterministic: the same arguments give the same records. Nothing of it was measu
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from stoker.mobile_bench import report
 
 GB = 1_000_000_000
 MB = 1_000_000
@@ -329,3 +333,24 @@ def failed(line: dict[str, Any], error: str) -> dict[str, Any]:
         "tokens_sha256": None,
         "error": error,
     }
+
+
+def put(path: Path, lines: list[dict[str, Any]]) -> Path:
+    """Writes a file of results."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def everything(tmp_path: Path) -> report.Report:
+    """Three devices, one of them a profile alone, a noisy and a failed run, and earlier results."""
+    lines = results()
+    lines[1]["noise"]["noisy"] = ["throttled 3 times"]
+    lines[2] = failed(lines[2], "killed: it needs more memory than its cgroup's limit")
+    files = [
+        put(tmp_path / "laptop.jsonl", lines),
+        put(tmp_path / "phone.jsonl", results(PHONE, engines=("stoker",))),
+    ]
+    board = tmp_path / "board.json"
+    board.write_text(json.dumps(profile(BOARD), indent=1), encoding="utf-8")
+    old = put(tmp_path / "old.jsonl", results(faster=1.2))
+    return report.build([*files, board], against=old)

@@ -237,3 +237,159 @@ def test_isas_agree_bit_for_bit(build: Path) -> None:
         for isa in ("scalar", "neon", "i8mm")
     }
     assert len(hashes) == 1 and re.fullmatch(r"[0-9a-f]{16}\n", hashes.pop())
+
+
+STAND_IN = """#!/bin/bash
+# What adb, ssh and scp are asked, done here: `there` is a folder of this machine, and its processor
+# an emulated one.
+echo "$(basename "$0") $*" >>"$STAND_IN_LOG"
+run() { bash -c "${1//.\\/stoker-bench/qemu-aarch64 ./stoker-bench}"; }
+case $(basename "$0") in
+  ssh) run "$2" ;;
+  scp) cp "${2#board:}" "${3#board:}" ;;
+  adb)
+    if [ "$1" = -s ]; then shift 2; fi
+    case $1 in
+      push | pull) cp "$2" "$3" && echo "$2: 1 file" ;;
+      shell) shift; run "$*" ;;
+    esac ;;
+esac
+"""
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> dict[str, str]:
+    """An environment in which adb, ssh and scp stay on this machine."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("adb", "ssh", "scp"):
+        (folder / name).write_text(STAND_IN)
+        (folder / name).chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "STAND_IN_LOG": str(tmp_path / "log"),
+    }
+
+
+def on_device(environment: dict[str, str], *arguments: object) -> Any:
+    return subprocess.run(
+        ["bash", ROOT / "mobile_bench" / "run_android.sh", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment,
+        cwd=Path(environment["STAND_IN_LOG"]).parent,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "reach", [[], ["--serial", "R58N"], ["--ssh", "board"]], ids=["adb", "serial", "ssh"]
+)
+def test_a_device_is_measured(
+    build: Path, tmp_path: Path, stand_ins: dict[str, str], reach: list[str]
+) -> None:
+    model = MIXTURES["qwen3moe-shards"].write(tmp_path / "my model")
+    there, out = tmp_path / "there's one", tmp_path / "results" / "phone.jsonl"
+    report = tmp_path / "report.html"
+    given = [
+        model, *reach, "--dir", there, "--out", out, "--report", report, "--prompt", 9,
+        "--python", sys.executable, "--binary", build / "stoker-bench", "--with", "nice -n 1",
+    ]  # fmt: skip
+    ours = ["--", "--prompts", 9, "--tokens", TOKENS, "--profile", "facts", "--memory", "none,1GiB"]
+    done = on_device(stand_ins, *given, *ours)
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout
+    assert "stoker report" in report.read_text()
+    (first, second), (profile,) = (records.read(out)[k] for k in ("runs", "profiles"))
+    assert profile["platform"]["machine"] == "aarch64"
+    assert first["token_ids"] == second["token_ids"] and second["memory"] == 1 << 30
+    from stoker.mobile_bench.prompt_ids import prompt_ids
+
+    assert first["token_ids"] == greedy(model, list(prompt_ids(model, 9)))
+    log = (tmp_path / "log").read_text().splitlines()
+    assert {line.split()[0] for line in log} == ({"ssh", "scp"} if "--ssh" in reach else {"adb"})
+    assert all(" -s R58N " in line for line in log) == ("--serial" in reach)
+    shards = sorted(p.name for p in model.parent.glob("*.gguf"))
+    assert len(shards) > 1
+    assert sorted(p.name for p in there.iterdir()) == [*shards, "stoker-bench"]
+    # Again: the model is there already; other results are added; nothing stays behind.
+    before = len(log)
+    again = on_device(stand_ins, *given, "--remove", *ours)
+    assert again.returncode == 0, again.stderr
+    log = (tmp_path / "log").read_text().splitlines()[before:]
+    assert not [line for line in log if "push" in line and ".gguf" in line]
+    assert f"{shards[0]}: there already" in again.stderr
+    assert len(records.read(out)["runs"]) == 4
+    assert not there.exists()
+
+
+def test_a_run_that_fails_on_the_device(
+    build: Path, tmp_path: Path, stand_ins: dict[str, str]
+) -> None:
+    model = MIXTURES["smallthinker"].write(tmp_path)
+    out = tmp_path / "phone.jsonl"
+    given = [model, "--dir", tmp_path / "there", "--out", out, "--python", sys.executable]
+    given += ["--binary", build / "stoker-bench", "--prompt", 9]
+    done = on_device(stand_ins, *given, "--", "--memory", "2MB", "--profile", "facts")
+    assert done.returncode == 1
+    assert "memory: expected at least" in str(records.read(out)["runs"][0]["error"])
+    done = on_device(stand_ins, *given, "--", "--memory", "much")
+    assert done.returncode == 2
+    assert "--memory: expected bytes" in done.stderr and "no results" in done.stderr
+
+
+def test_a_dry_run_does_nothing(tmp_path: Path, stand_ins: dict[str, str]) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    done = on_device(stand_ins, model, "--dry-run", "--report", "r.html", "--", "--tokens", 5)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "log").exists() and not (tmp_path / "results").exists()
+    steps = ("build_arm.sh", "prompt_ids", "mkdir", "push", "./stoker-bench", "pull", "report")
+    places = [done.stdout.index(step) for step in steps]
+    assert places == sorted(places)
+    assert "'\\''--tokens'\\'' '\\''5'\\''" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.gguf"], "absent.gguf: no such file"),
+        (["{model}", "{model}"], "expected one model"),
+        (["{model}", "--sped", "1"], "--sped: no such option"),
+        (["{model}", "--out"], "--out: expected a value"),
+        (["{model}", "--prompt", "0"], "--prompt: expected a number of tokens"),
+        (["{model}", "--ssh", "a", "--serial", "b"], "give --ssh or --serial, not both"),
+        (["{model}", "--ids", "none.txt"], "none.txt: no such file"),
+    ],
+)
+def test_a_device_cannot_be_measured_so(
+    tmp_path: Path, stand_ins: dict[str, str], arguments: list[str], message: str
+) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    done = on_device(stand_ins, *(a.format(model=model) for a in arguments))
+    assert done.returncode == 2
+    assert f"run_android: {message}" in done.stderr
+
+
+def test_neon_kernels_take_few_instructions(build: Path) -> None:
+    """At most 1.3 times the AVX2 kernels', and the same bits."""
+    folder = Path(os.environ.get("STOKER_X86_BUILD") or ROOT / "build" / "native")
+    x86 = folder / "kernel_instructions"
+    if not x86.is_file() or shutil.which("qemu-x86_64") is None:
+        pytest.skip(f"no {x86} (cmake -DSTOKER_BENCH=ON), or no qemu-x86_64")
+    program, arm = ROOT / "mobile_bench" / "instruction_counts.py", build / "kernel_instructions"
+    done = subprocess.run(
+        [sys.executable, program, "--json", "--x86", x86, "--arm", arm],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert {c["isa"] for c in counts} == {"avx2", "neon", "i8mm"}
+    assert all(0.05 < c["instructions"] < 2 for c in counts)
+    assert all(c["ratio"] <= 1.3 for c in counts), counts

@@ -363,12 +363,15 @@ def test_counter_adds_only_what_it_sees() -> None:
 # Plans.
 
 
-def test_expected_hits_follow_the_recorded_curve() -> None:
-    assert plan.expected_hit_rate(10, 10, 4) == 1
-    assert plan.expected_hit_rate(150, 1000, 100) == pytest.approx(0.66)
-    assert plan.expected_hit_rate(200, 1000, 100) == pytest.approx(0.73)
-    assert plan.expected_hit_rate(700, 1000, 100) == pytest.approx(0.95)
-    assert plan.expected_hit_rate(99, 1000, 100) == 0
+def test_expected_hits_follow_the_recorded_curves(mixture: Path) -> None:
+    from stoker.mobile_bench.hit_curves import miss_rate
+
+    model = tight(mixture)
+    p, c = model.plan, model.config
+    share = p["slots"] / p["experts"]
+    expected = 1 - miss_rate(share, c["n_expert"], c["n_expert_used"])
+    assert plan.expected_hit_rate(model) == (0 if p["streams"] else pytest.approx(expected))
+    assert plan.expected_hit_rate(stoker.load(mixture)) == 1
 
 
 def test_report_adds_up(mixture: Path) -> None:

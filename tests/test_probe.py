@@ -389,7 +389,7 @@ def test_command(
     monkeypatch.setenv("STOKER_CACHE", str(tmp_path / "cache"))
     assert cli.main(["probe", "--quick", "--path", str(folder)]) == 0
     printed = capsys.readouterr()
-    assert printed.err == ""
+    assert all(line.startswith("noisy: ") for line in printed.err.splitlines())
     profile = device_profile.load(device_profile.default_path())
     assert device_profile.default_path() == tmp_path / "cache" / "device.json"
     assert profile["name"] in printed.out
@@ -399,6 +399,8 @@ def test_command(
     assert profile["isa"]["active"] in profile["isa"]["usable"]
     assert profile["memory_reads"][0]["threads"] == 1
     assert [f["format"] for f in profile["formats"]] == ["Q4_0"]
+    assert profile["memory"]["fresh_bytes_s"] > 0
+    assert profile["noise"]["noisy"] == [line[7:] for line in printed.err.splitlines()]
     assert list(folder.iterdir()) == []
 
     assert cli.main(["probe", "--quick", "--json", "--path", str(folder), "-o", str(out)]) == 0
@@ -527,7 +529,16 @@ def test_ratios_are_of_pairs() -> None:
     found = probe_check.in_turns(mine, other, 3)
     assert found["ratio"] == 0.9  # the median of 1, 0.8 and 0.9
     assert (found["ours_median"], found["theirs_median"]) == (40.0, 50.0)
+    assert found["standard_error"] == pytest.approx(0.0815, abs=0.001)
     assert order == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]
+
+
+def test_as_many_pairs_as_the_noise_asks_for() -> None:
+    assert len(probe_check.in_turns(lambda i: 1.0, lambda i: 1.0, 50)["ours"]) == 7
+    noisy = probe_check.in_turns(lambda i: 1.0 + i % 3, lambda i: 1.0, 50)
+    assert len(noisy["ours"]) == 50
+    one = probe_check.in_turns(lambda i: 1.0, lambda i: 2.0, 1)
+    assert (one["ratio"], one["standard_error"]) == (0.5, None)
 
 
 @POSIX

@@ -9,7 +9,6 @@ import browser
 import pytest
 import sample_results as sample
 from stoker.mobile_bench import report
-from test_report import everything, put
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib (stoker[bench])")
 
@@ -90,7 +89,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("report")
     file = folder / "report.html"
-    file.write_text(as_page(everything(folder)), encoding="utf-8")
+    file.write_text(as_page(sample.everything(folder)), encoding="utf-8")
     return file
 
 
@@ -123,7 +122,7 @@ def test_hostile_names_run_nothing(tab: browser.Browser, tmp_path: Path) -> None
             line["model"] = line["model"] | {"name": evil}
             line["command"] = evil
     lines[2]["engine"] = evil
-    made = report.build([put(tmp_path / "a.jsonl", lines)], title=evil)
+    made = report.build([sample.put(tmp_path / "a.jsonl", lines)], title=evil)
     file = tmp_path / "report.html"
     file.write_text(as_page(made), encoding="utf-8")
     tab.open(file)

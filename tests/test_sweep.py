@@ -26,7 +26,7 @@ from stoker.mobile_bench.device_profile import DeviceProfile
 from stoker.mobile_bench.sweep import InProcess, Summary, sweep
 from stoker.mobile_bench.sweep_jobs import Job
 from stoker.mobile_bench.sweep_ray import Node, OnRay, nodes_of, placed
-from stoker.runtime.errors import OptionError
+from stoker.runtime.errors import DeviceError, OptionError
 
 TEXT = "the more of the words that you hear in the night, the less is it that they say. " * 60
 MIXTURE: dict[str, Any] = {**WIDE, "n_expert": 4, "n_layer": 2, "n_ff_expert": 256}
@@ -528,6 +528,16 @@ def test_a_cluster_that_loses_a_worker_gives_the_same(
     assert [p["id"] for p in found["profiles"]] == [NODE_ID]
     assert sum(job["attempts"] - 1 for job in found["jobs"]) == len(said) >= 1
     assert len(out.read_text().splitlines()) == 1 + 12  # a job is written once, however often tried
+
+
+def test_a_cluster_without_nodes(cluster: Any, folder: Path, tmp_path: Path) -> None:
+    """The last test on it: no job fails because nobody is there."""
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node)
+    spec = spec_of(folder, SIX)
+    with pytest.raises(DeviceError, match="no node with a CPU"):
+        sweep(spec, tmp_path / "out.jsonl", OnRay(cluster.address, patience_s=1))
+    assert not records.read(tmp_path / "out.jsonl")["jobs"]
 
 
 def test_no_cluster(folder: Path, tmp_path: Path) -> None:

@@ -117,14 +117,16 @@ def test_product_of_the_lists_repeat_by_repeat(folder: Path) -> None:
         ("jobs: &a [1]\nretries: *a", 1, "anchor"),
         ("jobs: !!python/object/apply:os.system ['true']", 1, "tag"),
         ("jobs: " + "[" * 100_000, 1, "at most 8 levels"),
+        ("? " * 50_000, 1, "at most 8 levels"),
+        ("- " * 50_000, 1, "at most 8 levels"),
         ("{" * 100_000, 1, "at most 8 levels"),
         (GROUP + "repeats: 1000\n    threads: " + repr([*range(1, 500)]), 2, "at most 10000 jobs"),
         (
-            GROUP + "".join(f"{k}: {['a'] * 5000}\n    " for k in ("policy", "io", "predictor")),
+            GROUP + "".join(f"{k}: {['a'] * 1000}\n    " for k in ("policy", "io", "predictor")),
             2,
             "at most 10000 jobs",
         ),
-        ("#" * (1 << 20) + "\n", None, "at most 1048576 bytes"),
+        ("#" * (128 << 10) + "\n", None, "at most 131072 bytes"),
     ],
 )
 def test_errors_name_the_line(folder: Path, text: str, line: int | None, expected: str) -> None:

@@ -15,8 +15,8 @@ struct qemu_plugin_tb; /* a block of instructions, as it is translated */
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb* tb);
 void qemu_plugin_register_vcpu_tb_trans_cb(qemu_plugin_id_t id,
                                            void (*f)(qemu_plugin_id_t, struct qemu_plugin_tb*));
-void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb* tb,
-                                          void (*f)(unsigned int, void*), int flags, void* data);
+void qemu_plugin_register_vcpu_tb_exec_cb(struct qemu_plugin_tb* tb, void (*f)(unsigned int, void*),
+                                          int flags, void* data);
 void qemu_plugin_register_atexit_cb(qemu_plugin_id_t id, void (*f)(qemu_plugin_id_t, void*),
                                     void* data);
 

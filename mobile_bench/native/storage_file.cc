@@ -24,6 +24,7 @@
 #endif
 
 #include "runtime/core/errors.h"
+#include "runtime/core/memory.h"
 
 namespace stoker {
 
@@ -259,15 +260,16 @@ ReadSpeed StorageFile::read(const ReadLoad& load) {
       direct ? nullptr : std::make_unique<Map>(path_, descriptor_, size_);
 
   struct Reader {
-    AlignedBytes into;
+    uint8_t* into = nullptr;  // [block]
     int64_t reads = 0;
     Clock::time_point end;
   };
   std::vector<Reader> readers(static_cast<size_t>(load.depth));
-  for (Reader& r : readers) {
-    r.into = aligned_bytes(block);
-    std::memset(r.into.get(), 0, block);  // pages of the process are not to be made while it counts
-  }
+  // In huge pages, as the engine's: direct reads into scattered small ones are up to 2.5 times
+  // slower on some virtual disks. Touched now, so that no page has to be found while it counts.
+  const HugeMemory memory(block * readers.size(), "blocks to read into");
+  std::memset(memory.data(), 1, memory.size());
+  for (size_t i = 0; i < readers.size(); ++i) readers[i].into = memory.data() + i * block;
   Gate gate;
   Clock::time_point begin, deadline;
   std::atomic<uint64_t> next{0};
@@ -282,8 +284,8 @@ ReadSpeed StorageFile::read(const ReadLoad& load) {
       const uint64_t offset = order[i] * block;
       if (map && map->cached(offset, block, pages)) continue;
       if (load.mode == ReadMode::kMapped) {
-        std::memcpy(r.into.get(), map->at(offset), block);
-      } else if (const int e = read_block(descriptor_, r.into.get(), offset, block); e != 0) {
+        std::memcpy(r.into, map->at(offset), block);
+      } else if (const int e = read_block(descriptor_, r.into, offset, block); e != 0) {
         error.store(e, std::memory_order_relaxed);
         break;
       }

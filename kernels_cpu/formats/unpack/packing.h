@@ -7,7 +7,7 @@ STOKER_INLINE void split_nibbles(const V* n, V* q) {
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     q[j] = bit_and(n[j], low);
-    q[4 + j] = bit_and(shift_right<4>(n[j]), low);
+    q[4 + j] = high_nibbles(n[j]);
   }
 }
 
@@ -46,7 +46,7 @@ struct ScaleMin6 {
     scale[0] = bit_and(head[1], six);
     min[0] = bit_and(head[2], six);
     scale[1] = and_or(shift_right<2>(head[1]), upper, bit_and(head[3], four));
-    min[1] = and_or(shift_right<2>(head[2]), upper, bit_and(shift_right<4>(head[3]), four));
+    min[1] = and_or(shift_right<2>(head[2]), upper, high_nibbles(head[3]));
   }
   template <int g>
   STOKER_INLINE VF s() const {

@@ -46,8 +46,8 @@ struct Unpack {
     V scales[4];
     scales[0] = and_or(shift_left<4>(p[3]), upper, bit_and(p[1], four));
     scales[1] = and_or(shift_left<2>(p[3]), upper, bit_and(p[2], four));
-    scales[2] = and_or(p[3], upper, bit_and(shift_right<4>(p[1]), four));
-    scales[3] = and_or(shift_right<2>(p[3]), upper, bit_and(shift_right<4>(p[2]), four));
+    scales[2] = and_or(p[3], upper, high_nibbles(p[1]));
+    scales[3] = and_or(shift_right<2>(p[3]), upper, high_nibbles(p[2]));
     const VF d = load_f16(rows, 108);
     V mask[8];
     load_columns(rows, 0, mask);

@@ -14,7 +14,7 @@ struct Unpack {
     for (int j = 0; j < 8; ++j) q[j] = bit_and(n[j], low);
     sink.template group<2 * i>(q, head.s<2 * i>(), head.m<2 * i>());
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) q[j] = bit_and(shift_right<4>(n[j]), low);
+    for (int j = 0; j < 8; ++j) q[j] = high_nibbles(n[j]);
     sink.template group<2 * i + 1>(q, head.s<2 * i + 1>(), head.m<2 * i + 1>());
   }
   template <class Sink>

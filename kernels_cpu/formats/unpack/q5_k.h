@@ -22,7 +22,7 @@ struct Unpack {
     sink.template group<2 * i>(q, head.s<2 * i>(), head.m<2 * i>());
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      q[j] = and_or(to_bit4<2 * i + 1>(h[j]), bit4, bit_and(shift_right<4>(n[j]), low));
+      q[j] = and_or(to_bit4<2 * i + 1>(h[j]), bit4, high_nibbles(n[j]));
     }
     sink.template group<2 * i + 1>(q, head.s<2 * i + 1>(), head.m<2 * i + 1>());
   }

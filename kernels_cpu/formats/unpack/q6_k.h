@@ -16,7 +16,7 @@ struct Unpack {
                      : c == 1 ? shift_left<2>(high[j])
                      : c == 2 ? high[j]
                               : shift_right<2>(high[j]);
-      q[j] = and_or(bits, upper, bit_and(c < 2 ? low[j] : shift_right<4>(low[j]), four));
+      q[j] = and_or(bits, upper, c < 2 ? bit_and(low[j], four) : high_nibbles(low[j]));
     }
     sink.template group<g>(q, mul(d, to_float(signed_byte<g % 4>(scales[g / 4]))), zero_f());
   }

@@ -1,0 +1,677 @@
+"""Plans from a header alone, headers that stay where they are, and forecasts."""
+
+from __future__ import annotations
+
+import copy
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from offload_models import CONTEXT, MIXTURES, TinyMixture, engine, named_minimum
+from stoker.mobile_bench import device_profile, forecast_check, hit_curves
+from stoker.mobile_bench.device_profile import DeviceProfile
+from stoker.mobile_bench.forecast import Device, Forecast, Subject, Turn, forecast
+from stoker.models import remote_header
+from stoker.offload.trace import Trace
+from stoker.runtime import _core, errors
+from tiny_models import VARIANTS
+
+MEBIBYTE = 1 << 20
+# A device in round numbers; memory 10 GB/s, storage 1 GB/s at 1 MiB.
+PROFILE: DeviceProfile = {
+    "kind": "profile",
+    "version": device_profile.VERSION,
+    "id": "0123456789ab",
+    "name": "test device, 4 cores, 2 GB",
+    "time": "2026-01-01T00:00:00+00:00",
+    "quick": False,
+    "stoker": "0",
+    "platform": {"system": "Linux"},
+    "cpu": {"performance": 2, "physical": 4},
+    "isa": {"active": "avx2", "usable": ["scalar", "avx2"]},
+    "memory": {"total": 2 << 30, "available": 1 << 30, "limit": None},
+    "memory_reads": [{"threads": 1, "bytes_s": 6e9}, {"threads": 2, "bytes_s": 10e9}],
+    "peaks": [{"kind": "float32", "isa": "avx2", "threads": 2, "ops_s": 50e9}],
+    "formats": [
+        {"format": "Q4_0", "isa": "avx2", "row_weights_s": 20e9, "tile_ops_s": 100e9},
+        {"format": "Q8_0", "isa": "avx2", "row_weights_s": 15e9, "tile_ops_s": 90e9},
+        {"format": "F16", "isa": "avx2", "row_weights_s": 5e9, "tile_ops_s": 20e9},
+    ],
+    "storage": {"path": "/"},
+    "storage_reads": [
+        {"mode": "direct", "block": 1 << 16, "depth": 4, "bytes_s": 0.25e9},
+        {"mode": "direct", "block": 1 << 20, "depth": 4, "bytes_s": 1e9},
+        {"mode": "direct", "block": 1 << 20, "depth": 1, "bytes_s": 0.5e9},
+        {"mode": "buffered", "block": 1 << 20, "depth": 4, "bytes_s": 9e9},
+    ],
+    "power": {},
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a tiny mixture, or of a dense variant -> its file."""
+    folder = tmp_path_factory.mktemp("forecast")
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            mixture = MIXTURES.get(name) or TinyMixture(name)
+            made[name] = mixture.write(folder / name)
+        return made[name]
+
+    return get
+
+
+def changed(**parts: Any) -> DeviceProfile:
+    """PROFILE with other parts."""
+    return {**copy.deepcopy(PROFILE), **parts}  # type: ignore[typeddict-item]
+
+
+# A plan without a load.
+
+
+@pytest.mark.parametrize("name", [*MIXTURES, *(v for v in VARIANTS if v in ("llama", "gemma3"))])
+def test_plan_is_the_engines(models: Callable[[str], Path], name: str) -> None:
+    path = models(name)
+    options = {"threads": 1, "context": CONTEXT}
+    file = _core.GgufFile(str(path))
+    config, plan = _core.plan(file, **options)  # type: ignore[arg-type]
+    resident = engine(path)
+    assert (resident.config, resident.plan) == (config, plan)
+    least = plan["least_memory"]
+    for memory in (least, least + MEBIBYTE, least + 100 * MEBIBYTE):
+        e = engine(path, memory)
+        assert (e.config, e.plan) == _core.plan(file, memory=memory, **options)  # type: ignore[arg-type]
+        assert e.plan["least_memory"] == least
+        del e
+    for load in (lambda m: engine(path, m), lambda m: _core.plan(file, memory=m, **options)):
+        with pytest.raises(errors.BudgetError) as caught:
+            load(least - 1)
+        assert named_minimum(caught.value) == least
+
+
+def test_work_is_what_a_token_reads(models: Callable[[str], Path]) -> None:
+    for name in ("mixtral", "qwen2moe", "k-quants", "mixtral-split"):
+        file = _core.GgufFile(str(models(name)))
+        config, plan = _core.plan(file, context=CONTEXT)
+        assert sum(w["bytes"] for w in plan["work"]) == plan["token_bytes"]
+        layers = [w for w in plan["work"] if w["part"] != "output"]
+        assert sum(w["weights"] for w in layers) == plan["layer_macs"]
+        experts = [t for t in file.tensors if re.search(r"ffn_(gate|up|down)(_exps|\.\d)", t.name)]
+        used = sum(w["bytes"] for w in plan["work"] if w["part"] == "experts")
+        share = config["n_expert_used"] / config["n_expert"]
+        # Rounded down for each layer and format.
+        assert used == pytest.approx(sum(t.nbytes for t in experts) * share, abs=64)
+        assert {w["format"] for w in plan["work"] if w["part"] == "experts"} == {
+            t.type for t in experts
+        }
+
+
+def test_plan_refuses_what_a_load_refuses(models: Callable[[str], Path]) -> None:
+    file = _core.GgufFile(str(models("mixtral")))
+    for options, text in (
+        ({"threads": -1}, "threads"),
+        ({"context": 1 << 30}, "context"),
+        ({"memory": -1}, "memory"),
+        ({"kv_type": "f8"}, "kv_type"),
+        ({"precision": "best"}, "precision"),
+    ):
+        with pytest.raises(errors.OptionError, match=text):
+            _core.plan(file, **options)  # type: ignore[arg-type]
+
+
+# Headers that stay where they are.
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves files[path], with ranges unless told otherwise."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Request)
+        self.files: dict[str, bytes] = {}
+        self.redirects: dict[str, str] = {}
+        self.ranges = True
+        self.fail: list[int] = []  # status codes of the next answers
+        self.cut: list[int] = []  # bytes to send of the next answers
+        self.sent = 0
+        self.seen: list[tuple[str, str | None]] = []  # path, Authorization
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class Request(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        s = self.server
+        s.seen.append((self.path, self.headers.get("Authorization")))
+        path = self.path.split("?")[0]
+        if s.fail:
+            self.send_error(s.fail.pop(0))
+        elif path in s.redirects:
+            self.send_response(302)
+            self.send_header("Location", s.redirects[path])
+            self.end_headers()
+        elif path not in s.files:
+            self.send_response(404)
+            if path.startswith("/acme/"):
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+        else:
+            self.send(s.files[path])
+
+    def send(self, content: bytes) -> None:
+        s, wanted = self.server, self.headers.get("Range")
+        begin, end = 0, len(content)
+        if wanted and s.ranges:
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", wanted).groups()  # type: ignore[union-attr]
+            begin, end = int(first), min(int(last) + 1, len(content))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(end - begin))
+        self.end_headers()
+        if s.cut:
+            end = begin + s.cut.pop(0)
+            self.close_connection = True
+        with suppress(ConnectionError):
+            for at in range(begin, end, 1 << 16):
+                self.wfile.write(content[at : min(end, at + (1 << 16))])
+                s.sent += min(end, at + (1 << 16)) - at
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(remote_header, "_PAUSE_S", 0.01)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    made = Server()
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def directory(file: Any) -> list[tuple[Any, ...]]:
+    return [(t.name, t.type, t.shape, t.offset, t.nbytes, t.shard) for t in file.tensors]
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A file of 12 MB whose header has 1.5 MB."""
+    import gguf
+
+    path = tmp_path_factory.mktemp("large") / "large.gguf"
+    out = gguf.GGUFWriter(str(path), "llama")
+    out.add_string("note", "x" * 1_500_000)
+    out.add_tensor("blk.0.weight", np.zeros((1024, 2688), np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path.read_bytes()
+
+
+def test_remote_header_fetches_no_more_than_it_needs(server: Server, large: bytes) -> None:
+    server.files["/large.gguf"] = large
+    with remote_header.remote_header(server.url("/large.gguf?signature=1")) as file:
+        assert [t.name for t in file.tensors] == ["blk.0.weight"]
+        assert file.nbytes == len(large)
+        assert file.get("note") == "x" * 1_500_000
+        folder = Path(file.path).parent
+    assert not folder.exists()
+    # 1 MiB, then 2 more.
+    assert len(server.seen) == 2
+    assert server.sent == 3 * MEBIBYTE
+    assert all(path.endswith("?signature=1") for path, _ in server.seen)
+
+
+def test_remote_header_equals_the_files(server: Server, models: Callable[[str], Path]) -> None:
+    for name in ("mixtral", "qwen3moe-shards", "smallthinker"):
+        path = models(name)
+        shards = sorted(path.parent.glob("*.gguf"))
+        for shard in shards:
+            server.files[f"/{name}/{shard.name}"] = shard.read_bytes()
+        here = _core.GgufFile(str(path))
+        with remote_header.remote_header(server.url(f"/{name}/{path.name}")) as there:
+            assert directory(there) == directory(here)
+            assert there.metadata == here.metadata
+            assert len(there.shards) == len(shards) == len(here.shards)
+            assert _core.plan(there, context=64) == _core.plan(here, context=64)
+
+
+def test_remote_header_of_a_server_without_ranges(server: Server, large: bytes) -> None:
+    server.ranges = False
+    server.files["/large.gguf"] = large
+    with remote_header.remote_header(server.url("/large.gguf")) as file:
+        assert file.nbytes == len(large)
+
+
+def test_remote_header_goes_on_after_a_break(server: Server, large: bytes) -> None:
+    server.files["/large.gguf"] = large
+    server.fail = [503, 429]
+    server.cut = [300_000]
+    with remote_header.remote_header(server.url("/large.gguf")) as file:
+        assert file.nbytes == len(large)
+    server.fail = [503] * 4
+    with (
+        pytest.raises(errors.DownloadError, match="the server answers 503"),
+        remote_header.remote_header(server.url("/large.gguf")),
+    ):
+        pass
+
+
+def test_remote_header_names_what_is_wrong(server: Server, large: bytes) -> None:
+    def refused(spec: str, kind: type[Exception], text: str) -> None:
+        with pytest.raises(kind) as caught, remote_header.remote_header(spec):
+            pass
+        assert re.search(text, str(caught.value)), str(caught.value)
+        assert "\n" not in str(caught.value)
+
+    url = server.url("/large.gguf")
+    refused(url, errors.DownloadError, f"^{url}: the server has no such file")
+    server.files["/large.gguf"] = b"<html>not found</html>" * 100
+    refused(url, errors.ModelFileError, f"^{url}: magic: expected 'GGUF'")
+    server.files["/large.gguf"] = large[:1_400_000]
+    refused(url, errors.ModelFileError, f"^{url}: .*found the end of the file at 1400000")
+    server.files["/large.gguf"] = large[:-1]
+    refused(url, errors.ModelFileError, f"^{url}: .*truncated or corrupt")
+    server.fail = [403]
+    refused(url, errors.DownloadError, "the server refuses it")
+    refused("https://", errors.OptionError, "expected hf:owner/name/file")
+    server.shutdown()
+    server.server_close()
+    refused(url, errors.DownloadError, "cannot be reached")
+
+
+def test_errors_in_the_body_name_the_spec(server: Server, models: Callable[[str], Path]) -> None:
+    path = models("mixtral")
+    server.files["/model.gguf"] = path.read_bytes()
+    url = server.url("/model.gguf")
+    with pytest.raises(errors.BudgetError, match=f"^{url}: memory: expected at least"):  # noqa: SIM117
+        with remote_header.remote_header(url) as file:
+            _core.plan(file, memory=1)
+
+
+def test_the_token_stays_with_the_hub(server: Server, large: bytes) -> None:
+    storage = Server()
+    threading.Thread(target=storage.serve_forever, daemon=True).start()
+    storage.files["/blob"] = large
+    server.redirects["/acme/tiny/resolve/main/sub/large.gguf"] = storage.url("/blob")
+    code = (
+        "import sys\n"
+        "from stoker.models.remote_header import remote_header\n"
+        "with remote_header('hf:acme/tiny/sub/large.gguf') as file: print(file.nbytes)\n"
+    )
+    done = hub_process(server, [sys.executable, "-c", code])
+    assert done.stdout.split() == [str(len(large))], done.stderr
+    assert server.seen[0][1] == "Bearer secret"
+    assert {token for _, token in storage.seen} == {None}
+    storage.shutdown()
+    storage.server_close()
+
+
+def hub_process(server: Server, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: huggingface-hub reads its settings when imported."""
+    settings = {
+        "HF_ENDPOINT": server.url(""),
+        "HF_TOKEN": "secret",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    return subprocess.run(
+        command,
+        check=False,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+# Forecasts.
+
+
+def subject_of(path: Path, **options: Any) -> Subject:
+    return Subject(_core.GgufFile(str(path)), path.stem, context=CONTEXT, **options)
+
+
+def test_more_memory_is_never_slower(models: Callable[[str], Path]) -> None:
+    for name in ("olmoe", "smallthinker", "k-quants"):
+        subject = subject_of(models(name), process_bytes=0)
+        device = Device(PROFILE)
+        least = forecast(subject, device, 1).least_memory
+        found = [forecast(subject, device, least + step * (64 << 10)) for step in range(0, 40, 4)]
+        assert all(f.fits for f in found)
+        speeds = [f.tokens_per_s for f in found]
+        assert speeds == sorted(speeds)
+        assert all(0 <= f.hit_rate <= 1 for f in found if f.hit_rate is not None)
+        everything = forecast(subject, device, None)
+        assert everything.tokens_per_s >= speeds[-1]
+        assert everything.times["flash"] == everything.bytes_token == 0
+
+
+def test_a_budget_that_is_too_small_is_an_answer(models: Callable[[str], Path]) -> None:
+    for name in ("mixtral", "llama"):
+        subject = subject_of(models(name))
+        found = forecast(subject, Device(PROFILE), 1000)
+        assert not found.fits
+        assert found.tokens_per_s == 0
+        assert forecast(subject, Device(PROFILE), found.least_memory).fits
+        assert not forecast(subject, Device(PROFILE), found.least_memory - 1).fits
+
+
+def test_the_limiting_resource(models: Callable[[str], Path]) -> None:
+    """A device that has much of all but one thing is limited by that."""
+    subject = subject_of(models("olmoe"), process_bytes=0)
+    least = forecast(subject, Device(PROFILE), 1).least_memory
+    slow_disk = [{**r, "bytes_s": 1e5} for r in PROFILE["storage_reads"]]
+    slow_memory = [{"threads": 2, "bytes_s": 1e6}]
+    slow_kernels = [{**f, "row_weights_s": 1e6, "tile_ops_s": 1e6} for f in PROFILE["formats"]]
+    for parts, expected in (
+        ({"storage_reads": slow_disk}, "flash"),
+        ({"memory_reads": slow_memory}, "memory bandwidth"),
+        ({"formats": slow_kernels}, "arithmetic"),
+    ):
+        assert forecast(subject, Device(changed(**parts)), least).limited_by == expected
+    f = forecast(subject, Device(changed(storage_reads=slow_disk)), least)
+    assert f.token_s > 0.9 * f.times["flash"] * 0.5
+    assert f.ttft_s == f.load_s + f.prompt_s
+
+
+def test_the_budget_that_doubles(models: Callable[[str], Path]) -> None:
+    subject = subject_of(models("k-quants"), process_bytes=0)
+    slow_disk = [{**r, "bytes_s": r["bytes_s"] / 100} for r in PROFILE["storage_reads"]]
+    device = Device(changed(storage_reads=slow_disk))
+    f = forecast(subject, device, forecast(subject, device, 1).least_memory)
+    assert f.doubles_at is not None
+    assert forecast(subject, device, f.doubles_at).tokens_per_s >= 2 * f.tokens_per_s
+    below = forecast(subject, device, f.doubles_at - 2 * MEBIBYTE)
+    assert not below.fits or below.tokens_per_s < 2 * f.tokens_per_s
+    assert forecast(subject, device, None).doubles_at is None
+
+
+def test_speeds_of_the_profile() -> None:
+    device = Device(PROFILE)
+    assert device.threads == 2
+    assert device.memory_bytes_s == 10e9
+    assert Device(PROFILE, 1).memory_bytes_s == 6e9
+    assert Device(PROFILE, 3).memory_bytes_s == 10e9
+    assert device.flash_bytes_s(1 << 20, 4) == pytest.approx(1e9)
+    assert device.flash_bytes_s(1 << 24, 4) == 1e9
+    assert device.flash_bytes_s(1 << 20, 1) == 0.5e9
+    # On a line in the logarithms: a quarter of the size is half of the speed here.
+    assert device.flash_bytes_s(1 << 18, 4) == pytest.approx(0.5e9)
+    assert device.flash_bytes_s(1 << 15, 4) == pytest.approx(0.125e9)
+    assert device.row_weights_s("Q8_0", 8.5) == 30e9
+    assert device.row_weights_s("Q5_1", 6.0) == 40e9  # the nearest is Q4_0
+    assert device.row_weights_s("F32", 32) == 10e9
+    assert device.available == int(0.9 * (1 << 30))
+    for part in ("memory_reads", "formats"):
+        with pytest.raises(errors.OptionError, match="device profile"):
+            Device(changed(**{part: []}))
+    with pytest.raises(errors.OptionError, match="storage_reads"):
+        Device(changed(storage_reads=[])).flash_bytes_s(4096, 1)
+
+
+def test_turns_that_do_not_fit(models: Callable[[str], Path]) -> None:
+    subject, device = subject_of(models("mixtral")), Device(PROFILE)
+    with pytest.raises(errors.OptionError, match="prompt: expected 1 to"):
+        forecast(subject, device, None, Turn(CONTEXT + 1))
+    assert forecast(subject, device, None, Turn(CONTEXT - 3, 100)).tokens == 3
+    longer = forecast(subject, device, None, Turn(150, 1)).prompt_s
+    assert longer > forecast(subject, device, None, Turn(10, 1)).prompt_s
+
+
+# Curves.
+
+
+def test_a_curve_stands_for_itself() -> None:
+    for c in hit_curves.curves():
+        alone = [c]
+        for i, share in enumerate(hit_curves.SHARES):
+            got = hit_curves.miss_rate(
+                share, c.n_expert, c.n_expert_used, origin=c.origin, tokens=16, among=alone
+            )
+            assert got == pytest.approx(c.miss[0][i], abs=2e-4)
+
+
+def test_curves_fall() -> None:
+    shares = np.linspace(0, 1, 41)
+    for experts, used in ((8, 2), (64, 4), (128, 8), (512, 10)):
+        for origin in hit_curves.ORIGINS:
+            rates = [hit_curves.miss_rate(float(s), experts, used, origin=origin) for s in shares]
+            assert rates[0] == 1
+            assert all(a >= b - 1e-9 for a, b in pairwise(rates))
+            warm = hit_curves.miss_rate(0.8, experts, used, origin=origin, tokens=2000)
+            assert warm <= hit_curves.miss_rate(0.8, experts, used, origin=origin, tokens=16)
+    with pytest.raises(errors.OptionError):
+        hit_curves.miss_rate(0.5, 4, 8)
+
+
+def test_origins() -> None:
+    assert hit_curves.origin_of(None) == "trained"
+    assert hit_curves.origin_of('{"router": "kmeans"}') == "upcycled"
+    assert hit_curves.origin_of('{"router": "random"}') == "random"
+
+
+def random_trace(n_layer: int = 3, n_expert: int = 8, used: int = 2, tokens: int = 96) -> Trace:
+    """Decoded tokens only, skewed choices."""
+    rng = np.random.default_rng(1)
+    weights = 1 / np.arange(1, n_expert + 1)
+    visits = tokens * n_layer
+    experts = [
+        rng.choice(n_expert, used, replace=False, p=weights / weights.sum()) for _ in range(visits)
+    ]
+    return Trace(
+        n_layer,
+        n_expert,
+        used,
+        np.repeat(np.arange(tokens), n_layer).astype(np.int64),
+        np.tile(np.arange(n_layer), tokens).astype(np.int32),
+        np.repeat(np.arange(tokens), n_layer).astype(np.int64),
+        np.arange(0, visits * used + 1, used).astype(np.int64),
+        np.concatenate(experts).astype(np.int32),
+        np.full(visits * used, 0.5, np.float32),
+        np.ones(tokens, np.bool_),
+        np.ones(tokens, np.int64),
+    )
+
+
+def test_curve_of_a_trace() -> None:
+    trace = random_trace()
+    routing = hit_curves.of_trace(trace, prompt=32)
+    assert (routing.prompt, len(routing.uses), routing.token) == (32, 96, [])
+    visits = hit_curves.visits_of(routing)
+    # All that fits is read once: by the prompt, or by the first token that uses it.
+    uses, misses = hit_curves.misses(routing, visits, 24, "lru")
+    assert uses == [16 * 6, 48 * 6, 0]
+    before = {(layer, e) for use in routing.uses[:32] for layer, es in use.items() for e in es}
+    after = {(layer, e) for use in routing.uses[32:] for layer, es in use.items() for e in es}
+    assert sum(misses) == len(after - before)
+    made = hit_curves.curve("test", "trained", [routing], "lru")
+    assert made.miss[2] == made.miss[1]  # not reached
+    for row in made.miss:
+        assert list(row) == sorted(row, reverse=True)
+    with pytest.raises(errors.OptionError, match="at least one text"):
+        hit_curves.curve("test", "trained", [], "lru")
+
+
+def test_routing_of_a_model(models: Callable[[str], Path]) -> None:
+    """What is recorded is what the engine does: the same choices as a trace of the same tokens."""
+    path = models("olmoe")
+    (routing,) = hit_curves.of_model(path, ["abc " * 40], tokens=20)
+    assert routing.prompt == hit_curves.PROMPT
+    assert len(routing.uses) == len(routing.token) == hit_curves.PROMPT + 20
+    for use in routing.uses:
+        assert sorted(use) == list(range(routing.n_layer))
+        assert all(len(set(e)) == routing.n_expert_used for e in use.values())
+    # A prompt of one token at a time routes as the chunk does.
+    plan = _core.plan(_core.GgufFile(str(path)), context=CONTEXT)[1]
+    e = engine(path, plan["least_memory"] + 100 * MEBIBYTE)
+    timeline = e.timeline()
+    e.record_routing(True)
+    for token in routing.token[:5]:
+        timeline.eval([token])
+    columns = e.take_routing()
+    for t in range(5):
+        for layer in range(routing.n_layer):
+            here = (columns["evaluation"] == columns["evaluation"].min() + t) & (
+                columns["layer"] == layer
+            )
+            assert columns["expert"][here].tolist() == routing.uses[t][layer]
+
+
+# The commands.
+
+
+def stoker(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stoker.runtime.cli", "plan", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def profile_file(tmp_path: Path) -> str:
+    path = tmp_path / "device.json"
+    device_profile.save(PROFILE, path)
+    return str(path)
+
+
+def test_plan_command(models: Callable[[str], Path], profile_file: str) -> None:
+    model = str(models("olmoe"))
+    common = (model, "--device", profile_file, "--context", "128", "--memory", "1MB,300MB,auto")
+    done = stoker(*common, "--json")
+    assert done.returncode == 0, done.stderr
+    found = [Forecast(**row) for row in json.loads(done.stdout)["forecasts"]]
+    assert [f.fits for f in found] == [False, True, True]
+    assert found[2].memory is None
+    table = stoker(*common)
+    assert table.returncode == 0
+    assert "does not fit in 976.6 KiB: at least" in table.stdout
+    for word in ("all in memory", "tok/s", "limited by", "experts in memory", "first token after"):
+        assert word in table.stdout
+    rows = [line.split("\t") for line in stoker(*common, "--tsv").stdout.splitlines()]
+    assert len(rows) == 4
+    assert len({len(row) for row in rows}) == 1
+    assert [row[1] for row in rows] == ["fits", "False", "True", "True"]
+
+
+def test_plan_command_refuses(models: Callable[[str], Path], profile_file: str) -> None:
+    model = str(models("olmoe"))
+    broken = Path(profile_file).with_name("broken.json")
+    broken.write_text("{}")
+    for arguments, text in (
+        ((model, "--memory", "lots", "--device", profile_file), "memory must be bytes"),
+        ((model, "--device", str(broken)), "expected a device profile"),
+        ((model, "--device", "/nowhere.json"), "/nowhere.json"),
+        ((model, "--json", "--tsv", "--device", profile_file), "exclude each other"),
+        ((model, "--prompt-tokens", "0", "--device", profile_file), "prompt: expected 1 to"),
+        (("/nowhere.gguf", "--device", profile_file), "no such file"),
+    ):
+        done = stoker(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert text in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_plan_command_of_a_url(
+    server: Server, models: Callable[[str], Path], profile_file: str
+) -> None:
+    server.files["/acme/tiny/resolve/main/model.gguf"] = models("olmoe").read_bytes()
+    command = [sys.executable, "-m", "stoker.runtime.cli", "plan", "--tsv", "-c", "128"]
+    command += ["--device", profile_file, "--memory", "500MB"]
+    remote = hub_process(server, [*command, "hf:acme/tiny/model.gguf"])
+    url = hub_process(server, [*command, server.url("/acme/tiny/resolve/main/model.gguf")])
+    local = hub_process(server, [*command, str(models("olmoe"))])
+    assert remote.returncode == url.returncode == local.returncode == 0, remote.stderr
+    rows = [done.stdout.splitlines()[1].split("\t") for done in (remote, url, local)]
+    # All but what depends on the size of this process.
+    assert {row[4] for row in rows} == {rows[0][4]}
+    assert {row[1] for row in rows} == {"True"}
+    missing = hub_process(server, [*command, "hf:acme/tiny/none.gguf"])
+    assert missing.returncode == 1
+    assert missing.stderr.strip() == (
+        "stoker: error: hf:acme/tiny/none.gguf: the repository has no such file"
+    )
+
+
+# The check.
+
+
+def test_errors_are_shares_of_what_was_measured() -> None:
+    assert forecast_check.error_of(6, 5) == forecast_check.error_of(4, 5) == 0.2
+    assert forecast_check.error_of(3, 3) == 0
+
+
+def test_budgets_of_the_check_fit(models: Callable[[str], Path]) -> None:
+    wanted = [10 * MEBIBYTE, 60 * MEBIBYTE, 1 << 30, 2 << 30, 3 << 30]
+    for name in ("olmoe", "k-quants", "llama"):
+        found = forecast_check.budgets(models(name), wanted, CONTEXT, 1)
+        assert len(found) == len(wanted)
+        assert found[-1] is None
+        subject = subject_of(models(name), process_bytes=forecast_check.PROCESS_BYTES)
+        for limit in found[:-1]:
+            assert limit is not None
+            budget = int(limit * forecast_check.BUDGET_SHARE)
+            assert forecast(subject, Device(PROFILE), budget).fits
+
+
+def test_check_again(
+    models: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Forecasts of what was measured: medians of runs and of profiles."""
+    path = models("olmoe")
+    runs = [
+        {
+            "load_cold_s": 0.1,
+            "prompts": [{"tokens": forecast_check.PROMPT, "ttft_s": s, "tok_s": 1}],
+            "decode": {"tok_s": 100 / s, "bytes_token": None},
+            "error": None,
+        }
+        for s in (1.0, 2.0, 4.0)
+    ]
+    profiles = []
+    for factor in (1, 2, 30):
+        profile = copy.deepcopy(PROFILE)
+        profile["memory"]["fresh_bytes_s"] = 1e9
+        for r in profile["memory_reads"]:
+            r["bytes_s"] *= factor
+        profiles.append(profile)
+    assert forecast_check.median_profile(profiles)["memory_reads"][1]["bytes_s"] == 20e9
+    results = tmp_path / "check.json"
+    document = {"profiles": profiles, "cases": [{"model": path.name, "limit": None, "runs": runs}]}
+    results.write_text(json.dumps(document))
+    out = tmp_path / "out.json"
+    argv = ["forecast_check", str(path), "--again", str(results), "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    forecast_check.main()
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["decode_tok_s"] == 50
+    assert case["ttft_s"] == 2.1
+    expected = case["forecast"]["tokens_per_s"]
+    lines = capsys.readouterr().out.splitlines()
+    error = forecast_check.error_of(expected, 50)
+    assert lines[-2] == f"decode: error median {error:.1%}, worst {error:.1%}, 1 cases"
