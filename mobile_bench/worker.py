@@ -17,6 +17,8 @@ Commands, one a line, and their results:
     too), evaluates: {"seconds", "token"}, the likeliest next one
 {"do": "decode", "n": 128, "limit_s": null}: greedy tokens after the prompt, at least one, until n
     or the time is over: {"token_s": [n], "tokens": [n], "counters": of the expert store or null}
+{"do": "logits", "tokens": [ids], "path": ...}: forgets the sequence, evaluates, and writes the
+    logits after each token as .npy, float32 [n, n_vocab] (llama-cpp: with the option logits_all)
 {"do": "record"}: records the routing from here on, where there is one: {"recording": bool}
 {"do": "routing", "path": ...}: writes what was recorded as .npz, and records no longer
 {"do": "flash", "nbytes": ..., "seeds": 5}: {"bytes_s": median on this model's experts or null}
@@ -50,6 +52,9 @@ class Engine(Protocol):
 
     def best(self) -> int:
         """The most likely next token."""
+
+    def eval_all(self, tokens: Sequence[int]) -> Any:
+        """Appends tokens; the logits after each, float32 [n, n_vocab]."""
 
     def counters(self) -> dict[str, Any] | None:
         """Of the expert store since the load, None where there is none."""
@@ -97,6 +102,10 @@ class Stoker:
     def best(self) -> int:
         """The most likely next token."""
         return self.timeline.sample(self.greedy)
+
+    def eval_all(self, tokens: Sequence[int]) -> Any:
+        """Appends tokens; the logits after each."""
+        return self.timeline.eval_all(tokens)
 
     def counters(self) -> dict[str, Any] | None:
         """Of the expert store since the load."""
@@ -159,6 +168,12 @@ class LlamaCpp:
         )
         return int(last.argmax())
 
+    def eval_all(self, tokens: Sequence[int]) -> Any:
+        """Appends tokens; the logits after each."""
+        begin = self.llama.n_tokens
+        self.llama.eval(tokens)
+        return self.llama.scores[begin : begin + len(tokens)]
+
     def counters(self) -> dict[str, Any] | None:
         """None: it has no expert store."""
         return None
@@ -199,6 +214,10 @@ class Onnx:
     def best(self) -> int:
         """The most likely next token."""
         return self.timeline.sample(self.greedy)
+
+    def eval_all(self, tokens: Sequence[int]) -> Any:
+        """Appends tokens; the logits after each."""
+        return self.timeline.eval_all(tokens)
 
     def counters(self) -> dict[str, Any] | None:
         """None: it has no expert store."""
@@ -296,6 +315,15 @@ class Worker:
         self.last = tokens[-1:]
         return {"token_s": token_s, "tokens": tokens[1:], "counters": gained}
 
+    def logits(self, tokens: list[int], path: str) -> dict[str, Any]:
+        """Writes the logits after each token, from the start."""
+        import numpy
+
+        self.engine.restart(False)
+        found = self.engine.eval_all(tokens)
+        numpy.save(path, numpy.asarray(found, numpy.float32))
+        return {"n": len(found)}
+
     def record(self) -> dict[str, Any]:
         """Records the routing from here on, where there is one to record."""
         offloads = self.engine.counters() is not None
@@ -337,7 +365,7 @@ class Worker:
         return result
 
 
-COMMANDS = ("load", "prompt", "decode", "record", "routing", "flash", "encode", "memory")
+COMMANDS = ("load", "prompt", "decode", "logits", "record", "routing", "flash", "encode", "memory")
 
 
 def main() -> None:
