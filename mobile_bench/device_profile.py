@@ -82,8 +82,7 @@ class DeviceProfile(ProfileExtras):
     platform: dict[str, Any]  # system, release, machine, python, virtual, product
     cpu: dict[str, Any]  # model, logical, physical, performance, quota, kinds, caches: probe_cpu
     isa: dict[str, Any]  # active, usable
-    # total, available, limit (of the cgroup), swap, page; fresh_bytes_s: writing to memory for the
-    # first time, on one thread
+    # total, available, limit (of the cgroup), swap, page; optional: fresh_bytes_s (fresh_memory.py)
     memory: dict[str, Any]
     memory_reads: list[MemoryRead]
     peaks: list[Peak]

@@ -4,12 +4,14 @@
         [--repeats 3] [--json FILE]
 
 Every case (a model in a budget) is measured in a process of its own, in a memory cgroup where that
-is allowed, with cold caches (`measure.run_case`): load, a prompt, greedy tokens. Repeats are
+is allowed (`measure.run_case`): load with cold caches, greedy tokens, a prompt with an empty expert
+cache. Memory is at hand (preparation.py): how long a virtual machine takes to get fresh memory from
+its host varies tenfold from minute to minute, and is no matter of the model. Repeats are
 interleaved: all cases once, then all again. Before each repeat the device is profiled anew, so that
 a machine whose speed drifts is compared with itself; the profile of the comparison is the median of
 them, the measured value the median of the repeats. Budgets that are too small for a model are
-replaced by ones that fit, so that each has as many as were asked for; of dense models every budget
-that fits is the same configuration but for the check that it does.
+replaced by ones that fit, so that each has as many as were asked for; to a dense model every budget
+that fits is the same.
 
 Prints one line a case, and the median and the worst error of decode tok/s and of the time to the
 first token (load and prompt), each as a share of what was measured.
@@ -30,14 +32,11 @@ from typing import Any
 from .case import BUDGET_SHARE, DECODE_PROMPT, Case
 from .device_profile import DeviceProfile
 from .forecast import READERS, Device, Forecast, Subject, Turn, forecast
-from .fresh_memory import fresh_bytes_s
 from .measure import groups_allowed, run_case
-from .preparation import drop_page_cache, read_directly, touch_memory
+from .preparation import drop_page_cache, read_directly
 
-PROMPT = DECODE_PROMPT  # the prompt that comes first: also the expert cache's memory is fresh
+PROMPT = 2 * DECODE_PROMPT  # tokens; comes after the decoding, whose memory it finds
 PROCESS_BYTES = 32 << 20  # of the worker before the engine: interpreter, numpy, core
-_FRESH_BYTES = 1 << 30
-_START_S = 0.3
 
 
 @dataclass
@@ -72,11 +71,8 @@ def error_of(expected: float, measured: float) -> float:
     return abs(expected - measured) / measured
 
 
-def budgets(path: Path, wanted: Sequence[int], context: int, threads: int) -> list[int | None]:
-    """As many as `wanted`, all of which fit: those too small go up to above the minimum.
-
-    The largest is None (everything in memory) where it would hold the whole model.
-    """
+def budgets(path: Path, wanted: Sequence[int], context: int, threads: int) -> list[int]:
+    """As many as `wanted`: those of them that make a difference, others between these bounds."""
     from ..runtime._core import GgufFile
 
     subject = Subject(GgufFile(str(path)), path.name, context=context, process_bytes=PROCESS_BYTES)
@@ -84,19 +80,18 @@ def budgets(path: Path, wanted: Sequence[int], context: int, threads: int) -> li
     # Room for what the worker may be larger than is assumed here.
     least = int(plan["least_memory"] * 1.1) + (8 << 20)
     whole = least + int(plan["weight_bytes"])
-    count = len(wanted) - 1
-    found = [w for w in wanted if least <= w * BUDGET_SHARE < whole][:count]
+    found = [w for w in wanted if least <= w * BUDGET_SHARE < whole]
     if not config["n_expert"]:
         found = []  # it must fit: any budget above the minimum is as good
-    spare = count - len(found)
+    spare = len(wanted) - len(found)
     for i in range(spare):
         budget = least + (i + 0.5) / spare * 0.95 * (whole - least)
         found.append(-int(-budget // BUDGET_SHARE))
-    return [*sorted(found), None]
+    return sorted(found)
 
 
 def profile_now(folder: Path) -> DeviceProfile:
-    """A quick probe, its storage at the sizes that experts have, and how fast fresh memory is."""
+    """A quick probe, its storage at the sizes that experts have."""
     from . import probe_storage
     from .probe import probe
 
@@ -110,11 +105,6 @@ def profile_now(folder: Path) -> DeviceProfile:
         total_s=12,
     )
     profile["storage"], profile["storage_reads"] = probe_storage.measure(folder, effort)
-    # In the state that a run finds (preparation.py, worker_process.py): memory that was in use a
-    # moment ago, and an interpreter's start later.
-    touch_memory(2 * _FRESH_BYTES)
-    time.sleep(_START_S)
-    profile["memory"]["fresh_bytes_s"] = fresh_bytes_s(_FRESH_BYTES)
     return profile
 
 
@@ -132,8 +122,6 @@ def median_profile(profiles: Sequence[DeviceProfile]) -> DeviceProfile:
             for name in names:
                 values = [p[part][i][name] for p in profiles if i < len(p[part])]  # type: ignore[literal-required]
                 row[name] = statistics.median(values)
-    fresh = [p["memory"]["fresh_bytes_s"] for p in profiles]
-    made["memory"]["fresh_bytes_s"] = statistics.median(fresh)
     return made  # type: ignore[no-any-return]
 
 
@@ -150,7 +138,16 @@ def expect(checked: Checked, device: Device, context: int, tokens: int) -> Forec
         context=context,
         process_bytes=PROCESS_BYTES,
     )
-    return forecast(subject, device, memory, Turn(PROMPT, tokens))
+    decode = forecast(subject, device, memory, Turn(DECODE_PROMPT, tokens))
+    prompt = forecast(subject, device, memory, Turn(PROMPT, 1, first=False))
+    return replace(
+        decode,
+        prompt_tokens=PROMPT,
+        prompt_s=prompt.prompt_s,
+        ttft_s=prompt.ttft_s,
+        prompt_times=prompt.prompt_times,
+        ttft_limited_by=prompt.ttft_limited_by,
+    )
 
 
 def table(cases: Sequence[Checked]) -> str:
@@ -174,6 +171,7 @@ def table(cases: Sequence[Checked]) -> str:
             f"{ttft:.3f}\t{f.ttft_s:.3f}\t{off[1]:.0%}\t{f.limited_by}\t"
             f"{statistics.median(read) / 1e6:.1f}\t{f.bytes_token / 1e6:.1f}"
         )
+    lines += _flash_line(cases)
     lines += [
         f"{what}: error median {statistics.median(values):.1%}, worst {max(values):.1%}, "
         f"{len(values)} cases"
@@ -181,6 +179,20 @@ def table(cases: Sequence[Checked]) -> str:
         if values
     ]
     return "\n".join(lines)
+
+
+def _flash_line(cases: Sequence[Checked]) -> list[str]:
+    """What reading experts reached in the runs, beside what the forecasts took."""
+    pairs = [
+        (r["flash"]["bytes_s"] / 1e6, c.expected.bytes_token / c.expected.times["flash"] / 1e6)
+        for c in cases
+        for r in c.runs
+        if r.get("flash") and c.expected is not None and c.expected.bytes_token > 0
+    ]
+    if not pairs:
+        return []
+    found, taken = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return [f"reading experts: {found:.0f} MB/s measured in the runs, {taken:.0f} MB/s forecast"]
 
 
 def record(cases: Sequence[Checked], profiles: Sequence[DeviceProfile]) -> dict[str, Any]:
@@ -220,7 +232,7 @@ def main() -> None:
 
     from ..runtime.memory import byte_count
 
-    context = PROMPT + options.tokens + 1
+    context = max(PROMPT, DECODE_PROMPT + options.tokens) + 1
     if options.again is not None:
         cases, profiles = _read(options.again, options.models)
     else:

@@ -97,7 +97,6 @@ def probe(
             "limit": limit,
             "swap": psutil.swap_memory().total,
             "page": mmap.PAGESIZE,
-            "fresh_bytes_s": fresh_memory(min(_LEAST_MEMORY, room)),
         },
         "memory_reads": memory_reads,
         "peaks": peaks,
@@ -144,21 +143,6 @@ def read_memory(
     if progress is not None:
         progress("memory", len(counts), len(counts))
     return found
-
-
-def fresh_memory(nbytes: int) -> float:
-    """Bytes a second of writing to memory that the process has just been given, on one thread.
-
-    The best of three: below a virtual machine, the first has to be found by the host.
-    """
-    import numpy as np
-
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        np.ones(max(nbytes, 1 << 20), np.uint8)
-        times.append(time.perf_counter() - start)
-    return max(nbytes, 1 << 20) / min(times)
 
 
 def measure_peaks(

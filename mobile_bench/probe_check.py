@@ -1,9 +1,9 @@
 """Compares the probe's figures with fio's and with those of a STREAM-like loop, in one run.
 
 Storage: the same unnamed file, block, depth and direct I/O; fio with its psync engine, a thread a
-read under way, as the probe does it. Memory: the same number of bytes and threads; the loop is C,
-compiled here. The two take turns, and each pair gives one ratio; as many pairs as the noise asks
-for, five to ten minutes in all on a noisy disk.
+read under way, into huge pages where they can be had (root), as the probe does it. Memory: the same
+number of bytes and threads; the loop is C, compiled here. The two take turns, and each pair gives
+one ratio; as many pairs as the noise asks for, five to ten minutes in all on a noisy disk.
 
     python -m stoker.mobile_bench.probe_check --json FILE
 """
@@ -20,7 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,6 +47,7 @@ POINTS = (  # bytes of a block, depth
 )
 WITHIN = 0.1  # of the other's figure
 _LEAST_PAIRS = 7
+_HUGE_PAGES = 64  # of 2 MiB: 16 threads with 4 MiB each, rounded up
 _PASSES = 5  # of the loop over the memory; the best counts, as in STREAM
 
 # Sums an array, cut into one part a thread, and prints the bytes a second of the best pass.
@@ -113,7 +115,9 @@ class Missing(Exception):
     """A program to compare with is not there, or does not work. One line."""
 
 
-def fio_speed(file: StorageFile, block: int, depth: int, seconds: float) -> float:
+def fio_speed(
+    file: StorageFile, block: int, depth: int, seconds: float, huge_pages: bool = False
+) -> float:
     """Bytes a second that fio reads of the file. Raises Missing."""
     command = [
         "fio",
@@ -131,6 +135,7 @@ def fio_speed(file: StorageFile, block: int, depth: int, seconds: float) -> floa
         "--direct=1",
         "--ioengine=psync",
         "--thread",
+        f"--iomem={'mmaphuge' if huge_pages else 'malloc'}",
         "--group_reporting",
         "--output-format=json",
     ]
@@ -143,6 +148,28 @@ def fio_speed(file: StorageFile, block: int, depth: int, seconds: float) -> floa
     except (subprocess.SubprocessError, ValueError, LookupError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise Missing(f"fio failed: {' '.join(said.split())[:200]}") from None
+
+
+@contextmanager
+def reserved_pages(folder: Path = Path("/proc/sys/vm")) -> Iterator[bool]:
+    """Whether fio can have huge pages, as the probe has: they must be set aside, which takes root.
+
+    Without them both read into small pages: on some disks that is another speed.
+    """
+    setting = folder / "nr_hugepages"
+    before = None
+    try:
+        before = int(setting.read_text())
+        setting.write_text(str(before + _HUGE_PAGES))
+        enough = int(setting.read_text()) >= before + _HUGE_PAGES
+    except (OSError, ValueError):
+        enough = False
+    try:
+        yield enough
+    finally:
+        if before is not None:
+            with suppress(OSError):
+                setting.write_text(str(before))
 
 
 class ReadLoop:
@@ -225,18 +252,18 @@ def standard_error(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def compare_storage(
-    file: StorageFile, repeats: int, seconds: float, say: Callable[[str], None]
+    file: StorageFile, repeats: int, seconds: float, say: Callable[[str], None], huge_pages: bool
 ) -> list[dict[str, Any]]:
     """One row a point: block, depth, and what in_turns found; bytes a second. Raises Missing."""
     rows = []
     for block, depth in POINTS:
 
         def ours(i: int, block: int = block, depth: int = depth) -> float:
-            found = file.read("direct", block, depth, seconds, seed=1000 + i)
+            found = file.read("direct", block, depth, seconds, 1000 + i, huge_pages)
             return float(found["bytes"] / found["seconds"])
 
         def theirs(_: int, block: int = block, depth: int = depth) -> float:
-            return fio_speed(file, block, depth, seconds)
+            return fio_speed(file, block, depth, seconds, huge_pages)
 
         row = {"block": block, "depth": depth} | in_turns(ours, theirs, repeats)
         say(_line(f"{block >> 10} KiB x {depth}", row, "fio"))
@@ -292,6 +319,7 @@ def check(folder: Path, repeats: int, seconds: float, say: Callable[[str], None]
     from ..runtime._core import cpu
 
     watch = NoiseWatch()
+    huge_pages: bool | None = None
     missing: list[str] = []
     storage: list[dict[str, Any]] = []
     memory: list[dict[str, Any]] = []
@@ -310,7 +338,9 @@ def check(folder: Path, repeats: int, seconds: float, say: Callable[[str], None]
             raise Missing(f"{folder}: the file system refuses direct I/O: storage is not compared")
         # Once over all of it: whatever lies below is then in the state that lasts.
         file.read("direct", 1 << 20, 4, 30)
-        storage = compare_storage(file, repeats, seconds, say)
+        with reserved_pages() as huge_pages:
+            say(f"storage, into {'huge' if huge_pages else 'small'} pages")
+            storage = compare_storage(file, repeats, seconds, say, huge_pages)
     except Missing as error:
         missing.append(str(error))
     ratios = [row["ratio"] for row in (*memory, *storage)]
@@ -322,6 +352,7 @@ def check(folder: Path, repeats: int, seconds: float, say: Callable[[str], None]
         "device": current_id(),
         "fio": _version(["fio", "--version"]),
         "compiler": _version([os.environ.get("CC", "cc"), "--version"]),
+        "huge_pages": huge_pages,
         "repeats": repeats,
         "seconds": seconds,
         "memory": memory,

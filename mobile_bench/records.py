@@ -77,8 +77,8 @@ class Run(_Optional):
     limit: int | None  # of the process's own cgroup; None: there was none
     options: dict[str, Any]  # others that are not the defaults
     plan: dict[str, Any] | None  # Engine.plan
-    load_cold_s: float | None  # page cache dropped before
-    load_warm_s: float | None
+    load_cold_s: float | None  # of the engine, in a started process; page cache dropped before
+    load_warm_s: float | None  # again, in a new process, the page cache as the run left it
     prompts: list[Prompt]
     decode: Decode | None
     peak_bytes: int  # resident size of the process

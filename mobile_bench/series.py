@@ -16,8 +16,8 @@ from .model_summary import summary
 from .records import Run
 
 RESIDENT = "resident"
-SLOW_TOKENS = 5
-SLOW_TIME_LIMIT_S = 30.0
+SLOW_TOKENS = 4
+SLOW_TIME_LIMIT_S = 25.0
 _PROCESS = 128 << 20  # bytes that an engine takes beside the weights, at least
 
 

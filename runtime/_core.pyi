@@ -240,12 +240,19 @@ class StorageFile:
     def scratch(folder: str) -> StorageFile: ...  # empty; has no name and is gone with the object
     def append(self, bytes: int) -> None: ...  # pseudo-random, stored on return; of 4096 each
     def read(
-        self, mode: str, block: int, depth: int, seconds: float, seed: int = 1
+        self,
+        mode: str,
+        block: int,
+        depth: int,
+        seconds: float,
+        seed: int = 1,
+        huge_pages: bool = True,
     ) -> dict[str, Any]:
         """Reads random blocks, none twice and none out of memory: reads, bytes, seconds.
 
         mode: "direct", "buffered" or "mapped"; block: bytes, a multiple of 4096; depth: reads
-        under way at a time, by a thread each. Ends after `seconds` or with the file; reads is 0
+        under way at a time, by a thread each; huge_pages: of the memory that is read into, as the
+        engine's is. Ends after `seconds` or with the file; reads is 0
         where all of it was in memory. Raises OptionError.
         """
     @property

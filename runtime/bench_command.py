@@ -76,7 +76,7 @@ def bench(
     ] = False,
     slow_tokens: Annotated[
         int, typer.Option(help="To decode with llama-cpp where the model is over the limit.")
-    ] = 5,
+    ] = 4,
     time_limit: Annotated[
         float, typer.Option(help="Seconds of a run; what would end later is left out.")
     ] = 60.0,
@@ -86,7 +86,7 @@ def bench(
             help="The same for llama-cpp where the model is over the limit; twice in the first "
             "repeat."
         ),
-    ] = 30.0,
+    ] = 25.0,
     results: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write JSON lines here.")
     ] = None,

@@ -179,6 +179,7 @@ def test_results_are_those_of_stoker_bench(build: Path, tmp_path: Path) -> None:
     engine = _core.Engine(_core.GgufFile(str(model)), memory=1 << 30, process_bytes=memory)
     assert runs[0]["plan"] is not None and runs[1]["plan"] is not None
     assert runs[1]["plan"].keys() == engine.plan.keys()
+    assert runs[1]["plan"]["work"] == engine.plan["work"]
     assert len(runs[1]["decode"]["layer_hits"]) == engine.config["n_layer"]  # type: ignore[index, arg-type]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -96,6 +97,7 @@ def test_measures_every_combination() -> None:
     }  # fmt: skip
     assert seen == [(i, 10) for i in range(11)]
     assert found.ggml is None and found.memory_s > 0
+    assert re.fullmatch(r"[0-9a-f]{12}", found.device)
     assert list(found.int8_s) == list(found.float32_s) == ["scalar", USABLE[-1]]
     nbytes = {f["name"]: f["bytes"] / f["block"] for f in _core.formats()}
     for r in found.rows:

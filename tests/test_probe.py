@@ -399,7 +399,6 @@ def test_command(
     assert profile["isa"]["active"] in profile["isa"]["usable"]
     assert profile["memory_reads"][0]["threads"] == 1
     assert [f["format"] for f in profile["formats"]] == ["Q4_0"]
-    assert profile["memory"]["fresh_bytes_s"] > 0
     assert profile["noise"]["noisy"] == [line[7:] for line in printed.err.splitlines()]
     assert list(folder.iterdir()) == []
 
@@ -541,6 +540,18 @@ def test_as_many_pairs_as_the_noise_asks_for() -> None:
     assert (one["ratio"], one["standard_error"]) == (0.5, None)
 
 
+def test_huge_pages_are_given_back(tmp_path: Path) -> None:
+    setting = tmp_path / "nr_hugepages"
+    with probe_check.reserved_pages(tmp_path) as enough:
+        assert not enough
+    setting.write_text("3\n")
+    with pytest.raises(KeyboardInterrupt), probe_check.reserved_pages(tmp_path) as enough:
+        assert enough
+        assert int(setting.read_text()) > 3
+        raise KeyboardInterrupt
+    assert int(setting.read_text()) == 3
+
+
 @POSIX
 def test_nothing_to_compare_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -575,5 +586,6 @@ def test_fio_reads_the_unnamed_file(tmp_path: Path) -> None:
     if not file.direct:
         pytest.skip("no direct I/O in the temporary folder")
     assert probe_check.fio_speed(file, 65536, 2, 0.1) > 0
+    assert file.read("direct", 65536, 2, 60.0, huge_pages=False)["reads"] == 256
     with pytest.raises(probe_check.Missing, match="fio failed"):
         probe_check.fio_speed(file, 1, 2, 0.1)

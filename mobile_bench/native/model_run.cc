@@ -65,7 +65,16 @@ Json plan_json(const Engine& engine) {
   o.set("precision", kPrecisions[static_cast<int>(engine.precision())]);
   o.set("weight_bytes", p.weight_bytes).set("kv_bytes", p.kv_bytes);
   o.set("scratch_bytes", p.scratch_bytes).set("token_bytes", p.token_bytes);
-  o.set("layer_macs", p.layer_macs).set("memory", p.memory.budget);
+  o.set("layer_macs", p.layer_macs).set("least_memory", p.least_memory);
+  std::vector<Json> work;
+  for (const Work& w : p.work) {
+    constexpr const char* kParts[] = {"layers", "experts", "output"};
+    JsonObject part;
+    part.set("part", kParts[static_cast<int>(w.part)]).set("format", w.format->name);
+    part.set("balanced", w.balanced).set("products", w.products).set("weights", w.weights);
+    work.push_back(part.set("bytes", w.bytes).json());
+  }
+  o.set("work", work).set("memory", p.memory.budget);
   const MemoryPlan& m = p.memory;
   if (m.budget == 0) return o.json();
   o.set("process_bytes", m.process).set("margin_bytes", m.margin).set("slot_bytes", m.slot_bytes);

@@ -15,10 +15,11 @@ enum class ReadMode {
 
 struct ReadLoad {
   ReadMode mode = ReadMode::kDirect;
-  uint64_t block = 0;    // bytes of a read, a multiple of 4096
-  int depth = 1;         // reads under way at a time: threads that wait for one each
-  double seconds = 0.1;  // when no further read begins
-  uint64_t seed = 1;     // of the places
+  uint64_t block = 0;      // bytes of a read, a multiple of 4096
+  int depth = 1;           // reads under way at a time: threads that wait for one each
+  double seconds = 0.1;    // when no further read begins
+  uint64_t seed = 1;       // of the places
+  bool huge_pages = true;  // of the memory that is read into, as the engine's
 };
 
 struct ReadSpeed {

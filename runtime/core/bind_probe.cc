@@ -27,8 +27,8 @@ ReadMode mode_of(const std::string& name) {
 }
 
 nb::dict read_speed(StorageFile& file, const std::string& mode, uint64_t block, int depth,
-                    double seconds, uint64_t seed) {
-  const ReadLoad load{mode_of(mode), block, depth, seconds, seed};
+                    double seconds, uint64_t seed, bool huge_pages) {
+  const ReadLoad load{mode_of(mode), block, depth, seconds, seed, huge_pages};
   ReadSpeed speed;
   {
     nb::gil_scoped_release release;
@@ -51,7 +51,7 @@ void bind_probe(nb::module_& m) {
       .def("append", &StorageFile::append, nb::arg("bytes"),
            nb::call_guard<nb::gil_scoped_release>(), "Pseudo-random bytes, stored on return.")
       .def("read", &read_speed, nb::arg("mode"), nb::arg("block"), nb::arg("depth"),
-           nb::arg("seconds"), nb::arg("seed") = 1,
+           nb::arg("seconds"), nb::arg("seed") = 1, nb::arg("huge_pages") = true,
            "Random blocks, none twice, none out of memory.")
       .def_prop_ro("nbytes", &StorageFile::nbytes)
       .def_prop_ro("descriptor", &StorageFile::descriptor)
