@@ -5,6 +5,8 @@
 # make bench-offload  what each part of expert offloading is worth, in 1 GB (root; 2.9 GB of disk)
 # make sanitize  the test suite under ASan + UBSan, the engine tests under TSan
 # make neon   the native tests as aarch64 code under qemu-user
+# make arm    stoker-bench as one static aarch64 program, for phones and boards; make arm-wheel: the package
+# make instruction-counts  instructions a weight, NEON against AVX2 (qemu)
 # make fuzz   the GGUF reader for FUZZ_SECONDS (600)
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +18,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(JOBS)
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find runtime offload kernels_cpu models mobile_bench export -type f -not -name '*.pyc')
 
-.PHONY: demo test test-python test-native neon lint bench bench-offload sanitize fuzz clean
+.PHONY: demo test test-python test-native neon arm arm-wheel instruction-counts lint bench bench-offload sanitize fuzz clean
 
 $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,12 +51,21 @@ test-python: $(VENV)/.dev
 
 NATIVE := build/native
 test-native: $(VENV)/.dev
-	$(BIN)/cmake -S . -B $(NATIVE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSTOKER_PYTHON=OFF -DSTOKER_NATIVE_TESTS=ON >/dev/null
+	$(BIN)/cmake -S . -B $(NATIVE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSTOKER_PYTHON=OFF -DSTOKER_NATIVE_TESTS=ON -DSTOKER_BENCH=ON >/dev/null
 	$(BIN)/cmake --build $(NATIVE)
 	$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure
 
 neon:
 	bash tests/native/run_neon.sh
+
+arm:
+	bash mobile_bench/build_arm.sh
+
+arm-wheel:
+	bash mobile_bench/build_arm.sh wheel
+
+instruction-counts:
+	$(PYTHON) mobile_bench/instruction_counts.py
 
 lint: $(VENV)/.dev
 	bash tests/lint.sh $(BIN)

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from ..runtime.errors import DeviceError, OptionError
-from .device_profile import device_id
+from .device_profile import current_id
 
 SHAPES = ((576, 1536), (2048, 2048))  # rows, columns
 TOKENS = (1, 512)
@@ -69,8 +69,8 @@ class KernelRow:
 class KernelBench:
     """What `measure` found.
 
-    device: DeviceProfile.id; memory_s: bytes read a second; int8_s, float32_s: operations a second out of registers, by ISA;
-    ggml: version of llama-cpp-python.
+    device: DeviceProfile.id; memory_s: bytes read a second; int8_s, float32_s: operations a second
+    out of registers, by ISA; ggml: version of llama-cpp-python.
     """
 
     cpu: str
@@ -101,8 +101,6 @@ def measure(
     each is repeated; its fastest time counts. baseline_python: an interpreter that has
     llama-cpp-python. Raises OptionError, DeviceError.
     """
-    import psutil  # type: ignore[import-untyped, unused-ignore]
-
     from ..runtime import _core
 
     known = {f["name"]: f for f in _core.formats()}
@@ -146,11 +144,9 @@ def measure(
     if progress is not None:
         progress("kernels", len(cases), len(cases))
     limits.measure()
-    told = _core.cpu()
-    total = int(psutil.virtual_memory().total)
     found = KernelBench(
-        str(told["model"]),
-        device_id(told["model"], told["physical"], total, usable[-1]),
+        str(_core.cpu()["model"]),
+        current_id(),
         threads,
         limits.memory_s,
         limits.int8_s,

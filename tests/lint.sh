@@ -14,5 +14,5 @@ else
 fi
 build=build/lint
 "$bin/cmake" -S . -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$PWD/$bin/ninja" -DSTOKER_PYTHON=OFF \
-  -DSTOKER_NATIVE_TESTS=OFF -DSTOKER_WERROR=ON >/dev/null
+  -DSTOKER_NATIVE_TESTS=OFF -DSTOKER_BENCH=ON -DSTOKER_WERROR=ON >/dev/null
 "$bin/cmake" --build "$build"
