@@ -15,8 +15,10 @@ and a prompt the same per chunk: an expert is read once a chunk; each matrix cos
 once and its operations a token (tile_ops_s). Load is what stays, at the storage's bandwidth.
 
 The constants below are the engine's, not the device's: each says where it comes from. They were
-fitted on one machine (2 cores of Zen 5, virtual), with the profile measured in the same session;
-`python -m stoker.mobile_bench.forecast_check` measures how far off the whole is.
+set by hand from committed records of one machine (2 cores of Zen 5, virtual), whose device profile
+was not recorded: its memory and flash bandwidth are the records' own, kernel and float speeds are
+later measurements on a busy machine. `python -m stoker.mobile_bench.forecast_check` measures how
+far off the whole is, with a profile of the same session.
 """
 
 from __future__ import annotations
@@ -63,12 +65,13 @@ HIDING = 0.7
 # Reads that the engine has under way at a time (its default).
 READERS = 4
 # Of a prompt's chunk: the smaller one of reading and computing that the larger one does not hide.
-# offload-up64-1GB-prompt512.json.
+# Assumed; offload-up64-1GB-prompt512.json does not contradict it.
 EXPOSED = 0.15
 # Of each hidden value of an expert in a prompt, by one thread: activation function, rounding, sum.
 # up64, 64 and 512 tokens, everything in memory.
 HIDDEN_S = 3.5e-9
-# Of the float32 peak: what attention's loops reach in a prompt. SmolLM2 and Gemma 3, 512 tokens.
+# Of the float32 peak: what attention's loops reach in a prompt. SmolLM2, 512 tokens, with a peak of
+# 450 GFLOP/s that was estimated, not measured.
 ATTENTION = 0.35
 # Opening the file, threads, and buffers: of a load. The same records.
 LOAD_S = 0.012

@@ -13,8 +13,8 @@ Between models: the mean of all curves of the same origin in their logarithms, w
 1 / d^2, d the distance in (log2 E, log2 K): a curve of the same E and K stands for itself. How
 routers were made matters more than numbers: those of `stoker export upcycle` (which says in the
 file what it did) follow the topic of the text, random ones nothing, so these are kept apart from
-trained ones. Trained models of the same E and K differ by a third and more in what they miss: a
-curve is an expectation, not a promise.
+trained ones. A curve is an expectation, not a promise: with its own curve left out, a model's
+misses came out between 0.34 and 4.3 times what they are.
 """
 
 from __future__ import annotations

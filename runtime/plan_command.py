@@ -73,8 +73,8 @@ def plan(
     """Forecast a model on a device: does it fit, what stays, how fast, what limits it.
 
     Reads the header only, also of files that are elsewhere, and no weight. Bytes of the plan are
-    exact, times are expected: decode and time to first token within some 20% where the profile
-    was measured at the time, more for routing that is unlike the recorded one.
+    exact, times are expected: as good as the profile is recent, and worse for a mixture whose
+    routing is unlike the recorded one.
 
     \b
     stoker plan mixture.gguf --memory 500MB,1GiB,2GiB,auto
