@@ -15,10 +15,9 @@ and a prompt the same per chunk: an expert is read once a chunk; each matrix cos
 once and its operations a token (tile_ops_s). Load is what stays, at the storage's bandwidth.
 
 The constants below are the engine's, not the device's: each says where it comes from. They were
-set by hand from committed records of one machine (2 cores of Zen 5, virtual), whose device profile
-was not recorded: its memory and flash bandwidth are the records' own, kernel and float speeds are
-later measurements on a busy machine. `python -m stoker.mobile_bench.forecast_check` measures how
-far off the whole is, with a profile of the same session.
+set by hand from records of one machine (2 cores of Zen 5, virtual).
+`python -m stoker.mobile_bench.forecast_check` measures how far off the whole is, with a profile of
+the same session.
 """
 
 from __future__ import annotations
@@ -50,18 +49,22 @@ KV_STREAMING = 0.5
 # Of an expert's use under a budget: the directory, the policy, and what the predictor looks up.
 # offload-up64-2GB.json, which hardly reads, against everything in memory.
 STORE_S = 6e-6
-# The engine's reads against the probe's of the same size and depth: into huge pages, so that a
-# request has few pieces. Both in turn on one file, 1.1 to 1.6 times on a busy machine.
-HUGE_PAGES = 1.2
-# Memory traffic of a byte that comes from flash: written by the device, read by the product.
-FLASH_TRAFFIC = 2.0
+# Of the memory bandwidth that plain reading reaches: products, which do more between two reads.
+# The models of forecast_check.py with all experts in memory; records of a slower memory gave 0.86.
+STREAMING = 0.76
+# Of the storage bandwidth that the probe found for blocks of this size and depth: experts, three
+# extents of a file that the model shares with others. flash_bandwidth in the runs of the check.
+EXPERT_READS = 0.72
+# Of the storage bandwidth of 4 MiB at random places, through the page cache: a whole file in turn,
+# which the system reads ahead. Loads of the check's dense models.
+READ_AHEAD = 1.6
 # Bytes read for each byte that was missing: guesses that did not come true. offload-up64-1GB.json,
 # prefetching against not.
 NEEDLESS = 1.09
 # Share of a miss's reading that is under way before it is needed, and the share of computing that
-# can hide reads. offload-up64-*.json: waiting against the time that the disk was busy.
-FORESEEN = 0.5
-HIDING = 0.7
+# can hide reads. The check's mixtures: waiting against bytes over the bandwidth in the same run.
+FORESEEN = 0.38
+HIDING = 0.95
 # Reads that the engine has under way at a time (its default).
 READERS = 4
 # Of a prompt's chunk: the smaller one of reading and computing that the larger one does not hide.
@@ -75,9 +78,11 @@ HIDDEN_S = 3.5e-9
 ATTENTION = 0.35
 # Opening the file, threads, and buffers: of a load. The same records.
 LOAD_S = 0.012
-# With cold caches a load reads the core and the interpreter's modules, page by page as they are
-# touched; under a budget numpy as well, whose import takes time besides. A process's read_bytes.
+# With cold caches a load reads the core and the interpreter's modules, a few pages at a time as
+# they are touched; under a budget numpy as well, whose import takes time besides. A process's
+# read_bytes; the block is what loads of mixtures in the check leave.
 LIBRARY_BYTES, NUMPY_BYTES, NUMPY_S = 4.7e6, 3.4e6, 0.07
+LIBRARY_BLOCK = 16 << 10
 # Touching memory for the first time, bytes a second, where the profile does not say: the kernel
 # zeroes pages. Virtual machines may be ten times slower (forecast_check.py measures it).
 FRESH_BYTES_S = 4e9
@@ -167,7 +172,7 @@ class Device:
 
     def expert_bytes_s(self, block: float) -> float:
         """Reading experts as the engine does, `block` bytes a read."""
-        return self.flash_bytes_s(block, READERS) * HUGE_PAGES
+        return self.flash_bytes_s(block, READERS) * EXPERT_READS
 
     @property
     def fresh_bytes_s(self) -> float:
@@ -431,13 +436,13 @@ class _Model:
             self.uses = sum(w["products"] for w in self.work if w["part"] == "experts") // 3
         self.miss = 0.0
         if experts:
-            self.miss = 1.0 if plan["streams"] else miss_rate(
+            self.miss = miss_rate(
                 slots / experts,
                 config["n_expert"],
                 config["n_expert_used"],
                 origin=subject.origin,
                 tokens=turn.tokens,
-            )  # fmt: skip
+            )
         self.unit = plan["slot_bytes"] / slots if slots else 0.0
         self.flash_bytes = self.uses * self.miss * self.unit * (NEEDLESS if self.miss < 1 else 1.0)
 
@@ -455,7 +460,7 @@ class _Model:
         """Seconds of going over the weights once: (by the memory, by the kernel), one of them 0."""
         bits = 8 * work["bytes"] / work["weights"]
         kernel = work["weights"] / self.device.row_weights_s(work["format"], bits)
-        read = work["bytes"] / self.device.memory_bytes_s
+        read = work["bytes"] / (self.device.memory_bytes_s * STREAMING)
         return (read, 0.0) if read >= kernel else (0.0, kernel)
 
     def token(self) -> dict[str, float]:
@@ -471,7 +476,6 @@ class _Model:
         overhead = self.config["n_layer"] * LAYER_S + self.uses * EXPERT_S
         if self.experts:
             overhead += self.uses * STORE_S
-            memory += FLASH_TRAFFIC * self.flash_bytes / self.device.memory_bytes_s
             flash = self.flash_bytes / self.device.expert_bytes_s(self.unit / 3)
         return dict(zip(RESOURCES, (memory, arithmetic, flash, overhead), strict=True))
 
@@ -523,7 +527,6 @@ class _Model:
                 block = self.unit / 3
                 rate = max(device.expert_bytes_s(block), device.expert_bytes_s(block * run))
                 flash += read_bytes / rate
-                memory += FLASH_TRAFFIC * read_bytes / device.memory_bytes_s
                 overhead += needed * STORE_S
             position += n
         if self.experts and self.turn.first:
@@ -550,16 +553,14 @@ class _Model:
     def load_s(self) -> float:
         """Seconds of a load with cold caches."""
         nbytes = int(self.plan["weight_bytes"])
-        # Everything: in pieces of 4 MiB through the page cache, a thread each; else as experts are.
-        everything = not self.experts
-        rate = self.device.flash_bytes_s(
-            4 << 20,
-            self.device.threads if everything else READERS,
-            "buffered" if everything else "direct",
-        )
+        # Everything: in turn through the page cache, in pieces of 4 MiB; else past it, as experts.
+        if self.experts:
+            rate = self.device.flash_bytes_s(4 << 20, READERS)
+        else:
+            rate = self.device.flash_bytes_s(4 << 20, READERS, "buffered") * READ_AHEAD
         fresh = (nbytes + int(self.plan["scratch_bytes"])) / self.device.fresh_bytes_s
         budget = int(self.plan["memory"]) > 0
         pages = LIBRARY_BYTES + (NUMPY_BYTES if budget else 0)
-        libraries = pages / self.device.flash_bytes_s(4096, 1, "buffered")
+        libraries = pages / self.device.flash_bytes_s(LIBRARY_BLOCK, 1, "buffered")
         libraries += NUMPY_S if budget else 0
         return LOAD_S + libraries + nbytes / rate + fresh

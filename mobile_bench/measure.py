@@ -45,9 +45,9 @@ def run_case(case: Case, *, run: str = "", command: str = "", device: str = "") 
     path = Path(case.model)
     model = summary(path)
     if not device:
-        from .this_device import this_id
+        from .device_profile import current_id
 
-        device = this_id()
+        device = current_id()
     limit, budget = limits(case)
     record: Run = {
         "kind": "run",

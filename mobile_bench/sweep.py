@@ -208,7 +208,7 @@ def _appended(out: Path) -> Iterator[IO[str]]:
         if not _try_lock(file):
             raise OptionError(f"{out}: another sweep is writing this file")
         records.read(out)  # raises where it is something else: it must stay as it is
-        _mend(out)
+        records.mend(out)
         yield file
 
 
@@ -222,24 +222,6 @@ def _try_lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _mend(out: Path) -> None:
-    """Removes a last line that was cut off; ends one that only lacks its end."""
-    with out.open("r+b") as file:
-        data = file.read()
-        if not data or data.endswith(b"\n"):
-            return
-        begin = data.rfind(b"\n") + 1
-        line, beginning = data[begin:], b'{"kind": '
-        if line[: len(beginning)] != beginning[: len(line)]:
-            raise OptionError(f"{out}: expected a file of results")
-        try:
-            json.loads(line)
-        except ValueError:
-            file.truncate(begin)
-        else:
-            file.write(b"\n")
 
 
 class InProcess:

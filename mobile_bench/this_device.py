@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-import psutil  # type: ignore[import-untyped, unused-ignore]
-
 from . import device_profile
-from .device_profile import DeviceProfile, device_id
+from .device_profile import DeviceProfile, current_id
 
 if TYPE_CHECKING:
     from ..models.cache import Progress
@@ -22,19 +20,9 @@ def this_device(progress: Progress | None = None) -> DeviceProfile:
     saved = device_profile.default_path()
     if saved.is_file():
         profile = device_profile.load(saved)
-        if profile["id"] == this_id():
+        if profile["id"] == current_id():
             return profile
     from .probe import probe
 
     print("no profile of this device: probing it quickly (see stoker probe)", file=sys.stderr)
     return probe(quick=True, progress=progress)
-
-
-def this_id() -> str:
-    """The DeviceProfile.id of this machine."""
-    from ..runtime._core import cpu, isas
-
-    told = cpu()
-    usable = [name for name, executes in isas() if executes]
-    memory = psutil.virtual_memory().total
-    return device_id(told["model"], told["physical"], memory, usable[-1])

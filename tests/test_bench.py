@@ -21,12 +21,12 @@ import pytest
 from offload_models import TinyMixture
 from stoker.mobile_bench import measure, preparation, records
 from stoker.mobile_bench.case import Case, options_of
+from stoker.mobile_bench.device_profile import current_id
 from stoker.mobile_bench.measure import run_case
 from stoker.mobile_bench.prompt_ids import prompt_ids
 from stoker.mobile_bench.roofline import rooflines
 from stoker.mobile_bench.run_table import ratio_table
 from stoker.mobile_bench.series import Baseline, Series, cases, missing, parse_baselines
-from stoker.mobile_bench.this_device import this_id
 from stoker.mobile_bench.worker_process import WorkerError, WorkerProcess
 from stoker.runtime.errors import ModelFileError, OptionError
 from tiny_models import WIDE, make
@@ -78,7 +78,7 @@ def device(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
         "stoker": "",
         "kind": "profile",
         "version": 1,
-        "id": this_id(),
+        "id": current_id(),
         "name": "test device",
     }
     (folder / "device.json").write_text(json.dumps(profile))
@@ -150,7 +150,7 @@ QUICK = ("--prompts", "4,70", "--tokens", "4", "--repeats", "2", "--threads", "1
 def test_resident_run(dense: Path) -> None:
     run = run_case(small(dense, repeat=3), run="r", command="c")
     assert run["error"] is None and run["engine"] == "stoker" and run["repeat"] == 3
-    assert (run["run"], run["command"], run["device"]) == ("r", "c", this_id())
+    assert (run["run"], run["command"], run["device"]) == ("r", "c", current_id())
     assert [p["tokens"] for p in run["prompts"]] == [4, 64, 80]
     assert all(p["ttft_s"] > 0 and p["tok_s"] == p["tokens"] / p["ttft_s"] for p in run["prompts"])
     d = run["decode"]

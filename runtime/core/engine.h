@@ -33,7 +33,8 @@ struct Family {
 // Which products take their activations in two int8 terms (forward.h) instead of one.
 enum class Precision {
   kFast,      // none
-  kBalanced,  // q, k, v, routers and output: a sixth of the work, half of the rounding noise
+  kBalanced,  // q, k, v, routers and output: a sixth of the work, half of the rounding noise;
+              // and all products of a sequence's first two tokens (kSinkTokens, forward.h)
   kHigh,      // all: within float32 rounding of exact activations, at twice the arithmetic
 };
 
