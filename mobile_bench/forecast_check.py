@@ -9,7 +9,8 @@ cache. Memory is at hand (preparation.py): how long a virtual machine takes to g
 its host varies tenfold from minute to minute, and is no matter of the model. Repeats are
 interleaved: all cases once, then all again. Before each repeat the device is profiled anew, so that
 a machine whose speed drifts is compared with itself; the profile of the comparison is the median of
-them, the measured value the median of the repeats. Budgets that are too small for a model are
+them, the measured value the median of the repeats that nothing disturbed (noise.py: the host took
+CPU time, other processes ran); of all, where each was. Budgets that are too small for a model are
 replaced by ones that fit, so that each has as many as were asked for; to a dense model every budget
 that fits is the same.
 
@@ -49,9 +50,14 @@ class Checked:
     expected: Forecast | None = None
 
     @property
+    def quiet(self) -> list[dict[str, Any]]:
+        """The runs that nothing disturbed (noise.py); all, where each was."""
+        return [r for r in self.runs if r["decode"] and not r["noise"].get("noisy")] or self.runs
+
+    @property
     def decode(self) -> float | None:
         """Measured tokens a second, median."""
-        found = [r["decode"]["tok_s"] for r in self.runs if r["decode"]]
+        found = [r["decode"]["tok_s"] for r in self.quiet if r["decode"]]
         return statistics.median(found) if found else None
 
     @property
@@ -59,7 +65,7 @@ class Checked:
         """Measured seconds of a cold load and the prompt after it, median."""
         found = [
             r["load_cold_s"] + p["ttft_s"]
-            for r in self.runs
+            for r in self.quiet
             for p in r["prompts"]
             if p["tokens"] == PROMPT
         ]

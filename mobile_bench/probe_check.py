@@ -58,7 +58,11 @@ _READ_LOOP = r"""
 #include <stdlib.h>
 #include <time.h>
 
+// As wide as any machine's registers, and four sums: loads must not wait for additions.
+typedef uint64_t wide __attribute__((vector_size(64), aligned(8)));
+
 static uint64_t *data, sums[1024];
+static double begun[1024], ended[1024];
 static size_t words;
 static int threads;
 static pthread_barrier_t barrier;
@@ -74,9 +78,14 @@ static void *part(void *which) {
   for (size_t i = begin; i < end; ++i) data[i] = i;
   for (int pass = 0; pass < PASSES; ++pass) {
     pthread_barrier_wait(&barrier);
-    uint64_t sum = 0;
-    for (size_t i = begin; i < end; ++i) sum += data[i];
-    sums[t] += sum;
+    wide sum[4] = {{0}};
+    begun[t] = now();
+    for (size_t i = begin; i + 32 <= end; i += 32) {
+      for (int j = 0; j < 4; ++j) sum[j] += *(const wide *)(data + i + 8 * j);
+    }
+    ended[t] = now();
+    sum[0] += sum[1] + sum[2] + sum[3];
+    for (int j = 0; j < 8; ++j) sums[t] += sum[0][j];
     pthread_barrier_wait(&barrier);
   }
   return 0;
@@ -95,10 +104,15 @@ int main(int argc, char **argv) {
     if (pthread_create(&pool[t], 0, part, (void *)(size_t)t) != 0) return 2;
   }
   for (int pass = 0; pass < PASSES; ++pass) {
+    // The readers' own clocks: this thread may get a core only after they have gone on.
     pthread_barrier_wait(&barrier);
-    double start = now();
     pthread_barrier_wait(&barrier);
-    double rate = 8.0 * (double)words / (now() - start);
+    double first = begun[0], last = ended[0];
+    for (int t = 1; t < threads; ++t) {
+      if (begun[t] < first) first = begun[t];
+      if (ended[t] > last) last = ended[t];
+    }
+    double rate = 8.0 * (double)words / (last - first);
     if (rate > best) best = rate;
   }
   for (int t = 0; t < threads; ++t) {
