@@ -38,13 +38,18 @@ class Listener(Oracle):
         self.counts: dict[str, npt.NDArray[np.float64]] = {}
 
     def _linear(
-        self, x: Any, name: str, bias: str = "", expert: int | None = None
+        self,
+        x: Any,
+        name: str,
+        bias: str = "",
+        expert: int | None = None,
+        positions: Any = None,
     ) -> npt.NDArray[Any]:
         shape = self.w.shape(name)
         experts = shape[0] if expert is not None else 1
         self.sums.setdefault(name, np.zeros((experts, shape[-1])))[expert or 0] += (x**2).sum(0)
         self.counts.setdefault(name, np.zeros(experts))[expert or 0] += len(x)
-        return super()._linear(x, name, bias, expert)
+        return super()._linear(x, name, bias, expert, positions)
 
 
 @pytest.fixture(scope="module")
