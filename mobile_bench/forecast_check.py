@@ -52,7 +52,8 @@ class Checked:
     @property
     def quiet(self) -> list[dict[str, Any]]:
         """The runs that nothing disturbed (noise.py); all, where each was."""
-        return [r for r in self.runs if r["decode"] and not r["noise"].get("noisy")] or self.runs
+        undisturbed = [r for r in self.runs if not r.get("noise", {}).get("noisy")]
+        return [r for r in undisturbed if r["decode"]] or self.runs
 
     @property
     def decode(self) -> float | None:

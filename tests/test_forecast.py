@@ -106,15 +106,17 @@ def subject_of(path: Path, **options: Any) -> Subject:
     return Subject(_core.GgufFile(str(path)), path.stem, context=CONTEXT, **options)
 
 
-def test_more_memory_is_never_slower(models: Callable[[str], Path]) -> None:
+def test_more_slots_are_never_slower(models: Callable[[str], Path]) -> None:
     for name in ("olmoe", "smallthinker", "k-quants"):
         subject = subject_of(models(name), process_bytes=0)
         device = Device(PROFILE)
         least = forecast(subject, device, 1).least_memory
         found = [forecast(subject, device, least + step * (64 << 10)) for step in range(0, 40, 4)]
         assert all(f.fits for f in found)
-        speeds = [f.tokens_per_s for f in found]
+        # A larger budget may give what it has more to a longer chunk of prompts, not to slots.
+        speeds = [f.tokens_per_s for f in sorted(found, key=lambda f: f.slots)]
         assert speeds == sorted(speeds)
+        assert found[-1].slots > found[0].slots
         assert all(0 <= f.hit_rate <= 1 for f in found if f.hit_rate is not None)
         everything = forecast(subject, device, None)
         assert everything.tokens_per_s >= speeds[-1]
