@@ -23,6 +23,7 @@
 #define STOKER_POSIX 1
 #endif
 
+#include "offload/io/files.h"
 #include "runtime/core/errors.h"
 #include "runtime/core/memory.h"
 
@@ -53,19 +54,6 @@ using AlignedBytes = std::unique_ptr<uint8_t, AlignedDelete>;
 
 AlignedBytes aligned_bytes(uint64_t n) {
   return AlignedBytes(static_cast<uint8_t*>(::operator new(n, std::align_val_t(kPage))));
-}
-
-// Sets or clears direct I/O on an open file; false where that is refused.
-bool set_direct(int descriptor, bool on) {
-#if defined(__APPLE__)
-  return ::fcntl(descriptor, F_NOCACHE, on ? 1 : 0) == 0;
-#elif defined(O_DIRECT)
-  const int flags = ::fcntl(descriptor, F_GETFL);
-  return flags >= 0 && ::fcntl(descriptor, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
-#else
-  (void)descriptor;
-  return !on;
-#endif
 }
 
 // Takes the file out of the page cache, as far as its pages are stored and not in use.

@@ -25,6 +25,18 @@
 
 namespace stoker {
 
+bool set_direct(int descriptor, bool on) {
+#if defined(__APPLE__)
+  return ::fcntl(descriptor, F_NOCACHE, on ? 1 : 0) == 0;
+#elif defined(O_DIRECT)
+  const int flags = ::fcntl(descriptor, F_GETFL);
+  return flags >= 0 && ::fcntl(descriptor, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
+#else
+  (void)descriptor;
+  return !on;
+#endif
+}
+
 namespace {
 
 static_assert(sizeof(off_t) >= 8, "files of more than 2 GB");
@@ -85,19 +97,6 @@ std::string file_system(int descriptor) {
 #else
   (void)descriptor;
   return "this file system";
-#endif
-}
-
-// Sets or clears direct I/O on an open file; false where that is refused.
-bool set_direct(int descriptor, bool on) {
-#if defined(__APPLE__)
-  return ::fcntl(descriptor, F_NOCACHE, on ? 1 : 0) == 0;
-#elif defined(O_DIRECT)
-  const int flags = ::fcntl(descriptor, F_GETFL);
-  return flags >= 0 && ::fcntl(descriptor, F_SETFL, on ? flags | O_DIRECT : flags & ~O_DIRECT) == 0;
-#else
-  (void)descriptor;
-  return !on;
 #endif
 }
 

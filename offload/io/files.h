@@ -22,6 +22,9 @@ enum class FileAccess {
   kCached,    // through the page cache
 };
 
+// Sets or clears direct I/O on an open file; false where that is refused. Not on Windows.
+bool set_direct(int descriptor, bool on);
+
 // Immutable after the constructor: any number of threads may read at once.
 class IoFiles {
  public:
