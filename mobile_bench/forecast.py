@@ -67,6 +67,8 @@ FORESEEN = 0.38
 HIDING = 0.95
 # Reads that the engine has under way at a time (its default).
 READERS = 4
+# Of weights that pass, reads that the ring holds and their bytes (offload/stream_plan.cc).
+WALK_READS, WALK_LEAST, WALK_MOST = 8, 128 << 10, 1 << 20
 # Of a prompt's chunk: the smaller one of reading and computing that the larger one does not hide.
 # Assumed; offload-up64-1GB-prompt512.json does not contradict it.
 EXPOSED = 0.15
@@ -306,7 +308,8 @@ def forecast(
     alone = _Model(subject, device, turn, config, everything)
     full_s = alone.token_s(alone.token())
     doubles: int | None = None
-    if mixture and memory is not None and full_s <= token_s / 2:
+    offloads = mixture or plan["walk_bytes"]
+    if offloads and memory is not None and full_s <= token_s / 2:
         doubles = _budget_for(subject, device, turn, token_s / 2, memory)
     experts = int(plan.get("experts", 0))
     return Forecast(
@@ -324,7 +327,7 @@ def forecast(
         working_set=int(plan.get("working_set", 0)),
         streams=bool(plan.get("streams", False)),
         hit_rate=1 - model.miss if experts else None,
-        bytes_token=model.flash_bytes,
+        bytes_token=model.flash_bytes + model.walk_bytes,
         tokens=turn.tokens,
         prompt_tokens=turn.prompt_tokens,
         load_s=load_s,
@@ -403,6 +406,7 @@ def _resident(plan: Mapping[str, Any], process: int) -> dict[str, int]:
         "weights": int(plan["weight_bytes"]),
         "KV cache": int(plan["kv_bytes"]),
         "scratch": int(plan["scratch_bytes"]),
+        "weights that pass": int(plan.get("ring_bytes", 0)),
         "expert cache": int(plan.get("slot_bytes", 0)),
         "margin": int(plan.get("margin_bytes", 0)),
     }
@@ -445,6 +449,12 @@ class _Model:
             )
         self.unit = plan["slot_bytes"] / slots if slots else 0.0
         self.flash_bytes = self.uses * self.miss * self.unit * (NEEDLESS if self.miss < 1 else 1.0)
+        # Weights that every walk through the layers reads, and the time of that.
+        self.walk_bytes = int(plan["walk_bytes"])
+        self.walk_s = 0.0
+        if self.walk_bytes:
+            block = min(max(int(plan["ring_bytes"]) // WALK_READS, WALK_LEAST), WALK_MOST)
+            self.walk_s = self.walk_bytes / device.expert_bytes_s(block)
 
     def _second_s(self, work: Mapping[str, Any]) -> float:
         """Seconds that the second terms of one token's products take; 0 where there are none."""
@@ -477,12 +487,15 @@ class _Model:
         if self.experts:
             overhead += self.uses * STORE_S
             flash = self.flash_bytes / self.device.expert_bytes_s(self.unit / 3)
+        flash += self.walk_s
         return dict(zip(RESOURCES, (memory, arithmetic, flash, overhead), strict=True))
 
     def token_s(self, times: Mapping[str, float]) -> float:
         """Seconds of a token, what overlaps counted once."""
         computing = sum(times[k] for k in RESOURCES if k != "flash")
-        hidden = min(FORESEEN * times["flash"], HIDING * computing)
+        # What passes is known before: all of it is under way in time.
+        foreseen = self.walk_s + FORESEEN * (times["flash"] - self.walk_s)
+        hidden = min(foreseen, HIDING * computing)
         return computing + times["flash"] - hidden
 
     def chunks(self) -> list[int]:
@@ -528,6 +541,7 @@ class _Model:
                 rate = max(device.expert_bytes_s(block), device.expert_bytes_s(block * run))
                 flash += read_bytes / rate
                 overhead += needed * STORE_S
+            flash += self.walk_s
             position += n
         if self.experts and self.turn.first:
             filled = min(self.slots, self._layers() * self._distinct(position))
@@ -554,7 +568,7 @@ class _Model:
         """Seconds of a load with cold caches."""
         nbytes = int(self.plan["weight_bytes"])
         # Everything: in turn through the page cache, in pieces of 4 MiB; else past it, as experts.
-        if self.experts:
+        if self.experts or self.walk_bytes:
             rate = self.device.flash_bytes_s(4 << 20, READERS)
         else:
             rate = self.device.flash_bytes_s(4 << 20, READERS, "buffered") * READ_AHEAD

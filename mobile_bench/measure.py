@@ -335,7 +335,7 @@ def expected_s(n: int, times: dict[int, float]) -> float:
 
 
 def decode_of(token_s: list[float], counters: dict[str, Any] | None) -> Decode:
-    """token_s: seconds of each token; counters: what the expert store's gained meanwhile."""
+    """token_s: seconds of each token; counters: what those of reads gained meanwhile."""
     n, seconds = len(token_s), sum(token_s)
     ordered = sorted(token_s)
     found: Decode = {
@@ -351,7 +351,7 @@ def decode_of(token_s: list[float], counters: dict[str, Any] | None) -> Decode:
         "compute_s": None,
     }
     if counters is not None:
-        uses = sum(counters[f"decode_{kind}"] for kind in ("hits", "late", "misses"))
+        uses = sum(counters.get(f"decode_{kind}", 0) for kind in ("hits", "late", "misses"))
         stall = counters["decode_stall_s"] / n
         found["bytes_token"] = counters["decode_bytes"] / n
         found["hit_rate"] = counters["decode_hits"] / uses if uses else None

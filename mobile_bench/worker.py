@@ -108,8 +108,14 @@ class Stoker:
         return self.timeline.eval_all(tokens)
 
     def counters(self) -> dict[str, Any] | None:
-        """Of the expert store since the load."""
-        return self.engine.offload
+        """Of the expert store since the load, what other weights cost included; None: neither."""
+        offload, stream = self.engine.offload, self.engine.stream
+        if stream is None:
+            return offload
+        found = dict(offload or {"io": stream["io"], "prefetch": None})
+        for name in ("decode_bytes", "decode_stall_s"):
+            found[name] = found.get(name, 0) + stream[name]
+        return found
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
@@ -326,7 +332,7 @@ class Worker:
 
     def record(self) -> dict[str, Any]:
         """Records the routing from here on, where there is one to record."""
-        offloads = self.engine.counters() is not None
+        offloads = self.engine.engine.offload is not None
         if offloads:
             self.engine.engine.record_routing(True)
         return {"recording": offloads}
@@ -341,10 +347,10 @@ class Worker:
         return {"uses": len(taken["expert"])}
 
     def flash(self, nbytes: int, seeds: int) -> dict[str, Any]:
-        """Bandwidth of reading random experts, bytes a second."""
+        """Bandwidth of reading random experts, or weights that pass; bytes a second."""
         if self.engine.counters() is None:
             return {"bytes_s": None}
-        self.engine.engine.empty_cache()
+        self.engine.restart(True)
         found = sorted(self.engine.engine.flash_bandwidth(nbytes, s) for s in range(seeds))
         return {"bytes_s": found[seeds // 2]}
 

@@ -13,7 +13,7 @@
 
 namespace stoker {
 
-// A weight matrix in its file's layout.
+// A weight matrix in its file's layout; without data where it is not (all) in memory.
 struct Matrix {
   const Format* format = nullptr;
   const uint8_t* data = nullptr;  // [rows][row_bytes]
@@ -23,6 +23,7 @@ struct Matrix {
   // Where it comes from: the tensor's number in its file, and the slice where it holds several.
   int32_t tensor = -1;
   int32_t slice = 0;
+  int64_t first_row = 0;  // of the tensor's
 
   explicit operator bool() const { return format != nullptr; }
   int64_t nbytes() const { return rows * stride; }

@@ -198,7 +198,7 @@ class FlashLease : public ExpertLease {
   size_t missing_next_ = 0;
 };
 
-FlashExperts::FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader,
+FlashExperts::FlashExperts(Layout layout, std::shared_ptr<FlashReader> reader,
                            const PredictorShape& shape, const Options& options)
     : layout_(std::move(layout)),
       history_(layout_.n_layer(), shape.n_expert_used),
@@ -222,7 +222,12 @@ FlashExperts::FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader,
   publish();
 }
 
-FlashExperts::~FlashExperts() = default;
+FlashExperts::~FlashExperts() {
+  // Reads end before their slots go.
+  std::vector<IoJob*> jobs;
+  for (const Flight& f : flights_) jobs.push_back(&f.slot->job);
+  reader_->end(jobs);
+}
 
 void FlashExperts::begin(std::span<const int32_t> tokens, int64_t timeline,
                          const std::function<void()>* poll) {

@@ -62,7 +62,7 @@ class FlashExperts : public ExpertStore {
   };
 
   // The reader's files are the layout's shards.
-  FlashExperts(Layout layout, std::unique_ptr<FlashReader> reader, const PredictorShape& shape,
+  FlashExperts(Layout layout, std::shared_ptr<FlashReader> reader, const PredictorShape& shape,
                const Options& options);
   ~FlashExperts() override;
 
@@ -154,7 +154,7 @@ class FlashExperts : public ExpertStore {
   std::string published_description_;
   bool recording_ = false;
   std::vector<Access> trace_;
-  std::unique_ptr<FlashReader> reader_;  // last: reads end before the slots go
+  const std::shared_ptr<FlashReader> reader_;
 };
 
 }  // namespace stoker

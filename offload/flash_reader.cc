@@ -39,6 +39,20 @@ void FlashReader::wait(uint32_t seen) {
   waiting_.store(false);
 }
 
+void FlashReader::await(const IoJob& job, const std::function<void()>& poll) {
+  for (;;) {
+    const uint32_t seen = ended();
+    if (job.status.load(std::memory_order_acquire) != IoStatus::kPending) return;
+    wait(seen);
+    if (poll) poll();
+  }
+}
+
+void FlashReader::end(std::span<IoJob* const> jobs) {
+  for (IoJob* job : jobs) backend_->cancel(*job);
+  for (const IoJob* job : jobs) await(*job, {});
+}
+
 void FlashReader::read_all(std::span<const Piece> pieces, const std::function<void()>& poll) {
   std::vector<Read> reads;
   for (const Piece& p : pieces) {
@@ -63,28 +77,15 @@ void FlashReader::read_all(std::span<const Piece> pieces, const std::function<vo
     jobs[i].n_reads = 1;
     backend_->submit(jobs[i], true);
   }
-  // Whatever happens, the jobs must have ended before they go.
-  const auto settle = [&](size_t first) {
-    for (size_t i = first; i < jobs.size(); ++i) backend_->cancel(jobs[i]);
-    for (size_t i = first; i < jobs.size(); ++i) {
-      for (;;) {
-        const uint32_t seen = ended();
-        if (jobs[i].status.load(std::memory_order_acquire) != IoStatus::kPending) break;
-        wait(seen);
-      }
-    }
-  };
   for (size_t i = 0; i < jobs.size(); ++i) {
     try {
-      for (;;) {
-        const uint32_t seen = ended();
-        if (jobs[i].status.load(std::memory_order_acquire) != IoStatus::kPending) break;
-        wait(seen);
-        if (poll) poll();
-      }
+      await(jobs[i], poll);
       if (jobs[i].status.load() != IoStatus::kDone) throw_failed(jobs[i]);
     } catch (...) {
-      settle(i);
+      // The jobs must have ended before they go.
+      std::vector<IoJob*> rest;
+      for (size_t j = i; j < jobs.size(); ++j) rest.push_back(&jobs[j]);
+      end(rest);
       throw;
     }
   }

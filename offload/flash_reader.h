@@ -27,6 +27,10 @@ class FlashReader : private IoListener {
   uint32_t ended() const { return ended_.load(std::memory_order_acquire); }
   // Returns once ended() differs from `seen`, or after 20 ms.
   void wait(uint32_t seen);
+  // Returns once the job has ended. poll is called every 20 ms and may throw.
+  void await(const IoJob& job, const std::function<void()>& poll);
+  // Cancels those of the jobs that have not begun, and waits for the others.
+  void end(std::span<IoJob* const> jobs);
 
   // Extents to memory, `into[i]` as they lie in a page-aligned copy: byte 0 of extent i is at
   // into[i] + offset % kIoAlign. poll is called every 20 ms and may throw. Throws Error(kDevice),

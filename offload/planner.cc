@@ -28,15 +28,6 @@ int64_t with_margin(int64_t bytes) {
   return budget;
 }
 
-// Bytes of the fewest slots that work.
-int64_t least_slots(const Layout& layout, int64_t experts_used) {
-  int64_t least = 0;
-  for (size_t c = 0; c < layout.class_bytes().size(); ++c) {
-    least += ring_slots(layout.class_units()[c], experts_used) * layout.class_bytes()[c];
-  }
-  return least;
-}
-
 void set_slots(MemoryPlan& p, const Layout& layout, std::vector<int64_t> slots) {
   p.slots = std::move(slots);
   p.n_slots = p.slot_bytes = 0;
@@ -48,10 +39,18 @@ void set_slots(MemoryPlan& p, const Layout& layout, std::vector<int64_t> slots) 
 
 }  // namespace
 
-int64_t memory_margin(int64_t budget) { return std::max<int64_t>(int64_t{12} << 20, budget / 64); }
+int64_t memory_margin(int64_t budget) { return std::max(kLeastMargin, budget / kMarginShare); }
+
+int64_t least_slot_bytes(const Layout& layout, int64_t experts_used) {
+  int64_t least = 0;
+  for (size_t c = 0; c < layout.class_bytes().size(); ++c) {
+    least += ring_slots(layout.class_units()[c], experts_used) * layout.class_bytes()[c];
+  }
+  return least;
+}
 
 int64_t least_memory(const FixedMemory& f, const Layout& layout, int64_t experts_used) {
-  return with_margin(f.process + f.pinned + f.kv + f.scratch + least_slots(layout, experts_used));
+  return with_margin(f.total() + least_slot_bytes(layout, experts_used));
 }
 
 MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemory& fixed,
@@ -60,11 +59,12 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
   p.budget = budget;
   p.process = fixed.process;
   p.pinned = fixed.pinned;
+  p.ring = fixed.ring;
   p.kv = fixed.kv;
   p.scratch = fixed.scratch;
   p.margin = memory_margin(budget);
   p.working_set = working_set;
-  const int64_t least = least_slots(layout, experts_used);
+  const int64_t least = least_slot_bytes(layout, experts_used);
   int64_t all = 0;
   for (size_t c = 0; c < layout.class_bytes().size(); ++c) {
     const int64_t units = layout.class_units()[c];
@@ -74,7 +74,7 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
   for (UnitId u = 0; u < static_cast<UnitId>(layout.n_units()); ++u) {
     if (layout.has(u)) p.expert_bytes += layout.nbytes(u);
   }
-  const int64_t taken = p.process + p.pinned + p.kv + p.scratch;
+  const int64_t taken = fixed.total();
   if (budget - p.margin - taken < least) {
     const int64_t minimum = least_memory(fixed, layout, experts_used);
     throw Error(ErrorKind::kBudget,
@@ -82,7 +82,9 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
                     mib(minimum) + "), found " + std::to_string(budget) + " (process " +
                     mib(p.process) + ", weights that stay " + mib(p.pinned) + ", KV cache " +
                     mib(p.kv) + ", scratch " + mib(p.scratch) + ", margin " +
-                    mib(memory_margin(minimum)) + ", experts at least " + mib(least) +
+                    mib(memory_margin(minimum)) +
+                    (p.ring > 0 ? ", room for others to pass " + mib(p.ring) : "") +
+                    (least > 0 ? ", experts at least " + mib(least) : "") +
                     "); a smaller context needs less");
   }
   set_slots(p, layout,

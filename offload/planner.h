@@ -14,6 +14,7 @@ struct MemoryPlan {
   int64_t budget = 0;   // 0: none was named, everything is resident
   int64_t process = 0;  // interpreter and libraries, measured before the load
   int64_t pinned = 0;   // weights that stay: attention, norms, routers, embeddings, output
+  int64_t ring = 0;     // that the others of them pass through where not all fit
   int64_t kv = 0;       // of one session at its full context
   int64_t scratch = 0;
   int64_t margin = 0;
@@ -28,8 +29,12 @@ struct MemoryPlan {
 
 // What is not experts, bytes.
 struct FixedMemory {
-  int64_t process = 0, pinned = 0, kv = 0, scratch = 0;
+  int64_t process = 0, pinned = 0, ring = 0, kv = 0, scratch = 0;
+  int64_t total() const { return process + pinned + ring + kv + scratch; }
 };
+
+// Bytes of the fewest slots that work.
+int64_t least_slot_bytes(const Layout& layout, int64_t experts_used);
 
 // The smallest budget that would do.
 int64_t least_memory(const FixedMemory& fixed, const Layout& layout, int64_t experts_used);

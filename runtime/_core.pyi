@@ -66,14 +66,17 @@ class Engine:
     def plan(self) -> dict[str, Any]: ...  # bytes by kind: weights, kv, scratch; threads; isa
     @property
     def offload(self) -> dict[str, Any] | None:
-        """Counters of the expert store since the load, None where everything is in memory."""
+        """Counters of the expert store since the load, None where all experts are in memory."""
+    @property
+    def stream(self) -> dict[str, Any] | None:
+        """Counters of the weights that pass through memory, None where all of them stay."""
     def record_routing(self, on: bool) -> None: ...  # OptionError where everything is in memory
     def take_routing(self) -> dict[str, npt.NDArray[Any]]:
         """What was recorded since the last call: evaluation, tokens, token, layer, rank, expert,
         weight, source (0 miss, 1 hit, 2 late) and wait_us, each [uses]."""
     def predictor_state(self) -> bytes: ...  # what the predictor has learnt; b"": nothing
     def empty_cache(self) -> None: ...  # for measurements from cold
-    def flash_bandwidth(self, nbytes: int, seed: int = 1) -> float: ...  # bytes/s, random experts
+    def flash_bandwidth(self, nbytes: int, seed: int = 1) -> float: ...  # bytes/s
     def timeline(self) -> Timeline: ...
 
 def plan(

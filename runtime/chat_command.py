@@ -134,7 +134,7 @@ class Chat:
             print("(stopped)")
         elif generation.finish_reason == "length":
             print("(cut off: the answer reached max-tokens or the context is full)")
-        if generation.stats.experts is not None:
+        if generation.stats.experts is not None or generation.stats.stream is not None:
             print(f"({_speed(generation.stats)})")
 
     def _status(self, generation: Generation) -> str:
@@ -145,11 +145,14 @@ class Chat:
 
 
 def _speed(stats: Statistics) -> str:
-    """Tokens a second and, where experts are on flash, what the cache answered and cost."""
-    speed = f"{stats.decode_tok_s:.1f} tok/s"
-    if stats.experts is None:
-        return speed
-    return f"{speed}, {stats.experts.hit_rate:.0%} hits, {stats.experts.stall_s:.1f} s waited"
+    """Tokens a second and, where weights are on flash, what the cache answered and reads cost."""
+    parts = [f"{stats.decode_tok_s:.1f} tok/s"]
+    if stats.experts is not None:
+        parts.append(f"{stats.experts.hit_rate:.0%} hits")
+    waits = [part.stall_s for part in (stats.experts, stats.stream) if part is not None]
+    if waits:
+        parts.append(f"{sum(waits):.1f} s waited")
+    return ", ".join(parts)
 
 
 def _edit_lines() -> None:

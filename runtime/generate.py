@@ -7,12 +7,13 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .errors import Cancelled
 from .options import GenerationOptions
-from .statistics import ExpertCounter, Statistics, peak_memory
+from .statistics import Counter, ExpertStatistics, Statistics, StreamStatistics, peak_memory
 from .stop import StopMatcher
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Generation:
         self._prepare_s = time.perf_counter() - started
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
         self._reused = self._decode_tokens = self._decode_bytes = 0
-        self._experts = ExpertCounter()
+        self._experts, self._stream = Counter(ExpertStatistics), Counter(StreamStatistics)
         self._peak = 0
         self._cancel = threading.Event()
         self._thread: int | None = None  # that ran it last
@@ -102,6 +103,7 @@ class Generation:
             memory_bandwidth=self._session._model.memory_bandwidth,
             flash_bandwidth=self._session._model.flash_bandwidth,
             experts=self._experts.statistics(),
+            stream=self._stream.statistics(),
         )
 
     def __iter__(self) -> Generation:
@@ -210,7 +212,7 @@ class Generation:
         timeline = session._timeline
         begin = clock()
         sampler = self._sampler()
-        with self._experts.counting(session._store_counters):
+        with self._counting():
             self._reused = session._advance_to(self._target)
         self._prefill_s = clock() - begin
         if options.max_tokens == 0:
@@ -256,11 +258,20 @@ class Generation:
                 return
             begin = clock()
             bytes_before = session._decode_bytes()
-            with self._experts.counting(session._store_counters):
+            with self._counting():
                 session._evaluate(decode=True)
             self._decode_tokens += 1
             self._decode_bytes += session._decode_bytes() - bytes_before
         self._end("cancelled")
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Counts what the evaluations inside read from flash."""
+        engine = self._session._model._engine
+        experts = self._experts.counting(lambda: engine.offload)
+        stream = self._stream.counting(lambda: engine.stream)
+        with experts, stream:
+            yield
 
     def _chunk(self, text: str, token: int, sampler: Sampler) -> Chunk:
         if not self.options.logprobs:

@@ -163,20 +163,30 @@ class Model:
 
     @property
     def offload(self) -> Mapping[str, Any] | None:
-        """Counters of the expert cache since the load; None where everything is in memory."""
+        """Counters of the expert cache since the load; None where all experts are in memory."""
         counters = self._engine.offload
         return None if counters is None else MappingProxyType(dict(counters))
 
     @property
+    def stream(self) -> Mapping[str, Any] | None:
+        """Counters of weights that pass through memory since the load; None where all of them stay.
+
+        Of the weights that every token uses: bytes and decode_bytes read from flash, stall_s and
+        decode_stall_s waited for them.
+        """
+        counters = self._engine.stream
+        return None if counters is None else MappingProxyType(dict(counters))
+
+    @property
     def flash_bandwidth(self) -> float:
-        """Bytes a second that reads of experts or of the load reached, whichever is more.
+        """Bytes a second that reads of weights or of the load reached, whichever is more.
 
         0 where everything is in memory.
         """
         return max(self._load_bandwidth, self._read_bandwidth())
 
     def _read_bandwidth(self) -> float:
-        counters = self._engine.offload
+        counters = self._engine.offload or self._engine.stream
         if counters is None or counters["read_s"] <= 0:
             return 0.0
         return float(counters["read_bytes"] / counters["read_s"])

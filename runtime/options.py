@@ -77,8 +77,9 @@ class LoadOptions:
         noise. "high": two terms everywhere, exact to float32 rounding, at twice the arithmetic.
     memory: budget of the whole process: bytes, "500MB", "2GiB", "60%" (of what the machine can
         give) or "auto". A mixture of experts keeps as many experts in memory as fit and reads the
-        others from flash as they are needed; a dense model must fit. "auto" loads everything where
-        that fits, and otherwise takes what the machine can give.
+        others from flash as they are needed. Where not even the weights that every token uses fit,
+        as those of a large dense model, a part of them passes through memory with every token.
+        "auto" loads everything where that fits, and otherwise takes what the machine can give.
     policy: which expert leaves the cache, a name of `stoker run --help`; None: the default.
     predictor: what foresees the next layers' experts; None: the default.
     profile: file made by `stoker profile`, for the predictors that need one; None: none.

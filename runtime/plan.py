@@ -33,7 +33,9 @@ class PlanReport:
     """Where the memory of one loaded model goes, bytes, and what speed to expect of decode.
 
     budget: of the whole process; 0: none, everything is in memory.
-    pinned: weights that stay, by kind. kv: of one session at its full context.
+    pinned: weights that stay, by kind; where not all fit that every token uses, `passing` bytes of
+    them are read anew with every token, through `ring` bytes. kv: of one session at its full
+    context.
     slots: experts that the cache holds of all `experts`; working_set: experts that one token uses.
     streams: fewer slots than that: layers pass through a small ring and little is reused.
     compute_s, flash_s: expected seconds a token for reading its weights from memory, and its misses
@@ -48,6 +50,8 @@ class PlanReport:
     budget: int
     process: int
     pinned: dict[str, int]
+    passing: int
+    ring: int
     kv: int
     scratch: int
     margin: int
@@ -101,24 +105,32 @@ class PlanReport:
         total = sum(self.pinned.values())
         kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in self.pinned.items())
         rows.append(("weights that stay", f"{size(total)}: {kinds}"))
+        if self.passing:
+            through = f"{size(self.passing)} with every token, through {size(self.ring)}"
+            rows.append(("weights that pass", through))
         rows.append(
             ("KV cache", f"{size(self.kv)}: {self.context} tokens of a session, {self.kv_type}")
         )
         rows.append(("scratch", f"{size(self.scratch)}: prompts in chunks of {self.chunk} tokens"))
         if self.budget:
-            share = self.slots / self.experts if self.experts else 0.0
-            rows.append(
-                (
-                    "expert cache",
-                    f"{size(self.slot_bytes)}: {self.slots} of {self.experts} experts ({share:.0%})"
-                    f" of {size(self.expert_bytes)}",
-                )
-            )
-            held = "does not fit: layers stream through" if self.streams else "fits"
-            rows.append(("a token uses", f"{self.working_set} experts, which {held} the cache"))
-            rows.append(("reads", f"{self.io}; prefetch {self.prefetch}"))
+            rows.extend(self._expert_rows())
         rows.append(("expected", self._expectation()))
         return rows
+
+    def _expert_rows(self) -> list[tuple[str, str]]:
+        if not self.experts:
+            return [("reads", str(self.io))]
+        share = self.slots / self.experts
+        held = "does not fit: layers stream through" if self.streams else "fits"
+        return [
+            (
+                "expert cache",
+                f"{size(self.slot_bytes)}: {self.slots} of {self.experts} experts ({share:.0%})"
+                f" of {size(self.expert_bytes)}",
+            ),
+            ("a token uses", f"{self.working_set} experts, which {held} the cache"),
+            ("reads", f"{self.io}; prefetch {self.prefetch}"),
+        ]
 
     def _expectation(self) -> str:
         if self.tokens_per_s is None or self.compute_s is None or self.flash_s is None:
@@ -127,14 +139,15 @@ class PlanReport:
         text += f"memory {self.compute_s * 1e3:.1f} ms at {self.memory_bandwidth / 1e9:.1f} GB/s"
         if self.budget:
             text += f", flash {self.flash_s * 1e3:.1f} ms at {self.flash_bandwidth / 1e9:.2f} GB/s"
-            text += f" and {self.expected_hit_rate:.0%} hits"
+            if self.experts:
+                text += f" and {self.expected_hit_rate:.0%} hits"
         return text + " a token"
 
 
 def report(model: Model) -> PlanReport:
     """The plan of a loaded model; the first of a process measures the memory's bandwidth."""
-    plan, offload = model.plan, model.offload
-    limit = int(plan.get("memory", 0)) if offload is not None else 0
+    plan, reads = model.plan, model.offload or model.stream
+    limit = int(plan.get("memory", 0)) if reads is not None else 0
     if model._memory_bandwidth == 0:
         model._memory_bandwidth = memory_bandwidth(
             int(plan["threads"]), _room(int(plan["token_bytes"]), limit)
@@ -143,14 +156,18 @@ def report(model: Model) -> PlanReport:
     working_set = int(plan.get("working_set", 0))
     one = int(plan.get("expert_bytes", 0)) // experts if experts else 0
     hits = expected_hit_rate(model) if limit else 1.0
-    pinned = pinned_by_kind(model._file.tensors, with_experts=not limit)
+    if model.stream is not None:
+        pinned = {"as many as fit": int(plan["weight_bytes"])}
+    else:
+        pinned = pinned_by_kind(model._file.tensors, with_experts=not limit)
     padding = int(plan["weight_bytes"]) - sum(pinned.values())
     if padding > 0:
         pinned["padding"] = padding  # tensors begin where direct reads may
     flash_bandwidth = model.flash_bandwidth
     flash_s: float | None = 0.0
-    if hits < 1:
-        flash_s = (1 - hits) * working_set * one / flash_bandwidth if flash_bandwidth else None
+    passing = int(plan["walk_bytes"])
+    if read := (1 - hits) * working_set * one + passing:
+        flash_s = read / flash_bandwidth if flash_bandwidth else None
     return PlanReport(
         model=model.name,
         threads=int(plan["threads"]),
@@ -160,6 +177,8 @@ def report(model: Model) -> PlanReport:
         budget=limit,
         process=int(plan.get("process_bytes", 0)),
         pinned=pinned,
+        passing=passing,
+        ring=int(plan.get("ring_bytes", 0)),
         kv=int(plan["kv_bytes"]),
         scratch=int(plan["scratch_bytes"]),
         margin=int(plan.get("margin_bytes", 0)),
@@ -170,8 +189,8 @@ def report(model: Model) -> PlanReport:
         expert_bytes=one,
         working_set=working_set,
         streams=bool(plan.get("streams", False)),
-        io=None if offload is None else str(offload["io"]),
-        prefetch=None if offload is None else str(offload["prefetch"]),
+        io=None if reads is None else str(reads["io"]),
+        prefetch=None if model.offload is None else str(model.offload["prefetch"]),
         memory_bandwidth=model._memory_bandwidth,
         flash_bandwidth=flash_bandwidth,
         expected_hit_rate=hits,

@@ -217,6 +217,7 @@ def as_table(device: Device, found: Sequence[Forecast]) -> str:
         rows.append(
             ["expected hits", *("-" if f.hit_rate is None else f"{f.hit_rate:.0%}" for f in found)]
         )
+    if any(f.bytes_token for f in found):
         rows.append(["flash a token", *(_size_cell(f.bytes_token or None) for f in found)])
     known = [f for f in found if f.fits]
     prompt = known[0].prompt_tokens if known else 0

@@ -309,9 +309,6 @@ class Session:
     def _decode_bytes(self) -> int:
         return int(self._timeline.stats["decode_bytes"])
 
-    def _store_counters(self) -> Mapping[str, Any] | None:
-        return self._model._engine.offload
-
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading elements `a` and `b` share."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,37 @@ class ExpertStatistics:
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
+@dataclass(frozen=True)
+class StreamStatistics:
+    """What passed through memory in one generation; prompt included unless named decode.
+
+    Weights that every token uses do so where not all of them fit the budget. bytes, decode_bytes:
+    read from flash. stall_s, decode_stall_s: seconds that computation waited for these reads.
+    """
+
+    bytes: int = 0
+    stall_s: float = 0.0
+    decode_bytes: int = 0
+    decode_stall_s: float = 0.0
+
+
 def _share(part: float, rest: float) -> float:
     return part / (part + rest) if part + rest > 0 else 0.0
 
 
-class ExpertCounter:
+_T = TypeVar("_T", ExpertStatistics, StreamStatistics)
+
+
+class Counter(Generic[_T]):
     """Adds up what the engine's counters gain during the evaluations of one generation."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Any] | None = None  # None: everything is in memory
+    def __init__(self, kind: type[_T]) -> None:
+        self._kind: type[_T] = kind
+        self._sums: dict[str, Any] | None = None  # None: there is nothing of this kind
 
     @contextmanager
     def counting(self, read: Callable[[], Mapping[str, Any] | None]) -> Iterator[None]:
-        """Counts what happens inside; read: the counters since the load, None without a cache."""
+        """Counts what happens inside; read: the counters since the load, None for none."""
         before = read()
         try:
             yield
@@ -86,12 +104,12 @@ class ExpertCounter:
                 sums = self._sums or {}
                 self._sums = {
                     f.name: sums.get(f.name, 0) + after[f.name] - before[f.name]
-                    for f in fields(ExpertStatistics)
+                    for f in fields(self._kind)
                 }
 
-    def statistics(self) -> ExpertStatistics | None:
-        """The sums so far, None where everything is in memory."""
-        return None if self._sums is None else ExpertStatistics(**self._sums)
+    def statistics(self) -> _T | None:
+        """The sums so far, None where there is nothing of this kind."""
+        return None if self._sums is None else self._kind(**self._sums)
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,8 @@ class Statistics:
     peak_memory: largest resident size of the process so far, bytes (0 where unknown).
     memory_bandwidth, flash_bandwidth: measured on this machine, bytes a second (0 where unknown;
     see Model.forecast and Model.flash_bandwidth).
-    experts: what the expert cache did, None where all weights are in memory.
+    experts: what the expert cache did, None where all experts are in memory.
+    stream: what of the other weights passed through memory, None where all of them stay there.
     """
 
     prompt_tokens: int = 0
@@ -121,6 +140,7 @@ class Statistics:
     memory_bandwidth: float = 0.0
     flash_bandwidth: float = 0.0
     experts: ExpertStatistics | None = None
+    stream: StreamStatistics | None = None
 
     @property
     def prefill_tok_s(self) -> float:
@@ -146,14 +166,18 @@ class Statistics:
     @property
     def flash_bytes_per_token(self) -> float:
         """Bytes read from flash by one decode step, on average, what was read ahead included."""
-        if self.experts is None or not self.decode_tokens:
-            return 0.0
-        return self.experts.decode_bytes / self.decode_tokens
+        return self._flash_bytes / self.decode_tokens if self.decode_tokens else 0.0
+
+    @property
+    def _flash_bytes(self) -> int:
+        """Bytes read from flash by decode."""
+        return sum(part.decode_bytes for part in (self.experts, self.stream) if part is not None)
 
     @property
     def compute_s(self) -> float:
         """Seconds of decode that did not wait for reads: computation, choice of tokens, Python."""
-        return self.decode_s - (self.experts.decode_stall_s if self.experts is not None else 0.0)
+        parts = (self.experts, self.stream)
+        return self.decode_s - sum(part.decode_stall_s for part in parts if part is not None)
 
     @property
     def limit_share(self) -> float | None:
@@ -167,8 +191,8 @@ class Statistics:
         if self.memory_bandwidth <= 0 or self.decode_s <= 0:
             return None
         limit = self.decode_bytes / self.memory_bandwidth
-        if self.experts is not None and self.flash_bandwidth > 0:
-            limit = max(limit, self.experts.decode_bytes / self.flash_bandwidth)
+        if self.flash_bandwidth > 0:
+            limit = max(limit, self._flash_bytes / self.flash_bandwidth)
         return limit / self.decode_s
 
     def as_dict(self) -> dict[str, Any]:
@@ -185,10 +209,11 @@ class Statistics:
         document = {f.name: getattr(self, f.name) for f in fields(self)}
         document |= {name: getattr(self, name) for name in derived}
         document["experts"] = None if self.experts is None else self.experts.as_dict()
+        document["stream"] = None if self.stream is None else asdict(self.stream)
         return document
 
     def experts_line(self) -> str | None:
-        """One line for people about the expert cache, None where all weights are in memory."""
+        """One line for people about the expert cache, None where all experts are in memory."""
         e = self.experts
         if e is None:
             return None
@@ -198,28 +223,47 @@ class Statistics:
             parts[0] += f", {e.late / uses:.1%} late"
         if self.decode_tokens:
             parts[0] += f" (decode {e.decode_hit_rate:.1%})"
-            flash = f"flash {self.flash_bytes_per_token / 1e6:.1f} MB a token"
-        else:
-            flash = f"flash {(e.demand_bytes + e.prefetch_bytes) / 1e6:.1f} MB"
-        if self.flash_bandwidth:
-            flash += f" at {self.flash_bandwidth / 1e9:.2f} GB/s"
-        parts.append(flash)
+        read = e.decode_bytes if self.decode_tokens else e.demand_bytes + e.prefetch_bytes
+        parts.append(self._flash_text(read))
         if e.prefetches:
             parts.append(f"prefetch {e.prefetches}, {e.precision:.0%} used, recall {e.recall:.0%}")
         else:
             parts.append("no prefetch")
-        stall = f"waited {e.stall_s:.2f} s"
-        if self.decode_s > 0:
-            stall += f", {e.decode_stall_s / self.decode_s:.0%} of decode"
-        parts.append(stall)
+        parts.append(self._stall_text(e))
         if self.limit_share is not None:
             parts.append(f"{self.limit_share:.0%} of the memory and flash limit")
         return " | ".join(parts)
 
+    def stream_line(self) -> str | None:
+        """One line for people about weights that pass, None where all of them stay."""
+        s = self.stream
+        if s is None:
+            return None
+        read = s.decode_bytes if self.decode_tokens else s.bytes
+        parts = ["weights that pass", self._flash_text(read), self._stall_text(s)]
+        if self.experts is None and self.limit_share is not None:
+            parts.append(f"{self.limit_share:.0%} of the memory and flash limit")
+        return " | ".join(parts)
+
+    def _flash_text(self, nbytes: int) -> str:
+        """nbytes: of decode, where there was any."""
+        text = f"flash {nbytes / max(self.decode_tokens, 1) / 1e6:.1f} MB"
+        if self.decode_tokens:
+            text += " a token"
+        if self.flash_bandwidth:
+            text += f" at {self.flash_bandwidth / 1e9:.2f} GB/s"
+        return text
+
+    def _stall_text(self, part: ExpertStatistics | StreamStatistics) -> str:
+        text = f"waited {part.stall_s:.2f} s"
+        if self.decode_s > 0:
+            text += f", {part.decode_stall_s / self.decode_s:.0%} of decode"
+        return text
+
     def lines(self) -> list[str]:
-        """`line` and, where experts are read from flash, `experts_line`."""
-        second = self.experts_line()
-        return [self.line()] if second is None else [self.line(), second]
+        """`line` and, where weights are read from flash, `experts_line` and `stream_line`."""
+        others = (self.experts_line(), self.stream_line())
+        return [self.line(), *(line for line in others if line is not None)]
 
     def line(self) -> str:
         """One line for people."""

@@ -67,6 +67,7 @@ class Engine:
     # (text, n): of the answer to a question with that text, what follows n bytes never comes.
     stuck: tuple[str, int] | None = None
     offload: dict[str, Any] | None = None  # of a model whose experts are in memory
+    stream: dict[str, Any] | None = None
     budgets: list[dict[str, Any]] = []  # noqa: RUF012 (what each load was given beyond the rest)
 
     def __init__(

@@ -14,7 +14,7 @@ import pytest
 import stoker
 from stoker.offload.trace import read_trace
 from stoker.runtime import cgroup, memory, plan
-from stoker.runtime.statistics import ExpertCounter, ExpertStatistics, Statistics
+from stoker.runtime.statistics import Counter, ExpertStatistics, Statistics
 from tiny_models import make, some_tokens
 
 MIB = 1 << 20
@@ -346,7 +346,7 @@ def test_figures_derived_from_the_counts() -> None:
 
 def test_counter_adds_only_what_it_sees() -> None:
     counters = dict.fromkeys(ExpertStatistics().__dataclass_fields__, 0)
-    counter = ExpertCounter()
+    counter = Counter(ExpertStatistics)
     assert counter.statistics() is None
     for gain in (3, 4):
         with counter.counting(lambda: dict(counters)):
@@ -354,7 +354,7 @@ def test_counter_adds_only_what_it_sees() -> None:
         counters["hits"] += 100  # another session's
     found = counter.statistics()
     assert found is not None and found.hits == 7
-    nothing = ExpertCounter()
+    nothing = Counter(ExpertStatistics)
     with nothing.counting(lambda: None):
         pass
     assert nothing.statistics() is None

@@ -65,7 +65,8 @@ Json plan_json(const Engine& engine) {
   o.set("precision", kPrecisions[static_cast<int>(engine.precision())]);
   o.set("weight_bytes", p.weight_bytes).set("kv_bytes", p.kv_bytes);
   o.set("scratch_bytes", p.scratch_bytes).set("token_bytes", p.token_bytes);
-  o.set("layer_macs", p.layer_macs).set("least_memory", p.least_memory);
+  o.set("layer_macs", p.layer_macs).set("walk_bytes", p.walk_bytes);
+  o.set("least_memory", p.least_memory);
   std::vector<Json> work;
   for (const Work& w : p.work) {
     constexpr const char* kParts[] = {"layers", "experts", "output"};
@@ -77,7 +78,8 @@ Json plan_json(const Engine& engine) {
   o.set("work", work).set("memory", p.memory.budget);
   const MemoryPlan& m = p.memory;
   if (m.budget == 0) return o.json();
-  o.set("process_bytes", m.process).set("margin_bytes", m.margin).set("slot_bytes", m.slot_bytes);
+  o.set("process_bytes", m.process).set("ring_bytes", m.ring).set("margin_bytes", m.margin);
+  o.set("slot_bytes", m.slot_bytes);
   o.set("expert_bytes", m.expert_bytes).set("slots", m.n_slots).set("experts", m.n_units);
   o.set("working_set", m.working_set).set("streams", m.streams());
   return o.json();
@@ -196,7 +198,7 @@ class Measurement {
     token_ms.set("p50", 1e3 * percentile(token_s_, 50)).set("p95", 1e3 * percentile(token_s_, 95));
     o.set("token_ms", token_ms.set("p99", 1e3 * percentile(token_s_, 99)).json());
     o.set("token_s", token_s_);
-    if (!engine_->flash()) {
+    if (!engine_->flash() && !engine_->stream()) {
       for (const char* key : {"bytes_token", "hit_rate", "layer_hits", "stall_s", "compute_s"}) {
         o.set(key, kNull);
       }
@@ -221,8 +223,14 @@ class Measurement {
 
  private:
   double seconds() const { return std::accumulate(token_s_.begin(), token_s_.end(), 0.0); }
+  // Of the expert store, and what other weights cost that pass.
   StoreStatistics statistics() const {
-    return engine_->flash() ? engine_->flash()->statistics() : StoreStatistics();
+    StoreStatistics s = engine_->flash() ? engine_->flash()->statistics() : StoreStatistics();
+    if (!engine_->stream()) return s;
+    const StreamStatistics passed = engine_->stream()->statistics();
+    s.decode_bytes += passed.decode_bytes;
+    s.decode_stall_s += passed.decode_stall_s;
+    return s;
   }
   double load_once() {
     engine_options_.offload.process_bytes = resident_bytes() + kGrowth;

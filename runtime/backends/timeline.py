@@ -172,6 +172,7 @@ class BackendEngine(ABC):
     config: Mapping[str, Any]
     plan: Mapping[str, Any]
     offload: Mapping[str, Any] | None = None
+    stream: Mapping[str, Any] | None = None
 
     @abstractmethod
     def timeline(self) -> BackendTimeline:

@@ -125,12 +125,14 @@ nb::dict to_dict(const stoker::Plan& p, bool kv_f16, stoker::Precision precision
   d["scratch_bytes"] = p.scratch_bytes;
   d["token_bytes"] = p.token_bytes;
   d["layer_macs"] = p.layer_macs;
+  d["walk_bytes"] = p.walk_bytes;
   d["least_memory"] = p.least_memory;
   d["work"] = to_list(p.work);
   const stoker::MemoryPlan& m = p.memory;
   d["memory"] = m.budget;
   if (m.budget == 0) return d;
   d["process_bytes"] = m.process;
+  d["ring_bytes"] = m.ring;
   d["margin_bytes"] = m.margin;
   d["slot_bytes"] = m.slot_bytes;
   d["expert_bytes"] = m.expert_bytes;
@@ -214,6 +216,23 @@ nb::object offload_of(const Engine& e) {
   return d;
 }
 
+// Counters of the weights that pass, since the load; None where there are none.
+nb::object stream_of(const Engine& e) {
+  const stoker::WeightStream* stream = e.stream();
+  if (!stream) return nb::none();
+  const stoker::StreamStatistics s = stream->statistics();
+  const stoker::IoStatistics io = stream->reader().io().statistics();
+  nb::dict d;
+  d["bytes"] = s.bytes;
+  d["stall_s"] = s.stall_s;
+  d["decode_bytes"] = s.decode_bytes;
+  d["decode_stall_s"] = s.decode_stall_s;
+  d["read_bytes"] = io.bytes;
+  d["read_s"] = io.busy_s;
+  d["io"] = stream->reader().io().description();
+  return d;
+}
+
 // The store under the pool's lease, between evaluations. Throws where there is none.
 template <class F>
 void with_flash(const Engine& e, F&& f) {
@@ -234,6 +253,11 @@ void empty_cache(const Engine& e) {
 
 double flash_bandwidth(const Engine& e, int64_t nbytes, uint64_t seed) {
   double bandwidth = 0;
+  if (!e.flash() && e.stream()) {
+    nb::gil_scoped_release release;
+    const stoker::ThreadPool::Lease lease(e.pool());
+    return e.stream()->flash_bandwidth(nbytes, seed);
+  }
   with_flash(e, [&](stoker::FlashExperts& f) { bandwidth = f.flash_bandwidth(nbytes, seed); });
   return bandwidth;
 }
@@ -315,6 +339,7 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("config", config_of)
       .def_prop_ro("plan", plan_of)
       .def_prop_ro("offload", offload_of)
+      .def_prop_ro("stream", stream_of)
       .def("record_routing", record_routing, nb::arg("on"))
       .def("take_routing", take_routing)
       .def("predictor_state", predictor_state)

@@ -102,6 +102,58 @@ int64_t scratch_bytes(const ModelConfig& c, int threads, int64_t chunk) {
   return lay_out_scratch(s, c, threads, chunk, nullptr);
 }
 
+// What of the weights that every token uses stays in a budget, what passes, and in chunks of how
+// many tokens.
+class Fit {
+ public:
+  // all: bytes of these weights; least: tokens of the smallest chunk; scratch: bytes of one.
+  Fit(const GgufFile& file, const Partition& parts, const FixedMemory& others, int64_t all,
+      int64_t experts_used, int64_t least, std::function<int64_t(int64_t)> scratch)
+      : file_(file),
+        parts_(parts),
+        experts_used_(experts_used),
+        least_(least),
+        scratch_(std::move(scratch)),
+        staying_(others),
+        passing_(with(plan_stream(parts.walk, 0), others)) {
+    staying_.pinned = all;
+    staying_.scratch = passing_.scratch = scratch_(least);
+  }
+
+  // Of the smallest chunk, everything staying or all that can pass passing.
+  int64_t least_memory() const { return std::min(least(staying_), least(passing_)); }
+
+  // Shrinks `chunk` to what goes into the budget, or into the smallest one. stream: what passes.
+  FixedMemory into(int64_t budget, int64_t& chunk, StreamPlan& stream) const {
+    const bool stays = budget >= least(staying_) || least(staying_) <= least(passing_);
+    FixedMemory fixed = stays ? staying_ : passing_;
+    const int64_t experts = least_slot_bytes(parts_.layout, experts_used_);
+    const int64_t room = budget - memory_margin(budget) - experts - fixed.total() + fixed.scratch;
+    while (chunk > least_ && scratch_(chunk) > room) chunk = std::max(least_, chunk / 2);
+    fixed.scratch = scratch_(chunk);
+    if (stays) return fixed;
+    const int64_t lookup = WeightStream::lookup_bytes(parts_.lookup);
+    stream = plan_stream(parts_.walk, room - fixed.scratch + fixed.ring - lookup);
+    return with(stream, fixed);
+  }
+
+ private:
+  FixedMemory with(const StreamPlan& stream, FixedMemory fixed) const {
+    fixed.pinned = TensorMemory::nbytes(parts_.staying(file_, stream)) + stream.kept_bytes;
+    fixed.ring = stream.ring_bytes + WeightStream::lookup_bytes(parts_.lookup);
+    return fixed;
+  }
+  int64_t least(const FixedMemory& fixed) const {
+    return stoker::least_memory(fixed, parts_.layout, experts_used_);
+  }
+
+  const GgufFile& file_;
+  const Partition& parts_;
+  const int64_t experts_used_, least_;
+  const std::function<int64_t(int64_t)> scratch_;
+  FixedMemory staying_, passing_;  // with the smallest chunk
+};
+
 }  // namespace
 
 LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
@@ -135,12 +187,12 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   }
   p.work = parts.work;
 
-  int64_t scratch_limit = kMixtureScratch;
+  int64_t scratch_limit = c.is_mixture() ? kMixtureScratch : INT64_MAX;
   if (o.memory > 0) scratch_limit = std::min(scratch_limit, o.memory / kScratchShare);
   const int64_t largest = std::min(kChunk, p.context);
-  const int64_t least = c.is_mixture() ? std::min(kLeastChunk, largest) : largest;
-  p.chunk = largest;
+  const int64_t least = std::min(kLeastChunk, largest);
   const auto scratch = [&](int64_t chunk) { return scratch_bytes(c, p.threads, chunk); };
+  p.chunk = largest;
   while (p.chunk > least && scratch(p.chunk) > scratch_limit) {
     p.chunk = std::max(least, p.chunk / 4 * 3);
   }
@@ -148,29 +200,24 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   fixed.process = o.process_bytes + static_cast<int64_t>(o.predictor_state.size());
   if (c.is_mixture()) fixed.process += TokenHistory::nbytes(c.n_layer, c.n_expert_used);
   fixed.kv = p.kv_bytes;
-  fixed.pinned =
-      c.is_mixture() ? TensorMemory::nbytes(parts.kept) : static_cast<int64_t>(file.nbytes());
-  // The minimum is the minimum of the smallest chunk.
-  fixed.scratch = scratch(least);
-  p.least_memory = least_memory(fixed, parts.layout, c.n_expert_used);
+  p.weight_bytes = TensorMemory::nbytes(file);
+  const int64_t all = c.is_mixture() ? TensorMemory::nbytes(parts.kept) : p.weight_bytes;
+  const Fit fit(file, parts, fixed, all, c.n_expert_used, least, scratch);
+  p.least_memory = fit.least_memory();
+  StreamPlan stream;
   fixed.scratch = scratch(p.chunk);
-  p.weight_bytes = c.is_mixture() && o.memory > 0 ? fixed.pinned : TensorMemory::nbytes(file);
-  while (o.memory > 0) {
-    try {
-      p.memory = plan_memory(file.path(), o.memory, fixed, parts.layout, parts.working_set,
-                             c.n_expert_used);
-      break;
-    } catch (const Error&) {
-      if (p.chunk == least) throw;
-      p.chunk = std::max(least, p.chunk / 2);
-      fixed.scratch = scratch(p.chunk);
-    }
+  if (o.memory > 0) {
+    fixed = fit.into(o.memory, p.chunk, stream);
+    p.weight_bytes = fixed.pinned;
+    p.walk_bytes = stream.walk_bytes;
+    p.memory =
+        plan_memory(file.path(), o.memory, fixed, parts.layout, parts.working_set, c.n_expert_used);
   }
   p.scratch_bytes = fixed.scratch;
   if (o.memory > 0 && !o.cache && c.is_mixture()) {
     p.memory = ring_only(p.memory, parts.layout, c.n_expert_used);
   }
-  return {&family, std::move(c), std::move(p), std::move(parts)};
+  return {&family, std::move(c), std::move(p), std::move(parts), std::move(stream)};
 }
 
 Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options,
@@ -179,9 +226,9 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
   LoadPlan plan = plan_load(*file_, options);
   family_ = plan.family;
   config_ = std::move(plan.config);
-  plan_ = std::move(plan.plan);
+  plan_ = plan.plan;
   ops_ = &ops_for(plan_.isa);
-  load(std::move(plan.parts), poll);
+  load(std::move(plan), poll);
   const ModelConfig& c = config_;
   const bool longrope = c.rope.scaling == RopeScaling::kLongRope;
   const Vector& factors = !longrope                                 ? weights_.rope_factors
@@ -190,17 +237,17 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
   rope_ = Rope(c.rope, c.rope.base, true, factors);
   if (c.rope.base_sliding > 0) rope_sliding_ = Rope(c.rope, c.rope.base_sliding, false, {});
   pool_ = std::make_unique<ThreadPool>(plan_.threads);
-  pool_->be_patient(weights_.flash != nullptr);
+  pool_->be_patient(flash() || stream());
   allocate_scratch();
 }
 
-void Engine::load(Partition parts, const std::function<void()>& poll) {
+void Engine::load(LoadPlan plan, const std::function<void()>& poll) {
   const OffloadOptions& o = options_.offload;
-  if (o.memory == 0 || !config_.is_mixture()) {
+  if (o.memory == 0 || (!config_.is_mixture() && !plan.stream.active)) {
     weights_ = load_weights(*file_, config_, plan_.threads);
     return;
   }
-  auto reader = std::make_unique<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
+  auto reader = std::make_shared<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
   FlashExperts::Options store;
   store.slots = plan_.memory.slots;
   store.policy = o.policy;
@@ -208,11 +255,12 @@ void Engine::load(Partition parts, const std::function<void()>& poll) {
   store.predictor_state = std::move(options_.offload.predictor_state);
   store.prefetch = o.prefetch;
   store.overlap = o.overlap;
-  weights_ = load_weights(*file_, config_, std::move(parts), std::move(reader), store, poll);
+  weights_ = load_weights(*file_, config_, std::move(plan.parts), std::move(plan.stream),
+                          std::move(reader), store, poll);
 }
 
 void Engine::open_session() const {
-  if (!flash()) return;
+  if (!flash() && !stream()) return;
   const ThreadPool::Lease lease(*pool_);
   {
     const std::lock_guard lock(sessions_mutex_);
@@ -227,15 +275,23 @@ void Engine::open_session() const {
 }
 
 void Engine::close_session() const {
-  if (!flash()) return;
+  if (!flash() && !stream()) return;
   const std::lock_guard lock(sessions_mutex_);
   --sessions_;
 }
 
 void Engine::settle_sessions() const {
-  if (!flash()) return;
+  if (!flash() && !stream()) return;
   const std::lock_guard lock(sessions_mutex_);
   const int64_t wanted = std::max<int64_t>(0, sessions_ - 1) * plan_.kv_bytes;
+  if (!flash()) {
+    if (wanted == 0) return;
+    throw Error(ErrorKind::kBudget,
+                file_->path() + ": memory: expected one session at a time, found " +
+                    std::to_string(sessions_) + ": another needs " +
+                    std::to_string(plan_.kv_bytes) +
+                    " bytes more for its KV cache; a smaller context needs less");
+  }
   if (lent_ < wanted) lent_ += flash()->lend(wanted - lent_);
   if (lent_ > wanted) lent_ -= flash()->take_back(lent_ - wanted);
 }

@@ -38,7 +38,7 @@ enum class Precision {
   kHigh,      // all: within float32 rounding of exact activations, at twice the arithmetic
 };
 
-// How a mixture runs that may not fit the memory.
+// How a model runs that may not fit the memory.
 struct OffloadOptions {
   int64_t memory = 0;         // bytes of the whole process; 0: everything resident
   int64_t process_bytes = 0;  // of the process before the engine, interpreter included
@@ -65,14 +65,16 @@ struct Plan {
   Isa isa = Isa::scalar;
   int threads = 1;
   int64_t context = 0;
-  int64_t chunk = 0;         // prompt tokens that pass a layer together
-  int64_t weight_bytes = 0;  // resident from the start: all, or all but the experts
-  int64_t kv_bytes = 0;      // of one timeline at its full context
+  int64_t chunk = 0;  // prompt tokens that pass a layer together
+  int64_t weight_bytes =
+      0;                 // resident from the start: all, or what neither is an expert nor passes
+  int64_t kv_bytes = 0;  // of one timeline at its full context
   int64_t scratch_bytes = 0;
   int64_t token_bytes = 0;   // weight bytes that one decoded token reads
   int64_t layer_macs = 0;    // multiply-adds of one prompt token (the output's excluded)
   int64_t least_memory = 0;  // the smallest budget that would do
   std::vector<Work> work;    // of one decoded token
+  int64_t walk_bytes = 0;    // weights that every walk through the layers reads from flash
   MemoryPlan memory;         // under a budget
 };
 
@@ -82,6 +84,7 @@ struct LoadPlan {
   ModelConfig config;
   Plan plan;
   Partition parts;
+  StreamPlan stream;  // empty: what is not an expert fits
 };
 // Throws Error: kModelFile, kUnsupported, kOption, kBudget.
 LoadPlan plan_load(const GgufFile& file, const EngineOptions& options);
@@ -136,6 +139,8 @@ class Engine {
   Scratch& scratch() const { return scratch_; }  // under pool()'s lease
   // Null unless the experts are on flash.
   FlashExperts* flash() const { return weights_.flash; }
+  // Null unless weights that every token uses pass through a ring.
+  WeightStream* stream() const { return weights_.stream.get(); }
 
   // A session's KV cache is allocated, or has gone. The plan has room for one; under a budget
   // others take theirs from the expert cache. Throws Error(kBudget) where that is too small.
@@ -145,7 +150,7 @@ class Engine {
   void settle_sessions() const;
 
  private:
-  void load(Partition parts, const std::function<void()>& poll);
+  void load(LoadPlan plan, const std::function<void()>& poll);
   void allocate_scratch();
 
   std::shared_ptr<const GgufFile> file_;

@@ -49,12 +49,11 @@ void Forward::begin(std::span<const int32_t> tokens, int64_t position) {
   const ModelConfig& c = config_;
   n_ = static_cast<int64_t>(tokens.size());
   position_ = position;
-  const Matrix& e = engine_.weights().embedding;
+  embed(tokens, s_.x);
   const int64_t half = c.rope.n_rot / 2;
   const bool sliding = engine_.rope(true).size() > 0;
   for_rows(n_, c.n_embd + 64 * half, [&](int64_t i, int) {
     float* x = s_.x + i * c.n_embd;
-    e.format->dequantize(e.data + tokens[static_cast<size_t>(i)] * e.stride, x, c.n_embd);
     if (c.embedding_scale != 1) ops_.scale(x, c.embedding_scale, c.n_embd);
     if (half == 0) return;
     engine_.rope(false).angles(position + i, s_.angles + i * c.rope.n_rot);
@@ -64,6 +63,26 @@ void Forward::begin(std::span<const int32_t> tokens, int64_t position) {
     }
   });
   copy_hidden_to_tap(-1);
+}
+
+void Forward::embed(std::span<const int32_t> tokens, float* x) {
+  const Matrix& e = engine_.weights().embedding;
+  const int64_t width = config_.n_embd;
+  if (e.data) {
+    for_rows(static_cast<int64_t>(tokens.size()), width, [&](int64_t i, int) {
+      e.format->dequantize(e.data + tokens[static_cast<size_t>(i)] * e.stride, x + i * width,
+                           width);
+    });
+    return;
+  }
+  for (size_t first = 0; first < tokens.size(); first += WeightStream::kLookupRows) {
+    const auto rows = engine_.stream()->rows(
+        tokens.subspan(first, std::min(WeightStream::kLookupRows, tokens.size() - first)));
+    float* out = x + static_cast<int64_t>(first) * width;
+    for_rows(static_cast<int64_t>(rows.size()), width, [&](int64_t i, int) {
+      e.format->dequantize(rows[static_cast<size_t>(i)], out + i * width, width);
+    });
+  }
 }
 
 void Forward::norm(const float* in, const Vector& w, float* out) {
@@ -120,6 +139,66 @@ void Forward::multiply(std::span<const Product> products, const Input& in) {
   if (sums_) {
     for (const Product& p : products) sums_->add(*p.matrix, in.high, p.token_list, p.first, p.n);
   }
+  const auto resident = [](const Product& p) { return p.matrix->data != nullptr; };
+  if (std::all_of(products.begin(), products.end(), resident)) {
+    multiply_resident(products, in);
+  } else {
+    multiply_passing(products, in);
+  }
+}
+
+void Forward::multiply_passing(std::span<const Product> products, const Input& in) {
+  WeightStream& stream = *engine_.stream();
+  // Rows of a product: all of a matrix in memory, or those of a piece.
+  struct Part {
+    const Product* product;
+    int32_t piece;  // -1: in memory
+  };
+  std::vector<Part> parts;
+  for (const Product& p : products) {
+    const Matrix& m = *p.matrix;
+    if (m.data) parts.push_back({&p, -1});
+    const WeightStream::Range range = m.data ? WeightStream::Range{} : stream.pieces(m.tensor);
+    for (int32_t i = range.first; i < range.last; ++i) {
+      const StreamPiece& piece = stream.piece(i);
+      if (piece.row_begin < m.first_row + m.rows && piece.row_end > m.first_row) {
+        parts.push_back({&p, i});
+      }
+    }
+  }
+  std::vector<Matrix> matrices;
+  std::vector<Product> ready;
+  matrices.reserve(parts.size());
+  for (size_t next = 0; next < parts.size();) {
+    matrices.clear();
+    ready.clear();
+    for (; next < parts.size(); ++next) {
+      const Part& part = parts[next];
+      if (part.piece < 0) {
+        ready.push_back(*part.product);
+        continue;
+      }
+      const uint8_t* data = stream.get(part.piece, ready.empty());
+      if (!data) break;
+      Matrix m = *part.product->matrix;
+      const StreamPiece& piece = stream.piece(part.piece);
+      const int64_t begin = std::max(m.first_row, piece.row_begin);
+      const int64_t end = std::min(m.first_row + m.rows, piece.row_end);
+      Product p = *part.product;
+      p.y += begin - m.first_row;
+      m.data = data + (begin - piece.row_begin) * m.stride;
+      m.first_row = begin;
+      m.rows = end - begin;
+      matrices.push_back(m);
+      p.matrix = &matrices.back();
+      ready.push_back(p);
+    }
+    multiply_resident(ready, in);
+    stream.release();
+  }
+}
+
+void Forward::multiply_resident(std::span<const Product> products, const Input& in) {
   // One numbering of the row pieces of all products, so that one phase covers them.
   struct Part {
     int64_t first_piece, rows_per_piece;

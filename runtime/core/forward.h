@@ -98,8 +98,11 @@ class Forward {
     if (!p.token_list) return std::clamp<int64_t>(in.low_rows - p.first, 0, p.n);
     return std::lower_bound(p.token_list, p.token_list + p.n, in.low_rows) - p.token_list;
   }
-  // Runs several products of the same input together, rows spread over the threads.
+  // Runs several products of the same input together, rows spread over the threads; those of
+  // weights that pass as the pieces arrive.
   void multiply(std::span<const Product> products, const Input& in);
+  void multiply_resident(std::span<const Product> products, const Input& in);
+  void multiply_passing(std::span<const Product> products, const Input& in);
   // Quantizes rows x [n][cols] for matrices that want int8; with `rows`, only those. Valid until
   // the next call.
   Input input(const float* x, int64_t n, int64_t cols, bool quantize, int64_t low_rows,
@@ -129,6 +132,8 @@ class Forward {
       for (int64_t i = begin; i < end; ++i) f(i, thread);
     });
   }
+  // Embeddings of tokens [n] -> x [n][n_embd], as they are in the file.
+  void embed(std::span<const int32_t> tokens, float* x);
   void store_kv(int64_t il);
   void attend(int64_t il);
   void shared_expert(int64_t il, const float* in, float* out);

@@ -92,6 +92,7 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
   const double start = now();
   last_poll_ = start;
   ExpertStore* const experts = engine_->weights().experts.get();
+  WeightStream* const stream = engine_->stream();
   for (int64_t first = 0; first < n;) {
     const int64_t count = std::min(engine_->plan().chunk, n - first);
     Forward forward(*engine_, kv_);
@@ -101,6 +102,7 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
     }
     const auto chunk = tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(count));
     forward.collect(sums_);
+    if (stream) stream->begin(count, &interrupt_);
     forward.begin(chunk, position_);
     if (experts) {
       experts->begin(chunk, id_, &interrupt_);

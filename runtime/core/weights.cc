@@ -148,6 +148,7 @@ class Loader {
     m.stride = row_bytes(f, cols);
     m.tensor = static_cast<int32_t>(&t - file_.tensors().data());
     m.slice = static_cast<int32_t>(slice);
+    m.first_row = slice * rows;
     if (const uint8_t* p = data(t)) m.data = p + slice * rows * m.stride;
     return m;
   }
@@ -173,6 +174,7 @@ class Loader {
   static Matrix rows_of(const Matrix& m, int64_t begin, int64_t rows) {
     Matrix part = m;
     if (m.data) part.data += begin * m.stride;
+    part.first_row += begin;
     part.rows = rows;
     return part;
   }
@@ -371,9 +373,32 @@ uint64_t data_begin(const GgufFile& file, size_t shard) {
   return begin;
 }
 
-uint64_t page_span(const GgufTensor& t) {
-  const uint64_t begin = t.offset / kIoAlign * kIoAlign;
-  return (t.offset + t.nbytes + kIoAlign - 1) / kIoAlign * kIoAlign - begin;
+Extent extent_of(const GgufTensor& t) { return {t.shard, t.offset, t.nbytes}; }
+
+// Below this a matrix is not worth a read of its own.
+constexpr int64_t kLeastStreamed = 64 * 1024;
+
+StreamTensor stream_tensor(const GgufFile& file, const Matrix& m) {
+  const GgufTensor& t = file.tensors()[static_cast<size_t>(m.tensor)];
+  return {m.tensor, t.ne[1], extent_of(t)};
+}
+
+// The matrices that a walk uses, in the order of use. Routers and all that is small stay: other
+// layers look at routers ahead of time.
+std::vector<StreamTensor> walk_of(const GgufFile& file, const Weights& w) {
+  std::vector<StreamTensor> walk;
+  const auto add = [&](const Matrix& m) {
+    if (!m || m.nbytes() < kLeastStreamed) return;
+    if (walk.empty() || walk.back().tensor != m.tensor) walk.push_back(stream_tensor(file, m));
+  };
+  for (const LayerWeights& l : w.layers) {
+    for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down, &l.shared_gate,
+                            &l.shared_up, &l.shared_down}) {
+      add(*m);
+    }
+  }
+  add(w.output);
+  return walk;
 }
 
 }  // namespace
@@ -407,18 +432,18 @@ TensorMemory::TensorMemory(const std::vector<const GgufTensor*>& tensors, FlashR
   std::vector<FlashReader::Piece> pieces;
   uint8_t* at = kept_.data();
   for (const GgufTensor* t : tensors) {
-    pieces.push_back({{t->shard, t->offset, t->nbytes}, at});
+    pieces.push_back({extent_of(*t), at});
     at_[t] = at + t->offset % kIoAlign;
-    at += page_span(*t);
+    at += page_span(extent_of(*t));
   }
   reader.read_all(pieces, poll);
   kept_.protect();
 }
 
 int64_t TensorMemory::nbytes(const std::vector<const GgufTensor*>& tensors) {
-  uint64_t total = 0;
-  for (const GgufTensor* t : tensors) total += page_span(*t);
-  return static_cast<int64_t>(total);
+  int64_t total = 0;
+  for (const GgufTensor* t : tensors) total += page_span(extent_of(*t));
+  return total;
 }
 
 const uint8_t* TensorMemory::data(const GgufTensor& t) const {
@@ -455,7 +480,7 @@ Partition partition(const GgufFile& file, const ModelConfig& c) {
   Weights none;
   const Loader loader(file, c, none);
   for (const GgufTensor& t : file.tensors()) loader.format(t);
-  Partition p{Layout(c.n_layer, c.n_expert), {}, 0, {}};
+  Partition p{Layout(c.n_layer, c.n_expert), {}, 0, {}, {}, {}};
   for (int64_t il = 0; il < c.n_layer; ++il) {
     if (!loader.is_mixture(il)) continue;
     for (int64_t e = 0; e < c.n_expert; ++e) p.layout.add(il, e, loader.expert(il, e));
@@ -473,17 +498,36 @@ Partition partition(const GgufFile& file, const ModelConfig& c) {
   work.add(Work::Part::kLayers, none.router_up, true);
   work.add(Work::Part::kLayers, none.router_down, true);
   work.add(Work::Part::kOutput, none.output, true);
+  p.walk = walk_of(file, none);
+  p.lookup = stream_tensor(file, none.embedding);
   return p;
 }
 
+std::vector<const GgufTensor*> Partition::staying(const GgufFile& file,
+                                                  const StreamPlan& plan) const {
+  if (!plan.active) return kept;
+  std::set<int32_t> gone{lookup.tensor};
+  for (const StreamTensor& t : walk) gone.insert(t.tensor);
+  for (const int32_t t : plan.whole) gone.erase(t);
+  std::vector<const GgufTensor*> list;
+  for (const GgufTensor* t : kept) {
+    if (!gone.count(static_cast<int32_t>(t - file.tensors().data()))) list.push_back(t);
+  }
+  return list;
+}
+
 Weights load_weights(const GgufFile& file, const ModelConfig& c, Partition partition,
-                     std::unique_ptr<FlashReader> reader, const FlashExperts::Options& options,
-                     const std::function<void()>& poll) {
+                     StreamPlan stream, std::shared_ptr<FlashReader> reader,
+                     const FlashExperts::Options& options, const std::function<void()>& poll) {
   Weights w;
-  w.memory = std::make_unique<TensorMemory>(partition.kept, *reader, poll);
+  w.memory = std::make_unique<TensorMemory>(partition.staying(file, stream), *reader, poll);
   Loader loader(file, c, w);
   load_kept(loader, c, w);
   loader.check_all_used(partition.kept);
+  if (stream.active) {
+    w.stream = std::make_unique<WeightStream>(reader, std::move(stream), partition.lookup, poll);
+  }
+  if (!c.is_mixture()) return w;
   PredictorShape shape{c.n_layer, c.n_embd, c.n_expert, c.n_expert_used, {}};
   for (int64_t il = 0; il < c.n_layer; ++il) shape.mixture.push_back(loader.is_mixture(il));
   auto experts = std::make_unique<FlashExperts>(std::move(partition.layout), std::move(reader),

@@ -10,6 +10,7 @@
 
 #include "offload/expert_store.h"
 #include "offload/flash_experts.h"
+#include "offload/weight_stream.h"
 #include "runtime/core/config.h"
 #include "runtime/core/gguf.h"
 #include "runtime/core/memory.h"
@@ -47,7 +48,7 @@ class TensorMemory {
   // Reads the given tensors only, page-aligned as direct I/O delivers them.
   TensorMemory(const std::vector<const GgufTensor*>& tensors, FlashReader& reader,
                const std::function<void()>& poll);
-  // Bytes that the second form takes.
+  // Bytes that this form takes.
   static int64_t nbytes(const std::vector<const GgufTensor*>& tensors);
 
   const uint8_t* data(const GgufTensor& t) const;
@@ -65,7 +66,7 @@ class TensorMemory {
 };
 
 struct Weights {
-  Matrix embedding;     // [n_vocab][n_embd]
+  Matrix embedding;     // [n_vocab][n_embd]; rows come from `stream` where it has no data
   Matrix output;        // [n_vocab][n_embd]; the embedding where the file has none
   Vector output_norm;   // [n_embd]
   Vector output_bias;   // [n_vocab]
@@ -77,6 +78,7 @@ struct Weights {
   std::vector<LayerWeights> layers;
   std::unique_ptr<ExpertStore> experts;  // null for dense models
   FlashExperts* flash = nullptr;         // `experts`, where they are on flash
+  std::unique_ptr<WeightStream> stream;  // of matrices without data; null: there are none
   std::unique_ptr<TensorMemory> memory;
 };
 
@@ -101,13 +103,20 @@ struct Partition {
   std::vector<const GgufTensor*> kept;
   int64_t working_set = 0;  // experts that one token uses, all layers
   std::vector<Work> work;
+  // Where not all of `kept` fits: the large matrices that every token uses, in the order of use,
+  // and that of the embeddings, of which it uses a row.
+  std::vector<StreamTensor> walk;
+  StreamTensor lookup;
+  // Of `kept` those that stay as a whole under a plan (an empty one: all).
+  std::vector<const GgufTensor*> staying(const GgufFile& file, const StreamPlan& plan) const;
 };
 // Throws Error(kUnsupported) for tensors that the family does not know.
 Partition partition(const GgufFile& file, const ModelConfig& config);
 
-// Experts on flash, behind `reader` (whose files are the shards). poll is called every 20 ms.
+// Experts, and what `stream` lets pass, on flash, behind `reader` (whose files are the shards).
+// poll is called every 20 ms.
 Weights load_weights(const GgufFile& file, const ModelConfig& config, Partition partition,
-                     std::unique_ptr<FlashReader> reader, const FlashExperts::Options& options,
-                     const std::function<void()>& poll);
+                     StreamPlan stream, std::shared_ptr<FlashReader> reader,
+                     const FlashExperts::Options& options, const std::function<void()>& poll);
 
 }  // namespace stoker

@@ -1,0 +1,251 @@
+#include "offload/weight_stream.h"
+
+#include <algorithm>
+#include <chrono>
+#include <random>
+
+#include "runtime/core/errors.h"
+
+namespace stoker {
+
+namespace {
+
+// What is being computed with takes at most this part of the ring.
+constexpr uint64_t kGivenShare = 4;
+
+double now() {
+  using Clock = std::chrono::steady_clock;
+  return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+}
+
+Extent row_extent(const StreamTensor& t, int64_t row) {
+  const auto bytes = static_cast<uint64_t>(t.row_bytes());
+  return {t.extent.shard, t.extent.offset + static_cast<uint64_t>(row) * bytes, bytes};
+}
+
+// Pages that a row may touch.
+uint64_t row_span(const StreamTensor& t) {
+  return (static_cast<uint64_t>(t.row_bytes()) + 2 * kIoAlign - 1) / kIoAlign * kIoAlign;
+}
+
+}  // namespace
+
+WeightStream::WeightStream(std::shared_ptr<FlashReader> reader, StreamPlan plan,
+                           const StreamTensor& lookup, const std::function<void()>& poll)
+    : reader_(std::move(reader)),
+      plan_(std::move(plan)),
+      lookup_(lookup),
+      kept_(static_cast<uint64_t>(plan_.kept_bytes), "weights"),
+      arena_(static_cast<uint64_t>(plan_.ring_bytes), "weights that pass"),
+      stays_(plan_.reads.size()),
+      row_memory_(static_cast<uint64_t>(lookup_bytes(lookup)), "embeddings") {
+  for (size_t i = 0; i < plan_.pieces.size(); ++i) {
+    const auto number = static_cast<int32_t>(i);
+    const auto tensor = static_cast<size_t>(plan_.pieces[i].tensor);
+    if (tensor >= ranges_.size()) ranges_.resize(tensor + 1);
+    if (ranges_[tensor].last == 0) ranges_[tensor].first = number;
+    ranges_[tensor].last = number + 1;
+  }
+  std::vector<FlashReader::Piece> reads;
+  uint8_t* at = kept_.data();
+  for (size_t i = 0; i < plan_.reads.size(); ++i) {
+    const StreamRead& r = plan_.reads[i];
+    if (!r.stays) {
+      passing_.push_back(static_cast<int32_t>(i));
+      continue;
+    }
+    reads.push_back({r.extent, at});
+    stays_[i] = at;
+    at += page_span(r.extent);
+  }
+  reader_->read_all(reads, poll);
+  kept_.protect();
+  if (!passing_.empty()) next_ = passing_.front();
+  pump();
+}
+
+WeightStream::~WeightStream() { drop(ring_.size()); }
+
+void WeightStream::begin(int64_t tokens, const std::function<void()>* poll) {
+  decode_ = tokens == 1;
+  poll_ = poll;
+  release();  // what a walk that failed has left
+}
+
+const uint8_t* WeightStream::weights(int32_t i, const uint8_t* data) const {
+  const StreamPiece& p = piece(i);
+  const uint64_t begin = read(p.read).extent.offset / kIoAlign * kIoAlign;
+  return data + (p.extent.offset - begin);
+}
+
+const uint8_t* WeightStream::get(int32_t i, bool wait) {
+  const int32_t wanted = piece(i).read;
+  if (const uint8_t* data = stays_[static_cast<size_t>(wanted)]) return weights(i, data);
+  const auto find = [&] {
+    return std::find_if(ring_.begin(), ring_.end(),
+                        [&](const Passing& p) { return p.read == wanted; });
+  };
+  const bool first = last_given_ < 0;
+  auto it = find();
+  if (it == ring_.end()) {
+    if (!first) return nullptr;
+    // Not what was expected: a walk was broken off, or leaves out the output.
+    drop(ring_.size());
+    next_ = wanted;
+    pump();
+    it = find();
+  }
+  IoStatus status = it->job.status.load(std::memory_order_acquire);
+  if (status == IoStatus::kPending) {
+    if (!wait || !first) return nullptr;
+    reader_->io().promote(it->job);
+    const double began = now();
+    reader_->await(it->job, poll());
+    count(0, now() - began);
+    status = it->job.status.load(std::memory_order_acquire);
+  }
+  if (status != IoStatus::kDone) {
+    const std::string error = it->job.error;
+    drop(ring_.size());
+    next_ = wanted;  // to be read again
+    throw Error(ErrorKind::kDevice, error);
+  }
+  const auto at = static_cast<size_t>(it - ring_.begin());
+  if (at >= given_) {
+    // Reads go on while what was given is computed with.
+    if (!first && given_bytes_ + it->taken > arena_.size() / kGivenShare) return nullptr;
+    count(static_cast<int64_t>(it->job.reads[0].bytes), 0);
+    given_bytes_ += it->taken;
+    given_ = at + 1;
+  }
+  last_given_ = i;
+  return weights(i, it->data);
+}
+
+void WeightStream::release() {
+  if (last_given_ >= 0) {
+    // A read whose last piece was not asked for yet is kept.
+    const bool more = last_given_ + 1 < read(ring_[given_ - 1].read).last;
+    drop(given_ - (more ? 1 : 0));
+  }
+  last_given_ = -1;
+  given_bytes_ = 0;
+  pump();
+}
+
+std::span<const uint8_t* const> WeightStream::rows(std::span<const int32_t> numbers) {
+  rows_.clear();
+  const Range range = pieces(lookup_.tensor);
+  std::vector<FlashReader::Piece> reads;
+  uint8_t* at = row_memory_.data();
+  for (const int32_t number : numbers) {
+    const uint8_t* stays = nullptr;
+    for (int32_t i = range.first; i < range.last && !stays; ++i) {
+      const StreamPiece& p = piece(i);
+      const uint8_t* data = stays_[static_cast<size_t>(p.read)];
+      if (!data || number < p.row_begin || number >= p.row_end) continue;
+      stays = weights(i, data) + (number - p.row_begin) * lookup_.row_bytes();
+    }
+    if (stays) {
+      rows_.push_back(stays);
+      continue;
+    }
+    const Extent extent = row_extent(lookup_, number);
+    reads.push_back({extent, at});
+    rows_.push_back(at + extent.offset % kIoAlign);
+    at += row_span(lookup_);
+  }
+  if (reads.empty()) return rows_;
+  const double began = now();
+  reader_->read_all(reads, poll());
+  int64_t bytes = 0;
+  for (const auto& r : reads) bytes += page_span(r.extent);
+  count(bytes, now() - began);
+  return rows_;
+}
+
+int64_t WeightStream::lookup_bytes(const StreamTensor& lookup) {
+  return static_cast<int64_t>(kLookupRows * row_span(lookup));
+}
+
+StreamStatistics WeightStream::statistics() const {
+  return {bytes_.load(), stall_s_.load(), decode_bytes_.load(), decode_stall_s_.load()};
+}
+
+double WeightStream::flash_bandwidth(int64_t bytes, uint64_t seed) {
+  if (passing_.empty()) return 0;
+  // The ring serves as buffer: what is read is never looked at.
+  drop(ring_.size());
+  std::mt19937_64 random(seed);
+  std::vector<FlashReader::Piece> reads;
+  uint64_t at = 0;
+  int64_t total = 0;
+  for (size_t i = random() % passing_.size(); total < bytes; i = (i + 1) % passing_.size()) {
+    const Extent& extent = read(passing_[i]).extent;
+    const auto span = static_cast<uint64_t>(page_span(extent));
+    if (at + span > arena_.size()) at = 0;
+    reads.push_back({extent, arena_.data() + at});
+    at += span;
+    total += static_cast<int64_t>(span);
+  }
+  const double began = now();
+  reader_->read_all(reads, {});
+  const double seconds = now() - began;
+  pump();
+  return static_cast<double>(total) / seconds;
+}
+
+int32_t WeightStream::passing_after(int32_t i) const {
+  const auto it = std::upper_bound(passing_.begin(), passing_.end(), i);
+  return it == passing_.end() ? passing_.front() : *it;
+}
+
+void WeightStream::pump() {
+  while (ring_.size() < passing_.size()) {
+    const Extent& extent = read(next_).extent;
+    const auto span = static_cast<uint64_t>(page_span(extent));
+    // A read lies in one part; what the arena's end is too short for is skipped.
+    const bool wraps = head_ + span > arena_.size();
+    const uint64_t skipped = wraps ? arena_.size() - head_ : 0;
+    if (used_ + skipped + span > arena_.size()) return;
+    if (wraps) head_ = 0;
+    Passing& entry = ring_.emplace_back();
+    entry.read = next_;
+    entry.data = arena_.data() + head_;
+    entry.taken = skipped + span;
+    Read& into = entry.job.reads[0];
+    into.file = extent.shard;
+    into.offset = extent.offset / kIoAlign * kIoAlign;
+    into.needed = extent.offset + extent.bytes - into.offset;
+    into.bytes = span;
+    into.into = entry.data;
+    entry.job.n_reads = 1;
+    reader_->io().submit(entry.job, false);
+    head_ += span;
+    used_ += entry.taken;
+    next_ = passing_after(next_);
+  }
+}
+
+void WeightStream::drop(size_t n) {
+  jobs_.clear();
+  for (size_t i = 0; i < n; ++i) jobs_.push_back(&ring_[i].job);
+  reader_->end(jobs_);
+  for (size_t i = 0; i < n; ++i) {
+    used_ -= ring_.front().taken;
+    ring_.pop_front();
+  }
+  given_ -= std::min(n, given_);
+  if (given_ == 0) last_given_ = -1;
+  if (ring_.empty()) head_ = used_ = 0;
+}
+
+void WeightStream::count(int64_t bytes, double stall_s) {
+  bytes_.fetch_add(bytes);
+  stall_s_.store(stall_s_.load() + stall_s);
+  if (!decode_) return;
+  decode_bytes_.fetch_add(bytes);
+  decode_stall_s_.store(decode_stall_s_.load() + stall_s);
+}
+
+}  // namespace stoker
