@@ -10,9 +10,8 @@ its host varies tenfold from minute to minute, and is no matter of the model. Re
 interleaved: all cases once, then all again. Before each repeat the device is profiled anew, so that
 a machine whose speed drifts is compared with itself; the profile of the comparison is the median of
 them, the measured value the median of the repeats that nothing disturbed (noise.py: the host took
-CPU time, other processes ran); of all, where each was. Budgets that are too small for a model are
-replaced by ones that fit, so that each has as many as were asked for; to a dense model every budget
-that fits is the same.
+CPU time, other processes ran); of all, where each was. Budgets that are too small or too large for a
+model are replaced by ones that make a difference, so that each has as many as were asked for.
 
 Prints one line a case, and the median and the worst error of decode tok/s and of the time to the
 first token (load and prompt), each as a share of what was measured.
@@ -83,13 +82,11 @@ def budgets(path: Path, wanted: Sequence[int], context: int, threads: int) -> li
     from ..runtime._core import GgufFile
 
     subject = Subject(GgufFile(str(path)), path.name, context=context, process_bytes=PROCESS_BYTES)
-    config, plan = subject.plan(0, threads)
+    plan = subject.plan(0, threads)[1]
     # Room for what the worker may be larger than is assumed here.
     least = int(plan["least_memory"] * 1.1) + (8 << 20)
     whole = least + int(plan["weight_bytes"])
     found = [w for w in wanted if least <= w * BUDGET_SHARE < whole]
-    if not config["n_expert"]:
-        found = []  # it must fit: any budget above the minimum is as good
     spare = len(wanted) - len(found)
     for i in range(spare):
         budget = least + (i + 0.5) / spare * 0.95 * (whole - least)

@@ -216,7 +216,7 @@ def _with_tokens(table: Table, model: ModelResults) -> Table:
 
 
 def flash_table(model: ModelResults) -> Table | None:
-    """Experts on flash, a token of decode: where its time goes, what it reads, what it hits."""
+    """Reads from flash, a token of decode: where its time goes, what it reads, what it hits."""
     columns = (
         Column("hits", (PERCENT,), lambda one: one.of_run("decode", "hit_rate")),
         Column("read/token", BYTES, lambda one: one.of_run("decode", "bytes_token"), "read"),
@@ -225,7 +225,7 @@ def flash_table(model: ModelResults) -> Table | None:
         Column("computing", SECONDS, lambda one: one.of_run("decode", "compute_s"), "time"),
         Column("waiting", SECONDS, lambda one: one.of_run("decode", "stall_s"), "time"),
     )
-    return setup_table("Experts on flash, a token of decode", model.measured, columns)
+    return setup_table("Reads from flash, a token of decode", model.measured, columns)
 
 
 def prompt_tables(model: ModelResults) -> list[Table]:

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 LIMIT = 1e-3
-LIMITS = {"gemma3": 3e-3}  # llama.cpp looks GELU up in a table of f16
+# llama.cpp looks GELU up in a table of f16, which wide weights show.
+LIMITS = {"gemma3": 3e-3}
 # What llama.cpp does not compute as the file says, and why.
 NOT_IN_LLAMA_CPP = {
     "qwen2moe-dense-layer": "expects a mixture in every layer",

@@ -106,6 +106,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {**_OLMOE, "num_key_value_heads": 4}),
     "olmoe-gqa": ("OlmoeConfig", "OlmoeForCausalLM", _OLMOE),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
+    "gemma3-initialized": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
     "gemma3-pattern": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
@@ -122,6 +123,9 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
 }
+
+# Whose weights are as transformers initializes them; those of the others are drawn wider.
+AS_INITIALIZED = frozenset({"gemma3-initialized"})
 
 
 def build(variant: str, folder: Path, dtype: Any = None, **sizes: Any) -> Any:
@@ -140,6 +144,8 @@ def build(variant: str, folder: Path, dtype: Any = None, **sizes: Any) -> Any:
     model = getattr(transformers, model_class)(config).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
+            if variant in AS_INITIALIZED:
+                break
             noise = torch.randn(value.shape)
             if value.ndim > 1:
                 value.copy_(noise * (1.6 / value.shape[-1] ** 0.5))

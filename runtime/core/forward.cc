@@ -98,7 +98,8 @@ void Forward::add(float* y, const float* x) {
 }
 
 Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quantize,
-                              int64_t low_rows, std::span<const int32_t> rows) {
+                              int64_t low_rows, std::span<const int32_t> rows,
+                              const int32_t* token) {
   Input in;
   Activations& a = in.high;
   a.kind = ActKind::f32;
@@ -127,7 +128,7 @@ Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quan
   for_rows(count, cols, [&](int64_t r, int thread) {
     const int64_t i = rows.empty() ? r : rows[static_cast<size_t>(r)];
     row(x + i * cols, i);
-    if (i >= low_rows) return;
+    if ((token ? token[i] : i) >= low_rows) return;
     auto* error = reinterpret_cast<float*>(thread_scratch(thread));
     ops_.rounding_error(x + i * cols, a.q + i * a.q_stride, a.scale + i * (cols / 32), error, cols);
     row(error, s_.rows + i);

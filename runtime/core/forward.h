@@ -103,10 +103,10 @@ class Forward {
   void multiply(std::span<const Product> products, const Input& in);
   void multiply_resident(std::span<const Product> products, const Input& in);
   void multiply_passing(std::span<const Product> products, const Input& in);
-  // Quantizes rows x [n][cols] for matrices that want int8; with `rows`, only those. Valid until
-  // the next call.
+  // Quantizes rows x [n][cols] for matrices that want int8; with `rows`, only those. With `token`
+  // [n] rows get both terms by their tokens rather than their numbers. Valid until the next call.
   Input input(const float* x, int64_t n, int64_t cols, bool quantize, int64_t low_rows,
-              std::span<const int32_t> rows = {});
+              std::span<const int32_t> rows = {}, const int32_t* token = nullptr);
   bool two_terms(Precision least) const { return engine_.precision() >= least; }
   // Rows of the chunk that get both terms where `least` asks for them: all from this precision on,
   // below it the first tokens of the sequence (kSinkTokens).

@@ -244,7 +244,7 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
     }
     multiply(gate_up, input(in, n_, c.n_embd, quantize_in, low));
     gate_rows(s_.gate, s_.up, pairs, ff, rows);
-    multiply(down, input(s_.gate, pairs, ff, quantize_hidden, low > 0 ? pairs : 0, rows));
+    multiply(down, input(s_.gate, pairs, ff, quantize_hidden, low, rows, token.data()));
   }
   for_rows(n_, c.n_embd * k, [&](int64_t i, int) {
     float* y = out + i * c.n_embd;
