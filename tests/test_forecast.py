@@ -163,6 +163,25 @@ def test_the_budget_that_doubles(models: Callable[[str], Path]) -> None:
     assert forecast(subject, device, None).doubles_at is None
 
 
+def test_weights_that_pass(tmp_path: Path) -> None:
+    path = TinyMixture("llama", overrides={"n_embd": 256, "n_ff": 2048}).write(tmp_path)
+    subject, device = subject_of(path, process_bytes=0), Device(PROFILE)
+    whole = forecast(subject, device, None)
+    least = forecast(subject, device, 1).least_memory
+    found = [forecast(subject, device, least + i * 4 * MEBIBYTE) for i in range(3)]
+    for f in found:
+        assert f.fits and f.limited_by == "flash" and f.hit_rate is None
+        plan = subject.plan(f.memory or 0, 2)[1]
+        assert f.bytes_token == plan["walk_bytes"]
+        assert f.resident["weights that pass"] == plan["ring_bytes"]
+        assert f.token_s >= f.times["flash"]
+    assert found[0].bytes_token > found[1].bytes_token > found[2].bytes_token
+    assert found[0].tokens_per_s < found[2].tokens_per_s < whole.tokens_per_s
+    assert found[0].prompt_s > whole.prompt_s
+    assert found[0].doubles_at is not None
+    assert forecast(subject, device, found[0].doubles_at).token_s <= found[0].token_s / 2
+
+
 def test_speeds_of_the_profile() -> None:
     device = Device(PROFILE)
     assert device.threads == 2
