@@ -10,8 +10,8 @@ its host varies tenfold from minute to minute, and is no matter of the model. Re
 interleaved: all cases once, then all again. Before each repeat the device is profiled anew, so that
 a machine whose speed drifts is compared with itself; the profile of the comparison is the median of
 them, the measured value the median of the repeats that nothing disturbed (noise.py: the host took
-CPU time, other processes ran); of all, where each was. Budgets that are too small or too large for a
-model are replaced by ones that make a difference, so that each has as many as were asked for.
+CPU time, other processes ran); of all, where each was. Budgets that are too small or too large for
+a model are replaced by ones that make a difference, so that each has as many as were asked for.
 
 Prints one line a case, and the median and the worst error of decode tok/s and of the time to the
 first token (load and prompt), each as a share of what was measured.
