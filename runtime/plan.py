@@ -165,7 +165,7 @@ def report(model: Model) -> PlanReport:
         pinned["padding"] = padding  # tensors begin where direct reads may
     flash_bandwidth = model.flash_bandwidth
     flash_s: float | None = 0.0
-    passing = int(plan["walk_bytes"])
+    passing = int(plan.get("walk_bytes", 0))
     if read := (1 - hits) * working_set * one + passing:
         flash_s = read / flash_bandwidth if flash_bandwidth else None
     return PlanReport(
