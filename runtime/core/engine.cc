@@ -19,6 +19,7 @@ constexpr int64_t kChunk = 512;
 // A mixture's scratch grows with tokens x experts used; the chunk shrinks to keep it below this.
 constexpr int64_t kMixtureScratch = int64_t{96} << 20;
 constexpr int64_t kLeastChunk = 32;
+constexpr int64_t kSmallestChunk = 8;  // where not even all weights fit that every token uses
 // Under a budget scratch takes at most this part of it: what it takes, the cache lacks.
 constexpr int64_t kScratchShare = 12;
 constexpr int64_t kDefaultContext = 4096;
@@ -106,18 +107,20 @@ int64_t scratch_bytes(const ModelConfig& c, int threads, int64_t chunk) {
 // many tokens.
 class Fit {
  public:
-  // all: bytes of these weights; least: tokens of the smallest chunk; scratch: bytes of one.
+  // all: bytes of these weights; largest: tokens of the largest chunk; scratch: bytes of one.
   Fit(const GgufFile& file, const Partition& parts, const FixedMemory& others, int64_t all,
-      int64_t experts_used, int64_t least, std::function<int64_t(int64_t)> scratch)
+      int64_t experts_used, int64_t largest, std::function<int64_t(int64_t)> scratch)
       : file_(file),
         parts_(parts),
         experts_used_(experts_used),
-        least_(least),
+        least_staying_(std::min(kLeastChunk, largest)),
+        least_passing_(std::min(kSmallestChunk, largest)),
         scratch_(std::move(scratch)),
         staying_(others),
         passing_(with(plan_stream(parts.walk, 0), others)) {
     staying_.pinned = all;
-    staying_.scratch = passing_.scratch = scratch_(least);
+    staying_.scratch = scratch_(least_staying_);
+    passing_.scratch = scratch_(least_passing_);
   }
 
   // Of the smallest chunk, everything staying or all that can pass passing.
@@ -129,7 +132,8 @@ class Fit {
     FixedMemory fixed = stays ? staying_ : passing_;
     const int64_t experts = least_slot_bytes(parts_.layout, experts_used_);
     const int64_t room = budget - memory_margin(budget) - experts - fixed.total() + fixed.scratch;
-    while (chunk > least_ && scratch_(chunk) > room) chunk = std::max(least_, chunk / 2);
+    const int64_t smallest = stays ? least_staying_ : least_passing_;
+    while (chunk > smallest && scratch_(chunk) > room) chunk = std::max(smallest, chunk / 2);
     fixed.scratch = scratch_(chunk);
     if (stays) return fixed;
     const int64_t lookup = WeightStream::lookup_bytes(parts_.lookup);
@@ -149,7 +153,7 @@ class Fit {
 
   const GgufFile& file_;
   const Partition& parts_;
-  const int64_t experts_used_, least_;
+  const int64_t experts_used_, least_staying_, least_passing_;
   const std::function<int64_t(int64_t)> scratch_;
   FixedMemory staying_, passing_;  // with the smallest chunk
 };
@@ -202,7 +206,7 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   fixed.kv = p.kv_bytes;
   p.weight_bytes = TensorMemory::nbytes(file);
   const int64_t all = c.is_mixture() ? TensorMemory::nbytes(parts.kept) : p.weight_bytes;
-  const Fit fit(file, parts, fixed, all, c.n_expert_used, least, scratch);
+  const Fit fit(file, parts, fixed, all, c.n_expert_used, largest, scratch);
   p.least_memory = fit.least_memory();
   StreamPlan stream;
   fixed.scratch = scratch(p.chunk);
