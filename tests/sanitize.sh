@@ -56,8 +56,8 @@ case "${2:-all}" in
     ;;&
   all | tsan)
     build tsan thread -DSTOKER_NATIVE_TESTS=ON
-    native tsan -R 'io_|flash_experts'
+    native tsan -R 'io_|flash_experts|weight_stream'
     python tsan libtsan.so tests/test_families.py tests/test_threads.py tests/test_offload.py \
-      tests/test_offload_faults.py
+      tests/test_offload_faults.py tests/test_stream.py
     ;;
 esac
