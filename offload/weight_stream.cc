@@ -174,25 +174,20 @@ StreamStatistics WeightStream::statistics() const {
 
 double WeightStream::flash_bandwidth(int64_t bytes, uint64_t seed) {
   if (passing_.empty()) return 0;
-  // The ring serves as buffer: what is read is never looked at.
+  begin(0, nullptr);
   drop(ring_.size());
-  std::mt19937_64 random(seed);
-  std::vector<FlashReader::Piece> reads;
-  uint64_t at = 0;
+  size_t i = std::mt19937_64(seed)() % passing_.size();
+  next_ = passing_[i];
   int64_t total = 0;
-  for (size_t i = random() % passing_.size(); total < bytes; i = (i + 1) % passing_.size()) {
-    const Extent& extent = read(passing_[i]).extent;
-    const auto span = static_cast<uint64_t>(page_span(extent));
-    if (at + span > arena_.size()) at = 0;
-    reads.push_back({extent, arena_.data() + at});
-    at += span;
-    total += static_cast<int64_t>(span);
-  }
   const double began = now();
-  reader_->read_all(reads, {});
-  const double seconds = now() - began;
   pump();
-  return static_cast<double>(total) / seconds;
+  for (; total < bytes; i = (i + 1) % passing_.size()) {
+    const StreamRead& r = read(passing_[i]);
+    get(r.last - 1, true);
+    release();
+    total += page_span(r.extent);
+  }
+  return static_cast<double>(total) / (now() - began);
 }
 
 int32_t WeightStream::passing_after(int32_t i) const {
