@@ -179,7 +179,7 @@ def test_failing_reads_never_change_a_token(models: Any, name: str) -> None:
     expected = model.resident.timeline()
     expected.eval(tokens)
     failures = passed = 0
-    for seed in range(40):
+    for seed in range(200):
         try:
             e = model.engine(0.3, io=f"null:eio=0.01,short=0.005,delay=0..0.1ms,seed={seed}")
         except errors.DeviceError:
@@ -194,9 +194,9 @@ def test_failing_reads_never_change_a_token(models: Any, name: str) -> None:
                 assert failures < 5000
         np.testing.assert_array_equal(t.logits(), expected.logits())
         passed += 1
-        if passed == 5:
+        if passed >= 5 and failures > 5:
             break
-    assert passed == 5 and failures > 5
+    assert passed >= 5 and failures > 5
 
 
 def test_cancelled_between_reads(models: Any) -> None:
