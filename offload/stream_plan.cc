@@ -117,9 +117,10 @@ StreamPlan plan_stream(const std::vector<StreamTensor>& walk, int64_t room) {
     plan.whole.push_back(t.tensor);
   }
   std::sort(plan.whole.begin(), plan.whole.end());
-  if (all <= room) return plan;
-
+  // A ring larger than what passes would be none.
   const int64_t least = std::max(kLeastRing, 4 * largest_span(walk, kLeastRead));
+  if (all <= std::max(room, least)) return plan;
+
   const int64_t wanted = std::min(kMostRing, best_ring(all - std::max<int64_t>(room, 0)));
   plan.ring_bytes = std::max(least, std::min(room, wanted));
   StreamPlan cuts;

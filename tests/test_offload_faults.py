@@ -349,7 +349,7 @@ def test_hundreds_of_cancelled_prefetches(mixtral: Model) -> None:
     tokens = prompt(mixtral.resident, n=CONTEXT)
     expected = mixtral.resident.timeline()
     expected.eval(tokens)
-    e = mixtral.offloaded(0.5, io="null:delay=0.1ms,reorder", readers=1, prefetch="on")
+    e = mixtral.offloaded(0.5, io="null:delay=0.3ms,reorder", readers=1, prefetch="on")
     t = e.timeline()
     for _ in range(50):  # about 24 each
         if e.offload["cancelled"] >= 100:
