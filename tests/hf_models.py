@@ -106,7 +106,11 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {**_OLMOE, "num_key_value_heads": 4}),
     "olmoe-gqa": ("OlmoeConfig", "OlmoeForCausalLM", _OLMOE),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
-    "gemma3-initialized": ("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA),
+    "gemma3-initialized": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**_GEMMA, "initializer_range": 0.045},
+    ),
     "gemma3-pattern": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
