@@ -109,7 +109,7 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3-initialized": (
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
-        {**_GEMMA, "initializer_range": 0.045},
+        {**_GEMMA, "initializer_range": 0.04},
     ),
     "gemma3-pattern": (
         "Gemma3TextConfig",
