@@ -114,11 +114,12 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
     }
     if (experts) experts->end();
     if (sink) sink(forward, first, count);
+    forward.collect(nullptr);  // the last token's logits were among those of `sink`
+    has_logits_ = false;
+    // Reads of the output may fail: then these tokens do not count, as where one of a layer's did.
+    if (first + count == n) keep_last(forward, count);
     position_ += count;
     first += count;
-    has_logits_ = false;
-    forward.collect(nullptr);  // the last token's logits were among those of `sink`
-    if (first == n) keep_last(forward, count);
   }
   const double seconds = now() - start;
   if (n == 1) {
