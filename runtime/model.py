@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ChatTemplateError, OptionError, TokenizerError, UnsupportedModelError
+from .errors import (
+    BudgetError,
+    ChatTemplateError,
+    OptionError,
+    TokenizerError,
+    UnsupportedModelError,
+)
 from .memory import available_memory, budget, check_memory, process_bytes, resident_bytes
 from .options import GenerationOptions, LoadOptions
 from .perplexity import Perplexity, measure
@@ -270,7 +276,16 @@ class Model:
         raise UnsupportedModelError(f"{self.path}: run(inputs) expects an ONNX model")
 
     def session(self, *, system: str | None = None) -> Session:
-        """A new, empty session with a KV cache of its own."""
+        """A new, empty session with a KV cache of its own. Raises BudgetError."""
+        try:
+            return Session(self, system=system)
+        except BudgetError:
+            if self._idle is None:
+                raise
+        # What generate and chat have kept has the memory; they make another when they need it.
+        with self._lazy:
+            self._idle = None
+        gc.collect()  # a generation may still refer to it
         return Session(self, system=system)
 
     def generate(

@@ -86,7 +86,8 @@ class LoadOptions:
     prefetch: "auto" reads ahead while that measurably pays; "on", "off".
     io: backend that reads flash, "auto" for the one that measures faster; None: the default.
     readers: reads under way at a time; None: the default.
-    The last six have no effect where every expert is in memory.
+    The last six have no effect where all weights are in memory, the first four of them where all
+    experts are.
     """
 
     threads: int | None = None

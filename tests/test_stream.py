@@ -290,6 +290,19 @@ def loaded(model: Model) -> stoker.Model:
     raise AssertionError("what is named is never enough")
 
 
+def test_the_session_that_generate_keeps(models: Any) -> None:
+    model = loaded(models("llama"))
+    text = model.generate("the cat sat", temperature=0, max_tokens=4).read()
+    session = model.session()  # takes the memory of what generate kept
+    with pytest.raises(errors.BudgetError, match="one session at a time"):
+        model.session()
+    assert session.generate("the cat sat", temperature=0, max_tokens=4).read() == text
+    del session
+    gc.collect()
+    assert model.generate("the cat sat", temperature=0, max_tokens=4).read() == text
+    assert model.logits([1, 2, 3]).shape == (3, model.n_vocab)
+
+
 def test_statistics_and_plan(models: Any) -> None:
     model = loaded(models("llama"))
     assert model.stream is not None and model.offload is None

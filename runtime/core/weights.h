@@ -48,7 +48,7 @@ class TensorMemory {
   // Reads the given tensors only, page-aligned as direct I/O delivers them.
   TensorMemory(const std::vector<const GgufTensor*>& tensors, FlashReader& reader,
                const std::function<void()>& poll);
-  // Bytes that this form takes.
+  // Bytes that the second form takes.
   static int64_t nbytes(const std::vector<const GgufTensor*>& tensors);
 
   const uint8_t* data(const GgufTensor& t) const;
@@ -107,7 +107,7 @@ struct Partition {
   // and that of the embeddings, of which it uses a row.
   std::vector<StreamTensor> walk;
   StreamTensor lookup;
-  // Of `kept` those that stay as a whole under a plan (an empty one: all).
+  // Of `kept` those that stay as a whole under a plan (all, where it is not active).
   std::vector<const GgufTensor*> staying(const GgufFile& file, const StreamPlan& plan) const;
 };
 // Throws Error(kUnsupported) for tensors that the family does not know.
