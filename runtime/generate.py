@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ._core import Sampler
     from .session import Session
+    from .tokenizer import TokenStream
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -41,11 +42,25 @@ class Chunk:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """What the steps of one answer need, from the first to the last."""
+
+    sampler: Sampler
+    ends: frozenset[int]  # tokens that end a generation
+    decoder: TokenStream
+    matcher: StopMatcher
+
+
 class Generation:
     """Iterates over the chunks of one answer; nothing is computed before the first `next`.
 
-    It ends by itself, by `close()` (also as a context manager), or by `Session.cancel()` from any
-    thread. Ctrl-C raises KeyboardInterrupt and leaves the session at its last complete token.
+    It ends by itself, by `close()` (also as a context manager), by `Session.cancel()` from any
+    thread, or when nobody refers to it any more. Ctrl-C raises KeyboardInterrupt and leaves the
+    session at its last complete token.
+
+    An answer holds its session, and nothing that the session or the model holds refers to an
+    answer: when it ends, or its last reference goes, what it held is free at once.
     """
 
     def __init__(
@@ -67,7 +82,7 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None  # the one that ended the text
         self.tokens: list[int] = []  # generated, without an end-of-generation token
-        self._session = session
+        self._session: Session | None = session  # None once the session is free again
         self._target = target
         self._begins_text = begins_text
         self._on_end = on_end
@@ -77,10 +92,10 @@ class Generation:
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
         self._reused = self._decode_tokens = self._decode_bytes = 0
         self._experts, self._stream = Counter(ExpertStatistics), Counter(StreamStatistics)
-        self._peak = 0
+        self._final: Statistics | None = None  # once it has ended
         self._cancel = threading.Event()
         self._thread: int | None = None  # that ran it last
-        self._steps = self._run()
+        self._steps: _Steps | None = None  # before the first step
 
     @property
     def text(self) -> str:
@@ -90,6 +105,9 @@ class Generation:
     @property
     def stats(self) -> Statistics:
         """Figures so far; final once `finish_reason` is set."""
+        session = self._session
+        if self._final is not None or session is None:
+            return self._final or Statistics()
         return Statistics(
             prompt_tokens=len(self._target),
             reused_tokens=self._reused,
@@ -99,9 +117,9 @@ class Generation:
             decode_s=self._decode_s,
             decode_tokens=self._decode_tokens,
             decode_bytes=self._decode_bytes,
-            peak_memory=self._peak or peak_memory(),
-            memory_bandwidth=self._session._model.memory_bandwidth,
-            flash_bandwidth=self._session._model.flash_bandwidth,
+            peak_memory=peak_memory(),
+            memory_bandwidth=session._model.memory_bandwidth,
+            flash_bandwidth=session._model.flash_bandwidth,
             experts=self._experts.statistics(),
             stream=self._stream.statistics(),
         )
@@ -110,23 +128,25 @@ class Generation:
         return self
 
     def __next__(self) -> Chunk:
-        if self.finish_reason is not None:
+        session = self._session
+        if session is None or self.finish_reason is not None:
             raise StopIteration
         try:
-            with self._session._exclusive(self):
+            with session._exclusive(self):
                 self._thread = threading.get_ident()
                 try:
-                    return next(self._steps)
-                except StopIteration:
-                    raise
+                    chunk = self._step(session)
                 except Cancelled:
                     self._end("cancelled")
-                    raise StopIteration from None
+                    chunk = None
                 except BaseException as error:
                     self._end("cancelled" if isinstance(error, KeyboardInterrupt) else "error")
                     raise
         finally:
-            self._released()
+            self._leave()
+        if chunk is None:
+            raise StopIteration
+        return chunk
 
     def read(self) -> str:
         """Runs to the end; returns the whole text."""
@@ -136,20 +156,33 @@ class Generation:
 
     def cancel(self) -> None:
         """Ends the generation at the next layer; callable from any thread."""
-        if self.finish_reason is None:
-            self._session._cancel(self)
+        session = self._session
+        if session is not None and self.finish_reason is None:
+            session._cancel(self)
 
     def close(self) -> None:
         """Ends the generation now; the session stays usable at the tokens generated so far."""
-        if self.finish_reason is None:
-            if self._session._lock.acquire(blocking=False):
-                try:
-                    self._end("cancelled")
-                finally:
-                    self._session._lock.release()
-                self._released()
-            else:
-                self.cancel()  # another thread is inside a step: it ends there
+        if not self._abandon():
+            self.cancel()  # another thread is inside a step: it ends there
+
+    def __del__(self) -> None:
+        # Whoever is inside the session now is no step of this generation, which nobody has.
+        if getattr(self, "_session", None) is not None:
+            self._abandon()
+
+    def _abandon(self) -> bool:
+        """Ends the generation unless the session is in use; whether it has ended."""
+        session = self._session
+        if session is None or self.finish_reason is not None:
+            return True
+        if not session._lock.acquire(blocking=False):
+            return False
+        try:
+            self._end("cancelled")
+        finally:
+            session._lock.release()
+        self._leave()
+        return True
 
     def __enter__(self) -> Generation:
         return self
@@ -166,27 +199,30 @@ class Generation:
         """Sets the reason, once; the caller holds the session's lock."""
         if self.finish_reason is not None:
             return
+        self._final = self.stats
         self.finish_reason = reason
-        self._peak = peak_memory()
         if self._on_end is not None:
             self._on_end(self)
             self._on_end = None
 
-    def _released(self) -> None:
-        """Tells that the session is free, once it is (its lock is not held any more)."""
-        if self.finish_reason is not None and self._release is not None:
+    def _leave(self) -> None:
+        """Lets go of the session once the generation has ended (and does not hold its lock)."""
+        if self.finish_reason is None:
+            return
+        self._session = self._steps = None
+        if self._release is not None:
             release, self._release = self._release, None
             release(self)
 
-    def _sampler(self) -> Sampler:
+    def _sampler(self, session: Session) -> Sampler:
         from ._core import Sampler
 
         o = self.options
-        bias = dict(o.logit_bias)
+        bias = {**session._model._never_chosen, **o.logit_bias}
         if o.ignore_eos:
-            bias |= {token: -math.inf for token in self._session._model.tokenizer.eog_ids}
+            bias |= {token: -math.inf for token in session._model.tokenizer.eog_ids}
         sampler = Sampler(
-            self._session._model.n_vocab,
+            session._model.n_vocab,
             temperature=o.temperature,
             top_k=o.top_k,
             top_p=o.top_p,
@@ -205,69 +241,81 @@ class Generation:
                 sampler.accept(token)
         return sampler
 
-    def _run(self) -> Iterator[Chunk]:
-        """The steps; the last chunk comes with `finish_reason` already set."""
-        clock = time.perf_counter
-        session, options = self._session, self.options
-        timeline = session._timeline
-        begin = clock()
-        sampler = self._sampler()
-        with self._counting():
-            self._reused = session._advance_to(self._target)
-        self._prefill_s = clock() - begin
-        if options.max_tokens == 0:
-            self._end("length")
-            return
-        tokenizer = session._model.tokenizer
-        eog = frozenset(tokenizer.eog_ids)
-        decoder = tokenizer.stream(skip_special=True, at_start=self._begins_text)
-        matcher = StopMatcher(options.stop)
-        reason: FinishReason | None = None
-        while not self._cancel.is_set():
-            token = timeline.sample(sampler)
-            now = clock()
-            if not self.tokens:
-                self._ttft_s = self._prepare_s + now - begin
-            else:
-                self._decode_s += now - begin
-            if token in eog:
-                text = _rest(decoder.flush(), matcher)
-                self._pieces.append(text)
-                self.stop_string = matcher.matched
-                self._end("stop")
-                if text:
-                    yield Chunk(text, None)
-                return
-            self.tokens.append(token)
-            session._tokens.append(token)
-            text = matcher.push(decoder.push(token))
-            full = len(session._tokens) > session.context
-            if full:  # chosen, but there is no room to evaluate it
-                session._tokens.pop()
-            if matcher.matched is None and (full or len(self.tokens) == options.max_tokens):
-                reason = "length"
-                text += _rest(decoder.flush(), matcher)
-            if matcher.matched is not None:
-                reason = "stop"
-                self.stop_string = matcher.matched
-            self._pieces.append(text)
-            if reason is not None:
-                self._end(reason)
-            yield self._chunk(text, token, sampler)
-            if reason is not None:
-                return
-            begin = clock()
+    def _step(self, session: Session) -> Chunk | None:
+        """The next chunk, the last one with `finish_reason` already set; None at the end."""
+        begin = time.perf_counter()
+        if self._steps is None:
+            steps = self._steps = self._begin(session)
+            if self.options.max_tokens == 0:
+                self._end("length")
+                return None
+        elif self._cancel.is_set():
+            self._end("cancelled")
+            return None
+        else:
+            steps = self._steps
             bytes_before = session._decode_bytes()
-            with self._counting():
+            with self._counting(session):
                 session._evaluate(decode=True)
             self._decode_tokens += 1
             self._decode_bytes += session._decode_bytes() - bytes_before
-        self._end("cancelled")
+        if self._cancel.is_set():
+            self._end("cancelled")
+            return None
+        return self._choose(session, steps, begin)
+
+    def _begin(self, session: Session) -> _Steps:
+        """Evaluates the prompt."""
+        begin = time.perf_counter()
+        sampler = self._sampler(session)
+        with self._counting(session):
+            self._reused = session._advance_to(self._target)
+        self._prefill_s = time.perf_counter() - begin
+        tokenizer = session._model.tokenizer
+        return _Steps(
+            sampler,
+            frozenset(tokenizer.eog_ids),
+            tokenizer.stream(skip_special=True, at_start=self._begins_text),
+            StopMatcher(self.options.stop),
+        )
+
+    def _choose(self, session: Session, steps: _Steps, begin: float) -> Chunk | None:
+        """Takes a token; begin: when the step began, by perf_counter()."""
+        token = session._timeline.sample(steps.sampler)
+        seconds = time.perf_counter() - begin
+        if not self.tokens:
+            self._ttft_s = self._prepare_s + seconds
+        else:
+            self._decode_s += seconds
+        decoder, matcher = steps.decoder, steps.matcher
+        if token in steps.ends:
+            text = _rest(decoder.flush(), matcher)
+            self._pieces.append(text)
+            self.stop_string = matcher.matched
+            self._end("stop")
+            return Chunk(text, None) if text else None
+        self.tokens.append(token)
+        session._tokens.append(token)
+        text = matcher.push(decoder.push(token))
+        full = len(session._tokens) > session.context
+        if full:  # chosen, but there is no room to evaluate it
+            session._tokens.pop()
+        reason: FinishReason | None = None
+        if matcher.matched is None and (full or len(self.tokens) == self.options.max_tokens):
+            reason = "length"
+            text += _rest(decoder.flush(), matcher)
+        if matcher.matched is not None:
+            reason = "stop"
+            self.stop_string = matcher.matched
+        self._pieces.append(text)
+        if reason is not None:
+            self._end(reason)
+        return self._chunk(text, token, steps.sampler)
 
     @contextmanager
-    def _counting(self) -> Iterator[None]:
+    def _counting(self, session: Session) -> Iterator[None]:
         """Counts what the evaluations inside read from flash."""
-        engine = self._session._model._engine
+        engine = session._model._engine
         experts = self._experts.counting(lambda: engine.offload)
         stream = self._stream.counting(lambda: engine.stream)
         with experts, stream:

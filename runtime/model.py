@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -26,7 +29,7 @@ from .errors import (
 from .memory import available_memory, budget, check_memory, process_bytes, resident_bytes
 from .options import GenerationOptions, LoadOptions
 from .perplexity import Perplexity, measure
-from .session import Message, Session, Tokens
+from .session import Evaluated, Message, Session, Tokens
 
 if TYPE_CHECKING:
     from ..offload.record import RoutingRecorder
@@ -87,6 +90,10 @@ def load(
     return open_model(locate(fspath(path), download=download), options, onnx)
 
 
+# How long a session that was left in the middle of a step may take to go after the step.
+_STEP_GRACE_S = 0.25
+
+
 class Model:
     """Weights, configuration, tokenizer and chat template of one file. Made by `load`."""
 
@@ -115,8 +122,13 @@ class Model:
         """All fields but the engine, which a backend (backends/) makes in its own way."""
         self.path = path
         self.options = options
+        self._process = os.getpid()
         self._lazy = threading.RLock()
-        self._idle: Session | None = None  # kept for the next generate or chat
+        # What the next generate or chat goes on with. It knows nothing of the model, so that a
+        # model that nobody has is free at once.
+        self._idle: Evaluated | None = None
+        self._idle_lock = threading.RLock()  # re-entered where a generation is dropped inside
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._recorder: RoutingRecorder | None = None
         self._memory_bandwidth = self._load_bandwidth = 0.0  # bytes a second; 0: not measured
         self._file = file
@@ -277,16 +289,23 @@ class Model:
 
     def session(self, *, system: str | None = None) -> Session:
         """A new, empty session with a KV cache of its own. Raises BudgetError."""
+        self._check_process()
         try:
-            return Session(self, system=system)
+            return self._make_session(system=system)
         except BudgetError:
-            if self._idle is None:
+            # What generate and chat have left has the memory; they make another when they need it.
+            if self._left() is None and not self._wait_for_the_abandoned():
                 raise
-        # What generate and chat have kept has the memory; they make another when they need it.
-        with self._lazy:
-            self._idle = None
-        gc.collect()  # a generation may still refer to it
-        return Session(self, system=system)
+        self._left()
+        return self._make_session(system=system)
+
+    def _make_session(
+        self, *, system: str | None = None, evaluated: Evaluated | None = None
+    ) -> Session:
+        session = Session(self, system=system, evaluated=evaluated)
+        with self._idle_lock:
+            self._sessions.add(session)
+        return session
 
     def generate(
         self,
@@ -302,7 +321,7 @@ class Model:
         """
         session = self._take()
         session.reset()
-        return self._lend(session, session.generate(prompt, options=options, **overrides))
+        return self._lend(session, lambda s: s.generate(prompt, options=options, **overrides))
 
     def chat(
         self,
@@ -319,9 +338,9 @@ class Model:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        session = self._take()
-        generation = session.chat(messages, tools=tools, options=options, **overrides)
-        return self._lend(session, generation)
+        return self._lend(
+            self._take(), lambda s: s.chat(messages, tools=tools, options=options, **overrides)
+        )
 
     def logits(self, tokens: str | Tokens) -> npt.NDArray[np.float32]:
         """The logits after each token, [n, n_vocab]; a string is tokenized first."""
@@ -379,39 +398,95 @@ class Model:
             )
 
     def _take(self) -> Session:
-        """The idle session if there is one, or a new one."""
-        with self._lazy:
-            session, self._idle = self._idle, None
-        return session or Session(self)
+        """A session that goes on with what the last one left, or a new one."""
+        self._check_process()
+        evaluated = self._left()
+        if evaluated is not None:
+            return self._make_session(evaluated=evaluated)
+        try:
+            return self._make_session()
+        except BudgetError:
+            if not self._wait_for_the_abandoned():
+                raise
+        return self._make_session(evaluated=self._left())
+
+    def _left(self) -> Evaluated | None:
+        """What the last session of generate or chat left, once."""
+        with self._idle_lock:
+            evaluated, self._idle = self._idle, None
+        return evaluated
+
+    def _wait_for_the_abandoned(self) -> bool:
+        """Waits for a session that ends with the step that a thread is inside of, as nobody has it.
+
+        Such a one was left in the middle of a step: by a cancelled task of asyncio, say, whose
+        thread goes on to the end of the step. Whether one has gone.
+        """
+        with self._idle_lock:
+            busy = [(weakref.ref(s), s._lock) for s in self._sessions if s._lock.locked()]
+        for session, lock in busy:
+            with lock:  # until the step has ended
+                pass
+            until = time.monotonic() + _STEP_GRACE_S
+            while session() is not None and time.monotonic() < until:
+                time.sleep(0.001)
+            if session() is None:
+                return True
+        return False
 
     def _give_back(self, session: Session) -> None:
-        with self._lazy:
-            self._idle = session
+        evaluated = session._hand_over()
+        with self._idle_lock:
+            self._idle = evaluated
 
-    def _lend(self, session: Session, generation: Generation) -> Generation:
-        """`generation`, with its session given back when it ends."""
+    def _lend(self, session: Session, begin: Callable[[Session], Generation]) -> Generation:
+        """What `begin` makes; what its session holds comes back when it ends, however it ends."""
+        try:
+            generation = begin(session)
+        except BaseException:
+            self._give_back(session)
+            raise
 
-        def give_back(ended: Generation) -> None:
-            if ended.finish_reason in ("stop", "length"):
-                self._give_back(session)
+        def give_back(_: Generation) -> None:
+            self._give_back(session)
 
         generation._release = give_back
         return generation
 
+    def _check_process(self) -> None:
+        """Raises OptionError in a process that was forked after the load."""
+        if os.getpid() != self._process:
+            raise OptionError(
+                f"{self.path.name} was loaded before this process was forked, which has none of "
+                "its threads: load the model in the new process"
+            )
+
+    def __reduce__(self) -> Any:
+        raise OptionError(
+            f"{self.path.name}: a model cannot be copied or sent to another process: load it there"
+        )
+
+    @cached_property
+    def _never_chosen(self) -> Mapping[int, float]:
+        """A bias against rows of the output that no token names: there can be more than tokens."""
+        return dict.fromkeys(range(self.tokenizer.vocab_size, self.n_vocab), -math.inf)
+
     @contextmanager
     def _scratch(self, ids: list[int] | None) -> Iterator[Session]:
         """An empty session; its timeline may be used directly, and is emptied afterwards."""
+        if ids is not None and not ids:
+            raise OptionError("there are no tokens to evaluate")
         session = self._take()
-        session.reset()
-        if ids is not None:
-            if not ids:
-                raise OptionError("there are no tokens to evaluate")
-            session._check_length(ids)
-        yield session
-        self._drain()
-        session._timeline.truncate(0)
-        session._logits_at = -1
-        self._give_back(session)
+        try:
+            session.reset()
+            if ids is not None:
+                session._check_length(ids)
+            yield session
+            self._drain()
+        finally:
+            session._timeline.truncate(0)
+            session._logits_at = -1
+            self._give_back(session)
 
     def _drain(self) -> None:
         """Lets a recorder take what has been evaluated."""

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +20,27 @@ from .options import GenerationOptions, merge
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from ._core import Timeline
     from .model import Model
 
 Message = Mapping[str, Any]
 Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 _BUSY = "this session is in use by another thread: make one session for each (Model.session())"
+
+
+@dataclass
+class Evaluated:
+    """A timeline and what it holds: all of a session that another one can go on with.
+
+    tokens: what the timeline shall hold. Its tail may not be evaluated yet: the timeline's own
+    position says how far it is, so that an interrupt at any point leaves no contradiction.
+    logits_at: the position whose logits the timeline holds.
+    """
+
+    timeline: Timeline
+    tokens: list[int] = field(default_factory=list)
+    logits_at: int = -1
 
 
 class Session:
@@ -34,13 +50,15 @@ class Session:
     interrupted generation: at its last complete token).
     """
 
-    def __init__(self, model: Model, *, system: str | None = None) -> None:
+    def __init__(
+        self, model: Model, *, system: str | None = None, evaluated: Evaluated | None = None
+    ) -> None:
+        """evaluated: what another session has left, None makes a timeline."""
+        start = evaluated or Evaluated(model._engine.timeline())
         self._model = model
-        self._timeline = model._engine.timeline()
-        # What the timeline shall hold. Its tail may not be evaluated yet: the timeline's own
-        # position says how far it is, so that an interrupt at any point leaves no contradiction.
-        self._tokens: list[int] = []
-        self._logits_at = -1  # the position whose logits the timeline holds
+        self._timeline = start.timeline
+        self._tokens = start.tokens
+        self._logits_at = start.logits_at
         self._lock = threading.Lock()
         self._stop = threading.Event()  # cancel() was called during the present call
         self._active: weakref.ref[Generation] | None = None
@@ -188,6 +206,15 @@ class Session:
         if active is not None:
             active.close()
 
+    def _hand_over(self) -> Evaluated:
+        """What the session holds, for another one; it is of no use afterwards.
+
+        Whoever still refers to it (the frames of a traceback, say) holds no KV cache.
+        """
+        evaluated = Evaluated(self._timeline, self._tokens, self._logits_at)
+        del self._timeline
+        return evaluated
+
     def _with_system(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if self._system is None or (turns and turns[0].get("role") == "system"):
             return list(turns)
@@ -223,6 +250,7 @@ class Session:
     @contextmanager
     def _exclusive(self, caller: Generation | None = None) -> Iterator[None]:
         """Holds the session for one call; ends a generation that the same thread left behind."""
+        self._model._check_process()
         if not self._lock.acquire(blocking=False):
             raise OptionError(_BUSY)
         try:
@@ -233,6 +261,7 @@ class Session:
                 if active._thread in running - {threading.get_ident()}:
                     raise OptionError(_BUSY)
                 active._end("cancelled")
+                active._leave()
             yield
         finally:
             self._lock.release()
