@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <system_error>
-#include <thread>
 #include <vector>
+
+#include "runtime/core/start_threads.h"
 
 namespace stoker {
 
@@ -69,14 +69,10 @@ void make_experts(const ExpertsArgs& a) {
   const auto threads =
       static_cast<size_t>(std::clamp<int64_t>(a.threads, 1, std::max<int64_t>(1, pieces)));
   std::vector<std::vector<float>> rows(threads, std::vector<float>(static_cast<size_t>(a.cols)));
-  std::vector<std::thread> others;
-  try {
-    for (size_t i = 1; i < threads; ++i) others.emplace_back(work, rows[i].data());
-  } catch (const std::system_error&) {
-    // Fewer threads than asked for do the same work.
-  }
+  std::vector<std::thread> others = start_threads(
+      static_cast<int>(threads) - 1, [&](int i) { work(rows[static_cast<size_t>(i) + 1].data()); });
   work(rows[0].data());
-  for (std::thread& t : others) t.join();
+  join(others);
 }
 
 }  // namespace stoker

@@ -8,11 +8,10 @@
 #include <cstring>
 #include <limits>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <vector>
 
 #include "runtime/core/errors.h"
+#include "runtime/core/start_threads.h"
 
 namespace stoker {
 
@@ -112,15 +111,10 @@ void requantize(const RequantizeArgs& a) {
   const auto threads =
       static_cast<size_t>(std::clamp<int64_t>(a.threads, 1, std::max<int64_t>(1, pieces)));
   std::vector<std::vector<float>> rows(threads, std::vector<float>(static_cast<size_t>(a.cols)));
-  std::vector<std::thread> others;
-  others.reserve(threads);
-  try {
-    for (size_t i = 1; i < threads; ++i) others.emplace_back(work, rows[i].data());
-  } catch (const std::system_error&) {
-    // Fewer threads than asked for do the same work.
-  }
+  std::vector<std::thread> others = start_threads(
+      static_cast<int>(threads) - 1, [&](int i) { work(rows[static_cast<size_t>(i) + 1].data()); });
   work(rows[0].data());
-  for (std::thread& t : others) t.join();
+  join(others);
   const int64_t index = bad.load();
   if (index == std::numeric_limits<int64_t>::max()) return;
   const int64_t r = index / a.cols;

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels_cpu/target.h"
+#include "runtime/core/control_groups.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -283,19 +284,6 @@ std::vector<int> allowed_cpus() {
   return cpus;
 }
 
-int cgroup_quota() {
-  const std::string v2 = first_line("/sys/fs/cgroup/cpu.max");  // "<quota or max> <period>", us
-  long quota = -1, period = -1;
-  if (!v2.empty()) {
-    if (std::sscanf(v2.c_str(), "%ld %ld", &quota, &period) != 2) return 0;
-  } else {
-    quota = number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us");
-    period = number("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
-  }
-  if (quota <= 0 || period <= 0) return 0;
-  return static_cast<int>((quota + period - 1) / period);
-}
-
 void count_cores(Cpu* out) {
   const std::vector<int> cpus = allowed_cpus();
   const std::string root = "/sys/devices/system/cpu/cpu";
@@ -332,7 +320,7 @@ void count_cores(Cpu* out) {
   out->logical = static_cast<int>(cpus.size());
   out->physical = static_cast<int>(cores.size());
   out->performance = std::max(1, static_cast<int>(performance.size()));
-  out->quota = cgroup_quota();
+  out->quota = cpu_quota();
 #if defined(STOKER_ARM64)
   std::ifstream info("/proc/cpuinfo");
   for (std::string line; std::getline(info, line);) {

@@ -12,6 +12,7 @@
 
 #include "kernels_cpu/target.h"
 #include "runtime/core/errors.h"
+#include "runtime/core/start_threads.h"
 
 namespace stoker {
 
@@ -23,24 +24,28 @@ using Clock = std::chrono::steady_clock;
 std::atomic<uint64_t> sink{0};
 
 // Calls work(thread) on every thread at once; returns the seconds from the common start to the
-// last end.
+// last end. Throws Error(kDevice) where the system does not give that many threads.
 template <class F>
 double timed(int threads, F&& work) {
   std::atomic<int> ready{0};
-  std::atomic<bool> go{false};
-  std::vector<std::thread> pool;
-  for (int t = 0; t < threads; ++t) {
-    pool.emplace_back([&, t] {
-      ready.fetch_add(1);
-      while (!go.load(std::memory_order_acquire)) {
-      }
-      work(t);
-    });
+  std::atomic<int> go{0};  // 1: begin; -1: leave
+  std::vector<std::thread> pool = start_threads(threads, [&](int t) {
+    ready.fetch_add(1);
+    while (go.load(std::memory_order_acquire) == 0) {
+    }
+    if (go.load() > 0) work(t);
+  });
+  if (static_cast<int>(pool.size()) < threads) {
+    go.store(-1);
+    join(pool);
+    throw Error(ErrorKind::kDevice, "expected " + std::to_string(threads) +
+                                        " threads to measure with, found that the system gives " +
+                                        std::to_string(pool.size()));
   }
   while (ready.load() != threads) std::this_thread::yield();
   const auto start = Clock::now();
-  go.store(true, std::memory_order_release);
-  for (auto& t : pool) t.join();
+  go.store(1, std::memory_order_release);
+  join(pool);
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
+from ..runtime._core import control_groups
+
 # Above these a measurement is called noisy.
 STEAL = 0.02  # of all cores' time, taken by the host of a virtual machine
 BUSY = 0.05  # of all cores' time, used by other processes
@@ -110,9 +112,9 @@ def throttle_count(cpus: Path = _CPUS) -> int | None:
             counts.append(int(file.read_text()))
         except (OSError, ValueError):
             continue
-    for stat in ("/sys/fs/cgroup/cpu.stat", "/sys/fs/cgroup/cpu/cpu.stat"):
+    for _, _, folder in control_groups("cpu"):
         try:
-            rows = dict(line.split() for line in Path(stat).read_text().splitlines())
+            rows = dict(line.split() for line in Path(folder, "cpu.stat").read_text().splitlines())
             counts.append(int(rows["nr_throttled"]))
         except (OSError, ValueError, KeyError):
             continue

@@ -6,6 +6,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+def control_groups(
+    controller: str, groups: str = ..., mounts: str = ..., root: str = ...
+) -> list[tuple[int, str, str]]:
+    """(version, path, folder) of the process's control group and of those above it.
+
+    groups, mounts: files like /proc/self/cgroup and mountinfo; root: of systems whose mounts
+    cannot be read.
+    """
+
+def cpu_quota(groups: str = ..., mounts: str = ..., root: str = ...) -> int:
+    """Processors of the tightest quota, rounded up; 0 where there is none."""
+
+def close_gate() -> None:
+    """Keeps other threads out of the interpreter, which is ending (registered with atexit)."""
+
+def reset_gate() -> None:
+    """Forgets threads that a forked process has not (registered with os.register_at_fork)."""
+
 class TensorInfo:
     name: str
     type: str  # a name of formats.inc, or "type <id>" where unknown
@@ -70,6 +88,8 @@ class Engine:
     @property
     def stream(self) -> dict[str, Any] | None:
         """Counters of the weights that pass through memory, None where all of them stay."""
+    @property
+    def survives_fork(self) -> bool: ...  # works in a process that is forked after the load
     def record_routing(self, on: bool) -> None: ...  # OptionError where everything is in memory
     def take_routing(self) -> dict[str, npt.NDArray[Any]]:
         """What was recorded since the last call: evaluation, tokens, token, layer, rank, expert,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +31,13 @@ class Headroom:
     free: int
 
 
-_PROC, _MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+def memory_group(**files: str) -> MemoryGroup | None:
+    """The group of this process, None where there are no control groups.
 
-
-def memory_group(proc: Path = _PROC, mount: Path = _MOUNT) -> MemoryGroup | None:
-    """The group of this process, None where there are no control groups."""
+    files: where to look, as _core.control_groups takes them.
+    """
     best: MemoryGroup | None = None
-    for group, _ in _groups(proc, mount):
+    for group, _ in _groups(files):
         if best is None or (
             group.limit is not None and (best.limit is None or group.limit < best.limit)
         ):
@@ -45,10 +45,10 @@ def memory_group(proc: Path = _PROC, mount: Path = _MOUNT) -> MemoryGroup | None
     return best
 
 
-def memory_headroom(proc: Path = _PROC, mount: Path = _MOUNT) -> Headroom | None:
+def memory_headroom(**files: str) -> Headroom | None:
     """What the tightest of the groups leaves, None where none of them has a limit."""
     best: Headroom | None = None
-    for group, folder in _groups(proc, mount):
+    for group, folder in _groups(files):
         if group.limit is None:
             continue
         used = max(0, (group.usage or 0) - _reclaimable(folder / "memory.stat", group.version))
@@ -70,43 +70,18 @@ def _reclaimable(stat: Path, version: int) -> int:
         return 0
 
 
-def _groups(proc: Path, mount: Path) -> Iterator[tuple[MemoryGroup, Path]]:
+def _groups(files: Mapping[str, str]) -> Iterator[tuple[MemoryGroup, Path]]:
     """The group of this process and those above it, each with its folder."""
-    try:
-        lines = proc.read_text().splitlines()
-    except OSError:
-        return
-    unified = None
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            yield from _upwards(1, mount / "memory", path, names)
-            return
-        if not controllers:
-            unified = path
-    if unified is None:
-        return
-    root = mount / "unified" if (mount / "unified").is_dir() else mount
-    yield from _upwards(2, root, unified, ("memory.max", "memory.current"))
+    from ._core import control_groups
 
-
-def _upwards(
-    version: int, root: Path, path: str, names: tuple[str, str]
-) -> Iterator[tuple[MemoryGroup, Path]]:
-    # In a container the path may be the host's, and the mount already the group itself.
-    own = root / path.lstrip("/")
-    folder = own if own.is_dir() and root.resolve() in own.resolve().parents else root
-    while True:
-        limit, usage = _number(folder / names[0]), _number(folder / names[1])
+    for version, path, folder in control_groups("memory", **files):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        if version == 2:
+            names = ("memory.max", "memory.current")
+        limit, usage = (_number(Path(folder) / name) for name in names)
         if limit is not None and limit >= _UNLIMITED:
             limit = None
-        name = "/" if folder == root else f"/{folder.relative_to(root)}"
-        yield MemoryGroup(version, name, limit, usage), folder
-        if folder == root:
-            return
-        folder = folder.parent
+        yield MemoryGroup(version, path, limit, usage), Path(folder)
 
 
 def _number(path: Path) -> int | None:

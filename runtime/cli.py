@@ -64,6 +64,7 @@ from .errors import (
     TokenizerError,
     UnsupportedModelError,
 )
+from .standard_streams import abandon_output, open_closed_streams
 
 if TYPE_CHECKING:
     from .options import GenerationOptions, LoadOptions
@@ -535,13 +536,19 @@ def doctor(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    open_closed_streams()
     try:
-        return _main(arguments)
+        code = _main(arguments)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output has left; a second error at exit must not be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has left
+        abandon_output()
+        return 1
+    except OSError as error:  # the disk that it goes to is full, say
+        abandon_output()
+        print(f"stoker: error: standard output: {error.strerror or error}", file=sys.stderr)
         return 1
 
 
@@ -557,7 +564,6 @@ def _main(arguments: Sequence[str] | None) -> int:
             prog_name="stoker",
             standalone_mode=False,
         )
-        sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except typer.Abort:  # what a KeyboardInterrupt becomes in there
         return 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from operator import index
@@ -22,6 +23,14 @@ _TYPICAL_PROCESS = 128 << 20
 _PROCESS_GROWTH = 64 << 20
 # Scratch of a prompt's chunk at most (runtime/core/engine.cc), for models that are not very wide.
 _SCRATCH = 128 << 20
+
+# What a group is charged for a process besides its memory, page tables above all, is at most this
+# part of its limit; only what exceeds it is taken for another's.
+_OVERHEAD = 0.05
+
+_PAGE = 4096  # a group's limit is rounded to whole ones
+
+_LOG = logging.getLogger("stoker")
 
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
@@ -78,11 +87,22 @@ def _share(value: str) -> float:
 def budget(value: object) -> int:
     """Bytes that a memory option names on this machine, for the whole process.
 
-    Raises OptionError, also where nobody tells what the machine has.
+    Bytes beyond what the process's control group allows are cut to that, with a warning in the log
+    "stoker". Raises OptionError, also where nobody tells what the machine has.
     """
     named = check_memory(value)
     if isinstance(named, int):
-        return named
+        allowed = _allowed_by_group()
+        if allowed is None or named < allowed + _PAGE:
+            return named
+        _LOG.warning(
+            "stoker: memory %s is more than the control group of this process allows: "
+            "%d bytes instead of %d",
+            value,
+            allowed,
+            named,
+        )
+        return allowed
     available = available_memory()
     if available is None:
         raise OptionError(f"memory {value}: this system does not tell what it has; name bytes")
@@ -105,6 +125,17 @@ def available_memory() -> int | None:
     if headroom is not None:
         limits.append(headroom.limit * (1 - _GROUP_MARGIN) - (headroom.limit - headroom.free) + own)
     return max(0, int(min(limits))) if limits else None
+
+
+def _allowed_by_group() -> int | None:
+    """Bytes of the tightest control group that no other process holds, None without a limit."""
+    headroom = memory_headroom()
+    if headroom is None:
+        return None
+    others = headroom.limit - headroom.free - anonymous_bytes()
+    if others <= headroom.limit * _OVERHEAD:
+        return headroom.limit
+    return max(1, headroom.limit - others)
 
 
 def _machine_available() -> int | None:

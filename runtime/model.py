@@ -454,12 +454,21 @@ class Model:
         return generation
 
     def _check_process(self) -> None:
-        """Raises OptionError in a process that was forked after the load."""
-        if os.getpid() != self._process:
+        """Makes the model ready in a process that was forked after the load.
+
+        Raises OptionError where it has threads that such a process lacks.
+        """
+        process = os.getpid()
+        if process == self._process:
+            return
+        if not self._engine.survives_fork:
             raise OptionError(
                 f"{self.path.name} was loaded before this process was forked, which has none of "
                 "its threads: load the model in the new process"
             )
+        # Threads that this process lacks may hold the old ones.
+        self._lazy, self._idle_lock = threading.RLock(), threading.RLock()
+        self._process = process
 
     def __reduce__(self) -> Any:
         raise OptionError(

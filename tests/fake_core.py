@@ -68,6 +68,7 @@ class Engine:
     stuck: tuple[str, int] | None = None
     offload: dict[str, Any] | None = None  # of a model whose experts are in memory
     stream: dict[str, Any] | None = None
+    survives_fork = True
     budgets: list[dict[str, Any]] = []  # noqa: RUF012 (what each load was given beyond the rest)
 
     def __init__(
@@ -227,6 +228,10 @@ def predictors() -> list[tuple[str, str]]:
 
 def io_backends() -> list[tuple[str, str]]:
     return [("pread_pool", "readers"), ("null", "none")]
+
+
+def control_groups(controller: str, **files: str) -> list[tuple[int, str, str]]:
+    return []
 
 
 def read_bandwidth(threads: int, nbytes: int) -> float:

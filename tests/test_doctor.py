@@ -23,7 +23,7 @@ def groups(root: Path, proc: str, files: dict[str, str]) -> MemoryGroup | None:
         path = root / "mount" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    return memory_group(root / "proc", root / "mount")
+    return memory_group(groups=str(root / "proc"), mounts="", root=str(root / "mount"))
 
 
 def test_version_2_takes_the_smallest_limit_on_the_way_up(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_version_1_and_mixed(tmp_path: Path) -> None:
 
 
 def test_no_control_groups(tmp_path: Path) -> None:
-    assert memory_group(tmp_path / "none", tmp_path) is None
+    assert memory_group(groups=str(tmp_path / "none")) is None
     assert groups(tmp_path, "4:cpu:/\n", {}) is None
 
 

@@ -117,13 +117,13 @@ def test_budget_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 # What the machine gives.
 
 
-def tree(root: Path, proc: str, files: dict[str, str]) -> tuple[Path, Path]:
+def tree(root: Path, proc: str, files: dict[str, str]) -> dict[str, str]:
     (root / "proc").write_text(proc)
     for name, content in files.items():
         path = root / "mount" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    return root / "proc", root / "mount"
+    return {"groups": str(root / "proc"), "mounts": "", "root": str(root / "mount")}
 
 
 def test_headroom_leaves_the_page_cache_out(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_headroom_leaves_the_page_cache_out(tmp_path: Path) -> None:
             "slab_reclaimable 50\nshmem 100\n",
         },
     )
-    assert cgroup.memory_headroom(*at) == cgroup.Headroom(1000, 1000 - (900 - 550))
+    assert cgroup.memory_headroom(**at) == cgroup.Headroom(1000, 1000 - (900 - 550))
 
 
 def test_headroom_of_the_tightest_group(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_headroom_of_the_tightest_group(tmp_path: Path) -> None:
             "a/b/memory.current": "10\n",
         },
     )
-    assert cgroup.memory_headroom(*at) == cgroup.Headroom(2000, 100)
+    assert cgroup.memory_headroom(**at) == cgroup.Headroom(2000, 100)
 
 
 def test_headroom_of_version_1(tmp_path: Path) -> None:
@@ -166,13 +166,13 @@ def test_headroom_of_version_1(tmp_path: Path) -> None:
             "memory/memory.limit_in_bytes": f"{(1 << 63) - 4096}\n",
         },
     )
-    assert cgroup.memory_headroom(*at) == cgroup.Headroom(1000, 150)
+    assert cgroup.memory_headroom(**at) == cgroup.Headroom(1000, 150)
 
 
 def test_headroom_without_a_limit(tmp_path: Path) -> None:
     at = tree(tmp_path, "0::/a\n", {"a/memory.max": "max\n", "a/memory.current": "9\n"})
-    assert cgroup.memory_headroom(*at) is None
-    assert cgroup.memory_headroom(tmp_path / "none", tmp_path) is None
+    assert cgroup.memory_headroom(**at) is None
+    assert cgroup.memory_headroom(groups=str(tmp_path / "none")) is None
 
 
 def test_available_is_the_smaller_with_what_we_hold(monkeypatch: pytest.MonkeyPatch) -> None:

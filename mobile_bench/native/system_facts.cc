@@ -11,6 +11,8 @@
 #include <fstream>
 #include <sstream>
 
+#include "runtime/core/control_groups.h"
+
 namespace stoker::bench {
 
 namespace {
@@ -49,13 +51,14 @@ std::string first_line(const std::string& path) {
 int64_t meminfo_bytes(const char* key) { return kib_line("/proc/meminfo", key); }
 
 int64_t group_limit_bytes() {
-  // Versions 2 and 1; without a limit "max", or a number above all memory.
-  for (const char* path :
-       {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
-    const int64_t limit = number(path);
-    if (limit > 0 && limit < (int64_t{1} << 60)) return limit;
+  int64_t least = -1;
+  for (const ControlGroup& group : control_groups("memory")) {
+    const char* name = group.version == 2 ? "/memory.max" : "/memory.limit_in_bytes";
+    const int64_t limit = number(group.folder + name);
+    // Without a limit "max", or a number above all memory.
+    if (limit > 0 && limit < (int64_t{1} << 60)) least = least < 0 ? limit : std::min(least, limit);
   }
-  return -1;
+  return least;
 }
 
 int64_t resident_bytes() {

@@ -2,8 +2,12 @@
 // (Ctrl-C to the interpreter), and a read that a signal interrupts has to be begun again.
 #pragma once
 
+#include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
+
+#include "runtime/core/errors.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <csignal>
@@ -11,6 +15,7 @@
 
 namespace stoker {
 
+// Throws Error(kDevice) where the system gives no more threads.
 template <typename F>
 std::thread quiet_thread(F body) {
 #if defined(__unix__) || defined(__APPLE__)
@@ -22,7 +27,14 @@ std::thread quiet_thread(F body) {
     ~Restore() { pthread_sigmask(SIG_SETMASK, &mask, nullptr); }
   } restore{before};
 #endif
-  return std::thread(std::move(body));
+  try {
+    return std::thread(std::move(body));
+  } catch (const std::system_error& error) {
+    throw Error(ErrorKind::kDevice,
+                std::string("expected a thread that reads flash, found that the system gives no "
+                            "more (ulimit -u, pids.max): ") +
+                    error.what());
+  }
 }
 
 }  // namespace stoker

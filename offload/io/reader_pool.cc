@@ -4,6 +4,7 @@
 
 #include "offload/io/end_job.h"
 #include "offload/io/quiet_thread.h"
+#include "runtime/core/errors.h"
 
 namespace stoker {
 
@@ -13,11 +14,13 @@ ReaderPool::ReaderPool(std::string name, std::shared_ptr<const IoFiles> files,
       files_(std::move(files)),
       method_(std::move(method)),
       listener_(listener) {
-  try {
-    for (int i = 0; i < readers; ++i) readers_.push_back(quiet_thread([this] { serve(); }));
-  } catch (...) {  // no thread to be had
-    close();
-    throw;
+  for (int i = 0; i < readers; ++i) {
+    try {
+      readers_.push_back(quiet_thread([this] { serve(); }));
+    } catch (const Error&) {  // no more threads to be had: fewer readers do
+      if (i == 0) throw;
+      break;
+    }
   }
 }
 

@@ -173,6 +173,7 @@ class BackendEngine(ABC):
     plan: Mapping[str, Any]
     offload: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
+    survives_fork = False  # the libraries have threads of their own
 
     @abstractmethod
     def timeline(self) -> BackendTimeline:

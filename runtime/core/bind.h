@@ -11,3 +11,4 @@ void bind_export(nanobind::module_& m);
 void bind_offload_sim(nanobind::module_& m);
 void bind_predict(nanobind::module_& m);
 void bind_probe(nanobind::module_& m);
+void bind_unlocked(nanobind::module_& m);

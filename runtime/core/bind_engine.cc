@@ -14,6 +14,7 @@
 #include "runtime/core/bind.h"
 #include "runtime/core/errors.h"
 #include "runtime/core/timeline.h"
+#include "runtime/core/unlocked.h"
 
 namespace nb = nanobind;
 using stoker::Engine;
@@ -50,7 +51,7 @@ nb::object filled(std::initializer_list<size_t> shape, F&& f) {
   auto* data = new T[n > 0 ? n : 1];
   nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
   {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     f(data);
   }
   return nb::cast(nb::ndarray<nb::numpy, T>(data, shape, owner));
@@ -61,7 +62,7 @@ nb::object copy_of(const std::vector<float>& v) {
 }
 
 void poll_signals() {
-  nb::gil_scoped_acquire gil;
+  const stoker::Relocked relocked;
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
@@ -169,7 +170,7 @@ nb::tuple plan_without_load(const stoker::GgufFile& file, int threads, int64_t c
   set_shape(options, threads, context, kv_type, precision, memory, process_bytes);
   stoker::LoadPlan load;
   {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     load = stoker::plan_load(file, options);
   }
   return nb::make_tuple(to_dict(load.config, load.plan.context),
@@ -185,10 +186,19 @@ stoker::PrefetchMode to_prefetch(const std::string& name) {
   throw Error(ErrorKind::kOption, "prefetch: expected auto, on or off, found " + name);
 }
 
+// Left as it is in a process that was forked since: to take it apart, it would wait for threads
+// that are not there.
+std::shared_ptr<Engine> shared(std::unique_ptr<Engine> engine) {
+  return std::shared_ptr<Engine>(engine.release(), [](Engine* e) {
+    if (e->pool().process().here()) delete e;
+  });
+}
+
 // Counters of the expert store since the load; None where every expert is resident.
 nb::object offload_of(const Engine& e) {
   const stoker::FlashExperts* flash = e.flash();
   if (!flash) return nb::none();
+  e.pool().process().require();
   const stoker::StoreStatistics s = flash->statistics();
   const stoker::IoStatistics io = flash->reader().io().statistics();
   nb::dict d;
@@ -220,6 +230,7 @@ nb::object offload_of(const Engine& e) {
 nb::object stream_of(const Engine& e) {
   const stoker::WeightStream* stream = e.stream();
   if (!stream) return nb::none();
+  e.pool().process().require();
   const stoker::StreamStatistics s = stream->statistics();
   const stoker::IoStatistics io = stream->reader().io().statistics();
   nb::dict d;
@@ -238,7 +249,7 @@ template <class F>
 void with_flash(const Engine& e, F&& f) {
   stoker::FlashExperts* flash = e.flash();
   if (!flash) throw Error(ErrorKind::kOption, "every expert of this model is resident");
-  nb::gil_scoped_release release;
+  const stoker::Unlocked unlocked;
   const stoker::ThreadPool::Lease lease(e.pool());
   f(*flash);
 }
@@ -254,7 +265,7 @@ void empty_cache(const Engine& e) {
 double flash_bandwidth(const Engine& e, int64_t nbytes, uint64_t seed) {
   double bandwidth = 0;
   if (!e.flash() && e.stream()) {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     const stoker::ThreadPool::Lease lease(e.pool());
     return e.stream()->flash_bandwidth(nbytes, seed);
   }
@@ -326,8 +337,8 @@ void bind_engine(nb::module_& m) {
              offload.io = {io, readers, direct};
              offload.cache = cache;
              offload.overlap = overlap;
-             nb::gil_scoped_release release;
-             return std::make_shared<Engine>(std::move(file), options, poll_signals);
+             const stoker::Unlocked unlocked;
+             return shared(std::make_unique<Engine>(std::move(file), options, poll_signals));
            }),
            nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("context") = 0,
            nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced", nb::arg("memory") = 0,
@@ -340,13 +351,14 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("plan", plan_of)
       .def_prop_ro("offload", offload_of)
       .def_prop_ro("stream", stream_of)
+      .def_prop_ro("survives_fork", [](const Engine& e) { return !e.flash() && !e.stream(); })
       .def("record_routing", record_routing, nb::arg("on"))
       .def("take_routing", take_routing)
       .def("predictor_state", predictor_state)
       .def("empty_cache", empty_cache)
       .def("flash_bandwidth", flash_bandwidth, nb::arg("nbytes"), nb::arg("seed") = 1)
       .def("timeline", [](std::shared_ptr<Engine> e) {
-        nb::gil_scoped_release release;  // it may wait for another session's evaluation
+        const stoker::Unlocked unlocked;  // it may wait for another session's evaluation
         return std::make_unique<Timeline>(std::move(e), poll_signals);
       });
 
@@ -361,7 +373,7 @@ void bind_engine(nb::module_& m) {
       .def("eval",
            [](Timeline& t, nb::handle tokens) {
              const std::vector<int32_t> ids = to_tokens(tokens);
-             nb::gil_scoped_release release;
+             const stoker::Unlocked unlocked;
              t.eval(ids);
            })
       .def("logits", [](const Timeline& t) { return copy_of(t.logits()); })
@@ -413,12 +425,12 @@ void bind_engine(nb::module_& m) {
            })
       .def("sample",
            [](Timeline& t, stoker::Sampler& sampler) {
-             nb::gil_scoped_release release;
+             const stoker::Unlocked unlocked;
              return t.sample(sampler);
            })
       .def("step",
            [](Timeline& t, stoker::Sampler& sampler) {
-             nb::gil_scoped_release release;
+             const stoker::Unlocked unlocked;
              return t.step(sampler);
            })
       .def("truncate", &Timeline::truncate)

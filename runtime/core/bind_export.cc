@@ -19,6 +19,7 @@
 #include "runtime/core/bind.h"
 #include "runtime/core/errors.h"
 #include "runtime/core/timeline.h"
+#include "runtime/core/unlocked.h"
 
 namespace nb = nanobind;
 using stoker::Error;
@@ -97,7 +98,7 @@ nb::object make_experts(const std::string& format, const FloatMatrix& x, const s
   nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
   args.out = out;
   {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     stoker::make_experts(args);
   }
   return nb::cast(
@@ -158,7 +159,7 @@ nb::object requantize(const std::string& source_format, const Bytes& data, int64
   nb::capsule owner(out, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
   args.out = out;
   {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     stoker::requantize(args);
   }
   return nb::cast(nb::ndarray<nb::numpy, uint8_t>(
@@ -178,7 +179,7 @@ nb::object eval_sums(stoker::ActivationSums& sums, stoker::Timeline& timeline,
   const std::span<const int32_t> ids(tokens.data(), tokens.size());
   std::vector<double> nll(tokens.size() > 0 ? tokens.size() - 1 : 0);
   {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     timeline.eval_sums(ids, nll.data(), sums);
   }
   return copied(nll, {nll.size()});

@@ -12,6 +12,7 @@
 #include "runtime/core/bind.h"
 #include "runtime/core/errors.h"
 #include "runtime/core/gguf.h"
+#include "runtime/core/unlocked.h"
 
 namespace nb = nanobind;
 using stoker::GgufFile;
@@ -94,7 +95,7 @@ std::shared_ptr<const GgufFile> open_file(const nb::object& path) {
   if (PyUnicode_FSConverter(path.ptr(), &encoded) == 0) throw nb::python_error();
   const nb::bytes bytes = nb::steal<nb::bytes>(encoded);
   const std::string name(bytes.c_str(), bytes.size());
-  nb::gil_scoped_release release;
+  const stoker::Unlocked unlocked;
   return GgufFile::open(name);
 }
 
@@ -110,7 +111,7 @@ nb::tuple shape(const GgufTensor& t) {
 bool header_is_whole(nb::bytes data, uint64_t file_size, const std::string& name) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(data.c_str());
   try {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     GgufFile::parse(bytes, data.size(), file_size, name);
   } catch (const stoker::HeaderEndsEarly&) {
     return false;

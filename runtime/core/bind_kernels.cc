@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -14,8 +15,6 @@
 #include <new>
 #include <optional>
 #include <string>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -25,6 +24,8 @@
 #include "kernels_cpu/peak.h"
 #include "runtime/core/bind.h"
 #include "runtime/core/errors.h"
+#include "runtime/core/start_threads.h"
+#include "runtime/core/unlocked.h"
 
 namespace nb = nanobind;
 using stoker::Error;
@@ -168,26 +169,22 @@ nb::ndarray<nb::numpy, uint8_t> quantize(const std::string& format, const FloatA
   }
   Buffer<uint8_t> out(x.size() / f.block * f.block_bytes);
   {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     // Blocks know nothing of each other: any cut between them gives the same bytes.
     const int64_t blocks = static_cast<int64_t>(x.size()) / f.block;
     const int64_t parts = std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, blocks));
-    const auto part = [&](int64_t i) {
-      const int64_t begin = blocks * i / parts, end = blocks * (i + 1) / parts;
-      f.quantize(x.data() + begin * f.block, out.get() + begin * f.block_bytes,
-                 (end - begin) * f.block,
-                 importance ? importance->data() + begin * f.block : nullptr);
-    };
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < parts; ++i) {
-      try {
-        others.emplace_back(part, i);
-      } catch (const std::system_error&) {  // no more threads to be had
-        part(i);
+    std::atomic<int64_t> next{0};
+    const auto work = [&](int) {
+      for (int64_t i = next.fetch_add(1); i < parts; i = next.fetch_add(1)) {
+        const int64_t begin = blocks * i / parts, end = blocks * (i + 1) / parts;
+        f.quantize(x.data() + begin * f.block, out.get() + begin * f.block_bytes,
+                   (end - begin) * f.block,
+                   importance ? importance->data() + begin * f.block : nullptr);
       }
-    }
-    part(0);
-    for (std::thread& t : others) t.join();
+    };
+    std::vector<std::thread> others = stoker::start_threads(static_cast<int>(parts) - 1, work);
+    work(0);
+    stoker::join(others);
   }
   return to_numpy(std::move(out), shape);
 }
@@ -204,7 +201,7 @@ nb::ndarray<nb::numpy, float> dequantize(const std::string& format, const ByteAr
   }
   Buffer<float> out(static_cast<size_t>(n));
   {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     f.dequantize(data.data(), out.get(), n);
   }
   return to_numpy(std::move(out), {static_cast<size_t>(n)});
@@ -230,7 +227,7 @@ nb::ndarray<nb::numpy, float> matmul(const std::string& format, const std::strin
   }
   Buffer<float> y(static_cast<size_t>(tokens * rows));
   {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     Buffer<uint8_t> scratch(stoker::matmul_scratch_bytes(cols));
     const int64_t stride = (cols + 63) / 64 * 64;
     const bool integer = f.act == stoker::ActKind::i8;
@@ -287,7 +284,7 @@ void bind_kernels(nb::module_& m) {
   m.def(
       "read_bandwidth",
       [](int threads, int64_t bytes) {
-        nb::gil_scoped_release release;
+        const stoker::Unlocked unlocked;
         return stoker::read_bandwidth(threads, bytes);
       },
       nb::arg("threads"), nb::arg("bytes"),
@@ -296,7 +293,7 @@ void bind_kernels(nb::module_& m) {
       "int8_peak",
       [](const std::string& isa, int threads) {
         const stoker::Isa which = isa_of(isa);
-        nb::gil_scoped_release release;
+        const stoker::Unlocked unlocked;
         return stoker::int8_peak(which, threads);
       },
       nb::arg("isa"), nb::arg("threads"),
@@ -305,7 +302,7 @@ void bind_kernels(nb::module_& m) {
       "float32_peak",
       [](const std::string& isa, int threads) {
         const stoker::Isa which = isa_of(isa);
-        nb::gil_scoped_release release;
+        const stoker::Unlocked unlocked;
         return stoker::float32_peak(which, threads);
       },
       nb::arg("isa"), nb::arg("threads"), "The same of float32 multiply-adds.");
@@ -315,7 +312,7 @@ void bind_kernels(nb::module_& m) {
          int64_t tokens, int threads, double seconds, bool quantize) {
         const Format& f = format_of(format);
         const stoker::Isa which = isa_of(isa);
-        nb::gil_scoped_release release;
+        const stoker::Unlocked unlocked;
         return stoker::kernel_speed(f, which, rows, cols, tokens, threads, seconds, quantize);
       },
       nb::arg("format"), nb::arg("isa"), nb::arg("rows"), nb::arg("cols"), nb::arg("tokens"),

@@ -13,6 +13,7 @@
 #include "offload/policy/policy.h"
 #include "offload/simulate.h"
 #include "runtime/core/bind.h"
+#include "runtime/core/unlocked.h"
 
 namespace nb = nanobind;
 
@@ -41,7 +42,7 @@ nb::dict simulate(const Array<int64_t>& evaluation, const Array<int32_t>& layer,
       .token = span(token)};
   stoker::Replay replay;
   {
-    const nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     replay = stoker::replay(trace, policy, slots, count_from, predictor);
   }
   nb::dict result;

@@ -11,6 +11,7 @@
 #include "offload/predict/replay.h"
 #include "runtime/core/bind.h"
 #include "runtime/core/errors.h"
+#include "runtime/core/unlocked.h"
 
 namespace nb = nanobind;
 using stoker::Error;
@@ -64,7 +65,7 @@ nb::dict replay(const std::string& predictor, nb::bytes state, const Cube<float>
   made->set_state({state.c_str(), state.size()});
   stoker::Recall recall;
   {
-    nb::gil_scoped_release release;
+    const stoker::Unlocked unlocked;
     recall = stoker::replay(*made, shape, recording, distance, width, count_from);
   }
   const std::string learnt = made->state();

@@ -51,4 +51,5 @@ NB_MODULE(_core, m) {
   bind_offload_sim(m);
   bind_predict(m);
   bind_probe(m);
+  bind_unlocked(m);
 }

@@ -241,7 +241,9 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
   rope_ = Rope(c.rope, c.rope.base, true, factors);
   if (c.rope.base_sliding > 0) rope_sliding_ = Rope(c.rope, c.rope.base_sliding, false, {});
   pool_ = std::make_unique<ThreadPool>(plan_.threads);
+  plan_.threads = pool_->size();
   pool_->be_patient(flash() || stream());
+  if (flash() || stream()) pool_->stay_in_process();
   allocate_scratch();
 }
 
@@ -279,7 +281,7 @@ void Engine::open_session() const {
 }
 
 void Engine::close_session() const {
-  if (!flash() && !stream()) return;
+  if ((!flash() && !stream()) || !pool_->process().here()) return;
   const std::lock_guard lock(sessions_mutex_);
   --sessions_;
 }

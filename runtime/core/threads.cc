@@ -1,5 +1,7 @@
 #include "runtime/core/threads.h"
 
+#include "runtime/core/start_threads.h"
+
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
@@ -21,15 +23,31 @@ inline void pause() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) : size_(threads < 1 ? 1 : threads) {
-  for (int i = 1; i < size_; ++i) workers_.emplace_back([this, i] { work(i); });
+ThreadPool::ThreadPool(int threads)
+    : workers_(start_threads(threads - 1, [this](int i) { work(i + 1); })) {
+  size_ = static_cast<int>(workers_.size()) + 1;
+}
+
+void ThreadPool::move_here() {
+  static std::mutex moving;
+  const std::lock_guard lock(moving);
+  if (process_.here()) return;
+  // The lock of somebody who is not here is never given back.
+  if (stays_ || !use_.try_lock()) process_.require();
+  use_.unlock();
+  // Handles of threads that are not here can neither be joined nor destroyed.
+  new std::vector<std::thread>(std::move(workers_));
+  generation_.store(0);
+  workers_ = start_threads(size_ - 1, [this](int i) { work(i + 1); });
+  size_ = static_cast<int>(workers_.size()) + 1;
+  process_.adopt();
 }
 
 ThreadPool::~ThreadPool() {
   stop_.store(true);
   generation_.fetch_add(1, std::memory_order_release);
   generation_.notify_all();
-  for (auto& w : workers_) w.join();
+  join(workers_);
 }
 
 void ThreadPool::run(Body body, void* context) {

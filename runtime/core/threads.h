@@ -1,6 +1,9 @@
 // A pool of compute threads that spin briefly for the next phase and then park. One phase runs at
 // a time; the caller is thread 0. Sessions on several Python threads share a pool: each takes it
 // for one evaluation through Lease.
+//
+// A pool may have fewer threads than it was asked for, where the system gives no more. In a process
+// that is forked from its own it starts new threads with the first lease.
 #pragma once
 
 #include <atomic>
@@ -9,6 +12,8 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "runtime/core/own_process.h"
 
 namespace stoker {
 
@@ -27,10 +32,17 @@ class ThreadPool {
   // worker costs such a token a tenth of its time.
   void be_patient(bool patient) { spins_.store(patient ? 60000 : 4000); }
 
-  // Exclusive use of the pool. Workers spin while a lease is held and park soon after.
+  // The process whose threads these are.
+  const OwnProcess& process() const { return process_; }
+  // What uses the pool has other threads too, which a forked process lacks: no leases there.
+  void stay_in_process() { stays_ = true; }
+
+  // Exclusive use of the pool. Workers spin while a lease is held and park soon after. Throws
+  // Error(kOption) in a process that was forked while somebody had a lease, or from one whose pool
+  // is to stay there.
   class Lease {
    public:
-    explicit Lease(ThreadPool& pool) : lock_(pool.use_) {}
+    explicit Lease(ThreadPool& pool) : lock_(pool.use()) {}
 
    private:
     std::unique_lock<std::mutex> lock_;
@@ -68,8 +80,15 @@ class ThreadPool {
   using Body = void (*)(void* context, int thread);
   void run(Body body, void* context);
   void work(int thread);
+  std::mutex& use() {
+    if (!process_.here()) move_here();
+    return use_;
+  }
+  void move_here();
 
-  const int size_;
+  OwnProcess process_;
+  bool stays_ = false;
+  int size_ = 1;
   std::mutex use_;
   // Written by the caller before generation_ is released to the workers.
   Body body_ = nullptr;

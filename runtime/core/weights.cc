@@ -8,7 +8,6 @@
 #include <fstream>
 #include <new>
 #include <set>
-#include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
@@ -17,6 +16,7 @@
 #endif
 
 #include "runtime/core/errors.h"
+#include "runtime/core/start_threads.h"
 
 namespace stoker {
 
@@ -43,7 +43,7 @@ std::string read_pieces(const std::string& path, uint64_t begin, uint64_t size, 
   std::atomic<uint64_t> next{0};
   std::atomic<int> error{0};
   std::atomic<uint64_t> short_at{UINT64_MAX};
-  auto work = [&] {
+  const auto work = [&](int) {
     for (;;) {
       const uint64_t piece = next.fetch_add(kReadPiece);
       if (piece >= size || error.load() != 0 || short_at.load() != UINT64_MAX) return;
@@ -62,10 +62,9 @@ std::string read_pieces(const std::string& path, uint64_t begin, uint64_t size, 
       }
     }
   };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work);
-  work();
-  for (auto& t : others) t.join();
+  std::vector<std::thread> others = start_threads(threads - 1, work);
+  work(0);
+  join(others);
   ::close(fd);
   if (error.load() != 0) return std::string("read failed: ") + std::strerror(error.load());
   if (short_at.load() != UINT64_MAX) {
