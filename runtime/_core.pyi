@@ -51,7 +51,15 @@ class GgufFile:
     def metadata(self) -> dict[str, Any]: ...  # str, int, float, bool or list of these
     def get(self, key: str) -> Any: ...  # one value, None where absent (cheap: converts only it)
     @property
+    def unknown_metadata(self) -> list[str]: ...  # keys of its architecture that are not listed
+    @property
     def tensors(self) -> list[TensorInfo]: ...
+
+def metadata_keys() -> list[tuple[str, str, str]]:
+    """(key, use, neutral values) of each metadata key that is known (metadata_keys.inc)."""
+
+def metadata_key_use(key: str, architecture: str) -> str | None:
+    """What a key of a file is to the engine: used, harmless, refused; None: unknown."""
 
 class Engine:
     """An immutable model: configuration, weights, plan. Shared by any number of timelines."""

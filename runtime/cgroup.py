@@ -72,8 +72,10 @@ def _reclaimable(stat: Path, version: int) -> int:
 
 def _groups(files: Mapping[str, str]) -> Iterator[tuple[MemoryGroup, Path]]:
     """The group of this process and those above it, each with its folder."""
-    from ._core import control_groups
-
+    try:
+        from ._core import control_groups
+    except ImportError:  # for `stoker doctor`, which says why the core is missing
+        return
     for version, path, folder in control_groups("memory", **files):
         names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
         if version == 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import threading
@@ -29,6 +30,7 @@ from .errors import (
 from .memory import available_memory, budget, check_memory, process_bytes, resident_bytes
 from .options import GenerationOptions, LoadOptions
 from .perplexity import Perplexity, measure
+from .pooling import check_pooling, pool, pooling_of_file
 from .session import Evaluated, Message, Session, Tokens
 
 if TYPE_CHECKING:
@@ -90,6 +92,8 @@ def load(
     return open_model(locate(fspath(path), download=download), options, onnx)
 
 
+_LOG = logging.getLogger("stoker")
+
 # How long a session that was left in the middle of a step may take to go after the step.
 _STEP_GRACE_S = 0.25
 
@@ -106,6 +110,8 @@ class Model:
         started = time.perf_counter()
         options = options or LoadOptions()
         self._set_up(path, options, GgufFile(str(path)))
+        for key in self._file.unknown_metadata:
+            _LOG.warning("stoker: %s: metadata key %s is unknown and not used", path.name, key)
         _check_names(options)
         self._engine = Engine(
             self._file,
@@ -348,14 +354,28 @@ class Model:
         with self._scratch(ids) as session:
             return session._timeline.eval_all(ids)
 
-    def embed(self, text: str | Tokens, *, normalize: bool = False) -> npt.NDArray[np.float32]:
-        """The mean of the tokens' final hidden states, [n_embd]; normalize: to L2 norm 1."""
+    def embed(
+        self, text: str | Tokens, *, pooling: str | None = None, normalize: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """The tokens' final hidden states made one vector, [n_embd].
+
+        pooling: "mean" of all tokens, "cls" (the first one's), "last", or "none": one row a token,
+            [n, n_embd]. None takes what the file names, and the mean where it names nothing.
+        normalize: to L2 norm 1. Raises OptionError, UnsupportedModelError (a reranker's file).
+        """
+        kind = self._pooling if pooling is None else check_pooling(pooling)
         ids = self._encode(text, add_special=True, parse_special=False)
         with self._scratch(ids) as session:
-            mean = session._timeline.eval_hidden(ids).mean(axis=0, dtype=np.float64)
+            pooled = pool(session._timeline.eval_hidden(ids), kind)
         if normalize:
-            mean /= max(float(np.linalg.norm(mean)), 1e-30)
-        return np.asarray(mean, dtype=np.float32)
+            norms = np.linalg.norm(pooled, axis=-1, keepdims=True)
+            pooled = pooled / np.maximum(norms, 1e-30)
+        return np.asarray(pooled, dtype=np.float32)
+
+    @cached_property
+    def _pooling(self) -> str:
+        arch = self._file.get("general.architecture")
+        return pooling_of_file(self._file.get(f"{arch}.pooling_type"), f"{arch}.pooling_type")
 
     def perplexity(
         self,

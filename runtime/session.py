@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import Cancelled, ContextLengthError, OptionError
+from .errors import Cancelled, ContextLengthError, OptionError, UnsupportedModelError
 from .generate import Generation
 from .options import GenerationOptions, merge
 
@@ -227,6 +227,11 @@ class Session:
         started: float,
         turns: list[dict[str, Any]] | None = None,
     ) -> Generation:
+        if not self._model.config.get("causal", True):
+            raise UnsupportedModelError(
+                f"{self._model.path.name}: its tokens attend to later ones, so that it embeds "
+                "texts (Model.embed) and cannot generate any"
+            )
         if not target:
             raise OptionError("the prompt is empty and the model has no beginning-of-text token")
         self._check_length(target)

@@ -56,6 +56,7 @@ class GgufFile:
         self.metadata = dict(METADATA)
         self.nbytes = 1 << 20
         self.tensors: list[Any] = []
+        self.unknown_metadata: list[str] = []
 
     def get(self, key: str) -> Any:
         return self.metadata.get(key)

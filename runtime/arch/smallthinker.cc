@@ -19,13 +19,10 @@ void configure(const GgufFile& file, ModelConfig& c) {
                                            ".expert_count: expected at least 1, found 0");
   }
   const std::string key = c.architecture + ".expert_gating_func";
-  const int64_t gating = file.require_int(key);
-  if (gating != 1 && gating != 2) {
-    throw Error(ErrorKind::kUnsupported, file.path() + ": " + key +
-                                             ": expected 1 (softmax) or 2 (sigmoid), found " +
-                                             std::to_string(gating));
+  if (file.require_int(key) == 0) {
+    throw Error(ErrorKind::kUnsupported,
+                file.path() + ": " + key + ": expected 1 (softmax) or 2 (sigmoid), found 0");
   }
-  c.gating = gating == 1 ? Gating::kSoftmax : Gating::kSigmoid;
   set_sliding_layers(file, c, kPeriod, true);
   if (c.sliding_window == 0) return;
   for (int64_t il = 0; il < c.n_layer; il += kPeriod) c.rotates[static_cast<size_t>(il)] = false;

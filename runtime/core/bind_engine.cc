@@ -75,10 +75,16 @@ stoker::Precision to_precision(const std::string& name) {
   throw Error(ErrorKind::kOption, "precision: expected fast, balanced or high, found " + name);
 }
 
+// Bytes of a file that need not be UTF-8, as GgufFile gives them.
+nb::object text(const std::string& bytes) {
+  return nb::steal(
+      PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "surrogateescape"));
+}
+
 nb::dict to_dict(const stoker::ModelConfig& c, int64_t context) {
   nb::dict d;
-  d["architecture"] = c.architecture;
-  d["name"] = c.name;
+  d["architecture"] = text(c.architecture);
+  d["name"] = text(c.name);
   d["n_layer"] = c.n_layer;
   d["n_embd"] = c.n_embd;
   d["n_vocab"] = c.n_vocab;
@@ -90,6 +96,7 @@ nb::dict to_dict(const stoker::ModelConfig& c, int64_t context) {
   d["n_expert_used"] = c.n_expert_used;
   d["n_ff_expert"] = c.n_ff_expert;
   d["sliding_window"] = c.sliding_window;
+  d["causal"] = c.causal;
   d["routes_early"] = c.routes_early;
   d["pregated"] = c.pregated;
   d["context_train"] = c.context_train;

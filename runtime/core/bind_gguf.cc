@@ -12,6 +12,7 @@
 #include "runtime/core/bind.h"
 #include "runtime/core/errors.h"
 #include "runtime/core/gguf.h"
+#include "runtime/core/metadata_keys.h"
 #include "runtime/core/unlocked.h"
 
 namespace nb = nanobind;
@@ -30,6 +31,11 @@ nb::object checked(PyObject* fresh) {
 // Bytes that are no UTF-8 (byte tokens, foreign names) become surrogates and encode back.
 PyObject* decode(std::string_view text) {
   return PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogateescape");
+}
+
+nb::bytes encode(const nb::str& text) {
+  return nb::borrow<nb::bytes>(
+      checked(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogateescape")));
 }
 
 nb::object decode_path(const std::string& path) {
@@ -107,6 +113,19 @@ nb::tuple shape(const GgufTensor& t) {
   return nb::borrow<nb::tuple>(out);
 }
 
+nb::list keys() {
+  nb::list list;
+  for (const stoker::MetadataKey& k : stoker::metadata_keys()) {
+    list.append(nb::make_tuple(k.key, stoker::key_use_name(k.use), k.neutral));
+  }
+  return list;
+}
+
+nb::object key_use(const std::string& key, const std::string& architecture) {
+  const stoker::MetadataKey* row = stoker::find_metadata_key(key, architecture);
+  return row ? nb::object(nb::str(stoker::key_use_name(row->use))) : nb::none();
+}
+
 // Whether data, the first bytes of a shard of file_size bytes, hold all of its header.
 bool header_is_whole(nb::bytes data, uint64_t file_size, const std::string& name) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(data.c_str());
@@ -164,13 +183,23 @@ void bind_gguf(nb::module_& m) {
           "All metadata in file order, converted anew each time; get() converts one value.")
       .def(
           "get",
-          [](const GgufFile& f, std::string_view key) {
-            const GgufValue* value = f.find(key);
+          [](const GgufFile& f, const nb::str& key) {
+            const nb::bytes bytes = encode(key);
+            const GgufValue* value = f.find({bytes.c_str(), bytes.size()});
             return value == nullptr ? nb::none() : to_python(*value);
           },
           nb::arg("key"), "One metadata value, None where absent.")
+      .def_prop_ro("unknown_metadata",
+                   [](const GgufFile& f) {
+                     const auto names = stoker::unknown_metadata(f);
+                     return make_list(names.size(), [&](size_t i) { return decode(names[i]); });
+                   })
       .def_prop_ro("tensors", [](const GgufFile& f) {
         return make_list(f.tensors().size(),
                          [&](size_t i) { return nb::cast(f.tensors()[i]).release().ptr(); });
       });
+
+  m.def("metadata_keys", keys, "(key, use, neutral values) of each metadata key that is known.");
+  m.def("metadata_key_use", key_use, nb::arg("key"), nb::arg("architecture"),
+        "What a key of a file is to the engine; None where it is unknown.");
 }

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 
 #include <exception>
+#include <string_view>
 
 #include "runtime/core/bind.h"
 #include "runtime/core/errors.h"
@@ -35,7 +36,11 @@ void translate(const std::exception_ptr& p, void*) {
     std::rethrow_exception(p);
   } catch (const stoker::Error& e) {
     nb::object type = nb::module_::import_("stoker.runtime.errors").attr(class_name(e.kind()));
-    PyErr_SetString(type.ptr(), e.what());
+    // A path or a name in it need not be UTF-8.
+    const std::string_view text = e.what();
+    nb::object message = nb::steal(PyUnicode_DecodeUTF8(
+        text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace"));
+    PyErr_SetObject(type.ptr(), message.ptr());
   }
 }
 

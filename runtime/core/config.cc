@@ -114,8 +114,9 @@ ModelConfig read_config(const GgufFile& file) {
   c.head_dim = r.size("attention.key_length", c.n_embd / c.n_head, 1, 65536);
   c.head_dim_v = r.size("attention.value_length", c.n_embd / c.n_head, 1, 65536);
   c.n_ff = r.size("feed_forward_length", 0, 0);
-  c.context_train = r.size("context_length", 2048, 1, int64_t{1} << 32);
-  c.norm_eps = static_cast<float>(r.number("attention.layer_norm_rms_epsilon", 1e-5));
+  c.context_train = r.size("context_length", -1, 1, int64_t{1} << 32);
+  file.require_float(r.key("attention.layer_norm_rms_epsilon"));
+  c.norm_eps = static_cast<float>(r.number("attention.layer_norm_rms_epsilon", 0));
   read_rope(r, c);
 
   c.attention_scale = static_cast<float>(r.number("attention.scale", 0.0));
@@ -124,6 +125,7 @@ ModelConfig read_config(const GgufFile& file) {
   }
   c.attention_softcap = static_cast<float>(r.number("attn_logit_softcapping", 0.0));
   c.final_softcap = static_cast<float>(r.number("final_logit_softcapping", 0.0));
+  c.causal = file.get_bool(r.key("attention.causal"), true);
   c.sliding_window = r.size("attention.sliding_window", 0, 0, int64_t{1} << 32);
   c.sliding.assign(static_cast<size_t>(c.n_layer), false);
   c.rotates.assign(static_cast<size_t>(c.n_layer), c.rope.n_rot > 0);
@@ -136,6 +138,13 @@ ModelConfig read_config(const GgufFile& file) {
                                            std::to_string(c.n_expert_used));
   }
   c.n_ff_expert = r.size("expert_feed_forward_length", c.n_ff, 0);
+  const int64_t gating = file.get_int(r.key("expert_gating_func"), 0);
+  if (gating < 0 || gating > 2) {
+    throw Error(ErrorKind::kUnsupported, file.path() + ": " + r.key("expert_gating_func") +
+                                             ": expected 1 (softmax) or 2 (sigmoid), found " +
+                                             std::to_string(gating));
+  }
+  if (gating == 2) c.gating = Gating::kSigmoid;
   c.pregated = c.architecture.starts_with(kPregatedPrefix);
   if (c.pregated && c.n_expert == 0) {
     throw Error(ErrorKind::kModelFile, file.path() + ": " + r.key("expert_count") +
@@ -148,6 +157,14 @@ ModelConfig read_config(const GgufFile& file) {
     throw Error(ErrorKind::kModelFile, file.path() + ": token_embd.weight: expected rows of " +
                                            std::to_string(c.n_embd) + " values, found " +
                                            std::to_string(embedding.ne[0]));
+  }
+  // More rows than tokens are padding; a token without a row could not be evaluated.
+  const GgufValue* tokens = file.find("tokenizer.ggml.tokens");
+  if (tokens && tokens->is_array() && tokens->size() > static_cast<uint64_t>(c.n_vocab)) {
+    throw Error(ErrorKind::kModelFile, file.path() + ": tokenizer.ggml.tokens: expected at most " +
+                                           std::to_string(c.n_vocab) +
+                                           " (the rows of token_embd.weight), found " +
+                                           std::to_string(tokens->size()));
   }
   return c;
 }

@@ -49,6 +49,7 @@ struct ModelConfig {
 
   float attention_scale = 0;    // of q . k
   float attention_softcap = 0;  // 0: none
+  bool causal = true;           // false: tokens attend to later ones too (encoders of texts)
   float final_softcap = 0;
   float embedding_scale = 1;
   Activation activation = Activation::kSilu;

@@ -7,6 +7,7 @@
 #include "kernels_cpu/cpu.h"
 #include "runtime/arch/families.h"
 #include "runtime/core/errors.h"
+#include "runtime/core/metadata_keys.h"
 #include "runtime/core/forward.h"
 #include "runtime/core/kv_cache.h"
 
@@ -161,10 +162,18 @@ class Fit {
 }  // namespace
 
 LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
+  check_is_model(file);
   const std::string architecture(file.require_string("general.architecture"));
   const Family& family = find_family(file, architecture);
+  check_computation(file, architecture);
   ModelConfig c = read_config(file);
   family.configure(file, c);
+  if (!c.causal && std::find(c.sliding.begin(), c.sliding.end(), true) != c.sliding.end()) {
+    throw Error(ErrorKind::kUnsupported, file.path() + ": " + architecture +
+                                             ".attention.causal: expected true in a model with "
+                                             "sliding windows, found false");
+  }
+  c.normalize_experts = file.get_bool(architecture + ".expert_weights_norm", c.normalize_experts);
   Plan p;
   p.isa = active_isa();
   if (options.threads < 0 || options.threads > 1024) {
@@ -193,7 +202,8 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
 
   int64_t scratch_limit = c.is_mixture() ? kMixtureScratch : INT64_MAX;
   if (o.memory > 0) scratch_limit = std::min(scratch_limit, o.memory / kScratchShare);
-  const int64_t largest = std::min(kChunk, p.context);
+  // Where tokens attend to later ones, a text is one chunk.
+  const int64_t largest = c.causal ? std::min(kChunk, p.context) : p.context;
   const int64_t least = std::min(kLeastChunk, largest);
   const auto scratch = [&](int64_t chunk) { return scratch_bytes(c, p.threads, chunk); };
   p.chunk = largest;

@@ -331,7 +331,7 @@ void Forward::attend(int64_t il) {
           q[rows] = s_.q + (t * c.n_head + h) * c.head_dim;
           out[rows] = s_.o + (t * c.n_head + h) * c.head_dim_v;
           first[rows] = sliding ? std::max<int64_t>(0, position - c.sliding_window + 1) : 0;
-          last[rows] = position;
+          last[rows] = c.causal ? position : position_ + n_ - 1;
         }
       }
       AttentionArgs args;

@@ -80,6 +80,13 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
                                          " are in it and " + std::to_string(n) +
                                          " more do not fit");
   }
+  if (!engine_->config().causal && (position_ > 0 || n > engine_->plan().chunk)) {
+    throw Error(ErrorKind::kContext,
+                "tokens of this model attend to later ones (attention.causal is false): expected a "
+                "whole text of at most " +
+                    std::to_string(engine_->plan().chunk) + " tokens, found " + std::to_string(n) +
+                    " after " + std::to_string(position_));
+  }
   const int64_t n_vocab = engine_->config().n_vocab;
   for (int32_t t : tokens) {
     if (t < 0 || t >= n_vocab) {

@@ -209,6 +209,7 @@ class Loader {
       w.post_ffn_norm = vector(p + "post_ffw_norm.weight", c.n_embd);
     }
     w.mixture = is_mixture(il);
+    require_width(w.mixture);
     if (!w.mixture) {
       w.gate = matrix(p + "ffn_gate.weight", c.n_ff, c.n_embd);
       w.up = matrix(p + "ffn_up.weight", c.n_ff, c.n_embd);
@@ -275,6 +276,15 @@ class Loader {
   }
 
  private:
+  // A layer's feed-forward has a width that the file names.
+  void require_width(bool mixture) const {
+    const ModelConfig& c = config_;
+    if ((mixture ? c.n_ff_expert : c.n_ff) > 0) return;
+    const std::string key =
+        c.architecture + (mixture ? ".expert_feed_forward_length" : ".feed_forward_length");
+    throw Error(ErrorKind::kModelFile, file_.path() + ": " + key + ": expected at least 1, found " +
+                                           (file_.find(key) ? "0" : "none"));
+  }
   void check_used(const GgufTensor& t) const {
     if (used_.count(&t)) return;
     throw Error(ErrorKind::kUnsupported, file_.path() + ": tensor " + t.name +

@@ -1,0 +1,48 @@
+"""From the hidden states of a text's tokens to one vector for the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ModelFileError, OptionError, UnsupportedModelError
+
+# By the value of <arch>.pooling_type, from llama.cpp's enumeration.
+_OF_FILE = ("none", "mean", "cls", "last", "rank")
+POOLINGS = ("none", "mean", "cls", "last")
+
+
+def check_pooling(name: object) -> str:
+    """One of POOLINGS. Raises OptionError."""
+    if name not in POOLINGS:
+        raise OptionError(f"pooling must be one of {', '.join(POOLINGS)}, not {name!r}")
+    return str(name)
+
+
+def pooling_of_file(value: Any, key: str) -> str:
+    """What a file's pooling_type names; "mean" where it has none (None).
+
+    Raises ModelFileError, UnsupportedModelError.
+    """
+    if value is None or value == -1:
+        return "mean"
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(_OF_FILE):
+        raise ModelFileError(f"{key}: expected 0 to {len(_OF_FILE) - 1}, found {value!r:.40}")
+    name = _OF_FILE[value]
+    if name not in POOLINGS:
+        raise UnsupportedModelError(
+            f"{key}: expected one of {', '.join(POOLINGS)}, found {name}: "
+            "a reranker gives scores, not embeddings"
+        )
+    return name
+
+
+def pool(hidden: npt.NDArray[np.float32], kind: str) -> npt.NDArray[Any]:
+    """hidden: [n, n_embd], n >= 1. Returns [n_embd]; [n, n_embd] for "none"."""
+    if kind == "none":
+        return hidden
+    if kind == "mean":
+        return np.asarray(hidden.mean(axis=0, dtype=np.float64))
+    return hidden[0 if kind == "cls" else -1]
