@@ -97,6 +97,8 @@ class Engine:
     def stream(self) -> dict[str, Any] | None:
         """Counters of the weights that pass through memory, None where all of them stay."""
     @property
+    def sessions(self) -> tuple[int, int]: ...  # open timelines, bytes that the cache lent them
+    @property
     def survives_fork(self) -> bool: ...  # works in a process that is forked after the load
     def record_routing(self, on: bool) -> None: ...  # OptionError where everything is in memory
     def take_routing(self) -> dict[str, npt.NDArray[Any]]:

@@ -135,7 +135,8 @@ class Generation:
             with session._exclusive(self):
                 self._thread = threading.get_ident()
                 try:
-                    chunk = self._step(session)
+                    # Another thread may have ended it while this one waited.
+                    chunk = self._step(session) if self.finish_reason is None else None
                 except Cancelled:
                     self._end("cancelled")
                     chunk = None
@@ -162,6 +163,7 @@ class Generation:
 
     def close(self) -> None:
         """Ends the generation now; the session stays usable at the tokens generated so far."""
+        self._cancel.set()
         if not self._abandon():
             self.cancel()  # another thread is inside a step: it ends there
 

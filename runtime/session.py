@@ -257,7 +257,9 @@ class Session:
         """Holds the session for one call; ends a generation that the same thread left behind."""
         self._model._check_process()
         if not self._lock.acquire(blocking=False):
-            raise OptionError(_BUSY)
+            if caller is None or not caller._cancel.is_set():
+                raise OptionError(_BUSY)
+            self._lock.acquire()  # another thread is just ending the caller
         try:
             self._stop.clear()
             active = self._active() if self._active is not None else None

@@ -358,6 +358,11 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("plan", plan_of)
       .def_prop_ro("offload", offload_of)
       .def_prop_ro("stream", stream_of)
+      .def_prop_ro("sessions",
+                   [](const Engine& e) {
+                     const Engine::Sessions s = e.sessions();
+                     return nb::make_tuple(s.open, s.lent_bytes);
+                   })
       .def_prop_ro("survives_fork", [](const Engine& e) { return !e.flash() && !e.stream(); })
       .def("record_routing", record_routing, nb::arg("on"))
       .def("take_routing", take_routing)

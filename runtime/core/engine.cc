@@ -276,7 +276,11 @@ void Engine::load(LoadPlan plan, const std::function<void()>& poll) {
 }
 
 void Engine::open_session() const {
-  if (!flash() && !stream()) return;
+  if (!flash() && !stream()) {
+    const std::lock_guard lock(sessions_mutex_);
+    ++sessions_;
+    return;
+  }
   const ThreadPool::Lease lease(*pool_);
   {
     const std::lock_guard lock(sessions_mutex_);
@@ -291,9 +295,14 @@ void Engine::open_session() const {
 }
 
 void Engine::close_session() const {
-  if ((!flash() && !stream()) || !pool_->process().here()) return;
+  if (!pool_->process().here()) return;
   const std::lock_guard lock(sessions_mutex_);
   --sessions_;
+}
+
+Engine::Sessions Engine::sessions() const {
+  const std::lock_guard lock(sessions_mutex_);
+  return {sessions_, lent_};
 }
 
 void Engine::settle_sessions() const {

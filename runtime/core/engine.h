@@ -146,6 +146,11 @@ class Engine {
   // others take theirs from the expert cache. Throws Error(kBudget) where that is too small.
   void open_session() const;
   void close_session() const;
+  // How many there are, and the bytes of the expert cache that they have.
+  struct Sessions {
+    int64_t open, lent_bytes;
+  };
+  Sessions sessions() const;
   // Gives the cache what closed sessions had. Under pool()'s lease.
   void settle_sessions() const;
 
