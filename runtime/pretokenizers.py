@@ -10,7 +10,7 @@ models' own published tokenizer.json; the kinds' names and flags are those of ll
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import TokenizerError
 
@@ -22,6 +22,7 @@ class PreTokenizer:
     patterns: regular expressions in Oniguruma syntax, applied in order; empty for `escaped`.
     ignore_merges: a word that is itself a token is taken whole, without merging.
     add_bos: the default of tokenizer.ggml.add_bos_token.
+    nfc: text is brought to Unicode's normalization form C first.
     escaped: tokens are plain text with "▁" for space (as in SentencePiece), not the byte
         alphabet of GPT-2, and only runs of newlines are cut out.
     """
@@ -29,6 +30,7 @@ class PreTokenizer:
     patterns: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
+    nfc: bool = False
     escaped: bool = False
 
 
@@ -86,7 +88,8 @@ _GPT2 = PreTokenizer((_WORDS,))
 _DIGITS_APART = PreTokenizer((r"\p{N}", _WORDS))
 _LLAMA3 = PreTokenizer((_contracted(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
 _THREE_DIGITS = PreTokenizer((_contracted(r"\p{N}{1,3}"),))
-_QWEN2 = PreTokenizer((_contracted(r"\p{N}"),))
+_ONE_DIGIT = PreTokenizer((_contracted(r"\p{N}"),))
+_QWEN2 = replace(_ONE_DIGIT, nfc=True)
 _DEEPSEEK3 = PreTokenizer((r"\p{N}{1,3}", _CJK_KANA, _marked(rf"[\r\n]*|{_SPACES}")))
 _GPT4O = PreTokenizer((_cased(r"\p{N}{1,3}"),))
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
@@ -96,6 +99,12 @@ _BAILING = (
 )
 _ESCAPED = PreTokenizer((), escaped=True)
 
+# `nfc` is set where the published tokenizer is known to have it: Qwen 2, 2.5, 3 and 3.5, Command-R,
+# GPT-NeoX and its kin (OLMo, MPT, ModernBERT) in transformers' own classes for them, StableLM 2
+# and Hunyuan in their tokenization_arcade100k.py and tokenization_hy.py. Those of Llama 3,
+# DeepSeek, GPT-2 and StarCoder are known to have none. Of the other names it could not be
+# established: deepseek-r1-qwen, kormo, f2llmv2 and megrez cut as Qwen 2 does, but their published
+# files were not at hand, and none is taken for granted.
 _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
     ("default", _DEFAULT),
     ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano", _LLAMA3),
@@ -151,25 +160,26 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
     ),
     ("falcon", PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _WORDS, "[0-9][0-9][0-9]"))),
     (
-        "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",
+        "starcoder refact smollm codeshell exaone minerva-7b mellum2",
         _DIGITS_APART,
     ),
+    ("command-r", replace(_DIGITS_APART, nfc=True)),
     (
         "gpt-2 phi-2 jina-es jina-de gigachat jina-v1-en jina-v2-code jina-v2-es jina-v2-de "
-        "roberta-bpe a.x-4.0 mellum modern-bert mpt olmo jais trillion granite-docling exaone4",
+        "roberta-bpe a.x-4.0 mellum jais trillion granite-docling exaone4",
         _GPT2,
     ),
-    (
-        "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
-        _QWEN2,
-    ),
+    ("olmo mpt modern-bert", replace(_GPT2, nfc=True)),
+    ("qwen2 stablelm2 hunyuan", _QWEN2),
+    ("deepseek-r1-qwen kormo f2llmv2 megrez solar-open grok-2", _ONE_DIGIT),
     (
         "qwen35",
         PreTokenizer(
             (
                 rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
                 rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
-            )
+            ),
+            nfc=True,
         ),
     ),
     ("ufakzeka", PreTokenizer((_contracted(r"\p{N}", head=""),))),
