@@ -14,12 +14,17 @@ from dataclasses import dataclass, replace
 
 from .errors import TokenizerError
 
+# In place of a pattern: runs of punctuation as the library's Punctuation step finds them. Its
+# Unicode is older than the one behind \p{P}.
+PUNCTUATION = "punctuation"
+
 
 @dataclass(frozen=True)
 class PreTokenizer:
     """One kind.
 
-    patterns: regular expressions in Oniguruma syntax, applied in order; empty for `escaped`.
+    patterns: regular expressions in Oniguruma syntax, or PUNCTUATION, applied in order; empty for
+        `escaped`.
     ignore_merges: a word that is itself a token is taken whole, without merging.
     add_bos: the default of tokenizer.ggml.add_bos_token.
     nfc: text is brought to Unicode's normalization form C first.
@@ -158,7 +163,7 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
             ignore_merges=True,
         ),
     ),
-    ("falcon", PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _WORDS, "[0-9][0-9][0-9]"))),
+    ("falcon", PreTokenizer((PUNCTUATION, _WORDS, "[0-9][0-9][0-9]"))),
     (
         "starcoder refact smollm codeshell exaone minerva-7b mellum2",
         _DIGITS_APART,
@@ -274,7 +279,10 @@ def byte_level_words(kind: PreTokenizer) -> Callable[[str], list[str]]:
     from tokenizers import Regex, pre_tokenizers
 
     steps: list[pre_tokenizers.PreTokenizer] = [
-        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns
+        pre_tokenizers.Punctuation("contiguous")
+        if pattern == PUNCTUATION
+        else pre_tokenizers.Split(Regex(pattern), "isolated")
+        for pattern in kind.patterns
     ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     split = pre_tokenizers.Sequence(steps).pre_tokenize_str

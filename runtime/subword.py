@@ -33,6 +33,13 @@ class Subword(Protocol):
         ...
 
 
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: the character that stands for each byte in a byte-level token."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in set(shown)]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
 def byte_fallback(ids: Mapping[str, int], unk: int | None) -> Callable[[str], list[int]]:
     """For a character without a token: its UTF-8 bytes as <0xXX> tokens, else `unk` if any."""
 
@@ -142,23 +149,21 @@ class ByteLevelBpe:
         self._ids = ids
         self._split = split
         self._whole_words = whole_words
-        # A character here is one byte; one that has no token at all is dropped, as elsewhere.
+        # A character here is one byte. Those that have no token are dropped before merging, as
+        # HF tokenizers does: what was beside them can merge.
+        self._without_token = {ord(c): None for c in byte_alphabet() if c not in ids}
         self._merges = Merges(ids, cost, joint, lambda piece: [ids[c] for c in piece if c in ids])
 
     def encode(self, text: str) -> list[int]:
         """The token ids of one run of plain text."""
         out: list[int] = []
-        word_ids = self._merges.word
-        if self._whole_words:
-            for word in self._split(text):
-                whole = self._ids.get(word)
-                if whole is None:
-                    out += word_ids(word)
-                else:
-                    out.append(whole)
-        else:
-            for word in self._split(text):
-                out += word_ids(word)
+        for word in self._split(text):
+            whole = self._ids.get(word) if self._whole_words else None
+            if whole is not None:
+                out.append(whole)
+                continue
+            known = word.translate(self._without_token) if self._without_token else word
+            out += self._merges.word(known)
         return out
 
 

@@ -19,6 +19,7 @@ from .subword import (
     Subword,
     Unigram,
     WordPiece,
+    byte_alphabet,
     byte_fallback,
     unescape_rwkv,
 )
@@ -46,13 +47,6 @@ _DEFAULT_IDS: dict[str, tuple[int | None, ...]] = {
     "t5": (None, 1, 2, None, 0),
     "rwkv": (None, None, None, None, None),
 }
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: the character that stands for each byte in a byte-level token."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [b for b in range(256) if b not in set(shown)]
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 class TokenStream:
@@ -142,7 +136,7 @@ class Tokenizer:
         self._normalize = self._normalizers(get, pre)
         self._subword = self._build(get, pre)
         self._special = SpecialTokens(vocabulary, get, self.pre)
-        self._byte_alphabet = _byte_alphabet()
+        self._byte_alphabet = byte_alphabet()
 
     @classmethod
     def from_metadata(cls, get: Metadata) -> Tokenizer:

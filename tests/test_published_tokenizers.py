@@ -1,0 +1,34 @@
+"""Random hard texts: the ids are those of Hugging Face's library with the published pipeline."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published_pipelines import PIPELINES, expected_ids, hard_texts, pipeline
+from stoker.runtime._core import GgufFile
+from stoker.runtime.tokenizer import Tokenizer
+
+COUNT = 4000  # a vocabulary; a text in three is decomposed
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_random_texts(vocab_dir: Path, name: str) -> None:
+    file = GgufFile(str(vocab_dir / f"ggml-vocab-{name}.gguf"))
+    values: dict[str, Any] = file.metadata
+    ours = Tokenizer.from_metadata(values.get)
+    library = pipeline(name, values.get)
+    ids = {token: i for i, token in enumerate(values["tokenizer.ggml.tokens"])}
+    decomposed = 0
+    for text in hard_texts(PIPELINES.index(name), COUNT):
+        decomposed += not unicodedata.is_normalized("NFC", text)
+        # The library takes no lone surrogates.
+        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        found = ours.encode(text, add_special=False, parse_special=False)
+        assert found == expected_ids(library, ids, clean), ascii(text)
+        kept = clean if library.normalizer is None else library.normalizer.normalize_str(clean)
+        if name != "falcon":  # where some bytes have no token
+            assert ours.decode(found) == kept.replace("▁", " " if ours.kind == "gemma4" else "▁")
+    assert decomposed > COUNT // 5
