@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Metadata, Vocabulary, spelled_bytes
+import re
+
+from .vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Metadata, Vocabulary
 
 _ASCII_SPACE = " \t\n\v\f\r"
 
@@ -26,37 +28,35 @@ class SpecialTokens:
         self._strip_right, self._strip_left = self._stripping(vocabulary, get, pre)
 
     def partition(self, text: str, parse_special: bool) -> list[str | int]:
-        """A text as runs of plain text and ids: longer tokens first, each from left to right.
+        """A text as runs of plain text and ids: the leftmost token first, of these the longest.
 
         parse_special: control and unknown tokens are cut out as well, not only user-defined ones.
         """
-        found = [
-            token
+        found = {
+            self._tokens[token]: token
             for head, tokens in self._heads.items()
             if head in text
             for token in tokens
             if (parse_special or self._types[token] == USER_DEFINED) and self._tokens[token] in text
-        ]
-        parts: list[str | int] = [text] if text else []
-        for token in sorted(found, key=lambda i: (-len(spelled_bytes(self._tokens[i])), i)):
-            spelling = self._tokens[token]
-            cut: list[str | int] = []
-            for part in parts:
-                if isinstance(part, int) or spelling not in part:
-                    cut.append(part)
-                    continue
-                pieces = part.split(spelling)
-                if token in self._strip_right:
-                    pieces[1:] = [piece.lstrip(_ASCII_SPACE) for piece in pieces[1:]]
-                if token in self._strip_left:
-                    pieces[:-1] = [piece.rstrip(_ASCII_SPACE) for piece in pieces[:-1]]
-                for i, piece in enumerate(pieces):
-                    if i:
-                        cut.append(token)
-                    if piece:
-                        cut.append(piece)
-            parts = cut
-        return parts
+        }
+        if not found:
+            return [text] if text else []
+        longest_first = sorted(found, key=len, reverse=True)
+        parts: list[str | int] = []
+        start = 0
+        for match in re.finditer("|".join(map(re.escape, longest_first)), text):
+            token = found[match[0]]
+            run = text[start : match.start()]
+            start = match.end()
+            if parts and parts[-1] in self._strip_right:
+                run = run.lstrip(_ASCII_SPACE)
+            if token in self._strip_left:
+                run = run.rstrip(_ASCII_SPACE)
+            parts += (run, token) if run else (token,)
+        rest = text[start:]
+        if parts[-1] in self._strip_right:
+            rest = rest.lstrip(_ASCII_SPACE)
+        return [*parts, rest] if rest else parts
 
     def _stripping(
         self, vocabulary: Vocabulary, get: Metadata, pre: str

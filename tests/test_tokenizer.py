@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from stoker.runtime.normalizers import PrecompiledMap
 from stoker.runtime.pretokenizers import PRE_TOKENIZERS, byte_level_words, pre_tokenizer
 from stoker.runtime.subword import EscapedBpe, Merges, byte_fallback
 from stoker.runtime.tokenizer import Tokenizer
+from tiny_vocabularies import byte_level, sentencepiece, spelled
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "data" / "golden_tokens.json").read_text()
@@ -112,59 +113,6 @@ def test_same_as_llama_cpp(vocab_dir: Path, file: str) -> None:
 
 
 # Small vocabularies.
-
-
-def byte_level(
-    merges: list[str], extra: Mapping[str, int] | None = None, **metadata: Any
-) -> Tokenizer:
-    """A byte-level tokenizer of the 256 bytes, the results of `merges`, and `extra` tokens."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    tokens = [chr(b) for b in shown] + [chr(256 + i) for i in range(256 - len(shown))]
-    tokens += [merge.replace(" ", "") for merge in merges]
-    types = [1] * len(tokens)
-    for token, kind in (extra or {}).items():
-        tokens.append(token)
-        types.append(kind)
-    values = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": merges,
-    }
-    values |= {key.replace("__", "."): value for key, value in metadata.items()}
-    return Tokenizer.from_metadata(values.get)
-
-
-def bytes_of(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a byte-level vocabulary without merges."""
-    ids = [tokenizer.token_to_id(chr(b)) for b in text.encode("ascii")]
-    return [i for i in ids if i is not None]
-
-
-def sentencepiece(
-    pieces: Mapping[str, float], extra: Mapping[str, int] | None = None, **metadata: Any
-) -> Tokenizer:
-    """A SentencePiece BPE tokenizer: <unk>, <s>, </s>, 256 byte tokens, `pieces`, `extra`."""
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces]
-    types = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
-    scores = [0.0] * 259 + list(pieces.values())
-    for token, kind in (extra or {}).items():
-        tokens.append(token)
-        types.append(kind)
-        scores.append(0.0)
-    values = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.scores": scores,
-    }
-    values |= {key.replace("__", "."): value for key, value in metadata.items()}
-    return Tokenizer.from_metadata(values.get)
-
-
-def spelled(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    return [tokenizer.id_to_token(i) for i in ids]
 
 
 def naive(word: str, cost: Callable[[str], float | None]) -> list[str]:
@@ -272,72 +220,6 @@ def test_space_prefix() -> None:
     assert with_prefix.decode([x, x]) == "x x"
 
 
-def test_special_tokens() -> None:
-    tokenizer = byte_level(
-        [], {"<|im_end|>": 3, "<a>": 3, "<a><b>": 3, "    ": 4, "<u>": 4},
-        tokenizer__ggml__bos_token_id=10, tokenizer__ggml__add_bos_token=True,
-    )  # fmt: skip
-    assert spelled(tokenizer, tokenizer.encode("<a><b><a>", add_special=False)) == ["<a><b>", "<a>"]
-    assert tokenizer.encode("")[:1] == [10] and len(tokenizer.encode("")) == 1
-    # Known by name; not found in plain text.
-    end = tokenizer.token_to_id("<|im_end|>")
-    assert tokenizer.eot_id == end and end in tokenizer.eog_ids
-    assert tokenizer.encode("<|im_end|>", add_special=False) == [end]
-    assert end not in tokenizer.encode("<|im_end|>", parse_special=False)
-    # User-defined tokens are text, and always found.
-    plain = tokenizer.encode("x    <u>", add_special=False, parse_special=False)
-    assert spelled(tokenizer, plain) == ["x", "    ", "<u>"]
-    assert tokenizer.decode([*plain, end or 0], skip_special=True) == "x    <u>"
-    assert tokenizer.decode([*plain, end or 0]) == "x    <u><|im_end|>"
-    stream = tokenizer.stream(skip_special=True)
-    assert [stream.push(i) for i in (end or 0, plain[0])] == ["", "x"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "facts", "ends"),
-    [
-        (1, {}, False),  # NORMAL: text, whatever it looks like
-        (3, {}, True),
-        (4, {}, False),
-        (4, {"tokenizer.chat_template": "{{ x }}</s>"}, True),
-        (4, {"tokenizer.chat_template": "{{ x }}"}, False),
-        (4, {"tokenizer.chat_templates": ["rag"], "tokenizer.chat_template.rag": "</s>"}, True),
-        (1, {"tokenizer.chat_template": "{{ x }}</s>"}, False),
-        (1, {"tokenizer.ggml.eos_token_id": 256}, True),
-        (1, {"tokenizer.ggml.eot_token_id": 256}, True),
-        (1, {"tokenizer.ggml.token_type": None}, True),  # a file without types has only names
-    ],
-)
-def test_what_makes_a_known_name_an_end(kind: int, facts: dict[str, Any], ends: bool) -> None:
-    tokenizer = byte_level([], {"</s>": kind}, **facts)
-    assert tokenizer.eog_ids == ({256} if ends else set())
-    assert tokenizer.is_special(256) == ends
-    found = [256] if ends or kind == 4 else bytes_of(tokenizer, "</s>")
-    assert tokenizer.encode("</s>") == found
-
-
-def test_fill_in_the_middle_tokens_that_the_file_types_or_names() -> None:
-    names = ("<fim_prefix>", "<fim_pad>", "<reponame>")
-    for kind, known in ((3, True), (4, False), (1, False)):
-        tokenizer = byte_level([], dict.fromkeys(names, kind))
-        assert tokenizer.eog_ids == ({257, 258} if known else set())
-    tokenizer = byte_level([], dict.fromkeys(names, 1), tokenizer__ggml__fim_rep_token_id=258)
-    assert tokenizer.eog_ids == {258} and tokenizer.is_special(258)
-    # An end that the file names without a name that is known stays the text that it is.
-    tokenizer = byte_level([], {"stop": 1}, tokenizer__ggml__eos_token_id=256)
-    assert tokenizer.eog_ids == {256} and not tokenizer.is_special(256)
-    assert len(tokenizer.encode("stop")) == 4
-
-
-def test_an_end_of_message_is_not_the_end() -> None:
-    """In gpt-oss <|end|> ends one message of several, <|return|> and <|call|> end the answer."""
-    names = ("<|end|>", "<|return|>", "<|call|>")
-    tokenizer = byte_level([], dict.fromkeys(names, 3))
-    end, back, call = map(tokenizer.token_to_id, names)
-    assert tokenizer.eog_ids == {back, call} and tokenizer.eot_id is None
-    assert byte_level([], {"<|end|>": 3}).eog_ids == {end}
-
-
 def test_gemma_4_always_wants_bos() -> None:
     tokens = ["<bos>", "▁", "a", "▁a", "\n", "\n\n", "<0xC3>", "<0xA9>"]
     values = {
@@ -353,11 +235,6 @@ def test_gemma_4_always_wants_bos() -> None:
     # A run of newlines is looked up whole although no merge makes it.
     assert spelled(tokenizer, ids) == ["<bos>", "a", "▁a", "\n\n", "a", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(ids, skip_special=True) == "a a\n\naé"
-
-
-def test_phi_3_special_tokens_swallow_spaces() -> None:
-    tokenizer = sentencepiece({"▁": -3, "x": -4, "▁x": -1}, {"<|end|>": 3}, general__name="Phi3")
-    assert spelled(tokenizer, tokenizer.encode("<|end|> \n x")) == ["<s>", "<|end|>", "▁x"]
 
 
 def test_stream_never_breaks_a_character() -> None:
