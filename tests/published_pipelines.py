@@ -62,6 +62,39 @@ _DEEPSEEK = {
 }
 
 
+def steps(name: str) -> tuple[Any, Any]:
+    """The normalizer (or None) and the pre-tokenizer of a published tokenizer.json."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    normalizer = None
+    if name in ("qwen2", "qwen35", "command-r", "mpt"):
+        normalizer = normalizers.NFC()
+    if name == "gemma-4":
+        cut = pre_tokenizers.Split(" ", "merged_with_previous")
+        return normalizers.Replace(" ", "▁"), cut
+    if name in ("gpt-2", "mpt"):
+        return normalizer, gpt2
+    if name in ("refact", "starcoder", "command-r"):
+        return normalizer, pre_tokenizers.Sequence([digits, gpt2])
+    if name == "falcon":
+        return normalizer, pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Punctuation("contiguous"),
+                gpt2,
+                pre_tokenizers.Digits(individual_digits=False),
+                pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+            ]
+        )
+    if name in _DEEPSEEK:
+        splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in _DEEPSEEK[name]]
+        cut = pre_tokenizers.Sequence([*splits, digits, byte_level])
+        return normalizers.Sequence([]), cut
+    pattern = {"qwen2": _QWEN2, "qwen35": _QWEN35, "llama-bpe": _LLAMA3}[name]
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return normalizer, pre_tokenizers.Sequence([split, byte_level])
+
+
 def pipeline(name: str, get: Callable[[str], Any]) -> Tokenizer:
     """The library's tokenizer of a published pipeline, over a GGUF file's vocabulary.
 
@@ -84,35 +117,9 @@ def pipeline(name: str, get: Callable[[str], Any]) -> Tokenizer:
             unk_token="<unk>" if gemma else None,
         )
     )
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    if gemma:
-        library.normalizer = normalizers.Replace(" ", "▁")
-        library.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    elif name in ("gpt-2", "mpt"):
-        library.pre_tokenizer = gpt2
-    elif name in ("refact", "starcoder", "command-r"):
-        library.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2])
-    elif name == "falcon":
-        library.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Punctuation("contiguous"),
-                gpt2,
-                pre_tokenizers.Digits(individual_digits=False),
-                pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
-            ]
-        )
-    elif name in _DEEPSEEK:
-        library.normalizer = normalizers.Sequence([])
-        splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in _DEEPSEEK[name]]
-        library.pre_tokenizer = pre_tokenizers.Sequence([*splits, digits, byte_level])
-    else:
-        pattern = {"qwen2": _QWEN2, "qwen35": _QWEN35, "llama-bpe": _LLAMA3}[name]
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        library.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    if name in ("qwen2", "qwen35", "command-r", "mpt"):
-        library.normalizer = normalizers.NFC()
+    normalizer, library.pre_tokenizer = steps(name)
+    if normalizer is not None:
+        library.normalizer = normalizer
     # Added tokens that are text; the library numbers them as the file does only where they follow
     # the vocabulary, so that ids are compared by spelling below.
     library.add_tokens(
