@@ -175,21 +175,16 @@ class _Reader:
 
     def _special_texts(self) -> set[str]:
         """Tokens that the folder names as special ones, which transformers makes special, too."""
-        texts: set[str] = set()
+        named: list[object] = []
         for values in (self._settings, self._optional("special_tokens_map.json")):
             for key, value in values.items():
-                if not key.endswith(("_token", "_special_tokens")):
-                    continue
-                listed = (
-                    value.values()
-                    if isinstance(value, dict) and "content" not in value
-                    else (value if isinstance(value, list) else [value])
-                )
-                for token in listed:
-                    text = token.get("content") if isinstance(token, dict) else token
-                    if isinstance(text, str):
-                        texts.add(text)
-        return texts
+                if key.endswith("_token"):
+                    named.append(value)
+                elif key.endswith("_special_tokens"):  # a list, or texts by role
+                    listed = value.values() if isinstance(value, dict) else value
+                    named += listed if isinstance(value, (list, dict)) else ()
+        texts = (token.get("content") if isinstance(token, dict) else token for token in named)
+        return {text for text in texts if isinstance(text, str)}
 
     def _add_tokens(self, v: _Vocabulary, added: list[AddedToken]) -> None:
         """Added tokens and their types, then names for ids without a token."""

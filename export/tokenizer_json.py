@@ -57,9 +57,9 @@ class TokenizerJson:
             step = pending.pop(0)
             if not isinstance(step, dict):
                 continue
-            inner = [step[k] for k in ("pretokenizers", "normalizers", "decoders") if step.get(k)]
+            inner = step.get("pretokenizers") or step.get("normalizers") or step.get("decoders")
             if step.get("type") == "Sequence":
-                pending = [*(part for parts in inner for part in parts), *pending]
+                pending = [*(inner if isinstance(inner, list) else ()), *pending]
             else:
                 yield step
 

@@ -120,10 +120,13 @@ def pipeline(name: str, get: Callable[[str], Any]) -> Tokenizer:
     normalizer, library.pre_tokenizer = steps(name)
     if normalizer is not None:
         library.normalizer = normalizer
-    # Added tokens that are text; the library numbers them as the file does only where they follow
-    # the vocabulary, so that ids are compared by spelling below.
+    # The library numbers added tokens as the file does only where they follow the vocabulary, so
+    # that ids are compared by spelling below.
     library.add_tokens(
         [AddedToken(t, normalized=False) for i, t in enumerate(tokens) if types[i] == 4]
+    )
+    library.add_special_tokens(
+        [AddedToken(t, normalized=False) for i, t in enumerate(tokens) if types[i] == 3]
     )
     return library
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,24 @@ def test_random_texts(vocab_dir: Path, name: str) -> None:
         if name != "falcon":  # where some bytes have no token
             assert ours.decode(found) == kept.replace("▁", " " if ours.kind == "gemma4" else "▁")
     assert decomposed > COUNT // 5
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2", "gemma-4", "deepseek-coder", "llama-bpe", "command-r", "refact"]
+)
+def test_special_tokens_in_random_texts(vocab_dir: Path, name: str) -> None:
+    values = GgufFile(str(vocab_dir / f"ggml-vocab-{name}.gguf")).metadata
+    ours, library = Tokenizer.from_metadata(values.get), pipeline(name, values.get)
+    tokens, types = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
+    ids = {token: i for i, token in enumerate(tokens)}
+    special = [token for i, token in enumerate(tokens) if types[i] in (3, 4)]
+    chance = random.Random(7)
+    for text in hard_texts(200 + PIPELINES.index(name), 1000):
+        clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        one, two, cut = chance.sample(special * 2, 3)
+        mixed = clean[:9] + one + clean[9:20] + two + clean[20:] + cut[: chance.randint(1, 9)]
+        found = ours.encode(mixed, add_special=False)
+        assert found == expected_ids(library, ids, mixed), ascii(mixed)
 
 
 # Gemma is not byte-level. Falcon's last steps cut the byte alphabet, in which some bytes look like
