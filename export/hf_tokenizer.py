@@ -9,42 +9,28 @@ express is refused instead of becoming a slightly wrong one.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..runtime.errors import ModelFileError, OptionError, TokenizerError, UnsupportedModelError
-from ..runtime.pretokenizers import PRE_TOKENIZERS, byte_level_words
+from ..runtime.pretokenizers import PRE_TOKENIZERS
 from ..runtime.special_names import EOG_NAMES, EOM_NAMES, EOT_NAMES
 from ..runtime.subword import SPACE
 from ..runtime.tokenizer import Tokenizer
+from ..runtime.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from .gguf_values import Value
 from .hf_config import HfConfig
 from .safetensors_folder import read_json
-from .sentencepiece_model import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    read_sentencepiece,
-)
-from .tokenizer_probes import PROBES
+from .sentencepiece_model import read_sentencepiece
+from .tokenizer_comparison import added_token_notes, difference, find_pre
+from .tokenizer_json import AddedToken, TokenizerJson, added_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfLibrary
 
-# Of the names of one kind, those that llama.cpp's own conversions write.
-_PREFERRED = ("llama-bpe", "qwen2", "gpt-2", "smollm", "deepseek-v3", "gpt-4o", "dbrx", "glm4",
-              "falcon", "default", "bailingmoe", "tiny_aya", "bloom")  # fmt: skip
 _ADDED_SCORE = -1000.0  # of tokens that the vocabulary has no score for
-_SPECIAL_LOOK = re.compile(r"<\|.*\|>|<｜.*｜>|<unused\d+>|<pad>|<mask>|<2mass>|\[@BOS@\]")  # noqa: RUF001
-_SALAD_TOKENS, _SALAD_LENGTH = 4000, 40
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -89,7 +75,7 @@ class _Reader:
         self._pre = pre
         self._path = folder / "tokenizer.json"
         self._sentencepiece = folder / "tokenizer.model"
-        self._json = read_json(self._path) if self._path.is_file() else None
+        self._json = TokenizerJson(self._path) if self._path.is_file() else None
         self._settings = self._optional("tokenizer_config.json")
         self._generation = self._optional("generation_config.json")
         self._notes: list[str] = []
@@ -103,122 +89,52 @@ class _Reader:
         return read_json(path) if path.is_file() else {}
 
     def read(self) -> HfTokenizer:
-        model = self._model()
-        byte_level = model is not None and self._is_byte_level()
+        file = self._json
         space_prefix: bool | None = None
-        if byte_level:
-            vocabulary = self._byte_level(model or {})
+        if file is not None and file.is_byte_level():
+            vocabulary = self._byte_level(file)
         elif self._sentencepiece.is_file():
             found = read_sentencepiece(self._sentencepiece)
             texts, scores, types = (list(column) for column in zip(*found.pieces, strict=True))
             vocabulary = _Vocabulary(texts, types, scores)
             space_prefix = found.add_space_prefix
         else:
-            vocabulary = self._escaped(model or {})
-            space_prefix = self._space_prefix()
-        self._add_tokens(vocabulary)
+            assert file is not None
+            vocabulary = self._escaped(file)
+            space_prefix = file.space_prefix()
+        if file is not None and space_prefix is not None:
+            file.model(any_kind=self._sentencepiece.is_file())
+            file.check_escaping()
+        added = self._added()
+        self._add_tokens(vocabulary, added)
         entries = self._entries(vocabulary)
-        library = self._library()
-        self._framing(entries, library)
+        library = None if file is None else file.library()
+        self._framing(entries, vocabulary.tokens, library)
         if space_prefix is not None:
             entries["tokenizer.ggml.add_space_prefix"] = space_prefix
             self._verify(entries, library)
         else:
-            entries["tokenizer.ggml.pre"] = self._pre or self._find_pre(entries, library)
-            if self._pre is not None and library is not None:
-                self._compare_named(entries, library)
+            assert file is not None and library is not None
+            entries["tokenizer.ggml.pre"] = self._pre_name(entries, file, library)
         if library is not None:
-            self._compare_special(entries, library)
+            self._compare_special(entries, library, added)
         entries.update(self._templates())
         return HfTokenizer(entries, self._notes)
 
     # The vocabulary.
 
-    def _model(self) -> dict[str, Any] | None:
-        if self._json is None:
-            return None
-        model = self._json.get("model")
-        if not isinstance(model, dict):
-            raise ModelFileError(f"{self._path}: model: expected an object, found {model!r:.40}")
-        # Files of old give no type; only BPE has merges.
-        kind = model.get("type") or ("BPE" if "merges" in model else "none")
-        if kind != "BPE" and not self._sentencepiece.is_file():
-            raise UnsupportedModelError(f"{self._path}: model: expected BPE, found {kind}")
-        for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
-            if model.get(key):
-                raise UnsupportedModelError(
-                    f"{self._path}: model.{key}: expected none, found {model[key]!r:.40}"
-                )
-        return model
-
-    def _steps(self, key: str) -> Iterator[dict[str, Any]]:
-        """The parts of a normalizer, pre-tokenizer or decoder, sequences unrolled."""
-        pending = [(self._json or {}).get(key)]
-        while pending:
-            step = pending.pop(0)
-            if not isinstance(step, dict):
-                continue
-            inner = step.get("pretokenizers") or step.get("normalizers") or step.get("decoders")
-            if step.get("type") == "Sequence" and isinstance(inner, list):
-                pending = [*inner, *pending]
-            else:
-                yield step
-
-    def _is_byte_level(self) -> bool:
-        steps = [*self._steps("pre_tokenizer"), *self._steps("decoder")]
-        return any(step.get("type") == "ByteLevel" for step in steps)
-
-    def _texts(self, model: Mapping[str, Any]) -> list[str | None]:
-        """The tokens of model.vocab by id, None for ids that it leaves out."""
-        vocab = model.get("vocab")
-        if not isinstance(vocab, dict) or not vocab:
-            raise ModelFileError(f"{self._path}: model.vocab: expected tokens, found none")
-        texts: list[str | None] = []
-        for text, i in vocab.items():
-            self._place(texts, text, i)
-        return texts
-
-    def _place(self, texts: list[str | None], text: object, i: object) -> None:
-        if type(i) is not int or not 0 <= i < self._n_vocab or not isinstance(text, str):
-            raise ModelFileError(
-                f"{self._path}: token {text!r:.40}: expected an id below {self._n_vocab} (the rows "
-                f"of the embedding), found {i!r:.40}"
-            )
-        texts += [None] * (i + 1 - len(texts))
-        if texts[i] is not None and texts[i] != text:
-            raise ModelFileError(
-                f"{self._path}: id {i}: expected one token, found {texts[i]!r:.40} and {text!r:.40}"
-            )
-        texts[i] = text
-
-    def _merges(self, model: Mapping[str, Any]) -> list[tuple[str, str]]:
-        merges = model.get("merges")
-        if not isinstance(merges, list):
-            raise ModelFileError(f"{self._path}: model.merges: expected a list, found none")
-        pairs: list[tuple[str, str]] = []
-        for merge in merges:
-            parts = merge.split(" ") if isinstance(merge, str) else merge
-            if (
-                not isinstance(parts, list)
-                or len(parts) != 2
-                or not all(isinstance(p, str) and p and " " not in p for p in parts)
-            ):
-                raise ModelFileError(
-                    f"{self._path}: model.merges: expected two tokens, found {merge!r:.60}"
-                )
-            pairs.append((parts[0], parts[1]))
-        return pairs
-
-    def _byte_level(self, model: Mapping[str, Any]) -> _Vocabulary:
-        texts = self._texts(model)
-        merges = [f"{left} {right}" for left, right in self._merges(model)]
+    def _byte_level(self, file: TokenizerJson) -> _Vocabulary:
+        model = file.model()
+        texts = file.texts(model, self._n_vocab)
+        merges = [f"{left} {right}" for left, right in file.merges(model)]
         return _Vocabulary([t or "" for t in texts], [NORMAL] * len(texts), merges=merges)
 
-    def _escaped(self, model: Mapping[str, Any]) -> _Vocabulary:
+    def _escaped(self, file: TokenizerJson) -> _Vocabulary:
         """SentencePiece's vocabulary from its merges: an earlier merge has a higher score."""
-        texts = [t or "" for t in self._texts(model)]
+        model = file.model()
+        texts = [t or "" for t in file.texts(model, self._n_vocab)]
         ranks: dict[str, int] = {}
-        for rank, (left, right) in enumerate(self._merges(model)):
+        for rank, (left, right) in enumerate(file.merges(model)):
             ranks.setdefault(left + right, rank)
         unknown = model.get("unk_token")
         types = [
@@ -233,41 +149,44 @@ class _Reader:
         scores = [-float(ranks[t]) if t in ranks else last for t in texts]
         return _Vocabulary(texts, types, scores)
 
-    def _space_prefix(self) -> bool:
-        for step in [*self._steps("normalizer"), *self._steps("pre_tokenizer")]:
-            if step.get("type") == "Prepend" and step.get("prepend") == SPACE:
-                return True
-            if step.get("type") == "Metaspace":
-                scheme = step.get("prepend_scheme")
-                return (
-                    scheme in ("always", "first")
-                    if scheme
-                    else bool(step.get("add_prefix_space", True))
-                )
-        return False
+    def _added(self) -> list[AddedToken]:
+        """Added tokens that the embedding has rows for; a note of the others."""
+        if self._json is not None:
+            found = self._json.added()
+        else:
+            decoder = self._settings.get("added_tokens_decoder")
+            rows: list[tuple[object, Mapping[str, Any]]] = [
+                (int(i) if i.isdecimal() else i, row)
+                for i, row in (decoder.items() if isinstance(decoder, dict) else ())
+                if isinstance(row, dict)
+            ]
+            plain = self._optional("added_tokens.json")
+            rows += [(i, {"content": text}) for text, i in plain.items()]
+            found = added_tokens(self._folder, iter(rows))
+        kept = [token for token in found if token.id < self._n_vocab]
+        beyond = [token.text for token in found if token.id >= self._n_vocab]
+        if beyond:
+            named = ", ".join(f"{text!r:.40}" for text in beyond[:3])
+            self._notes.append(
+                f"{len(beyond)} added tokens beyond the {self._n_vocab} rows of the embedding "
+                f"are left out: {named}{', ...' if len(beyond) > 3 else ''}"
+            )
+        return kept
 
-    def _added(self) -> dict[int, tuple[str, bool]]:
-        """Added tokens by id: text, and whether they are special."""
-        rows: list[tuple[object, object]] = []
-        listed = (self._json or {}).get("added_tokens")
-        if isinstance(listed, list):
-            rows += [(row.get("id"), row) for row in listed if isinstance(row, dict)]
-        decoder = self._settings.get("added_tokens_decoder")
-        if isinstance(decoder, dict) and self._json is None:
-            rows += [(int(i) if i.isdecimal() else i, row) for i, row in decoder.items()]
-        plain = self._optional("added_tokens.json") if self._json is None else {}
-        rows += [(i, {"content": text}) for text, i in plain.items()]
-        added: dict[int, tuple[str, bool]] = {}
-        for i, row in rows:
-            content = row.get("content") if isinstance(row, dict) else None
-            texts: list[str | None] = []
-            self._place(texts, content, i)
-            assert isinstance(i, int) and isinstance(content, str) and isinstance(row, dict)
-            special = bool(row.get("special")) or _SPECIAL_LOOK.fullmatch(content) is not None
-            added.setdefault(i, (content, special))
-        return added
+    def _special_texts(self) -> set[str]:
+        """Tokens that the folder names as special ones, which transformers makes special, too."""
+        named: list[object] = []
+        for values in (self._settings, self._optional("special_tokens_map.json")):
+            for key, value in values.items():
+                if key.endswith("_token"):
+                    named.append(value)
+                elif key.endswith("_special_tokens"):  # a list, or texts by role
+                    listed = value.values() if isinstance(value, dict) else value
+                    named += listed if isinstance(value, (list, dict)) else ()
+        texts = (token.get("content") if isinstance(token, dict) else token for token in named)
+        return {text for text in texts if isinstance(text, str)}
 
-    def _add_tokens(self, v: _Vocabulary) -> None:
+    def _add_tokens(self, v: _Vocabulary, added: list[AddedToken]) -> None:
         """Added tokens and their types, then names for ids without a token."""
         if len(v.tokens) > self._n_vocab:
             raise ModelFileError(
@@ -279,9 +198,11 @@ class _Reader:
         v.types += [NORMAL] * more
         if v.scores is not None:
             v.scores += [_ADDED_SCORE] * more
-        for i, (text, special) in self._added().items():
-            v.tokens[i] = text
-            if special:
+        named, ends = self._special_texts(), set(self._ends())
+        for token in added:
+            i = token.id
+            v.tokens[i] = token.text
+            if token.special or token.text in named or i in ends:
                 v.types[i] = v.types[i] if v.types[i] == UNKNOWN else CONTROL
             elif v.types[i] in (NORMAL, USER_DEFINED):
                 v.types[i] = USER_DEFINED
@@ -349,19 +270,19 @@ class _Reader:
                 return found
         return None
 
+    def _ends(self) -> list[int]:
+        """The ids that generation_config.json or config.json lists as ends, if it lists several."""
+        ends = self._generation.get("eos_token_id") or self._config.get("eos_token_id")
+        return [i for i in ends if type(i) is int and i >= 0] if isinstance(ends, list) else []
+
     def _end_of_turn(self, entries: dict[str, Value], tokens: list[str]) -> None:
         """generation_config.json may name more than one token that ends an answer."""
-        ends = self._generation.get("eos_token_id") or self._config.get("eos_token_id")
-        if not isinstance(ends, list):
-            return
-        names = {*EOT_NAMES, *EOM_NAMES, *EOG_NAMES}
         others = [
             i
-            for i in ends
-            if type(i) is int
-            and 0 <= i < len(tokens)
-            and i != entries.get("tokenizer.ggml.eos_token_id")
+            for i in self._ends()
+            if i < len(tokens) and i != entries.get("tokenizer.ggml.eos_token_id")
         ]
+        names = {*EOT_NAMES, *EOM_NAMES, *EOG_NAMES}
         unknown = [i for i in others if tokens[i] not in names]
         if unknown:
             entries["tokenizer.ggml.eot_token_id"] = unknown[0]
@@ -374,15 +295,31 @@ class _Reader:
         for i in unknown[2:]:
             self._notes.append(f"token {tokens[i]!r} ends an answer, which GGUF cannot say")
 
-    def _framing(self, entries: dict[str, Value], library: HfLibrary | None) -> None:
+    def _framing(
+        self, entries: dict[str, Value], tokens: list[str], library: HfLibrary | None
+    ) -> None:
         """Whether texts get BOS and EOS: tokenizer_config.json says, or what the library does."""
         before = after = False
         if library is not None:
             plain = library.encode("a", add_special_tokens=False).ids
             framed = library.encode("a", add_special_tokens=True).ids
-            bos, eos = (entries.get(f"tokenizer.ggml.{r}_token_id") for r in ("bos", "eos"))
-            before = bos is not None and framed[:1] == [bos] and framed != plain
-            after = eos is not None and framed[-1:] == [eos] and framed != plain
+            at = next(
+                (i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), len(framed)
+            )
+            head, tail = framed[:at], framed[at + len(plain) :]
+            for role, frame in (("bos", head), ("eos", tail)):
+                key = f"tokenizer.ggml.{role}_token_id"
+                if len(frame) == 1 and frame[0] < len(tokens):
+                    entries.setdefault(key, frame[0])
+                if frame and frame != [entries.get(key)]:
+                    spelled = " ".join(map(str, map(library.id_to_token, frame)))
+                    side = "begin" if role == "bos" else "end"
+                    self._notes.append(
+                        f"tokenizer.json lets texts {side} with {spelled!r:.80} rather than with "
+                        f"{role.upper()} alone, which GGUF cannot say"
+                    )
+            before = head == [entries.get("tokenizer.ggml.bos_token_id")]
+            after = tail == [entries.get("tokenizer.ggml.eos_token_id")]
         elif "tokenizer.ggml.bos_token_id" in entries:
             before = True  # SentencePiece models of these families begin with BOS
         for role, found in (("bos", before), ("eos", after)):
@@ -421,116 +358,62 @@ class _Reader:
 
     # Comparing with Hugging Face's library.
 
-    def _library(self) -> HfLibrary | None:
-        if self._json is None:
-            return None
-        from tokenizers import Tokenizer as Library
-
-        try:
-            return Library.from_file(str(self._path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ModelFileError(
-                f"{self._path}: expected a tokenizer, found: {error!s:.200}"
-            ) from None
-
-    def _find_pre(self, entries: dict[str, Value], library: HfLibrary | None) -> str:
-        """The name of the pre-tokenizer that cuts and encodes the probes as the library does."""
-        assert library is not None
-        cutter = library.pre_tokenizer
-        if cutter is not None:
-            words = [[w for w, _ in cutter.pre_tokenize_str(text)] for text in PROBES]
-            whole = bool((self._model() or {}).get("ignore_merges"))
-            ranked = sorted(
-                (name for name, kind in PRE_TOKENIZERS.items() if not kind.escaped),
-                key=lambda name: (
-                    PRE_TOKENIZERS[name].ignore_merges != whole,
-                    _PREFERRED.index(name) if name in _PREFERRED else len(_PREFERRED),
-                ),
+    def _pre_name(
+        self, entries: Mapping[str, Value], file: TokenizerJson, library: HfLibrary
+    ) -> str:
+        """The name for tokenizer.ggml.pre: what the user chose, or what does the same."""
+        nfc = file.nfc()
+        if self._pre is not None:
+            if nfc and not PRE_TOKENIZERS[self._pre].nfc:
+                raise UnsupportedModelError(
+                    f"{self._path}: normalizer: expected none (--pre {self._pre} implies none), "
+                    "found NFC"
+                )
+            found = difference({**entries, "tokenizer.ggml.pre": self._pre}, library)
+            if found is not None:
+                self._notes.append(
+                    f"--pre {self._pre} is not what tokenizer.json does: expected {found}"
+                )
+            return self._pre
+        whole = bool(file.model().get("ignore_merges"))
+        name, otherwise = find_pre(entries, library, nfc=nfc, ignore_merges=whole)
+        if name is not None:
+            return name
+        if otherwise:
+            raise UnsupportedModelError(
+                f"{self._path}: normalizer: expected {'none' if nfc else 'NFC'} (as "
+                f"{', '.join(otherwise)}, which cut text alike, imply), found "
+                f"{'NFC' if nfc else 'none'}"
             )
-            tried: list[object] = []
-            for name in ranked:
-                kind = PRE_TOKENIZERS[name]
-                if kind in tried:
-                    continue
-                tried.append(kind)
-                cut = byte_level_words(kind)
-                if all(cut(t) == w for t, w in zip(PROBES, words, strict=True)):
-                    with_name: dict[str, Value] = {**entries, "tokenizer.ggml.pre": name}
-                    if self._difference(with_name, library) is None:
-                        return name
         raise UnsupportedModelError(
             f"{self._path}: pre_tokenizer: expected one that GGUF has a name for, found another: "
             "name the nearest with --pre NAME (llama-bpe, qwen2, gpt-2, ...)"
         )
 
-    def _difference(self, entries: Mapping[str, Value], library: HfLibrary) -> str | None:
-        """Says where the probes' ids differ from the library's, None where they do nowhere."""
-        ours = Tokenizer.from_metadata(entries.get)
-        for text in (*PROBES, *_salads(ours, entries)):
-            expected = library.encode(text, add_special_tokens=False).ids
-            if ours.kind == "llama" and ours.unk_id is not None and ours.unk_id in expected:
-                continue  # runs of unknown characters are counted differently
-            found = ours.encode(text, add_special=False)
-            if found != expected:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
-                    min(len(found), len(expected)),
-                )
-                where = ours.decode(expected[max(0, at - 2) : at + 3])
-                return f"{where!r} as {expected[at : at + 4]}, found {found[at : at + 4]}"
-        return None
-
     def _verify(self, entries: Mapping[str, Value], library: HfLibrary | None) -> None:
-        difference = None if library is None else self._difference(entries, library)
-        if difference is not None:
+        found = None if library is None else difference(entries, library)
+        if found is not None:
             raise UnsupportedModelError(
                 f"{self._path}: expected a vocabulary that SentencePiece's rule (the best-scored "
-                f"pair first) encodes alike: {difference}"
+                f"pair first) encodes alike: {found}"
             )
 
-    def _compare_named(self, entries: Mapping[str, Value], library: HfLibrary) -> None:
-        difference = self._difference(entries, library)
-        if difference is not None:
-            self._notes.append(
-                f"--pre {self._pre} is not what tokenizer.json does: expected {difference}"
-            )
-
-    def _compare_special(self, entries: Mapping[str, Value], library: HfLibrary) -> None:
+    def _compare_special(
+        self, entries: Mapping[str, Value], library: HfLibrary, added: list[AddedToken]
+    ) -> None:
         """Added tokens: their ids must be the library's; a note where their context counts."""
-        for i, (text, _) in self._added().items():
-            known = library.token_to_id(text)
-            if known != i:  # the library numbers tokens anew that do not follow the vocabulary
+        for token in added:
+            known = library.token_to_id(token.text)
+            if known != token.id:  # the library numbers anew what does not follow the vocabulary
                 raise ModelFileError(
-                    f"{self._path}: added token {text!r:.40}: expected id {known} (what the "
-                    f"tokenizers library gives it), found {i}"
+                    f"{self._path}: added token {token.text!r:.40}: expected id {known} (what the "
+                    f"tokenizers library gives it), found {token.id}"
                 )
         try:
             ours = Tokenizer.from_metadata(entries.get)
         except TokenizerError as error:
             raise ModelFileError(f"{self._path}: {error}") from None
-        for text, _ in [*self._added().values()][:8]:
-            probe = f"one {text} two{text}three"
-            if (
-                ours.encode(probe, add_special=False)
-                != library.encode(probe, add_special_tokens=False).ids
-            ):
-                self._notes.append(
-                    f"white space beside {text!r} is not treated as in tokenizer.json"
-                )
-                return
-
-
-def _salads(tokenizer: Tokenizer, entries: Mapping[str, Value]) -> Iterator[str]:
-    """Texts of tokens in random order: they meet at pairs that merges may treat differently."""
-    types = np.asarray(entries["tokenizer.ggml.token_type"])
-    normal = np.flatnonzero(types == NORMAL)
-    if not len(normal):
-        return
-    picked = np.random.default_rng(0).choice(normal, _SALAD_TOKENS).tolist()
-    for first in range(0, _SALAD_TOKENS, _SALAD_LENGTH):
-        ids = picked[first : first + _SALAD_LENGTH]
-        text = b"".join(map(tokenizer.token_bytes, ids)).decode(errors="ignore")
-        yield unicodedata.normalize("NFC", text)
+        self._notes += added_token_notes(ours, library, added)
 
 
 def _text(path: Path) -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import ModelFileError, UnsupportedModelError
+from ..runtime.vocabulary import BYTE, NORMAL  # GGUF numbers the types as SentencePiece does
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BPE = 2  # trainer's model type; 1 is unigram, the default
 
 

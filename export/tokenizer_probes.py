@@ -24,5 +24,14 @@ _TEXTS = (
     "a\nb\n c\n\n d \r e \x0b f \x0c g \x00 h \x7f \u0085 \u2028 i",
 )
 
-# In NFC: some tokenizers bring texts to that form first, which GGUF cannot say.
-PROBES = tuple(unicodedata.normalize("NFC", text) for text in _TEXTS)
+# As they are, decomposed, and with compatibility forms resolved: normalizers tell them apart.
+PROBES = tuple(
+    dict.fromkeys(
+        (
+            *_TEXTS,
+            *(unicodedata.normalize("NFC", text) for text in _TEXTS),
+            *(unicodedata.normalize("NFD", text) for text in _TEXTS),
+            *(unicodedata.normalize("NFKD", text) for text in _TEXTS),
+        )
+    )
+)

@@ -143,4 +143,6 @@ def _line(text: str) -> str:
 
 def _text(text: str) -> str:
     """Bytes that were not UTF-8 in the file (kept as lone surrogates) as U+FFFD."""
-    return text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

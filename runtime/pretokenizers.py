@@ -10,18 +10,24 @@ models' own published tokenizer.json; the kinds' names and flags are those of ll
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import TokenizerError
+
+# In place of a pattern: runs of punctuation as the library's Punctuation step finds them. Its
+# Unicode is older than the one behind \p{P}.
+PUNCTUATION = "punctuation"
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
     """One kind.
 
-    patterns: regular expressions in Oniguruma syntax, applied in order; empty for `escaped`.
+    patterns: regular expressions in Oniguruma syntax, or PUNCTUATION, applied in order; empty for
+        `escaped`.
     ignore_merges: a word that is itself a token is taken whole, without merging.
     add_bos: the default of tokenizer.ggml.add_bos_token.
+    nfc: text is brought to Unicode's normalization form C first.
     escaped: tokens are plain text with "▁" for space (as in SentencePiece), not the byte
         alphabet of GPT-2, and only runs of newlines are cut out.
     """
@@ -29,6 +35,7 @@ class PreTokenizer:
     patterns: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
+    nfc: bool = False
     escaped: bool = False
 
 
@@ -86,7 +93,8 @@ _GPT2 = PreTokenizer((_WORDS,))
 _DIGITS_APART = PreTokenizer((r"\p{N}", _WORDS))
 _LLAMA3 = PreTokenizer((_contracted(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
 _THREE_DIGITS = PreTokenizer((_contracted(r"\p{N}{1,3}"),))
-_QWEN2 = PreTokenizer((_contracted(r"\p{N}"),))
+_ONE_DIGIT = PreTokenizer((_contracted(r"\p{N}"),))
+_QWEN2 = replace(_ONE_DIGIT, nfc=True)
 _DEEPSEEK3 = PreTokenizer((r"\p{N}{1,3}", _CJK_KANA, _marked(rf"[\r\n]*|{_SPACES}")))
 _GPT4O = PreTokenizer((_cased(r"\p{N}{1,3}"),))
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
@@ -96,6 +104,12 @@ _BAILING = (
 )
 _ESCAPED = PreTokenizer((), escaped=True)
 
+# `nfc` is set where the published tokenizer is known to have it: Qwen 2, 2.5, 3 and 3.5, Command-R,
+# GPT-NeoX and its kin (OLMo, MPT, ModernBERT) in transformers' own classes for them, StableLM 2
+# and Hunyuan in their tokenization_arcade100k.py and tokenization_hy.py. Those of Llama 3,
+# DeepSeek, GPT-2 and StarCoder are known to have none. Of the other names it could not be
+# established: deepseek-r1-qwen, kormo, f2llmv2 and megrez cut as Qwen 2 does, but their published
+# files were not at hand, and none is taken for granted.
 _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
     ("default", _DEFAULT),
     ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano", _LLAMA3),
@@ -124,7 +138,7 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
                 r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
                 r"\s+$",
                 "[一-龥ࠀ-一가-퟿]+",
-                r"\p{N}+",
+                r"\p{N}",
             )
         ),
     ),
@@ -149,27 +163,28 @@ _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
             ignore_merges=True,
         ),
     ),
-    ("falcon", PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _WORDS, "[0-9][0-9][0-9]"))),
+    ("falcon", PreTokenizer((PUNCTUATION, _WORDS, "[0-9][0-9][0-9]"))),
     (
-        "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",
+        "starcoder refact smollm codeshell exaone minerva-7b mellum2",
         _DIGITS_APART,
     ),
+    ("command-r", replace(_DIGITS_APART, nfc=True)),
     (
         "gpt-2 phi-2 jina-es jina-de gigachat jina-v1-en jina-v2-code jina-v2-es jina-v2-de "
-        "roberta-bpe a.x-4.0 mellum modern-bert mpt olmo jais trillion granite-docling exaone4",
+        "roberta-bpe a.x-4.0 mellum jais trillion granite-docling exaone4",
         _GPT2,
     ),
-    (
-        "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
-        _QWEN2,
-    ),
+    ("olmo mpt modern-bert", replace(_GPT2, nfc=True)),
+    ("qwen2 stablelm2 hunyuan", _QWEN2),
+    ("deepseek-r1-qwen kormo f2llmv2 megrez solar-open grok-2", _ONE_DIGIT),
     (
         "qwen35",
         PreTokenizer(
             (
                 rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
                 rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}",
-            )
+            ),
+            nfc=True,
         ),
     ),
     ("ufakzeka", PreTokenizer((_contracted(r"\p{N}", head=""),))),
@@ -264,7 +279,10 @@ def byte_level_words(kind: PreTokenizer) -> Callable[[str], list[str]]:
     from tokenizers import Regex, pre_tokenizers
 
     steps: list[pre_tokenizers.PreTokenizer] = [
-        pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns
+        pre_tokenizers.Punctuation("contiguous")
+        if pattern == PUNCTUATION
+        else pre_tokenizers.Split(Regex(pattern), "isolated")
+        for pattern in kind.patterns
     ]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     split = pre_tokenizers.Sequence(steps).pre_tokenize_str

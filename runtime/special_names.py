@@ -1,6 +1,6 @@
 """The names of tokens that end a turn or a generation, for files that do not say which they are.
 
-The names are those that llama.cpp knows.
+The names are those that llama.cpp knows; end_tokens.py says when one of them counts.
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ FIM_END = (
     ),
     ("fim_sep_token_id", ("<|file_sep|>",)),
 )
+# All ids of fill-in-the-middle tokens that a file may name, the older keys among them.
+FIM_IDS = (
+    "fim_pre_token_id", "fim_suf_token_id", "fim_mid_token_id",
+    "fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id",
+    "prefix_token_id", "suffix_token_id", "middle_token_id",
+)  # fmt: skip
 FIM_NAMES = (
     "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",  # noqa: RUF001
     "<|code_prefix|>", "<|prefix|>",

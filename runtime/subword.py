@@ -15,6 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
+from .normalizers import PrecompiledMap
+from .vocabulary import spelled_bytes
+
 SPACE = "▁"  # how SentencePiece writes a space inside a token
 
 _CACHED_WORDS = 1 << 15
@@ -28,6 +31,13 @@ class Subword(Protocol):
     def encode(self, text: str) -> list[int]:
         """The token ids of one run of plain text."""
         ...
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet: the character that stands for each byte in a byte-level token."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [b for b in range(256) if b not in set(shown)]
+    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def byte_fallback(ids: Mapping[str, int], unk: int | None) -> Callable[[str], list[int]]:
@@ -139,23 +149,21 @@ class ByteLevelBpe:
         self._ids = ids
         self._split = split
         self._whole_words = whole_words
-        # A character here is one byte; one that has no token at all is dropped, as elsewhere.
+        # A character here is one byte. Those that have no token are dropped before merging, as
+        # HF tokenizers does: what was beside them can merge.
+        self._without_token = {ord(c): None for c in byte_alphabet() if c not in ids}
         self._merges = Merges(ids, cost, joint, lambda piece: [ids[c] for c in piece if c in ids])
 
     def encode(self, text: str) -> list[int]:
         """The token ids of one run of plain text."""
         out: list[int] = []
-        word_ids = self._merges.word
-        if self._whole_words:
-            for word in self._split(text):
-                whole = self._ids.get(word)
-                if whole is None:
-                    out += word_ids(word)
-                else:
-                    out.append(whole)
-        else:
-            for word in self._split(text):
-                out += word_ids(word)
+        for word in self._split(text):
+            whole = self._ids.get(word) if self._whole_words else None
+            if whole is not None:
+                out.append(whole)
+                continue
+            known = word.translate(self._without_token) if self._without_token else word
+            out += self._merges.word(known)
         return out
 
 
@@ -200,50 +208,6 @@ class EscapedBpe:
         return out
 
 
-class PrecompiledMap:
-    """SentencePiece's precompiled_charsmap: the longest matching prefix is replaced.
-
-    The blob: uint32 length of a trie in bytes; the trie, a double array of uint32 units (bits
-    0-7 label and bit 31, bit 8 has-value, bit 9 wide offset, bits 10-30 offset); then the
-    replacements, NUL-terminated UTF-8. Source: SentencePiece's normalizer, and the darts-clone
-    library for the unit's layout.
-    """
-
-    def __init__(self, blob: bytes) -> None:
-        """ValueError where the blob is not of that form."""
-        size = int.from_bytes(blob[:4], "little")
-        if len(blob) < 8 or size < 4 or size % 4 or 4 + size > len(blob):
-            raise ValueError(f"expected a trie of {size} bytes within {len(blob)}")
-        self._units = memoryview(blob[4 : 4 + size]).cast("I")
-        self._replacements = blob[4 + size :]
-
-    def replace(self, text: bytes, start: int) -> tuple[bytes, int] | None:
-        """The replacement of the longest known prefix at `start` and its length in bytes."""
-        units, best = self._units, None
-        node = self._offset(units[0])
-        for end in range(start, len(text)):
-            byte = text[end]
-            node ^= byte
-            if byte == 0 or node >= len(units):
-                break
-            unit = units[node]
-            if unit & 0x8000_00FF != byte:
-                break
-            node ^= self._offset(unit)
-            if node >= len(units):
-                break
-            if unit & 0x100:
-                value = units[node] & 0x7FFF_FFFF
-                stop = self._replacements.find(b"\0", value)
-                if stop >= 0:
-                    best = (self._replacements[value:stop], end + 1 - start)
-        return best
-
-    @staticmethod
-    def _offset(unit: int) -> int:
-        return unit >> 10 << ((unit & 0x200) >> 6)
-
-
 class Unigram:
     """SentencePiece's unigram model: the segmentation of highest total score (Viterbi).
 
@@ -266,7 +230,7 @@ class Unigram:
         self._unk = unk
         self._unk_score = lowest - _UNKNOWN_PENALTY
         self._charsmap = charsmap
-        self._verbatim = [t.encode() for t in sorted(verbatim, key=len, reverse=True)]
+        self._verbatim = sorted(verbatim, key=len, reverse=True)
         self._add_space_prefix = add_space_prefix
         self._remove_extra_whitespaces = remove_extra_whitespaces
         # Token lengths in characters by first character: what is worth looking up at a place.
@@ -315,7 +279,9 @@ class Unigram:
         inside = False  # within a run of characters other than spaces
         prefix = self._add_space_prefix
         merge = self._remove_extra_whitespaces
-        for char in self._mapped(text):
+        if self._charsmap is not None:
+            text = self._charsmap.mapped(text, self._verbatim)
+        for char in text:
             if char != " ":
                 if not inside and (prefix or merge):
                     pieces.append(SPACE)
@@ -327,31 +293,6 @@ class Unigram:
                 if not merge:
                     pieces.append(SPACE)
         return "".join(pieces)
-
-    def _mapped(self, text: str) -> str:
-        charsmap = self._charsmap
-        if charsmap is None:
-            return text
-        data = text.encode()
-        out = bytearray()
-        at = 0
-        while at < len(data):
-            kept = next((t for t in self._verbatim if data.startswith(t, at)), None)
-            if kept is not None:
-                out += kept
-                at += len(kept)
-                continue
-            found = charsmap.replace(data, at)
-            if found is not None:
-                out += found[0]
-                at += found[1]
-                continue
-            end = at + 1
-            while end < len(data) and data[end] & 0xC0 == 0x80:
-                end += 1
-            out += data[at:end]
-            at = end
-        return out.decode(errors="replace")
 
 
 class WordPiece:
@@ -473,7 +414,7 @@ def unescape_rwkv(spelling: str) -> bytes:
     while at < len(spelling):
         char = spelling[at]
         if char != "\\" or at + 1 == len(spelling):
-            out += char.encode()
+            out += spelled_bytes(char)
             at += 1
             continue
         code = spelling[at + 1]
@@ -484,6 +425,6 @@ def unescape_rwkv(spelling: str) -> bytes:
                 raise ValueError(f"bad escape in token {spelling!r}") from None
             at += 4
             continue
-        out += {"t": b"\t", "n": b"\n", "r": b"\r"}.get(code, code.encode())
+        out += {"t": b"\t", "n": b"\n", "r": b"\r"}.get(code, spelled_bytes(code))
         at += 2
     return bytes(out)

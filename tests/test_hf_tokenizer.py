@@ -98,21 +98,32 @@ def test_added_tokens_that_the_library_numbers_anew(folder: Path, tmp_path: Path
     assert message.endswith("found 0")
 
 
-def test_space_beside_special_tokens(folder: Path, tmp_path: Path) -> None:
+def test_flags_of_added_tokens(folder: Path, tmp_path: Path) -> None:
     tokenizer = hf_models.byte_level()
     tokenizer["added_tokens"][1]["lstrip"] = True
+    vocab = tokenizer["model"]["vocab"]
+    vocab |= {"<word>": len(vocab), "<norm>": len(vocab) + 1}
+    tokenizer["added_tokens"] += [
+        added(vocab["<word>"], "<word>", single_word=True),
+        added(vocab["<norm>"], "<norm>", normalized=True),
+    ]
     hf_models.save_byte_level(folder, tokenizer)
     made = hf_to_gguf.convert(folder, tmp_path / "m.gguf")
-    assert made.notes == ["white space beside '<|im_start|>' is not treated as in tokenizer.json"]
+    assert made.notes == [
+        "white space beside '<|im_start|>' is not treated as in tokenizer.json",
+        "'<word>' is found within words, too, other than in tokenizer.json",
+    ]
 
 
-def trained(folder: Path, cutter: Any, **model: Any) -> None:
-    """A byte-level BPE trained by the library with this pre-tokenizer."""
+def trained(folder: Path, cutter: Any, normalizer: Any = None, **model: Any) -> None:
+    """A byte-level BPE trained by the library with this pre-tokenizer and normalizer."""
     from tokenizers import Tokenizer as Library
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     library = Library(models.BPE(**model))
     library.pre_tokenizer = cutter
+    if normalizer is not None:
+        library.normalizer = normalizer
     library.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=hf_models.N_VOCAB - 8,
@@ -153,12 +164,171 @@ def cutters() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "smollm", "dbrx", "llama-bpe", "qwen2"])
-def test_pre_tokenizers_are_recognised(folder: Path, tmp_path: Path, name: str) -> None:
-    trained(folder, cutters()[name], ignore_merges=name == "llama-bpe")
-    path = hf_to_gguf.convert(folder, tmp_path / "m.gguf").path
-    assert tokenizer_of(path).pre == name
-    same_ids(tokenizer_of(path), folder)
+@pytest.mark.parametrize(
+    ("cutter", "nfc", "name"),
+    [
+        ("gpt-2", False, "gpt-2"),
+        ("gpt-2", True, "olmo"),
+        ("smollm", False, "smollm"),
+        ("smollm", True, "command-r"),
+        ("dbrx", False, "dbrx"),
+        ("llama-bpe", False, "llama-bpe"),
+        ("qwen2", True, "qwen2"),
+        ("qwen2", False, "deepseek-r1-qwen"),
+    ],
+)
+def test_pre_tokenizers_are_recognised(
+    folder: Path, tmp_path: Path, cutter: str, nfc: bool, name: str
+) -> None:
+    """Names of the same patterns are told apart by the normalizer that they imply."""
+    from tokenizers import normalizers
+
+    normalizer = normalizers.Sequence([normalizers.NFC()]) if nfc else normalizers.Sequence([])
+    trained(folder, cutters()[cutter], normalizer, ignore_merges=name == "llama-bpe")
+    made = hf_to_gguf.convert(folder, tmp_path / "m.gguf")
+    assert tokenizer_of(made.path).pre == name and not made.notes
+    same_ids(tokenizer_of(made.path), folder)
+
+
+def test_normalizers_that_no_name_implies(folder: Path, tmp_path: Path) -> None:
+    from tokenizers import normalizers
+
+    out = tmp_path / "m.gguf"
+    for normalizer, found in (
+        (normalizers.NFKC(), "NFKC"),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]), "Lowercase"),
+        (normalizers.Strip(), "Strip"),
+    ):
+        trained(folder, cutters()["qwen2"], normalizer)
+        message = hf_models.refused(folder, out, UnsupportedModelError)
+        assert f"normalizer: expected none or NFC, found {found}" in message
+        with pytest.raises(UnsupportedModelError, match="normalizer: expected"):
+            hf_to_gguf.convert(folder, out, pre="qwen2")
+    # The patterns of Llama 3 and GPT-4 have names, but none of these normalizes.
+    trained(folder, cutters()["dbrx"], normalizers.NFC())
+    message = hf_models.refused(folder, out, UnsupportedModelError)
+    assert "normalizer: expected none (as dbrx, llama-bpe" in message and "found NFC" in message
+    with pytest.raises(UnsupportedModelError, match="--pre dbrx implies none"):
+        hf_to_gguf.convert(folder, out, pre="dbrx")
+    # A name that normalizes where the file does not is the user's choice, with a note.
+    trained(folder, cutters()["qwen2"])
+    made = hf_to_gguf.convert(folder, out, pre="qwen2")
+    assert any("--pre qwen2 is not what tokenizer.json does" in note for note in made.notes)
+
+
+def test_padding_and_truncation_are_no_part_of_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    tokenizer = hf_models.byte_level()
+    padding = {
+        "strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": 8,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>",
+    }  # fmt: skip
+    truncation = {
+        "direction": "Left", "max_length": 4, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    hf_models.save_byte_level(folder, tokenizer)
+    plain = hf_to_gguf.convert(folder, tmp_path / "plain.gguf")
+    hf_models.save_byte_level(folder, tokenizer | {"padding": padding, "truncation": truncation})
+    hf_models.edit(
+        folder / "tokenizer_config.json",
+        padding_side="left", truncation_side="left", model_max_length=4, pad_to_multiple_of=8,
+    )  # fmt: skip
+    made = hf_to_gguf.convert(folder, tmp_path / "m.gguf")
+    assert made.notes == plain.notes == []
+    ours, same = tokenizer_of(made.path), tokenizer_of(plain.path)
+    for text in TRICKY:
+        assert ours.encode(text) == same.encode(text)
+    assert _core.GgufFile(str(made.path)).metadata == _core.GgufFile(str(plain.path)).metadata
+
+
+def added(i: int, text: str, **flags: bool) -> dict[str, Any]:
+    """A row of added_tokens."""
+    usual = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {"id": i, "content": text, **dict.fromkeys(usual, False), **flags}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_added_tokens_beyond_the_embedding(folder: Path, tmp_path: Path, listed: bool) -> None:
+    """They have no row and are left out, in model.vocab, too, if they are listed there."""
+    tokenizer = hf_models.byte_level()
+    vocab = tokenizer["model"]["vocab"]
+    n = len(vocab)
+    vocab |= {f"<fill {i}>": i for i in range(n, hf_models.N_VOCAB)}
+    beyond = [added(hf_models.N_VOCAB + i, f"<image {i}>", special=i % 2 == 0) for i in range(4)]
+    tokenizer["added_tokens"] += beyond
+    if listed:
+        vocab |= {row["content"]: row["id"] for row in beyond}
+    hf_models.save_byte_level(folder, tokenizer)
+    made = hf_to_gguf.convert(folder, tmp_path / "m.gguf")
+    assert made.notes == [
+        "4 added tokens beyond the 340 rows of the embedding are left out: '<image 0>', "
+        "'<image 1>', '<image 2>', ..."
+    ]
+    ours = tokenizer_of(made.path)
+    assert ours.vocab_size == hf_models.N_VOCAB
+    assert max(ours.encode("a <image 0> b")) < n
+    assert ours.decode(ours.encode("a <image 0> b")) == "a <image 0> b"
+
+
+def test_types_of_added_tokens_are_those_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    """Special by its flag, or named among the special tokens, or as an end; never by its look."""
+    tokenizer = hf_models.byte_level()
+    n = len(tokenizer["model"]["vocab"])
+    names = ("<|look|>", "<pad>", "[named]", "<|extra|>", "<end>", "<flag>")
+    tokenizer["model"]["vocab"] |= {name: n + i for i, name in enumerate(names)}
+    tokenizer["added_tokens"] += [
+        added(n + i, name, special=name == "<flag>") for i, name in enumerate(names)
+    ]
+    hf_models.save_byte_level(folder, tokenizer)
+    hf_models.edit(
+        folder / "tokenizer_config.json",
+        additional_special_tokens=["[named]"],
+        extra_special_tokens={"extra_token": "<|extra|>"},
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, n + 4]}))
+    ours = tokenizer_of(hf_to_gguf.convert(folder, tmp_path / "m.gguf").path)
+    special = [name for i, name in enumerate(names) if ours.is_special(n + i)]
+    assert special == ["[named]", "<|extra|>", "<end>", "<flag>"]
+    assert {2, n + 4} <= ours.eog_ids
+    ids = ours.encode("".join(names), add_special=False, parse_special=False)
+    assert n in ids and n + 1 in ids and n + 2 not in ids
+
+
+@pytest.mark.parametrize(
+    ("single", "frame", "note"),
+    [
+        ("<|endoftext|> $A", (True, False), None),
+        ("$A <|im_end|>", (False, True), None),
+        ("<|endoftext|> $A <|im_end|>", (True, True), None),
+        ("<|im_start|> $A", (False, False), "begin with '<|im_start|>' rather than with BOS"),
+        ("<|endoftext|> <|im_start|> $A", (False, False), "'<|endoftext|> <|im_start|>'"),
+        ("$A <|endoftext|>", (False, False), "end with '<|endoftext|>' rather than with EOS"),
+    ],
+)
+def test_frames_of_post_processors(
+    folder: Path, tmp_path: Path, single: str, frame: tuple[bool, bool], note: str | None
+) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import processors
+
+    library = Library.from_file(str(folder / "tokenizer.json"))
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    library.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(name, i) for i, name in enumerate(names)]
+    )
+    library.save(str(folder / "tokenizer.json"))
+    settings = {"bos_token": names[0], "eos_token": names[2]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    made = hf_to_gguf.convert(folder, tmp_path / "m.gguf")
+    ours = tokenizer_of(made.path)
+    assert (ours.add_bos, ours.add_eos) == frame
+    assert [note in found for found in made.notes] == ([] if note is None else [True])
+    if note is None:
+        assert ours.encode("the") == library.encode("the").ids
+    # A frame token that the folder gives no role has one.
+    if single == "<|endoftext|> $A":
+        (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": names[2]}))
+        ours = tokenizer_of(hf_to_gguf.convert(folder, tmp_path / "n.gguf").path)
+        assert ours.bos_id == 0 and ours.encode("the") == library.encode("the").ids
 
 
 def test_unknown_pre_tokenizer(folder: Path, tmp_path: Path) -> None:
@@ -226,6 +396,21 @@ def test_merges_that_scores_cannot_say(folder: Path, tmp_path: Path) -> None:
     hf_models.save_byte_level(folder, tokenizer)
     path = hf_to_gguf.convert(folder, tmp_path / "m.gguf").path
     assert tokenizer_of(path).encode("abcabab", add_special=False) == [3, 9, 7, 7]
+
+
+@pytest.mark.parametrize("keep_model", [True, False])
+def test_sentencepiece_with_another_normalizer(
+    folder: Path, tmp_path: Path, keep_model: bool
+) -> None:
+    pytest.importorskip("sentencepiece")
+    hf_models.save_sentencepiece(folder, keep_model=keep_model)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    steps = tokenizer["normalizer"]["normalizers"]
+    for step in ({"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Strip", "strip_left": True}):
+        tokenizer["normalizer"]["normalizers"] = [step | {"strip_right": True}, *steps]
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        message = hf_models.refused(folder, tmp_path / "out.gguf", UnsupportedModelError)
+        assert f"normalizer: expected none but spaces as '▁', found {step['type']}" in message
 
 
 def test_tokens_beyond_the_embedding(folder: Path, tmp_path: Path) -> None:

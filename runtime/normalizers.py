@@ -1,0 +1,106 @@
+"""What a tokenizer does to a run of plain text before it is cut: Unicode forms, SentencePiece maps.
+
+Each normalizer is a function from text to text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+from .vocabulary import spelled_bytes
+
+
+def nfc() -> Callable[[str], str]:
+    """A function that brings text to Unicode's normalization form C as HF tokenizers does.
+
+    The library's own: its Unicode is older than Python's, and marks newer than it keep their
+    order there. Text that Python finds normalized is so by the older rules, too.
+    """
+    from tokenizers import normalizers
+
+    normalized = normalizers.NFC().normalize_str
+
+    def normalize(text: str) -> str:
+        if text.isascii() or unicodedata.is_normalized("NFC", text):
+            return text
+        return normalized(text)
+
+    return normalize
+
+
+def squeezed_spaces(text: str) -> str:
+    """SentencePiece's remove_extra_whitespaces: none at either end, and single ones within."""
+    return re.sub(" {2,}", " ", text.strip(" "))
+
+
+class PrecompiledMap:
+    """SentencePiece's precompiled_charsmap: the longest matching prefix is replaced.
+
+    The blob: uint32 length of a trie in bytes; the trie, a double array of uint32 units (bits
+    0-7 label and bit 31, bit 8 has-value, bit 9 wide offset, bits 10-30 offset); then the
+    replacements, NUL-terminated UTF-8. Source: SentencePiece's normalizer, and the darts-clone
+    library for the unit's layout.
+    """
+
+    def __init__(self, blob: bytes) -> None:
+        """ValueError where the blob is not of that form."""
+        size = int.from_bytes(blob[:4], "little")
+        if len(blob) < 8 or size < 4 or size % 4 or 4 + size > len(blob):
+            raise ValueError(f"expected a trie of {size} bytes within {len(blob)}")
+        self._units = memoryview(blob[4 : 4 + size]).cast("I")
+        self._replacements = blob[4 + size :]
+
+    def replace(self, text: bytes, start: int) -> tuple[bytes, int] | None:
+        """The replacement of the longest known prefix at `start` and its length in bytes."""
+        units, best = self._units, None
+        node = self._offset(units[0])
+        for end in range(start, len(text)):
+            byte = text[end]
+            node ^= byte
+            if byte == 0 or node >= len(units):
+                break
+            unit = units[node]
+            if unit & 0x8000_00FF != byte:
+                break
+            node ^= self._offset(unit)
+            if node >= len(units):
+                break
+            if unit & 0x100:
+                value = units[node] & 0x7FFF_FFFF
+                stop = self._replacements.find(b"\0", value)
+                if stop >= 0:
+                    best = (self._replacements[value:stop], end + 1 - start)
+        return best
+
+    def mapped(self, text: str, verbatim: Sequence[str] = ()) -> str:
+        """The text with every known prefix replaced, from left to right.
+
+        verbatim: spellings that stay as they are, longer ones first.
+        """
+        kept_bytes = [spelled_bytes(spelling) for spelling in verbatim]
+        data = text.encode()
+        out = bytearray()
+        at = 0
+        while at < len(data):
+            kept = next((t for t in kept_bytes if data.startswith(t, at)), None)
+            if kept is not None:
+                out += kept
+                at += len(kept)
+                continue
+            found = self.replace(data, at)
+            if found is not None:
+                out += found[0]
+                at += found[1]
+                continue
+            end = at + 1
+            while end < len(data) and data[end] & 0xC0 == 0x80:
+                end += 1
+            out += data[at:end]
+            at = end
+        return out.decode(errors="replace")
+
+    @staticmethod
+    def _offset(unit: int) -> int:
+        return unit >> 10 << ((unit & 0x200) >> 6)
