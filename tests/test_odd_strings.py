@@ -11,7 +11,12 @@ import stoker
 import tiny_models
 from stoker.runtime._core import GgufFile
 from stoker.runtime.cli import main
-from stoker.runtime.errors import ChatTemplateError, TokenizerError
+from stoker.runtime.errors import (
+    ChatTemplateError,
+    ModelFileError,
+    TokenizerError,
+    UnsupportedModelError,
+)
 
 
 def replaced(path: Path, old: bytes, new: bytes) -> Path:
@@ -81,3 +86,24 @@ def test_inspect(tiny: Path, form: str, capsys: pytest.CaptureFixture[str]) -> N
         assert "output_norm.\ufffd\ufffdight\tF32" in shown
     else:
         assert "assist\ufffd\ufffdt" in shown and "tokenizer.ggml.\ufffdre" in shown
+
+
+def test_the_name_of_a_model(tiny: Path) -> None:
+    replaced(tiny, b"tiny llama", b"tiny \xff\xfema\xc3")
+    model = stoker.load(tiny)
+    assert model.name == model.config["name"] == "tiny \udcff\udcfema\udcc3"
+    assert model.generate("a", max_tokens=2).read() is not None
+
+
+def test_an_architecture(tiny: Path) -> None:
+    replaced(tiny, b"llama", b"l\xffama")
+    with pytest.raises(UnsupportedModelError, match=r"general\.architecture: .* found l\\xffama"):
+        stoker.load(tiny)
+
+
+def test_a_tensor_and_a_path(tiny: Path, tmp_path: Path) -> None:
+    replaced(tiny, b"blk.0.attn_norm.weight", b"blk.0.attn_norm.weigh\xff")
+    odd = tmp_path / "mod\udcffel.gguf"
+    tiny.rename(odd)
+    with pytest.raises(ModelFileError, match=r"mod\\xffel\.gguf: .*blk\.0\.attn_norm\.weight"):
+        stoker.load(odd)
