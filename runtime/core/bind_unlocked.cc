@@ -16,7 +16,6 @@ constexpr uint32_t kClosed = 1u << 31;
 // kClosed, and the number of threads that are between the gate and the lock.
 std::atomic<uint32_t> gate{0};
 std::atomic<std::thread::id> closer{};  // may pass when it is closed
-std::atomic<int> outside{0};            // threads that are without the lock
 
 // Whether the thread may take the lock; then passed() is to follow.
 bool pass() {
@@ -37,12 +36,11 @@ PyGILState_STATE relock() {
 
 }  // namespace
 
-Unlocked::Unlocked() : state_(PyEval_SaveThread()) { outside.fetch_add(1); }
+Unlocked::Unlocked() : state_(PyEval_SaveThread()) {}
 
 Unlocked::~Unlocked() {
   while (!pass()) std::this_thread::sleep_for(std::chrono::hours(1));
   PyEval_RestoreThread(state_);
-  outside.fetch_sub(1);
   passed();
 }
 
@@ -56,14 +54,12 @@ void close_gate() {
   PyThreadState* const state = PyEval_SaveThread();
   while ((gate.load() & ~kClosed) != 0) std::this_thread::sleep_for(std::chrono::microseconds(50));
   PyEval_RestoreThread(state);
-  // What the threads that are left outside refer to is no leak.
-  if (outside.load() > 0) nb::set_leak_warnings(false);
+  // What daemon threads refer to is no leak.
+  PyThreadState* const first = PyInterpreterState_ThreadHead(PyInterpreterState_Get());
+  if (first && PyThreadState_Next(first)) nb::set_leak_warnings(false);
 }
 
-void reset_gate() {
-  gate.store(0);
-  outside.store(0);
-}
+void reset_gate() { gate.store(0); }
 
 }  // namespace stoker
 
