@@ -394,6 +394,21 @@ def write_metadata(out: gguf.GGUFWriter, s: Spec) -> None:
     out.add_chat_template(CHAT_TEMPLATE)
 
 
+def set_metadata(out: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Sets, replaces or (None) takes away a key; the type is that of Python's value."""
+    out.kv_data[0].pop(key, None)
+    if isinstance(value, bool):
+        out.add_bool(key, value)
+    elif isinstance(value, int):
+        (out.add_int32 if value < 0 else out.add_uint32)(key, value)
+    elif isinstance(value, float):
+        out.add_float32(key, value)
+    elif isinstance(value, str):
+        out.add_string(key, value)
+    elif value is not None:
+        out.add_array(key, list(value))
+
+
 def fingerprint(path: str | Path) -> int:
     """CRC-32 of all tensor bytes in file order: equal where the weights are."""
     crc = 0
@@ -425,16 +440,20 @@ def make(
     seed: int = 0,
     drop: Collection[str] = (),
     extra: Mapping[str, int] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
     """Writes the model and returns its path. Matrices get `quant`; norms, biases, routers F32.
 
     K-quants and IQ4_XS take the sizes of WIDE (rows of 256) unless overridden. A broken model
     lacks the tensors named in `drop` or has vectors of ones as well, `extra`: name -> length.
+    metadata: keys to set beside the model's own ({arch} is its architecture); None takes one away.
     """
     s = spec_of(family, **({**WIDE, **overrides} if quant in K_QUANTS else overrides))
     out = gguf.GGUFWriter(str(path), s.arch)
     write_metadata(out, s)
+    for key, value in (metadata or {}).items():
+        set_metadata(out, key.replace("{arch}", s.arch), value)
     content = dict(tensors(s, seed))
     for name in drop:
         del content[name]

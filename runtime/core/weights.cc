@@ -209,8 +209,8 @@ class Loader {
       w.post_ffn_norm = vector(p + "post_ffw_norm.weight", c.n_embd);
     }
     w.mixture = is_mixture(il);
-    require_width(w.mixture);
     if (!w.mixture) {
+      require_width(false);
       w.gate = matrix(p + "ffn_gate.weight", c.n_ff, c.n_embd);
       w.up = matrix(p + "ffn_up.weight", c.n_ff, c.n_embd);
       w.down = matrix(p + "ffn_down.weight", c.n_embd, c.n_ff);
@@ -248,6 +248,7 @@ class Loader {
   Layout::Parts expert(int64_t il, int64_t e) const {
     const std::string p = "blk." + std::to_string(il) + ".";
     const ModelConfig& c = config_;
+    require_width(true);
     return {expert(p, "ffn_gate", e, c.n_ff_expert, c.n_embd),
             expert(p, "ffn_up", e, c.n_ff_expert, c.n_embd),
             expert(p, "ffn_down", e, c.n_embd, c.n_ff_expert)};

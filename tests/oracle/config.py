@@ -43,6 +43,7 @@ class Config:
     scaling: RopeScaling
     scale: float  # of q . k
     attention_softcap: float  # 0: none
+    causal: bool  # tokens see no later ones
     final_softcap: float  # 0: none
     n_expert: int
     n_expert_used: int
@@ -126,6 +127,7 @@ def read_config(w: Weights) -> Config:
         ),
         scale=get("attention.scale", 0.0) or scale,
         attention_softcap=get("attn_logit_softcapping", 0.0),
+        causal=get("attention.causal", True),
         final_softcap=get("final_logit_softcapping", 0.0),
         n_expert=get("expert_count", 0),
         n_expert_used=get("expert_used_count", 0),

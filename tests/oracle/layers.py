@@ -117,7 +117,7 @@ def attention(q: Array, k: Array, v: Array, c: Config, *, window: int) -> Array:
     n = q.shape[0]
     group = c.n_head // c.n_head_kv
     at = np.arange(n)
-    visible = at[:, None] >= at[None, :]
+    visible = (at[:, None] >= at[None, :]) | (not c.causal)
     if window:
         visible &= at[:, None] - at[None, :] < window
     out = np.empty_like(q)
