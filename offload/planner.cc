@@ -28,10 +28,6 @@ int64_t with_margin(int64_t bytes) {
   return budget;
 }
 
-// A process never has quite the same size twice: what is named has room for the difference, so that
-// it is enough in the next run.
-constexpr int64_t kProcessShare = 32;
-
 void set_slots(MemoryPlan& p, const Layout& layout, std::vector<int64_t> slots) {
   p.slots = std::move(slots);
   p.n_slots = p.slot_bytes = 0;
@@ -81,7 +77,7 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
   const int64_t taken = fixed.total();
   if (budget - p.margin - taken < least) {
     FixedMemory next = fixed;
-    next.process += fixed.process / kProcessShare;
+    next.process += fixed.process_varies;
     const int64_t minimum = least_memory(next, layout, experts_used);
     throw Error(ErrorKind::kBudget,
                 path + ": memory: expected at least " + std::to_string(minimum) + " bytes (" +

@@ -30,6 +30,8 @@ struct MemoryPlan {
 // What is not experts, bytes.
 struct FixedMemory {
   int64_t process = 0, pinned = 0, ring = 0, kv = 0, scratch = 0;
+  // What the process may be larger by in the next run: it never has quite the same size twice.
+  int64_t process_varies = 0;
   int64_t total() const { return process + pinned + ring + kv + scratch; }
 };
 
@@ -39,7 +41,7 @@ int64_t least_slot_bytes(const Layout& layout, int64_t experts_used);
 // The smallest budget that would do.
 int64_t least_memory(const FixedMemory& fixed, const Layout& layout, int64_t experts_used);
 
-// Throws Error(kBudget), naming least_memory().
+// Throws Error(kBudget), naming a budget that is enough in the next run, too.
 MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemory& fixed,
                        const Layout& layout, int64_t working_set, int64_t experts_used);
 
