@@ -77,13 +77,13 @@ def _groups(files: Mapping[str, str]) -> Iterator[tuple[MemoryGroup, Path]]:
     except ImportError:  # for `stoker doctor`, which says why the core is missing
         return
     for version, path, folder in control_groups("memory", **files):
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        # Above "high" the kernel slows a process down until it hardly moves.
+        bounds, used = ["memory.limit_in_bytes"], "memory.usage_in_bytes"
         if version == 2:
-            names = ("memory.max", "memory.current")
-        limit, usage = (_number(Path(folder) / name) for name in names)
-        if limit is not None and limit >= _UNLIMITED:
-            limit = None
-        yield MemoryGroup(version, path, limit, usage), Path(folder)
+            bounds, used = ["memory.max", "memory.high"], "memory.current"
+        limits = [_number(Path(folder) / name) for name in bounds]
+        limit = min((n for n in limits if n is not None and n < _UNLIMITED), default=None)
+        yield MemoryGroup(version, path, limit, _number(Path(folder) / used)), Path(folder)
 
 
 def _number(path: Path) -> int | None:

@@ -121,6 +121,11 @@ class Model:
             precision=options.precision,
             **self._offload_arguments(),
         )
+        threads = int(self._engine.plan["threads"])
+        if options.threads is not None and threads < options.threads:
+            _LOG.warning(
+                "stoker: %s: the system gives %d threads of %d", path.name, threads, options.threads
+            )
         self._load_bandwidth = self._read_bandwidth()  # of the weights that stay
         self.load_s = time.perf_counter() - started  # seconds that loading took
 

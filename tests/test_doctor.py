@@ -41,6 +41,15 @@ def test_version_2_takes_the_smallest_limit_on_the_way_up(tmp_path: Path) -> Non
     assert found == MemoryGroup(2, "/app.slice", 5000, 800)
 
 
+def test_version_2_with_a_limit_that_throttles(tmp_path: Path) -> None:
+    found = groups(
+        tmp_path,
+        "0::/job\n",
+        {"job/memory.max": "9000\n", "job/memory.high": "4000\n", "job/memory.current": "700\n"},
+    )
+    assert found == MemoryGroup(2, "/job", 4000, 700)
+
+
 def test_version_2_without_a_limit(tmp_path: Path) -> None:
     found = groups(
         tmp_path, "0::/job\n", {"job/memory.max": "max\n", "job/memory.current": "700\n"}

@@ -53,10 +53,13 @@ int64_t meminfo_bytes(const char* key) { return kib_line("/proc/meminfo", key); 
 int64_t group_limit_bytes() {
   int64_t least = -1;
   for (const ControlGroup& group : control_groups("memory")) {
-    const char* name = group.version == 2 ? "/memory.max" : "/memory.limit_in_bytes";
-    const int64_t limit = number(group.folder + name);
-    // Without a limit "max", or a number above all memory.
-    if (limit > 0 && limit < (int64_t{1} << 60)) least = least < 0 ? limit : std::min(least, limit);
+    for (const char* name : {"/memory.max", "/memory.high", "/memory.limit_in_bytes"}) {
+      const int64_t limit = number(group.folder + name);
+      // Without a limit "max", or a number above all memory.
+      if (limit > 0 && limit < (int64_t{1} << 60)) {
+        least = least < 0 ? limit : std::min(least, limit);
+      }
+    }
   }
   return least;
 }
