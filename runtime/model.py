@@ -309,18 +309,30 @@ class Model:
         messages: str | Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
         options: GenerationOptions | None = None,
         **overrides: Any,
     ) -> Generation:
         """Answers a conversation, a list of {"role", "content"}, in the model's chat format.
 
-        A string is one user message. What the KV cache still holds from the last call is not
+        A string is one user message; a conversation that ends with the assistant's words is
+        continued. template: variables of the chat template, e.g. {"enable_thinking": False}.
+        parse_special: read "<|name|>" in messages, tools and variables as the control token it
+        names; otherwise it is plain text. What the KV cache still holds from the last call is not
         evaluated again. Raises ChatTemplateError, ContextLengthError, OptionError.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         session = self._take()
-        generation = session.chat(messages, tools=tools, options=options, **overrides)
+        generation = session.chat(
+            messages,
+            tools=tools,
+            template=template,
+            parse_special=parse_special,
+            options=options,
+            **overrides,
+        )
         return self._lend(session, generation)
 
     def logits(self, tokens: str | Tokens) -> npt.NDArray[np.float32]:
@@ -440,19 +452,26 @@ class Model:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> list[int]:
         """Token ids of a conversation, up to where the answer begins."""
+        return self._prompt(messages, tools=tools)[0]
+
+    def _prompt(self, messages: Sequence[Message], **given: Any) -> tuple[list[int], str | None]:
+        """Token ids of a conversation, and the assistant's words that they end with, if any.
+
+        given: tools, variables and parse_special of ChatTemplate.prompt.
+        """
         template = self.chat_template
         if template is None:
             raise ChatTemplateError(
                 f"{self.path.name} has no chat template: use generate (stoker run --raw) instead"
             )
-        text = template.render(messages, add_generation_prompt=True, tools=tools)
+        prompt = template.prompt(messages, **given)
         tokenizer = self.tokenizer
-        ids = tokenizer.encode(text, add_special=False, parse_special=True)
+        ids = tokenizer.encode(prompt.text, add_special=False, mark=prompt.mark)
         # Some templates write BOS themselves, others leave it to the tokenizer.
         bos = tokenizer.bos_id
         if tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        return ids
+        return ids, prompt.continued
 
 
 def _check_names(options: LoadOptions) -> None:

@@ -20,6 +20,8 @@ from .errors import ChatTemplateError
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
+    from .control_marks import ControlMarks
+
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_OUTPUT = 1 << 22  # characters of a prompt, and of any value made on the way
 MAX_STEPS = 1_000_000  # passes of loops and calls of macros in one rendering
@@ -41,12 +43,14 @@ class TemplateStopped(ChatTemplateError):
 
 
 class _Budget(threading.local):
-    """What the rendering in this thread may still spend."""
+    """What the rendering in this thread may still spend, and the marks in its messages."""
 
     steps = 0
     deadline = 0.0
+    marks: ControlMarks | None = None
 
-    def reset(self) -> None:
+    def reset(self, marks: ControlMarks | None) -> None:
+        self.marks = marks
         self.steps = MAX_STEPS
         self.deadline = time.thread_time() + MAX_SECONDS
 
@@ -80,9 +84,17 @@ def compile_template(environment: Environment, source: str, name: str) -> Templa
         raise ChatTemplateError(f"chat template {name!r}: {_one_line(error)}") from None
 
 
-def render_template(template: Template, name: str, variables: Mapping[str, Any]) -> str:
-    """What a template of the sandbox prints. ChatTemplateError, TemplateStopped at a bound."""
-    _BUDGET.reset()
+def render_template(
+    template: Template,
+    name: str,
+    variables: Mapping[str, Any],
+    marks: ControlMarks | None = None,
+) -> str:
+    """What a template of the sandbox prints. ChatTemplateError, TemplateStopped at a bound.
+
+    marks: those that the variables have; what the template searches them for gets them, too.
+    """
+    _BUDGET.reset(marks)
     chunks: list[str] = []
     size = 0
     try:
@@ -233,13 +245,17 @@ def _tojson(
     """As in transformers: plain JSON, not escaped for HTML."""
     _check_widths(indent)
     _size(value)
-    return json.dumps(
+    marks = _BUDGET.marks
+    text = json.dumps(
         value,
-        ensure_ascii=ensure_ascii,
+        ensure_ascii=ensure_ascii and marks is None,
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
     )
+    if ensure_ascii and marks is not None:  # a mark has to stay the character that it is
+        text = re.sub(f"[^\\x00-\\x7e{marks.mark}]", lambda found: json.dumps(found[0])[1:-1], text)
+    return text
 
 
 def _raise_exception(message: object = "") -> None:
@@ -313,8 +329,14 @@ def sandbox() -> Environment:
             """Called by every pass of a loop and every call of a macro."""
             return _BUDGET.step()
 
+        def searched(self, value: Any) -> Any:
+            """What a value is compared with or searched for: with the marks that it has."""
+            marks = _BUDGET.marks
+            return value if marks is None else marks.value(value)
+
         def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
             tree = super()._parse(source, name, filename)
+            _mark_searches(tree, nodes)
             repeated: Any = tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))
             for loop in repeated:
                 tick = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
@@ -370,6 +392,54 @@ def sandbox() -> Environment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
+
+
+def undeclared(environment: Environment, source: str) -> frozenset[str]:
+    """The variables that a template reads and expects from outside."""
+    from jinja2.meta import find_undeclared_variables
+
+    return frozenset(find_undeclared_variables(environment.parse(source)))
+
+
+def constants(environment: Environment, source: str) -> frozenset[str]:
+    """The strings that the expressions of a template are written with."""
+    from jinja2 import nodes
+
+    found: Any = environment.parse(source).find_all(nodes.Const)
+    return frozenset(node.value for node in found if isinstance(node.value, str))
+
+
+# Methods of str whose first argument is searched for.
+_SEARCHES = frozenset(
+    {
+        *("split", "rsplit", "partition", "rpartition", "replace", "count"),
+        *("startswith", "endswith", "removeprefix", "removesuffix"),
+        *("find", "rfind", "index", "rindex"),
+    }
+)
+
+
+def _mark_searches(tree: Any, nodes: Any) -> None:
+    """Sends what a template compares texts with, or searches them for, through searched()."""
+
+    def searched(node: Any) -> Any:
+        call = nodes.Call(nodes.EnvironmentAttribute("searched"), [node], [], None, None)
+        return call.set_lineno(node.lineno)
+
+    for compare in list(tree.find_all(nodes.Compare)):
+        operands = [compare.expr, *(operand.expr for operand in compare.ops)]
+        if {operand.op for operand in compare.ops} <= {"in", "notin", "eq", "ne"} and not any(
+            isinstance(node, nodes.Const) and not isinstance(node.value, str) for node in operands
+        ):
+            compare.expr = searched(compare.expr)
+            for operand in compare.ops:
+                operand.expr = searched(operand.expr)
+    for call in list(tree.find_all(nodes.Call)):
+        if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEARCHES and call.args:
+            call.args[0] = searched(call.args[0])
+    for replaced in list(tree.find_all(nodes.Filter)):
+        if replaced.name == "replace" and replaced.args:
+            replaced.args[0] = searched(replaced.args[0])
 
 
 def _bound_expressions(node: Any, nodes: Any) -> None:

@@ -150,13 +150,14 @@ class Tokenizer:
     # Text to ids.
 
     def encode(
-        self, text: str, *, add_special: bool = True, parse_special: bool = True
+        self, text: str, *, add_special: bool = True, parse_special: bool = True, mark: str = ""
     ) -> list[int]:
         """The token ids of a text.
 
         add_special: put BOS before and EOS after, where the model wants them (add_bos, add_eos).
         parse_special: spellings of control tokens in the text, like "<|im_end|>", become those
         tokens; otherwise they are plain text. User-defined tokens are always found.
+        mark: a character that is no part of the text; spellings that have it inside are plain text.
         """
         out: list[int] = []
         if add_special and self.add_bos and self.bos_id is not None:
@@ -168,7 +169,8 @@ class Tokenizer:
         for part in self._partition(text, parse_special):
             if isinstance(part, int):
                 out.append(part)
-            else:  # text starts here or follows a special token
+            elif part := part.replace(mark, "") if mark else part:
+                # Text starts here or follows a special token.
                 out += self._subword.encode(prefix + part)
         if add_special and self.add_eos:
             end = self.sep_id if self.kind == "bert" else self.eos_id
@@ -274,6 +276,10 @@ class Tokenizer:
     def token_to_id(self, spelling: str) -> int | None:
         """The id of a token as the file spells it, None where there is none."""
         return self._ids.get(spelling)
+
+    def special_spellings(self) -> list[str]:
+        """The spellings of all tokens that is_special()."""
+        return [self._tokens[i] for i, t in self._special_types.items() if t != _USER_DEFINED]
 
     def is_special(self, token: int) -> bool:
         """Whether a token is a control or unknown token, one without text of its own."""

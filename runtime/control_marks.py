@@ -1,0 +1,166 @@
+"""Marks that keep what clients write from being read as control tokens.
+
+A prompt is text: of "<|im_end|>" in it nothing says whether the template or a user wrote it. So a
+mark, a character that occurs nowhere else, goes into each spelling of a control token that a
+client has written, behind its first character; the template renders, the tokenizer finds only the
+spellings without a mark, and takes the marks out of the rest before it encodes that.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .errors import ChatTemplateError
+
+# Noncharacters of Unicode: no text that is meant to be read has them.
+_NONCHARACTERS = tuple(chr(c) for c in range(0xFDD0, 0xFDF0))
+_FIND_NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
+# Templates build control tokens from these names: '<|' + message.role + '|>'.
+_ROLES = frozenset(
+    ("system", "developer", "user", "assistant", "tool", "function", "ipython", "platform")
+)
+
+
+class ControlSpellings:
+    """The spellings of a vocabulary's control tokens; immutable."""
+
+    def __init__(self, spellings: Iterable[str]) -> None:
+        self._sorted = sorted({s for s in spellings if len(s) > 1})
+        self._longest = max(map(len, self._sorted), default=0)
+        lengths: dict[str, set[int]] = {}
+        for spelling in self._sorted:
+            lengths.setdefault(spelling[:2], set()).add(len(spelling))
+        self._lengths = {head: sorted(found) for head, found in lengths.items()}
+        self._known = frozenset(self._sorted)
+        heads = "|".join(map(re.escape, self._lengths))
+        self._heads = re.compile(f"(?=({heads}))") if heads else None
+
+    def __bool__(self) -> bool:
+        return bool(self._sorted)
+
+    def whole(self, text: str) -> set[int]:
+        """Where in `text` spellings begin, those inside of others too."""
+        if self._heads is None:
+            return set()
+        return {
+            found.start()
+            for found in self._heads.finditer(text)
+            for n in self._lengths[found[1]]
+            if text[found.start() : found.start() + n] in self._known
+        }
+
+    def unfinished(self, text: str) -> set[int]:
+        """Where spellings begin that the end of `text` leaves open.
+
+        Of the text without the white space at its end, too: templates trim.
+        """
+        found = set()
+        for end in {len(text), len(text.rstrip())}:
+            for begin in range(max(0, end - self._longest + 1), end):
+                tail = text[begin:end]
+                at = bisect_left(self._sorted, tail)
+                # The next in order is longer, if it is not the tail itself.
+                at += at < len(self._sorted) and self._sorted[at] == tail
+                if at < len(self._sorted) and self._sorted[at].startswith(tail):
+                    found.add(begin)
+        return found
+
+    def around(self, text: str) -> bool:
+        """Whether a spelling has `text` inside, neither at its beginning nor at its end."""
+        return any(text in spelling[1:-1] for spelling in self._sorted)
+
+
+class ControlMarks:
+    """The marks of one rendering.
+
+    mark: the character. used: whether any was set.
+    """
+
+    def __init__(
+        self, spellings: ControlSpellings, mark: str, constants: Callable[[], frozenset[str]]
+    ) -> None:
+        """constants: of the template. A client's string that equals one of them ends in no mark.
+
+        Otherwise a vocabulary with a control token that begins with "m" would change "system".
+        """
+        self.mark = mark
+        self.used = False
+        self._spellings = spellings
+        self._constants = constants
+
+    def text(self, text: str) -> str:
+        """`text` with its marks."""
+        places = self._spellings.whole(text)
+        unfinished = self._spellings.unfinished(text) - places
+        if unfinished and text not in self._constants():
+            places |= unfinished
+        return self._marked(text, places)
+
+    def message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message of `conversation` with its marks."""
+        marked: dict[str, Any] = self.value(message)
+        role = message["role"]
+        if (
+            marked["role"] == role
+            and role not in _ROLES
+            and role not in self._constants()
+            and self._spellings.around(role)
+        ):
+            marked["role"] = self._marked(role, {0})
+        return marked
+
+    def value(self, value: Any) -> Any:
+        """A value of dict, list and str with marks in all its strings."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, dict):
+            return {self._key(key): self.value(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.value(item) for item in value]
+        return value
+
+    def _key(self, key: Any) -> Any:
+        """Templates read identifiers as attributes: these end in no mark."""
+        if not isinstance(key, str):
+            return key
+        return (
+            self._marked(key, self._spellings.whole(key))
+            if key.isidentifier()
+            else (self.text(key))
+        )
+
+    def _marked(self, text: str, places: set[int]) -> str:
+        if not places:
+            return text
+        self.used = True
+        pieces, last = [], 0
+        for place in sorted(places):
+            pieces += [text[last : place + 1], self.mark]
+            last = place + 1
+        return "".join([*pieces, text[last:]])
+
+
+def unused_mark(values: Iterable[Any]) -> str:
+    """A noncharacter that none of the values (dict, list, str) has. ChatTemplateError."""
+    found: set[str] = set()
+    rest = list(values)
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str):
+            if not value.isascii():
+                found.update(_FIND_NONCHARACTERS.findall(value))
+        elif isinstance(value, dict):
+            rest += value
+            rest += value.values()
+        elif isinstance(value, (list, tuple)):
+            rest += value
+    free = next((c for c in _NONCHARACTERS if c not in found), None)
+    if free is None:
+        raise ChatTemplateError(
+            "messages: expected text that leaves one of the noncharacters U+FDD0 to U+FDEF "
+            "unused, found all of them (parse_special=True needs none)"
+        )
+    return free
