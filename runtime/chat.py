@@ -267,6 +267,8 @@ class ChatTemplate:
             given = tagged(marked) if request.continues else marked
             try:
                 text = self._printed(name, given, tools, variables, marks)
+                if _prints_lists(text, given):
+                    raise ChatTemplateError(f"chat template {name!r} prints parts as Python does")
                 return cut(text, _last_text(marked), name) if request.continues else text
             except TemplateStopped:
                 raise
@@ -276,13 +278,18 @@ class ChatTemplate:
         raise self._blamed(request, refused)
 
     def _attempts(self, request: _Request) -> Iterator[list[dict[str, Any]]]:
-        """The messages as the template takes them; then, where ids of calls lack, with ids."""
-        forms = self._forms[request.name]
-        yield forms.apply(request.turns)
-        if any("id" not in call for call in request.calls) or any(
-            turn["role"] == "tool" and "tool_call_id" not in turn for turn in request.turns
-        ):
-            yield forms.apply(request.turns, ids=True)
+        """The messages as the template takes them; then, for what few places of it want, as text.
+
+        Either also with ids for calls, where they lack.
+        """
+        forms, turns = self._forms[request.name], request.turns
+        lacking = any("id" not in call for call in request.calls) or any(
+            turn["role"] == "tool" and "tool_call_id" not in turn for turn in turns
+        )
+        lists = any(isinstance(turn.get("content"), list) for turn in turns)
+        for ids in (False, True) if lacking else (False,):
+            for parts in (True, False) if lists else (True,):
+                yield forms.apply(turns, ids=ids, parts=parts)
 
     def _printed(
         self,
@@ -355,6 +362,12 @@ def _arguments(call: dict[str, Any]) -> Arguments:
 
 def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**call["function"], "arguments": Arguments({}, None)}}
+
+
+def _prints_lists(text: str, messages: list[dict[str, Any]]) -> bool:
+    """Whether a template has printed a list of parts instead of its texts."""
+    lists = (m["content"] for m in messages if isinstance(m.get("content"), list))
+    return any(repr(parts[0]) in text for parts in lists)
 
 
 def _last_text(messages: list[dict[str, Any]]) -> str:

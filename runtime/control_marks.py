@@ -23,6 +23,15 @@ _ROLES = frozenset(
     ("system", "developer", "user", "assistant", "tool", "function", "ipython", "platform")
 )
 
+# Methods of str that search it for their first argument; those that do from the end; those that
+# find all places, where they get so many arguments.
+_FROM_THE_END = frozenset({"rsplit", "rpartition", "rfind", "rindex", "endswith", "removesuffix"})
+_SEARCHES = _FROM_THE_END | {
+    *("split", "partition", "find", "index", "startswith", "removeprefix"),
+    *("replace", "count"),
+}
+_SEARCHES_ALL = {"split": 1, "rsplit": 1, "count": 1, "replace": 2}
+
 
 class ControlSpellings:
     """The spellings of a vocabulary's control tokens; immutable."""
@@ -121,6 +130,30 @@ class ControlMarks:
         if isinstance(value, list):
             return [self.value(item) for item in value]
         return value
+
+    def searching(self, method: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """A call of a method of str, so that it finds what a client wrote: (method, arguments).
+
+        Templates look into a content, as in content.split('</think>'), and where that is a control
+        token the client's spelling has a mark, and the template's own has none.
+        """
+        text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if not isinstance(text, str) or name not in _SEARCHES:
+            return method, args
+        plain, marked = args[0], self.text(args[0])
+        if marked == plain or marked not in text:
+            return method, args
+        if plain in text:
+            if _SEARCHES_ALL.get(name) == len(args):
+                # None of the places is left, so that what a client wrote needs no mark there.
+                return getattr(text.replace(marked, plain), name), args
+            if name in _FROM_THE_END:
+                nearer = text.rfind(plain) > text.rfind(marked)
+            else:
+                nearer = text.find(plain) < text.find(marked)
+            if nearer:
+                return method, args
+        return method, (marked, *args[1:])
 
     def _key(self, key: Any) -> Any:
         """Templates read identifiers as attributes: these end in no mark."""

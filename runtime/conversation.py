@@ -32,10 +32,15 @@ class Arguments:
     text: str | None
 
     def as_text(self) -> str:
-        """The JSON text: the client's own, or made from the value. TypeError, ValueError."""
-        if self.text is not None and self.text.strip():
+        """The JSON text: of a mapping made anew, otherwise the client's own. ChatTemplateError."""
+        if self.text is not None and not isinstance(self.value, dict):
             return self.text
-        return json.dumps(self.value, ensure_ascii=False)
+        try:
+            return json.dumps(self.value, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise ChatTemplateError(
+                f"tool_calls: expected JSON arguments, found: {error}"
+            ) from None
 
 
 def conversation(messages: object) -> list[dict[str, Any]]:

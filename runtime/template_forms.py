@@ -46,10 +46,13 @@ class TemplateForms:
         self._parts: dict[str, bool] = {}
         self._developer: bool | None = None
 
-    def apply(self, messages: list[dict[str, Any]], *, ids: bool = False) -> list[dict[str, Any]]:
+    def apply(
+        self, messages: list[dict[str, Any]], *, ids: bool = False, parts: bool = True
+    ) -> list[dict[str, Any]]:
         """Messages of `conversation` in the forms that the template takes.
 
-        ids: give those calls an id that have none, and name it in the results.
+        ids: give those calls an id that have none, and name it in the results. parts: False joins
+        all lists of parts, whatever the template takes.
         """
         numbered = iter(range(100_000))
         open_ids: list[str] = []
@@ -60,7 +63,8 @@ class TemplateForms:
             if message["role"] == "developer" and not self._takes_developer():
                 changed["role"] = "system"
             if "content" in message:
-                changed["content"] = self._content(message["content"], kind)
+                content = message["content"] if parts else joined(message["content"])
+                changed["content"] = self._content(content, kind)
             elif kind == "calls":
                 empty = self._call_forms()[2]
                 if empty is not _ABSENT:

@@ -301,6 +301,8 @@ def sandbox() -> Environment:
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             args = _check_method(__obj, args, kwargs)
+            if _BUDGET.marks is not None and args and isinstance(args[0], str):
+                __obj, args = _BUDGET.marks.searching(__obj, args)
             return super().call(__context, __obj, *args, **kwargs)
 
         def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -330,13 +332,13 @@ def sandbox() -> Environment:
             return _BUDGET.step()
 
         def searched(self, value: Any) -> Any:
-            """What a value is compared with or searched for: with the marks that it has."""
+            """A side of a comparison, with the marks that it has where a client wrote it."""
             marks = _BUDGET.marks
             return value if marks is None else marks.value(value)
 
         def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
             tree = super()._parse(source, name, filename)
-            _mark_searches(tree, nodes)
+            _mark_comparisons(tree, nodes)
             repeated: Any = tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))
             for loop in repeated:
                 tick = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
@@ -375,6 +377,16 @@ def sandbox() -> Environment:
     guarded("string", lambda value: _bounded(_size(value)))
     guarded("format", lambda pattern, *args, **kw: _check_format(pattern, [*args, *kw.values()]))
     guarded("replace", lambda context, text, old, new, *_: _check_replace(text, old, new))
+    replace = filters["replace"]
+
+    def replaced(context: Any, text: Any, old: Any, new: Any, *count: Any) -> Any:
+        if _BUDGET.marks is not None and isinstance(old, str):
+            method, args = _BUDGET.marks.searching(str(text).replace, (old, new, *count))
+            text, old = method.__self__, args[0]
+        return replace(context, text, old, new, *count)
+
+    replaced.jinja_pass_arg = replace.jinja_pass_arg  # type: ignore[attr-defined]
+    filters["replace"] = replaced
     join = filters["join"]
 
     def checked_join(context: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> Any:
@@ -409,18 +421,8 @@ def constants(environment: Environment, source: str) -> frozenset[str]:
     return frozenset(node.value for node in found if isinstance(node.value, str))
 
 
-# Methods of str whose first argument is searched for.
-_SEARCHES = frozenset(
-    {
-        *("split", "rsplit", "partition", "rpartition", "replace", "count"),
-        *("startswith", "endswith", "removeprefix", "removesuffix"),
-        *("find", "rfind", "index", "rindex"),
-    }
-)
-
-
-def _mark_searches(tree: Any, nodes: Any) -> None:
-    """Sends what a template compares texts with, or searches them for, through searched()."""
+def _mark_comparisons(tree: Any, nodes: Any) -> None:
+    """Sends both sides of ==, != and `in` through searched()."""
 
     def searched(node: Any) -> Any:
         call = nodes.Call(nodes.EnvironmentAttribute("searched"), [node], [], None, None)
@@ -434,12 +436,6 @@ def _mark_searches(tree: Any, nodes: Any) -> None:
             compare.expr = searched(compare.expr)
             for operand in compare.ops:
                 operand.expr = searched(operand.expr)
-    for call in list(tree.find_all(nodes.Call)):
-        if isinstance(call.node, nodes.Getattr) and call.node.attr in _SEARCHES and call.args:
-            call.args[0] = searched(call.args[0])
-    for replaced in list(tree.find_all(nodes.Filter)):
-        if replaced.name == "replace" and replaced.args:
-            replaced.args[0] = searched(replaced.args[0])
 
 
 def _bound_expressions(node: Any, nodes: Any) -> None:
