@@ -207,7 +207,10 @@ class ChatTemplate:
             mark = unused_mark([self._sources[name], request.turns, schemas, request.extra, passed])
             marks = ControlMarks(self._control, mark, partial(self._constants_of, name))
         text = self._rendered(request, marks)
-        mark = marks.mark if marks is not None and marks.used else ""
+        mark = ""
+        if marks is not None:
+            text = marks.needed(text)
+            mark = marks.mark if marks.mark in text else ""
         continued = None
         if request.continues:
             continued = joined(request.turns[-1]["content"])
@@ -334,9 +337,13 @@ class ChatTemplate:
 
     def _blamed(self, request: _Request, refused: ChatTemplateError) -> ChatTemplateError:
         """The error of a refusal: its own, or that arguments are no JSON object, if they are it."""
-        passed = map(_arguments, request.calls)
-        odd = next((a for a in passed if not isinstance(a.value, dict)), None)
-        if odd is None:
+        odd = [
+            (f"messages[{i}].tool_calls[{j}]", _arguments(call))
+            for i, turn in enumerate(request.turns)
+            for j, call in enumerate(turn.get("tool_calls", ()))
+            if not isinstance(_arguments(call).value, dict)
+        ]
+        if not odd:
             return refused
         turns = [
             {**turn, "tool_calls": [_without_arguments(call) for call in turn["tool_calls"]]}
@@ -348,9 +355,10 @@ class ChatTemplate:
             self._rendered(replace(request, turns=turns, opens=False))
         except ChatTemplateError:
             return refused
-        found = odd.value if odd.text is None else odd.text
+        where, arguments = odd[0]
+        found = arguments.value if arguments.text is None else arguments.text
         return ChatTemplateError(
-            f"tool_calls: chat template {request.name!r} expects arguments that are a JSON object, "
+            f"{where}: chat template {request.name!r} expects arguments that are a JSON object, "
             f"found {found!r:.60}"
         )
 

@@ -50,16 +50,17 @@ class ControlSpellings:
     def __bool__(self) -> bool:
         return bool(self._sorted)
 
-    def whole(self, text: str) -> set[int]:
-        """Where in `text` spellings begin, those inside of others too."""
+    def whole(self, text: str) -> dict[int, int]:
+        """Where in `text` spellings begin, those inside of others too, and the longest's end."""
         if self._heads is None:
-            return set()
-        return {
-            found.start()
-            for found in self._heads.finditer(text)
-            for n in self._lengths[found[1]]
-            if text[found.start() : found.start() + n] in self._known
-        }
+            return {}
+        found = {}
+        for head in self._heads.finditer(text):
+            begin = head.start()
+            for n in self._lengths[head[1]]:  # from the shortest on
+                if text[begin : begin + n] in self._known:
+                    found[begin] = begin + n
+        return found
 
     def unfinished(self, text: str) -> set[int]:
         """Where spellings begin that the end of `text` leaves open.
@@ -85,7 +86,7 @@ class ControlSpellings:
 class ControlMarks:
     """The marks of one rendering.
 
-    mark: the character. used: whether any was set.
+    mark: the character.
     """
 
     def __init__(
@@ -96,13 +97,12 @@ class ControlMarks:
         Otherwise a vocabulary with a control token that begins with "m" would change "system".
         """
         self.mark = mark
-        self.used = False
         self._spellings = spellings
         self._constants = constants
 
     def text(self, text: str) -> str:
         """`text` with its marks."""
-        places = self._spellings.whole(text)
+        places = set(self._spellings.whole(text))
         unfinished = self._spellings.unfinished(text) - places
         if unfinished and text not in self._constants():
             places |= unfinished
@@ -130,6 +130,32 @@ class ControlMarks:
         if isinstance(value, list):
             return [self.value(item) for item in value]
         return value
+
+    def needed(self, text: str) -> str:
+        """A rendering with those marks alone that are inside of a control token's spelling.
+
+        Most strings that end like the beginning of one are followed by something else.
+        """
+        if self.mark not in text:
+            return text
+        pieces = text.split(self.mark)
+        spans = sorted(self._spellings.whole("".join(pieces)).items())
+        out, at, last, end = [pieces[0]], len(pieces[0]), 0, 0
+        for piece in pieces[1:]:
+            while last < len(spans) and spans[last][0] < at:
+                end = max(end, spans[last][1])
+                last += 1
+            out += [self.mark, piece] if end > at else [piece]
+            at += len(piece)
+        return "".join(out)
+
+    def printed(self, value: Any) -> str:
+        """A list or mapping as Python prints it, but with the marks as they are.
+
+        Python prints a mark as an escape, and doubles each backslash that is no escape's.
+        """
+        escape = re.compile(rf"(?<!\\)((?:\\\\)*)\\u{ord(self.mark):04x}")
+        return escape.sub(rf"\g<1>{self.mark}", str(value))
 
     def searching(self, method: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         """A call of a method of str, so that it finds what a client wrote: (method, arguments).
@@ -159,16 +185,13 @@ class ControlMarks:
         """Templates read identifiers as attributes: these end in no mark."""
         if not isinstance(key, str):
             return key
-        return (
-            self._marked(key, self._spellings.whole(key))
-            if key.isidentifier()
-            else (self.text(key))
-        )
+        if key.isidentifier():
+            return self._marked(key, set(self._spellings.whole(key)))
+        return self.text(key)
 
     def _marked(self, text: str, places: set[int]) -> str:
         if not places:
             return text
-        self.used = True
         pieces, last = [], 0
         for place in sorted(places):
             pieces += [text[last : place + 1], self.mark]

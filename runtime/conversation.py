@@ -9,6 +9,7 @@ template_forms.py.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,10 +207,13 @@ def _arguments(sent: object) -> Arguments:
 def _parsed(text: str) -> Any:
     """The value of a JSON text, or `text` itself (the same object) where it is none."""
 
-    def refuse(constant: str) -> None:
-        raise ValueError(constant)  # NaN and Infinity are not JSON
+    def finite(number: str) -> float:
+        value = float(number)
+        if not math.isfinite(value):  # JSON has no NaN and Infinity, and 1e999 would become one
+            raise ValueError(number)
+        return value
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        return json.loads(text, parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError):
         return text

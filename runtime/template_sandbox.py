@@ -268,10 +268,12 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _printed(value: Any) -> Any:
-    """What a template prints, before it is made a string."""
-    if not isinstance(value, str):
-        _size(value)
-    return value
+    """What a template prints; of a list or mapping the text, if there are marks in it."""
+    if isinstance(value, str):
+        return value
+    _size(value)
+    marks = _BUDGET.marks
+    return marks.printed(value) if marks is not None and isinstance(value, (list, dict)) else value
 
 
 def sandbox() -> Environment:
@@ -320,7 +322,7 @@ def sandbox() -> Environment:
         def joined(self, *values: Any) -> str:
             """The ~ operator."""
             _size(values)
-            return "".join(map(str, values))
+            return "".join(str(_printed(value)) for value in values)
 
         def literal(self, value: Any) -> Any:
             """A list, tuple or mapping as it is built: it may hold one part many times."""
@@ -375,6 +377,8 @@ def sandbox() -> Environment:
     for name in ("batch", "slice", "center", "indent", "truncate", "round"):
         guarded(name, widths)
     guarded("string", lambda value: _bounded(_size(value)))
+    string = filters["string"]
+    filters["string"] = lambda value: string(_printed(value))
     guarded("format", lambda pattern, *args, **kw: _check_format(pattern, [*args, *kw.values()]))
     guarded("replace", lambda context, text, old, new, *_: _check_replace(text, old, new))
     replace = filters["replace"]
