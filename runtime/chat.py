@@ -8,11 +8,13 @@ Templates are Jinja, as Hugging Face transformers defines them: `messages`, `too
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from . import template_sandbox
 from .control_marks import ControlMarks, ControlSpellings, unused_mark
 from .conversation import Arguments, conversation, joined, plain, tool_schemas
 from .errors import ChatTemplateError, OptionError
@@ -117,6 +119,7 @@ class ChatTemplate:
         self.names = tuple(named)
         self._control = ControlSpellings(control)
         self._forms = {name: TemplateForms(partial(self._tried, name)) for name in self._templates}
+        self._trial_s = dict.fromkeys(self._templates, 0.0)  # seconds that trials took
         self._constants: dict[str, frozenset[str]] = {}
 
     @classmethod
@@ -213,9 +216,10 @@ class ChatTemplate:
             mark = marks.mark if marks.mark in text else ""
         continued = None
         if request.continues:
-            continued = joined(request.turns[-1]["content"])
-            if not (text.replace(mark, "") if mark else text).endswith(continued):
-                continued = continued.rstrip()  # as the template has trimmed it
+            words = joined(request.turns[-1]["content"])
+            end = text.replace(mark, "") if mark else text
+            trimmed = (words, words.rstrip(), words.strip())  # as templates do it
+            continued = next((w for w in trimmed if end.endswith(w)), words)
         return Prompt(text, mark, continued)
 
     def _chosen(self, name: str | None, tools: list[dict[str, Any]] | None) -> str:
@@ -327,13 +331,24 @@ class ChatTemplate:
     def _tried(
         self, name: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> str | None:
-        """What a template prints, None where it refuses: for TemplateForms."""
+        """What a template prints, None where it refuses: for TemplateForms.
+
+        TemplateStopped where all its trials take longer than a rendering may.
+        """
+        if self._trial_s[name] > template_sandbox.MAX_SECONDS:
+            raise TemplateStopped(
+                f"chat template {name!r} is stopped: its trials took more than "
+                f"{template_sandbox.MAX_SECONDS:g} seconds"
+            )
+        started = time.thread_time()
         try:
             return self._printed(name, messages, tools, {"add_generation_prompt": False})
         except TemplateStopped:
             raise
         except ChatTemplateError:
             return None
+        finally:
+            self._trial_s[name] += time.thread_time() - started
 
     def _blamed(self, request: _Request, refused: ChatTemplateError) -> ChatTemplateError:
         """The error of a refusal: its own, or that arguments are no JSON object, if they are it."""

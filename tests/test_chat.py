@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -478,6 +479,13 @@ def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.05)
     with pytest.raises(ChatTemplateError, match=r"is stopped: more than 0\.05 seconds"):
         render("{% for a in range(99999) %}{{ ('x' * 10000) | length }}{% endfor %}")
+
+
+def test_time_of_trials_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(time, "thread_time", lambda: float(next(clock)))
+    with pytest.raises(ChatTemplateError, match="is stopped: its trials took more than 5 seconds"):
+        render("no needle", USER, calling({"name": "f", "arguments": {}}))
 
 
 def test_threads_have_budgets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
