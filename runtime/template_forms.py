@@ -21,6 +21,7 @@ _ONE, _TWO = "needle-7401", "needle-7402"
 _JSON = f'{{"needle": "{_ONE}", "count": 5}}'
 _USER = {"role": "user", "content": "Question"}
 _ANSWER = {"role": "assistant", "content": "Answer"}
+_HEADS = ("system", "developer")  # roles that usually begin a conversation
 _ID = "call00000"  # Mistral's templates want nine letters or digits
 _TOOL = {
     "type": "function",
@@ -57,8 +58,8 @@ class TemplateForms:
         numbered = iter(range(100_000))
         open_ids: list[str] = []
         out = []
-        for message in messages:
-            kind = _kind(message)
+        for i, message in enumerate(messages):
+            kind = _kind(message, first=i == 0)
             changed = dict(message)
             if message["role"] == "developer" and not self._takes_developer():
                 changed["role"] = "system"
@@ -147,12 +148,12 @@ class TemplateForms:
             as_text, _, _ = self._call_forms()
             yield from self._around(_calling(_JSON if as_text else {"n": 5}, content))
             return
-        message = {"role": kind, "content": content}
+        message = {"role": kind.removeprefix("later "), "content": content}
         if kind == "tool":
             as_text, _, empty = self._call_forms()
             call = _calling(_JSON if as_text else {"n": 5}, empty)
             yield from self._around(call, content)
-        elif kind in ("system", "developer"):
+        elif kind in _HEADS:
             role = "system" if kind == "developer" and not self._takes_developer() else kind
             yield from self._texts([[{**message, "role": role}, _USER]])
         elif kind == "user":
@@ -178,8 +179,12 @@ class TemplateForms:
                     break
 
 
-def _kind(message: dict[str, Any]) -> str:
-    return "calls" if "tool_calls" in message else str(message["role"])
+def _kind(message: dict[str, Any], *, first: bool) -> str:
+    """The role, or "calls" of an assistant's, or "later system" of one inside a conversation."""
+    if "tool_calls" in message:
+        return "calls"
+    role = str(message["role"])
+    return f"later {role}" if role in _HEADS and not first else role
 
 
 def _calling(arguments: Any, content: Any) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class Reference:
         most = -1
         for form in forms:
             text = self._text(form, tools)
-            if text is None or any(repr(value) in text for value in structured(form)):
+            if text is None or any(value in text for value in structured(form)):
                 continue
             kept = sum(w in text or json.dumps(w, ensure_ascii=False)[1:-1] in text for w in words)
             if kept > most:
@@ -216,15 +216,15 @@ def json_text(arguments: dict[str, Any]) -> str:
     return json.dumps(arguments, ensure_ascii=False)
 
 
-def structured(messages: Messages) -> Iterator[Any]:
-    """The parts and mappings in messages, which a template has to print in its own way."""
+def structured(messages: Messages) -> Iterator[str]:
+    """How Python prints the parts and mappings in messages."""
     for message in messages:
         if isinstance(message.get("content"), list):
-            yield from message["content"][:1]
+            yield "{'type': 'text', 'text': "
         for call in message.get("tool_calls", ()):
             arguments = call["function"]["arguments"]
             if arguments and not isinstance(arguments, str):
-                yield arguments
+                yield repr(arguments)
 
 
 def said(message: dict[str, Any]) -> list[str]:
