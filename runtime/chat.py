@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import template_sandbox
 from .control_marks import ControlMarks, ControlSpellings, unused_mark
-from .conversation import Arguments, conversation, joined, plain, tool_schemas
+from .conversation import TOO_DEEP, Arguments, conversation, joined, plain, tool_schemas
 from .errors import ChatTemplateError, OptionError
 from .prefill import cut, tagged, to_continue
 from .template_forms import TemplateForms
@@ -252,7 +252,10 @@ class ChatTemplate:
                     raise OptionError(
                         f"template variable {variable!r}: chat template {name!r} reads {listed}"
                     )
-        return {variable: plain(value) for variable, value in variables.items()}
+        try:
+            return {variable: plain(value) for variable, value in variables.items()}
+        except RecursionError:
+            raise OptionError(f"template: {TOO_DEEP}") from None
 
     def _constants_of(self, name: str) -> frozenset[str]:
         if name not in self._constants:

@@ -20,6 +20,9 @@ TEXT_KINDS = ("text", "input_text", "output_text")  # kinds of content parts tha
 # Names of an assistant's reasoning; transformers gives templates the first two, from any of them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
+_LEVELS = 100  # of mappings and lists in one another
+TOO_DEEP = f"expected at most {_LEVELS} levels of mappings and lists, found more"
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -61,7 +64,7 @@ def conversation(messages: object) -> list[dict[str, Any]]:
     try:
         return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     except RecursionError:
-        raise ChatTemplateError("messages: expected values less deep, found a nesting") from None
+        raise ChatTemplateError(f"messages: {TOO_DEEP}") from None
 
 
 def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
@@ -81,7 +84,7 @@ def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
         try:
             schema = plain(tool)
         except RecursionError:
-            raise ChatTemplateError(f"tools[{i}]: expected less deep, found a nesting") from None
+            raise ChatTemplateError(f"tools[{i}]: {TOO_DEEP}") from None
         if "function" not in schema and isinstance(schema.get("name"), str):
             if schema.get("type") == "function":
                 del schema["type"]
@@ -90,15 +93,17 @@ def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
     return schemas or None
 
 
-def plain(value: Any) -> Any:
-    """A deep copy in dict, list and str; other values as they are."""
+def plain(value: Any, levels: int = _LEVELS) -> Any:
+    """A deep copy in dict, list and str; other values as they are. RecursionError if too deep."""
     if isinstance(value, str):
         return str(value)
+    if not isinstance(value, (Mapping, list, tuple)):
+        return value
+    if levels == 0:
+        raise RecursionError
     if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
+        return {plain(k): plain(item, levels - 1) for k, item in value.items()}
+    return [plain(item, levels - 1) for item in value]
 
 
 def joined(content: Any) -> str:
@@ -214,6 +219,6 @@ def _parsed(text: str) -> Any:
         return value
 
     try:
-        return json.loads(text, parse_constant=finite, parse_float=finite)
+        return plain(json.loads(text, parse_constant=finite, parse_float=finite))
     except (ValueError, RecursionError):
         return text

@@ -211,6 +211,13 @@ EITHER = CALLS.replace(
 )
 
 
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 def calling(call: Any, **extra: Any) -> dict[str, Any]:
     return {"role": "assistant", **extra, "tool_calls": [call]}
 
@@ -249,6 +256,7 @@ def test_forms_of_tool_calls(source: str, call: Any) -> None:
         ('{"a": "b', '"{\\"a\\": \\"b"', '{"a": "b', None),  # what a model had no room to end
         ('{"a": NaN}', '"{\\"a\\": NaN}"', '{"a": NaN}', None),
         ('{"a": 1e999}', '"{\\"a\\": 1e999}"', '{"a": 1e999}', None),
+        ("[" * 200 + "]" * 200, json.dumps("[" * 200 + "]" * 200), "[" * 200 + "]" * 200, None),
         ("[" * 99999, json.dumps("[" * 99999), "[" * 99999, None),
     ],
 )
@@ -349,6 +357,8 @@ def test_reasoning_has_the_names_that_templates_read() -> None:
          r"messages\[0\].content\[0\]: expected .* found a part of type 'image_url'"),
         ([{"role": "user", "content": [5]}], r"content\[0\]: .* found a part of type 'int'"),
         ([{"role": "tool", "content": [{"type": "text", "text": 5}]}], r"content\[0\]: "),
+        ([{**USER, "x": nested(200)}], "messages: expected at most 100 levels of mappings and"),
+        ([calling({"name": "f", "arguments": nested(9999)})], "messages: expected at most 100"),
         ([calling("f")], r"messages\[0\].tool_calls\[0\]: expected a mapping, found str"),
         ([calling({})], r"tool_calls\[0\].name: expected the function's name, found None"),
         ([calling({"function": "f"})], r"tool_calls\[0\].function.name: .* found 'f'"),
@@ -385,6 +395,8 @@ def test_variables() -> None:
             template.prompt([USER], variables={owned: 1})
     with pytest.raises(OptionError, match=r"template must map the names .* not list"):
         template.prompt([USER], variables=["enable_thinking"])  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="template: expected at most 100 levels"):
+        template.prompt([USER], variables={"budget": nested(200)})
     with pytest.raises(OptionError, match="'a': chat template 'default' reads none"):
         ChatTemplate(PRINT).prompt([USER], variables={"a": 1})
 
