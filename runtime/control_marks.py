@@ -23,14 +23,13 @@ _ROLES = frozenset(
     ("system", "developer", "user", "assistant", "tool", "function", "ipython", "platform")
 )
 
-# Methods of str that search it for their first argument; those that do from the end; those that
-# find all places, where they get so many arguments.
-_FROM_THE_END = frozenset({"rsplit", "rpartition", "rfind", "rindex", "endswith", "removesuffix"})
-_SEARCHES = _FROM_THE_END | {
-    *("split", "partition", "find", "index", "startswith", "removeprefix"),
-    *("replace", "count"),
-}
-_SEARCHES_ALL = {"split": 1, "rsplit": 1, "count": 1, "replace": 2}
+# Methods of str that search it for their first argument: those that say where or whether, those
+# that cut there, of these the ones that do from the end, and that cut everywhere, where they get
+# so many arguments.
+_QUESTIONS = frozenset({"startswith", "endswith", "find", "rfind", "index", "rindex", "count"})
+_FROM_THE_END = frozenset({"rsplit", "rpartition"})
+_CUTS = _FROM_THE_END | {"split", "partition", "replace", "removeprefix", "removesuffix"}
+_CUTS_ALL = {"split": 1, "rsplit": 1, "replace": 2}
 
 
 class ControlSpellings:
@@ -38,6 +37,8 @@ class ControlSpellings:
 
     def __init__(self, spellings: Iterable[str]) -> None:
         self._sorted = sorted({s for s in spellings if len(s) > 1})
+        self._backwards = sorted(s[::-1] for s in self._sorted)
+        self._insides = "\n".join(s[1:-1] for s in self._sorted)
         self._longest = max(map(len, self._sorted), default=0)
         lengths: dict[str, set[int]] = {}
         for spelling in self._sorted:
@@ -62,25 +63,33 @@ class ControlSpellings:
                     found[begin] = begin + n
         return found
 
-    def unfinished(self, text: str) -> set[int]:
-        """Where spellings begin that the end of `text` leaves open.
+    def places(self, text: str) -> set[int]:
+        """Where marks go, each before the character at an index.
 
-        Of the text without the white space at its end, too: templates trim.
+        Behind the first character of each spelling, and of each beginning of one that the end of
+        the text leaves open; before a text that goes on with a spelling, or is inside of one: the
+        template may join it with others. White space around is not counted: templates trim.
         """
-        found = set()
+        found = {begin + 1 for begin in self.whole(text)}
         for end in {len(text), len(text.rstrip())}:
             for begin in range(max(0, end - self._longest + 1), end):
-                tail = text[begin:end]
-                at = bisect_left(self._sorted, tail)
-                # The next in order is longer, if it is not the tail itself.
-                at += at < len(self._sorted) and self._sorted[at] == tail
-                if at < len(self._sorted) and self._sorted[at].startswith(tail):
-                    found.add(begin)
+                if _begins_longer(self._sorted, text[begin:end]):
+                    found.add(begin + 1)
+        bare = text.strip()
+        start = len(text) - len(text.lstrip())
+        for n in range(1, min(len(bare), self._longest - 1) + 1):
+            if _begins_longer(self._backwards, bare[:n][::-1]):
+                found.add(start)
+        if bare and len(bare) < self._longest and bare in self._insides:
+            found.add(start)
         return found
 
-    def around(self, text: str) -> bool:
-        """Whether a spelling has `text` inside, neither at its beginning nor at its end."""
-        return any(text in spelling[1:-1] for spelling in self._sorted)
+
+def _begins_longer(ordered: list[str], text: str) -> bool:
+    """Whether one of the strings, which are in order, begins with `text` and goes on."""
+    at = bisect_left(ordered, text)
+    at += at < len(ordered) and ordered[at] == text
+    return at < len(ordered) and ordered[at].startswith(text)
 
 
 class ControlMarks:
@@ -92,9 +101,9 @@ class ControlMarks:
     def __init__(
         self, spellings: ControlSpellings, mark: str, constants: Callable[[], frozenset[str]]
     ) -> None:
-        """constants: of the template. A client's string that equals one of them ends in no mark.
+        """constants: strings of the template; a client's that equals one gets whole marks alone.
 
-        Otherwise a vocabulary with a control token that begins with "m" would change "system".
+        Templates look them up, and build tokens from them: '<|' + message.role + '|>'.
         """
         self.mark = mark
         self._spellings = spellings
@@ -102,23 +111,16 @@ class ControlMarks:
 
     def text(self, text: str) -> str:
         """`text` with its marks."""
-        places = set(self._spellings.whole(text))
-        unfinished = self._spellings.unfinished(text) - places
-        if unfinished and text not in self._constants():
-            places |= unfinished
+        places = self._spellings.places(text)
+        if places and text in self._constants():
+            return self._whole(text)
         return self._marked(text, places)
 
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message of `conversation` with its marks."""
         marked: dict[str, Any] = self.value(message)
-        role = message["role"]
-        if (
-            marked["role"] == role
-            and role not in _ROLES
-            and role not in self._constants()
-            and self._spellings.around(role)
-        ):
-            marked["role"] = self._marked(role, {0})
+        if message["role"] in _ROLES:
+            marked["role"] = message["role"]
         return marked
 
     def value(self, value: Any) -> Any:
@@ -157,6 +159,16 @@ class ControlMarks:
         escape = re.compile(rf"(?<!\\)((?:\\\\)*)\\u{ord(self.mark):04x}")
         return escape.sub(rf"\g<1>{self.mark}", str(value))
 
+    def plain(self, value: Any) -> Any:
+        """A value of dict, list and str without marks."""
+        if isinstance(value, str):
+            return value.replace(self.mark, "")
+        if isinstance(value, dict):
+            return {self.plain(key): self.plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self.plain, value))
+        return value
+
     def searching(self, method: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         """A call of a method of str, so that it finds what a client wrote: (method, arguments).
 
@@ -164,38 +176,40 @@ class ControlMarks:
         token the client's spelling has a mark, and the template's own has none.
         """
         text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if not isinstance(text, str) or name not in _SEARCHES:
+        if not isinstance(text, str) or self.mark not in text:
             return method, args
-        plain, marked = args[0], self.text(args[0])
-        if marked == plain or marked not in text:
+        if name in _QUESTIONS:
+            return getattr(self.plain(text), name), (self.plain(args[0]), *args[1:])
+        if name not in _CUTS or not args[0] or not isinstance(args[0], str):
             return method, args
-        if plain in text:
-            if _SEARCHES_ALL.get(name) == len(args):
-                # None of the places is left, so that what a client wrote needs no mark there.
-                return getattr(text.replace(marked, plain), name), args
-            if name in _FROM_THE_END:
-                nearer = text.rfind(plain) > text.rfind(marked)
-            else:
-                nearer = text.find(plain) < text.find(marked)
-            if nearer:
-                return method, args
-        return method, (marked, *args[1:])
+        plain = self.plain(args[0])
+        spelled = f"{self.mark}?".join(map(re.escape, plain))
+        if name in ("removeprefix", "removesuffix"):
+            ends = (f"^{self.mark}?", "") if name == "removeprefix" else ("", f"{self.mark}?\\Z")
+            rest = re.sub(spelled.join(ends), "", text)
+            return getattr(rest, name), ("",)
+        found = re.findall(spelled, text)
+        if found and _CUTS_ALL.get(name) == len(args):
+            # None of the places is left, so that what a client wrote needs no mark there.
+            text = re.sub(spelled, lambda _: plain, text)
+            return getattr(text, name), (plain, *args[1:])
+        nearest = found[-1 if name in _FROM_THE_END else 0] if found else plain
+        return method, (nearest, *args[1:])
 
     def _key(self, key: Any) -> Any:
-        """Templates read identifiers as attributes: these end in no mark."""
+        """Templates read identifiers as attributes: these get whole marks alone."""
         if not isinstance(key, str):
             return key
-        if key.isidentifier():
-            return self._marked(key, set(self._spellings.whole(key)))
-        return self.text(key)
+        return self._whole(key) if key.isidentifier() else self.text(key)
+
+    def _whole(self, text: str) -> str:
+        return self._marked(text, {begin + 1 for begin in self._spellings.whole(text)})
 
     def _marked(self, text: str, places: set[int]) -> str:
-        if not places:
-            return text
         pieces, last = [], 0
         for place in sorted(places):
-            pieces += [text[last : place + 1], self.mark]
-            last = place + 1
+            pieces += [text[last:place], self.mark]
+            last = place
         return "".join([*pieces, text[last:]])
 
 

@@ -92,7 +92,7 @@ def render_template(
 ) -> str:
     """What a template of the sandbox prints. ChatTemplateError, TemplateStopped at a bound.
 
-    marks: those that the variables have; what the template searches them for gets them, too.
+    marks: those that the variables have; comparisons and searches do not see them.
     """
     _BUDGET.reset(marks)
     chunks: list[str] = []
@@ -303,7 +303,7 @@ def sandbox() -> Environment:
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             args = _check_method(__obj, args, kwargs)
-            if _BUDGET.marks is not None and args and isinstance(args[0], str):
+            if _BUDGET.marks is not None and args and isinstance(args[0], (str, tuple)):
                 __obj, args = _BUDGET.marks.searching(__obj, args)
             return super().call(__context, __obj, *args, **kwargs)
 
@@ -333,10 +333,10 @@ def sandbox() -> Environment:
             """Called by every pass of a loop and every call of a macro."""
             return _BUDGET.step()
 
-        def searched(self, value: Any) -> Any:
-            """A side of a comparison, with the marks that it has where a client wrote it."""
+        def compared(self, value: Any) -> Any:
+            """A side of a comparison, without the marks of what a client wrote."""
             marks = _BUDGET.marks
-            return value if marks is None else marks.value(value)
+            return value if marks is None else marks.plain(value)
 
         def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
             tree = super()._parse(source, name, filename)
@@ -426,10 +426,10 @@ def constants(environment: Environment, source: str) -> frozenset[str]:
 
 
 def _mark_comparisons(tree: Any, nodes: Any) -> None:
-    """Sends both sides of ==, != and `in` through searched()."""
+    """Sends both sides of ==, != and `in` through compared()."""
 
-    def searched(node: Any) -> Any:
-        call = nodes.Call(nodes.EnvironmentAttribute("searched"), [node], [], None, None)
+    def compared(node: Any) -> Any:
+        call = nodes.Call(nodes.EnvironmentAttribute("compared"), [node], [], None, None)
         return call.set_lineno(node.lineno)
 
     for compare in list(tree.find_all(nodes.Compare)):
@@ -437,9 +437,9 @@ def _mark_comparisons(tree: Any, nodes: Any) -> None:
         if {operand.op for operand in compare.ops} <= {"in", "notin", "eq", "ne"} and not any(
             isinstance(node, nodes.Const) and not isinstance(node.value, str) for node in operands
         ):
-            compare.expr = searched(compare.expr)
+            compare.expr = compared(compare.expr)
             for operand in compare.ops:
-                operand.expr = searched(operand.expr)
+                operand.expr = compared(operand.expr)
 
 
 def _bound_expressions(node: Any, nodes: Any) -> None:

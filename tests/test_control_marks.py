@@ -130,6 +130,19 @@ def test_strings_that_a_template_joins() -> None:
             assert control(joined) == []
 
 
+def test_strings_that_a_template_continues() -> None:
+    for at in range(1, len("<|im_end|>")):
+        head, tail = "<|im_end|>"[:at], "<|im_end|>"[at:]
+        for end in range(1, len(tail) + 1):
+            source = "{{ '" + head + "' ~ messages[0].content | trim ~ '" + tail[end:] + "' }}"
+            source += "{% for m in messages %}{{ m.content }}{% endfor %}"
+            prompt = template(source).prompt([user(f" {tail[:end]} ")])
+            assert control(tokenizer().encode(prompt.text, mark=prompt.mark)) == []
+            assert tokenizer().decode(tokenizer().encode(prompt.text, mark=prompt.mark)) == (
+                f"<|im_end|> {tail[:end]} "
+            )
+
+
 def test_roles_spell_no_control_token() -> None:
     source = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
     assert control(encoded(source, {"role": "im_end", "content": "x"})) == []
@@ -155,6 +168,11 @@ def test_templates_find_what_they_look_for() -> None:
         "m.endswith('</think>c')",
         "m.partition('</think>')[0]",
         "m.count('</think>')",
+        "m.startswith(('x', 'a</think>'))",
+        "m.removeprefix('a</think>')",
+        "m.removesuffix('</think>c')",
+        "(m ~ '\\n').removesuffix('</think>c')",
+        "m in {m: 1}",
         "m.find('</think>')",
         "'</think>' in m",
         "'</think>' not in m",
@@ -215,12 +233,18 @@ def test_spellings_are_found(spellings: set[str], text: str) -> None:
     assert set(known.whole(text)) == {
         at for at in range(len(text)) if any(text.startswith(s, at) for s in spellings)
     }
-    assert known.unfinished(text) == {
-        at
-        for t in (text, text.rstrip())
-        for at in range(len(t))
-        if any(s.startswith(t[at:]) and s != t[at:] for s in spellings)
-    }
+    places = {at + 1 for at in known.whole(text)}
+    for t in (text, text.rstrip()):
+        places |= {
+            at + 1
+            for at in range(len(t))
+            if any(s.startswith(t[at:]) and s != t[at:] for s in spellings)
+        }
+    bare, start = text.strip(), len(text) - len(text.lstrip())
+    goes_on = any(bare.startswith(s[at:]) for s in spellings for at in range(1, len(s))) or any(
+        bare and bare in s[1:-1] for s in spellings
+    )
+    assert known.places(text) == places | ({start} if goes_on else set())
 
 
 def test_published_templates_print_the_same(vocab_dir: Path) -> None:
