@@ -86,7 +86,7 @@ class _Stoker:
     """A file that stoker runs, itself or through a backend."""
 
     def __init__(self, path: Path, *, context: int, threads: int | None, precision: str) -> None:
-        from ..runtime.model import load
+        from ..runtime.load import load
 
         self.kind = path.suffix.removeprefix(".").upper() or "file"
         options: dict[str, Any] = {} if self.kind == "ONNX" else {"precision": precision}

@@ -219,7 +219,7 @@ def _measure(job: Job, task: Task, model: Path, device: str) -> Run:
 
 
 def _perplexity(job: Job, task: Task, model: Path, device: str) -> Perplexity:
-    from ..runtime.model import load
+    from ..runtime.load import load
 
     s = job.settings
     memory = AUTO if job.memory == RESIDENT else job.memory

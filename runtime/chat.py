@@ -8,11 +8,26 @@ Templates are Jinja, as Hugging Face transformers defines them: `messages`, `too
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .errors import ChatTemplateError
-from .template_sandbox import TemplateStopped, compile_template, render_template, sandbox
+from . import template_sandbox
+from .control_marks import ControlMarks, ControlSpellings, unused_mark
+from .conversation import TOO_DEEP, Arguments, conversation, joined, plain, tool_schemas
+from .errors import ChatTemplateError, OptionError
+from .prefill import cut, tagged, to_continue
+from .template_forms import TemplateForms
+from .template_sandbox import (
+    TemplateStopped,
+    compile_template,
+    constants,
+    render_template,
+    sandbox,
+    undeclared,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -25,8 +40,55 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+# Variables of a template that no caller sets: the prompt is made of them.
+_OWNED = frozenset(
+    {
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "bos_token",
+        "eos_token",
+    }
+)
 
 Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation.
+
+    text: with a `mark` inside of what clients have written as control tokens (control_marks.py);
+    mark: that character, "" where there is none. continued: the assistant's words that the text
+    ends with; None where an answer begins anew.
+    """
+
+    text: str
+    mark: str
+    continued: str | None
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A conversation to render: turns and tools as of conversation.py.
+
+    name: of the template. extra: further variables. opens: ends where the assistant goes on.
+    """
+
+    name: str
+    turns: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    extra: Mapping[str, Any]
+    opens: bool = True
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [call for turn in self.turns for call in turn.get("tool_calls", ())]
+
+    @property
+    def continues(self) -> bool:
+        return self.opens and to_continue(self.turns)
 
 
 class ChatTemplate:
@@ -41,14 +103,26 @@ class ChatTemplate:
         *,
         bos_token: str = "",
         eos_token: str = "",
+        control: Iterable[str] = (),
+        defined: Iterable[str] = (),
     ) -> None:
-        """sources: a Jinja template, or several by name. ChatTemplateError if one is malformed."""
+        """sources: a Jinja template, or several by name. control, defined: spellings of
+        control and of user-defined tokens.
+
+        ChatTemplateError if a template is malformed.
+        """
         named = {"default": sources} if isinstance(sources, str) else dict(sources)
         self._variables = {"bos_token": bos_token, "eos_token": eos_token}
-        environment = sandbox()
-        self._templates = {name: compile_template(environment, named[name], name) for name in named}
+        self._environment = sandbox()
+        self._templates = {
+            name: compile_template(self._environment, named[name], name) for name in named
+        }
+        self._sources = named
         self.names = tuple(named)
-        self._typed: dict[str, bool] = {}
+        self._control = ControlSpellings(control, defined)
+        self._forms = {name: TemplateForms(partial(self._tried, name)) for name in self._templates}
+        self._trial_s = dict.fromkeys(self._templates, 0.0)  # seconds that trials took
+        self._constants: dict[str, frozenset[str]] = {}
 
     @classmethod
     def from_metadata(cls, get: Callable[[str], Any], tokenizer: Tokenizer) -> ChatTemplate:
@@ -86,6 +160,8 @@ class ChatTemplate:
             sources,
             bos_token="" if bos is None else tokenizer.id_to_token(bos),
             eos_token="" if eos is None else tokenizer.id_to_token(eos),
+            control=tokenizer.special_spellings(),
+            defined=tokenizer.defined_spellings(),
         )
 
     def render(
@@ -97,36 +173,155 @@ class ChatTemplate:
         template: str | None = None,
         **extra: Any,
     ) -> str:
-        """The prompt for a conversation.
+        """The prompt for a conversation, as text.
 
         messages: each {"role": str, "content": str or list of {"type": "text", "text": str}},
-        and whatever else the template reads (tool_calls, name, ...). add_generation_prompt: ends
-        with what opens the assistant's answer. tools: JSON schemas of functions. template: one of
-        `names`; by default "tool_use" for a call with tools if there is one, else "default".
-        extra: further variables of the template, e.g. enable_thinking=False.
+        and whatever else the template reads (tool_calls, name, ...); conversation.py says which
+        forms they may have. add_generation_prompt: ends where the assistant goes on: with what
+        opens its answer, or, in a conversation that ends with its words, with these. tools: JSON
+        schemas of functions. template: one of `names`; by default "tool_use" for a call with tools
+        if there is one, else "default". extra: further variables of the template, e.g.
+        enable_thinking=False.
         ChatTemplateError, one line, if the messages are malformed or the template rejects them.
         """
-        name = template
+        schemas = tool_schemas(tools)
+        name = self._chosen(template, schemas)
+        turns = conversation(messages)
+        return self._rendered(_Request(name, turns, schemas, extra, add_generation_prompt))
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
+    ) -> Prompt:
+        """The prompt for a conversation, for a tokenizer.
+
+        messages, tools: as of `render`. variables: further ones of the template. parse_special:
+        set no marks, so that control tokens may be written in messages, tools and variables.
+        ChatTemplateError as of `render`; OptionError for a variable that the template does not
+        read, or that is not the caller's.
+        """
+        schemas = tool_schemas(tools)
+        name = self._chosen(None, schemas)
+        request = _Request(name, conversation(messages), schemas, self._checked(name, variables))
+        marks = None
+        if self._control and not parse_special:
+            passed = [(a.value, a.text) for a in map(_arguments, request.calls)]
+            mark = unused_mark([self._sources[name], request.turns, schemas, request.extra, passed])
+            marks = ControlMarks(self._control, mark, partial(self._constants_of, name))
+        text = self._rendered(request, marks)
+        mark = ""
+        if marks is not None:
+            text = marks.needed(text)
+            mark = marks.mark if marks.mark in text else ""
+        continued = None
+        if request.continues:
+            words = joined(request.turns[-1]["content"])
+            end = text.replace(mark, "") if mark else text
+            trimmed = (words, words.rstrip(), words.strip())  # as templates do it
+            continued = next((w for w in trimmed if end.endswith(w)), words)
+        return Prompt(text, mark, continued)
+
+    def _chosen(self, name: str | None, tools: list[dict[str, Any]] | None) -> str:
         if name is None:
             name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        chosen = self._templates.get(name)
-        if chosen is None:
+        if name not in self._templates:
             raise ChatTemplateError(
                 f"no chat template {name!r}; the model has: {', '.join(self.names)}"
             )
-        conversation = [_checked(message, i) for i, message in enumerate(_listed(messages))]
-        variables: dict[str, Any] = {
-            **self._variables,
-            "tools": list(tools) if tools else None,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **extra,
-        }
-        if self._wants_parts(name, chosen):
-            conversation = [_in_parts(message) for message in conversation]
-        variables["messages"] = conversation
+        return name
+
+    def _checked(self, name: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
+        """A copy of a caller's variables. OptionError."""
+        if variables is None:
+            return {}
+        if not isinstance(variables, Mapping):
+            raise OptionError(
+                "template must map the names of template variables to values, "
+                f"not {type(variables).__name__}"
+            )
+        owned = _OWNED | frozenset(self._environment.globals)
+        for variable in variables:
+            if variable in owned:
+                raise OptionError(f"template variable {variable!r} is set by the prompt itself")
+        if variables:
+            read = undeclared(self._environment, self._sources[name]) - owned
+            for variable in variables:
+                if variable not in read:
+                    listed = f"the variables {', '.join(sorted(read))}" if read else "none"
+                    raise OptionError(
+                        f"template variable {variable!r}: chat template {name!r} reads {listed}"
+                    )
         try:
-            return render_template(chosen, name, variables)
+            return {variable: plain(value) for variable, value in variables.items()}
+        except RecursionError:
+            raise OptionError(f"template: {TOO_DEEP}") from None
+
+    def _constants_of(self, name: str) -> frozenset[str]:
+        if name not in self._constants:
+            self._constants[name] = constants(self._environment, self._sources[name])
+        return self._constants[name]
+
+    def _rendered(self, request: _Request, marks: ControlMarks | None = None) -> str:
+        """What the template prints, given the forms that it takes."""
+        name, tools = request.name, request.tools
+        variables = {
+            "add_generation_prompt": request.opens and not request.continues,
+            **request.extra,
+        }
+        if marks is not None:
+            tools, variables = marks.value(tools), marks.value(variables)
+        refused: ChatTemplateError | None = None
+        for messages in self._attempts(request):
+            marked = messages if marks is None else list(map(marks.message, messages))
+            given = tagged(marked) if request.continues else marked
+            try:
+                text = self._printed(name, given, tools, variables, marks)
+                if _prints_lists(text, given):
+                    raise ChatTemplateError(f"chat template {name!r} prints parts as Python does")
+                return cut(text, _last_text(marked), name) if request.continues else text
+            except TemplateStopped:
+                raise
+            except ChatTemplateError as error:
+                refused = refused or error
+        assert refused is not None
+        raise self._blamed(request, refused)
+
+    def _attempts(self, request: _Request) -> Iterator[list[dict[str, Any]]]:
+        """The messages as the template takes them; then, for what few places of it want, as text.
+
+        Either also with ids for calls, where they lack.
+        """
+        forms, turns = self._forms[request.name], request.turns
+        lacking = any("id" not in call for call in request.calls) or any(
+            turn["role"] == "tool" and "tool_call_id" not in turn for turn in turns
+        )
+        lists = any(isinstance(turn.get("content"), list) for turn in turns)
+        for ids in (False, True) if lacking else (False,):
+            for parts in (True, False) if lists else (True,):
+                yield forms.apply(turns, ids=ids, parts=parts)
+
+    def _printed(
+        self,
+        name: str,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+        marks: ControlMarks | None = None,
+    ) -> str:
+        given: dict[str, Any] = {
+            **self._variables,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            **variables,
+        }
+        template: Template = self._templates[name]
+        try:
+            return render_template(template, name, given, marks)
         except TemplateStopped:
             raise
         except ChatTemplateError:
@@ -134,82 +329,76 @@ class ChatTemplate:
                 raise
             # Templates made for tools go through them without asking whether there are any.
             try:
-                return render_template(chosen, name, {**variables, "tools": []})
+                return render_template(template, name, {**given, "tools": []}, marks)
             except ChatTemplateError:
                 pass
             raise
 
-    def _wants_parts(self, name: str, template: Template) -> bool:
-        """Whether a template drops plain strings and reads only lists of parts; tried once."""
-        known = self._typed.get(name)
-        if known is None:
-            probe = {"role": "user", "content": "needle-7401"}
-            variables = {
-                **self._variables,
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": False,
-            }
+    def _tried(
+        self, name: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> str | None:
+        """What a template prints, None where it refuses: for TemplateForms.
 
-            def keeps(message: dict[str, Any]) -> bool:
-                try:
-                    text = render_template(template, name, {**variables, "messages": [message]})
-                except TemplateStopped:
-                    raise
-                except ChatTemplateError:
-                    return False
-                return "needle-7401" in text
+        TemplateStopped where all its trials take longer than a rendering may.
+        """
+        if self._trial_s[name] > template_sandbox.MAX_SECONDS:
+            raise TemplateStopped(
+                f"chat template {name!r} is stopped: its trials took more than "
+                f"{template_sandbox.MAX_SECONDS:g} seconds"
+            )
+        started = time.thread_time()
+        try:
+            return self._printed(name, messages, tools, {"add_generation_prompt": False})
+        except TemplateStopped:
+            raise
+        except ChatTemplateError:
+            return None
+        finally:
+            self._trial_s[name] += time.thread_time() - started
 
-            known = not keeps(probe) and keeps(_in_parts(probe))
-            self._typed[name] = known
-        return known
-
-
-def _listed(messages: object) -> Sequence[object]:
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise ChatTemplateError(
-            f"messages: expected a list of messages, found {type(messages).__name__}"
+    def _blamed(self, request: _Request, refused: ChatTemplateError) -> ChatTemplateError:
+        """The error of a refusal: its own, or that arguments are no JSON object, if they are it."""
+        odd = [
+            (f"messages[{i}].tool_calls[{j}]", _arguments(call))
+            for i, turn in enumerate(request.turns)
+            for j, call in enumerate(turn.get("tool_calls", ()))
+            if not isinstance(_arguments(call).value, dict)
+        ]
+        if not odd:
+            return refused
+        turns = [
+            {**turn, "tool_calls": [_without_arguments(call) for call in turn["tool_calls"]]}
+            if "tool_calls" in turn
+            else turn
+            for turn in request.turns
+        ]
+        try:
+            self._rendered(replace(request, turns=turns, opens=False))
+        except ChatTemplateError:
+            return refused
+        where, arguments = odd[0]
+        found = arguments.value if arguments.text is None else arguments.text
+        return ChatTemplateError(
+            f"{where}: chat template {request.name!r} expects arguments that are a JSON object, "
+            f"found {found!r:.60}"
         )
-    if not messages:
-        raise ChatTemplateError("messages: expected at least one message, found none")
-    return messages
 
 
-def _checked(message: object, index: int) -> dict[str, Any]:
-    """A copy of one message whose content is a string (or None beside tool calls)."""
-    where = f"messages[{index}]"
-    if not isinstance(message, Mapping):
-        raise ChatTemplateError(f"{where}: expected a mapping, found {type(message).__name__}")
-    role = message.get("role")
-    if not isinstance(role, str) or not role:
-        raise ChatTemplateError(f"{where}.role: expected a name such as 'user', found {role!r:.40}")
-    checked = dict(message)
-    content = message.get("content")
-    if content is None and (message.get("tool_calls") or role == "assistant"):
-        checked["content"] = None if message.get("tool_calls") else ""
-    elif isinstance(content, Sequence) and not isinstance(content, (str, bytes)):
-        checked["content"] = "".join(
-            _part(part, f"{where}.content[{i}]") for i, part in enumerate(content)
-        )
-    elif not isinstance(content, str):
-        raise ChatTemplateError(
-            f"{where}.content: expected text or a list of text parts, found {content!r:.40}"
-        )
-    return checked
+def _arguments(call: dict[str, Any]) -> Arguments:
+    arguments: Arguments = call["function"]["arguments"]
+    return arguments
 
 
-def _part(part: object, where: str) -> str:
-    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-    text = part.get("text") if isinstance(part, Mapping) else None
-    if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-        raise ChatTemplateError(
-            f"{where}: expected {{'type': 'text', 'text': ...}}, found a part of type {kind!r:.40}"
-        )
-    return text
+def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    return {**call, "function": {**call["function"], "arguments": Arguments({}, None)}}
 
 
-def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
-    content = message["content"]
-    if not isinstance(content, str):
-        return message
-    return {**message, "content": [{"type": "text", "text": content}]}
+def _prints_lists(text: str, messages: list[dict[str, Any]]) -> bool:
+    """Whether a template has printed a list of parts instead of its texts."""
+    lists = (m["content"] for m in messages if isinstance(m.get("content"), list))
+    return any(repr(parts[0]) in text for parts in lists)
+
+
+def _last_text(messages: list[dict[str, Any]]) -> str:
+    content = messages[-1]["content"]
+    return str(content[-1]["text"] if isinstance(content, list) else content)

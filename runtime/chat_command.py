@@ -4,10 +4,41 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from .command_options import (
+    Context,
+    FrequencyPenalty,
+    Io,
+    KvType,
+    MaxTokens,
+    Memory,
+    MinP,
+    ParseSpecial,
+    PenaltyWindow,
+    Plan,
+    Policy,
+    PrecisionOption,
+    Predictor,
+    Prefetch,
+    PresencePenalty,
+    ProfileFile,
+    Readers,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    TemplateVar,
+    Threads,
+    TopK,
+    TopP,
+    Trace,
+    template_variables,
+)
+from .command_options import Model as ModelName
 from .errors import ChatTemplateError, ContextLengthError, OptionError
-from .options import GenerationOptions
+from .options import GenerationOptions, LoadOptions
 from .terminal import StatusLine, WordWrap, printable
 
 if TYPE_CHECKING:
@@ -28,13 +59,23 @@ Ctrl-C stops the answer.'''
 class Chat:
     """One conversation; `loop` reads messages and commands until the end of the input."""
 
-    def __init__(self, model: Model, options: GenerationOptions, *, system: str | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        options: GenerationOptions,
+        *,
+        system: str | None,
+        template: dict[str, Any] | None = None,
+        parse_special: bool = False,
+    ) -> None:
+        """template: variables of the chat template."""
         if model.chat_template is None:
             raise ChatTemplateError(
                 f"{model.path.name} has no chat template (a base model?): use `stoker run --raw`"
             )
         self._session = model.session(system=system)
         self._options = options
+        self._given: dict[str, Any] = {"template": template, "parse_special": parse_special}
         self._last: Generation | None = None
         self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
         if self._terminal:
@@ -109,7 +150,7 @@ class Chat:
         return True
 
     def _answer(self, message: str) -> None:
-        generation = self._last = self._session.chat(message, options=self._options)
+        generation = self._last = self._session.chat(message, options=self._options, **self._given)
         if not self._terminal:
             for chunk in generation:
                 sys.stdout.write(chunk.text)
@@ -159,3 +200,79 @@ def _edit_lines() -> None:
     """Line editing and history for input(), where Python has it."""
     with suppress(ImportError):
         import readline  # noqa: F401
+
+
+def chat(
+    model: ModelName,
+    *,
+    system: System = None,
+    template_var: TemplateVar = None,
+    parse_special: ParseSpecial = False,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    presence_penalty: PresencePenalty = 0.0,
+    penalty_window: PenaltyWindow = 64,
+    seed: Seed = None,
+    stop: Stop = None,
+    threads: Threads = None,
+    context: Context = None,
+    kv_type: KvType = "f16",
+    precision: PrecisionOption = "balanced",
+    memory: Memory = "auto",
+    policy: Policy = None,
+    predictor: Predictor = None,
+    profile: ProfileFile = None,
+    prefetch: Prefetch = "auto",
+    io: Io = None,
+    readers: Readers = None,
+    plan: Plan = False,
+    trace: Trace = None,
+) -> None:
+    """Talk with a model in the terminal.
+
+    /help lists the commands, Ctrl-C stops an answer. Where stdin is no terminal, each line is
+    one message.
+
+    \b
+    stoker chat smollm2
+    stoker chat model.gguf --system "Answer in one sentence." -c 8192
+    stoker chat mixture.gguf --memory 4GiB --plan
+    printf 'Hello\\nAnd again\\n' | stoker chat smollm2 --temperature 0
+    """
+    from .run_command import open_model, recording
+
+    options = GenerationOptions(
+        stop=tuple(stop or ()),
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty,
+        penalty_window=penalty_window,
+        seed=seed,
+    )
+    variables = template_variables(template_var)
+    load_options = LoadOptions(
+        threads=threads,
+        context=context,
+        kv_type=kv_type,
+        precision=precision,
+        memory=memory,
+        policy=policy,
+        predictor=predictor,
+        profile=profile,
+        prefetch=prefetch,
+        io=io,
+        readers=readers,
+    )
+    loaded = open_model(model, load_options, plan=plan, measure=True)
+    with recording(loaded, trace):
+        Chat(loaded, options, system=system, template=variables, parse_special=parse_special).loop()

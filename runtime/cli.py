@@ -17,6 +17,7 @@ import typer
 from . import (
     bench_command,
     bench_kernels_command,
+    chat_command,
     export_command,
     plan_command,
     probe_command,
@@ -35,6 +36,7 @@ from .command_options import (
     MinP,
     Model,
     ModelCommand,
+    ParseSpecial,
     PenaltyWindow,
     Plan,
     Policy,
@@ -49,10 +51,12 @@ from .command_options import (
     Stop,
     System,
     Temperature,
+    TemplateVar,
     Threads,
     TopK,
     TopP,
     Trace,
+    template_variables,
 )
 from .errors import (
     BudgetError,
@@ -135,6 +139,14 @@ def run(
     *,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Read the prompt here.")] = None,
     system: System = None,
+    prefill: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="Words that the answer goes on with; what follows them is printed."
+        ),
+    ] = None,
+    template_var: TemplateVar = None,
+    parse_special: ParseSpecial = False,
     chat_format: Annotated[
         bool | None,
         typer.Option(
@@ -184,6 +196,8 @@ def run(
     stoker run model.gguf -f question.txt -n 200
     echo "Once upon a time" | stoker run model.gguf - --raw
     stoker run smollm2 "Hello" --json --logprobs 3
+    stoker run qwen3.gguf "Hello" --template-var enable_thinking=false
+    stoker run smollm2 "Name a fruit." --prefill "A fruit is the"
     stoker run mixture.gguf "Hello" --memory 2GiB --plan --stats
     stoker run mixture.gguf "Hello" --memory 60% --trace routing.csv.gz
     """
@@ -223,6 +237,9 @@ def run(
         text,
         options,
         system=system,
+        prefill=prefill,
+        template=template_variables(template_var),
+        parse_special=parse_special,
         chat=chat_format,
         as_json=as_json,
         stats=stats,
@@ -230,79 +247,7 @@ def run(
     )
 
 
-@app.command(cls=ModelCommand)
-def chat(
-    model: Model,
-    *,
-    system: System = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 40,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.05,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    presence_penalty: PresencePenalty = 0.0,
-    penalty_window: PenaltyWindow = 64,
-    seed: Seed = None,
-    stop: Stop = None,
-    threads: Threads = None,
-    context: Context = None,
-    kv_type: KvType = "f16",
-    precision: PrecisionOption = "balanced",
-    memory: Memory = "auto",
-    policy: Policy = None,
-    predictor: Predictor = None,
-    profile: ProfileFile = None,
-    prefetch: Prefetch = "auto",
-    io: Io = None,
-    readers: Readers = None,
-    plan: Plan = False,
-    trace: Trace = None,
-) -> None:
-    """Talk with a model in the terminal.
-
-    /help lists the commands, Ctrl-C stops an answer. Where stdin is no terminal, each line is
-    one message.
-
-    \b
-    stoker chat smollm2
-    stoker chat model.gguf --system "Answer in one sentence." -c 8192
-    stoker chat mixture.gguf --memory 4GiB --plan
-    printf 'Hello\\nAnd again\\n' | stoker chat smollm2 --temperature 0
-    """
-    from .chat_command import Chat
-    from .run_command import open_model, recording
-
-    options = _generation_options(
-        stop,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        penalty_window=penalty_window,
-        seed=seed,
-    )
-    load_options = _load_options(
-        threads=threads,
-        context=context,
-        kv_type=kv_type,
-        precision=precision,
-        memory=memory,
-        policy=policy,
-        predictor=predictor,
-        profile=profile,
-        prefetch=prefetch,
-        io=io,
-        readers=readers,
-    )
-    loaded = open_model(model, load_options, plan=plan, measure=True)
-    with recording(loaded, trace):
-        Chat(loaded, options, system=system).loop()
+app.command(cls=ModelCommand)(chat_command.chat)
 
 
 @app.command()

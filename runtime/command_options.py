@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from .errors import OptionError
 
 _MEMORY = "Memory and experts on flash"
 
@@ -44,6 +47,21 @@ PenaltyWindow = Annotated[int, typer.Option(help="Recent tokens that penalties l
 Seed = Annotated[int | None, typer.Option(help="Of the sampler [default: random].")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
 System = Annotated[str | None, typer.Option("--system", "-s", help="The system message.")]
+TemplateVar = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-var",
+        metavar="NAME=VALUE",
+        help="Variable of the chat template; VALUE is JSON, or else text; repeatable.",
+    ),
+]
+ParseSpecial = Annotated[
+    bool,
+    typer.Option(
+        "--parse-special",
+        help="Read <|name|> in messages as the control token it names, not as plain text.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Memory = Annotated[
     str,
@@ -113,6 +131,22 @@ Trace = Annotated[
         rich_help_panel=_MEMORY,
     ),
 ]
+
+
+def template_variables(given: list[str] | None) -> dict[str, Any] | None:
+    """The values of --template-var by name, None where none is given. Raises OptionError."""
+    if not given:
+        return None
+    variables: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise OptionError(f"--template-var: expected NAME=VALUE, found {text!r:.60}")
+        try:
+            variables[name.strip()] = json.loads(value)
+        except (ValueError, RecursionError):
+            variables[name.strip()] = value
+    return variables
 
 
 class ModelCommand(TyperCommand):

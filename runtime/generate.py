@@ -289,16 +289,20 @@ class Generation:
             self._ttft_s = self._prepare_s + seconds
         else:
             self._decode_s += seconds
+        tokenizer = session._model.tokenizer
         decoder, matcher = steps.decoder, steps.matcher
         if token in steps.ends:
-            text = _rest(decoder.flush(), matcher)
+            text = matcher.push(decoder.flush())
+            text += _rest(tokenizer.id_to_token(token), matcher, special=True)
             self._pieces.append(text)
             self.stop_string = matcher.matched
             self._end("stop")
             return Chunk(text, None) if text else None
         self.tokens.append(token)
         session._tokens.append(token)
-        text = matcher.push(decoder.push(token))
+        special = tokenizer.is_special(token)
+        piece = tokenizer.id_to_token(token) if special else decoder.push(token)
+        text = matcher.push(piece, special=special)
         full = len(session._tokens) > session.context
         if full:  # chosen, but there is no room to evaluate it
             session._tokens.pop()
@@ -330,7 +334,7 @@ class Generation:
         return Chunk(text, token, float(sampler.logprob), top)
 
 
-def _rest(text: str, matcher: StopMatcher) -> str:
+def _rest(text: str, matcher: StopMatcher, *, special: bool = False) -> str:
     """The text at the end of the tokens: `text`, then what the matcher still held back."""
-    text = matcher.push(text)
+    text = matcher.push(text, special=special)
     return text + matcher.flush()

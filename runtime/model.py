@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -40,56 +40,6 @@ if TYPE_CHECKING:
     from .generate import Generation
     from .plan import PlanReport
     from .tokenizer import Tokenizer
-
-
-def load(
-    path: str | PathLike[str],
-    *,
-    threads: int | None = None,
-    context: int | None = None,
-    kv_type: str = "f16",
-    precision: str = "balanced",
-    memory: int | str = "auto",
-    policy: str | None = None,
-    predictor: str | None = None,
-    profile: str | PathLike[str] | None = None,
-    prefetch: str = "auto",
-    io: str | None = None,
-    readers: int | None = None,
-    onnx: Mapping[str, Any] | None = None,
-    download: bool = False,
-) -> Model:
-    """Loads a GGUF or ONNX model.
-
-    path: a file (the first one of a sharded model), "hf:owner/name/file.gguf[@revision]", or a
-    name of the catalogue ("smollm2"). A name that ends in .onnx gives an OnnxModel, which runs on
-    onnxruntime; a GGUF file that the native engine does not run goes to llama.cpp where llama_cpp
-    is installed (see backends/).
-    memory: budget of the whole process: bytes, "500MB", "2GiB", "60%" of what the machine can give,
-        or "auto" (all of it, where the model needs it). Experts that do not fit stay on flash.
-    threads, context, kv_type, precision, policy, predictor, profile, prefetch, io, readers: see
-        LoadOptions.
-    onnx: options of onnxruntime, fields of backends/onnx.py's OnnxOptions.
-    download: fetch a named model that is not in the cache; without it that is a DownloadError.
-    Raises ModelFileError, UnsupportedModelError, DownloadError, OptionError, BudgetError.
-    """
-    from ..models.locate import locate
-    from .backends import open_model
-
-    options = LoadOptions(
-        threads=threads,
-        context=context,
-        kv_type=kv_type,
-        precision=precision,
-        memory=memory,
-        policy=policy,
-        predictor=predictor,
-        profile=profile,
-        prefetch=prefetch,
-        io=io,
-        readers=readers,
-    )
-    return open_model(locate(fspath(path), download=download), options, onnx)
 
 
 _LOG = logging.getLogger("stoker")
@@ -339,18 +289,31 @@ class Model:
         messages: str | Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
         options: GenerationOptions | None = None,
         **overrides: Any,
     ) -> Generation:
         """Answers a conversation, a list of {"role", "content"}, in the model's chat format.
 
-        A string is one user message. What the KV cache still holds from the last call is not
+        A string is one user message; a conversation that ends with the assistant's words is
+        continued. template: variables of the chat template, e.g. {"enable_thinking": False}.
+        parse_special: read "<|name|>" in messages, tools and variables as the control token it
+        names; otherwise it is plain text. What the KV cache still holds from the last call is not
         evaluated again. Raises ChatTemplateError, ContextLengthError, OptionError.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         return self._lend(
-            self._take(), lambda s: s.chat(messages, tools=tools, options=options, **overrides)
+            self._take(),
+            lambda s: s.chat(
+                messages,
+                tools=tools,
+                template=template,
+                parse_special=parse_special,
+                options=options,
+                **overrides,
+            ),
         )
 
     def logits(self, tokens: str | Tokens) -> npt.NDArray[np.float32]:
@@ -549,19 +512,26 @@ class Model:
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> list[int]:
         """Token ids of a conversation, up to where the answer begins."""
+        return self._prompt(messages, tools=tools)[0]
+
+    def _prompt(self, messages: Sequence[Message], **given: Any) -> tuple[list[int], str | None]:
+        """Token ids of a conversation, and the assistant's words that they end with, if any.
+
+        given: tools, variables and parse_special of ChatTemplate.prompt.
+        """
         template = self.chat_template
         if template is None:
             raise ChatTemplateError(
                 f"{self.path.name} has no chat template: use generate (stoker run --raw) instead"
             )
-        text = template.render(messages, add_generation_prompt=True, tools=tools)
+        prompt = template.prompt(messages, **given)
         tokenizer = self.tokenizer
-        ids = tokenizer.encode(text, add_special=False, parse_special=True)
+        ids = tokenizer.encode(prompt.text, add_special=False, mark=prompt.mark)
         # Some templates write BOS themselves, others leave it to the tokenizer.
         bos = tokenizer.bos_id
         if tokenizer.add_bos and bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        return ids
+        return ids, prompt.continued
 
 
 def _check_names(options: LoadOptions) -> None:

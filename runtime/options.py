@@ -143,7 +143,8 @@ class GenerationOptions:
         -1 looks at all of them.
     logit_bias: token id -> number added to its logit (-inf bans the token).
     seed: of the sampler; None draws a fresh one (`Generation.seed` tells which).
-    stop: strings that end the text; they, and any beginning of them, are never part of it.
+    stop: strings that end the text; they, and any beginning of them, are never part of it. They
+        may name special tokens, such as "<|im_end|>", which print nothing.
     logprobs: 0 for none; n reports each token's log-probability and its n best rivals (nats).
     ignore_eos: never choose an end-of-generation token.
 

@@ -101,6 +101,9 @@ def run(
     options: GenerationOptions,
     *,
     system: str | None,
+    prefill: str | None,
+    template: dict[str, Any] | None,
+    parse_special: bool,
     chat: bool | None,
     as_json: bool,
     stats: bool,
@@ -108,19 +111,26 @@ def run(
 ) -> None:
     """Answers `prompt` on stdout; chat None: in the chat format if the model has one.
 
+    prefill: words of the answer to go on with. template: variables of the chat template.
     trace: where to record the routing.
     """
+    wanting = {"--system": system, "--prefill": prefill, "--template-var": template}
+    needs = next((option for option, value in wanting.items() if value is not None), None)
     if chat is None:
-        chat = system is not None or model.chat_template is not None
-    if not chat and system is not None:
-        raise OptionError("--system needs the chat format: leave out --raw")
+        chat = needs is not None or model.chat_template is not None
+    if not chat and needs is not None:
+        raise OptionError(f"{needs} needs the chat format: leave out --raw")
     if not chat:
         generation = model.generate(prompt, options=options)
     else:
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        generation = model.chat(messages, options=options)
+        if prefill is not None:
+            messages.append({"role": "assistant", "content": prefill})
+        generation = model.chat(
+            messages, template=template, parse_special=parse_special, options=options
+        )
     with recording(model, trace):
         if as_json:
             _print_json(model, generation)

@@ -150,14 +150,20 @@ class Session:
         message: str | Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        template: Mapping[str, Any] | None = None,
+        parse_special: bool = False,
         options: GenerationOptions | None = None,
         **overrides: Any,
     ) -> Generation:
         """Answers in the model's chat format, and remembers message and answer.
 
         message: the next user turn, or a list of {"role", "content"} that replaces the whole
-        conversation. What the KV cache already holds of it is not evaluated again. A cancelled
-        answer is remembered as far as it came.
+        conversation; one that ends with the assistant's words is continued, and these words with
+        what is generated are remembered as one message. What the KV cache already holds is not
+        evaluated again. A cancelled answer is remembered as far as it came.
+        template: variables of the chat template, e.g. {"enable_thinking": False}.
+        parse_special: read "<|name|>" in messages, tools and variables as the control token it
+        names; otherwise it is plain text.
         Raises ChatTemplateError, ContextLengthError, OptionError.
         """
         started = time.perf_counter()
@@ -165,11 +171,14 @@ class Session:
         with self._exclusive():  # which may first put an unfinished answer into the conversation
             if isinstance(message, str):
                 turns = [*self._messages, {"role": "user", "content": message}]
-                rendered = self._with_system(turns)
+                rendered: Sequence[Message] = self._with_system(turns)
             else:
-                turns = rendered = [dict(turn) for turn in message]
-            target = self._model._render(rendered, tools)
-            return self._begin(target, chosen, started, turns)
+                turns, rendered = [], message
+            target, continued = self._model._prompt(
+                rendered, tools=tools, variables=template, parse_special=parse_special
+            )
+            turns = turns or [dict(turn) for turn in rendered]
+            return self._begin(target, chosen, started, turns, continued)
 
     def truncate(self, position: int) -> None:
         """Forgets every token from `position` on."""
@@ -226,7 +235,11 @@ class Session:
         options: GenerationOptions,
         started: float,
         turns: list[dict[str, Any]] | None = None,
+        continued: str | None = None,
     ) -> Generation:
+        """turns: the conversation that the answer will end; continued: the words it goes on with,
+        those of its last message.
+        """
         if not self._model.config.get("causal", True):
             raise UnsupportedModelError(
                 f"{self._model.path.name}: its tokens attend to later ones, so that it embeds "
@@ -239,14 +252,19 @@ class Session:
         def remember(generation: Generation) -> None:
             answered = generation.finish_reason in ("stop", "length")
             if turns is not None and (answered or generation.text):
-                self._messages = [*turns, {"role": "assistant", "content": generation.text}]
+                said = {"role": "assistant", "content": generation.text}
+                if continued is None:
+                    self._messages = [*turns, said]
+                else:
+                    said = {**turns[-1], "content": continued + generation.text}
+                    self._messages = [*turns[:-1], said]
 
         generation = Generation(
             self,
             target,
             options,
             started=started,
-            begins_text=turns is not None,
+            begins_text=turns is not None and not continued,
             on_end=remember,
         )
         self._active = weakref.ref(generation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import IO, Any
 
 
 def open_closed_streams() -> None:
@@ -23,12 +24,16 @@ def open_closed_streams() -> None:
             opened = number
         os.set_inheritable(opened, True)  # as those that a process is started with
         mode = "r" if name == "stdin" else "w"
-        setattr(sys, name, open(opened, mode, encoding="utf-8", errors="replace", closefd=False))
+        setattr(sys, name, _text_stream(opened, mode))
 
 
 def abandon_output() -> None:
     """Sends what is left in stdout to the null device, so that it cannot fail again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _text_stream(number: int, mode: str) -> IO[Any]:
+    return os.fdopen(number, mode, encoding="utf-8", errors="replace", closefd=False)
 
 
 def _is_open(number: int) -> bool:

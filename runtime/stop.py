@@ -9,49 +9,87 @@ class StopMatcher:
     """Passes streamed text on, up to the first occurrence of any of the stop strings.
 
     Text is compared as text, not as tokens, so that a stop string may span any number of tokens
-    and share a token with the text before it.
+    and share a token with the text before it. Special tokens print nothing, but a stop string may
+    name them: it matches the text with their spellings in it, each of them whole, or the text
+    without them.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""  # undecided: a proper prefix of at least one stop string
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""  # undecided, with the spellings of special tokens
+        self._inside: list[int] = []  # of each character: 0 text, 1 a spelling's first, 2 the rest
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, *, special: bool = False) -> str:
         """Adds `text`; returns what is now certain to belong to the output.
 
+        special: it is the spelling of one special token, which belongs to no output.
         Sets `matched` (and drops the rest) when a stop string is complete; the one that begins
         first wins, the longest of those that begin at the same place.
         """
-        if self.matched is not None:
+        if self.matched is not None or not text:
             return ""
         if not self._stops:
-            return text
-        text = self._held + text
-        begin = -1
-        for stop in self._stops:
-            at = text.find(stop)
-            if at < 0:
-                continue
-            if begin < 0 or at < begin or (at == begin and len(stop) > len(self.matched or "")):
-                begin, self.matched = at, stop
-        if self.matched is not None:
-            self._held = ""
-            return text[:begin]
-        keep = self._undecided(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return "" if special else text
+        self._held += text
+        self._inside += [1] + [2] * (len(text) - 1) if special else [0] * len(text)
+        shown = [i for i, inside in enumerate(self._inside) if not inside]
+        begin = self._match(shown)
+        if begin is None:
+            return self._release(self._undecided(shown), shown)
+        text = "".join(self._held[i] for i in shown if i < begin)
+        self._held, self._inside = "", []
+        return text
 
     def flush(self) -> str:
         """The end of the text: what was held back is no stop string after all."""
-        held, self._held = self._held, ""
-        return held
+        shown = [i for i, inside in enumerate(self._inside) if not inside]
+        return self._release(len(self._held), shown)
 
-    def _undecided(self, text: str) -> int:
-        """Length of the longest end of `text` that some stop string begins with."""
-        longest = min(len(text), max(len(s) for s in self._stops) - 1)
-        for n in range(longest, 0, -1):
-            tail = text[-n:]
-            if any(s.startswith(tail) for s in self._stops):
-                return n
-        return 0
+    def _match(self, shown: list[int]) -> int | None:
+        """Where the stop string begins that is complete first; sets `matched`."""
+        best: tuple[int, int] | None = None  # (begin, -length)
+        text = "".join(self._held[i] for i in shown) if len(shown) < len(self._held) else None
+        for stop in self._stops:
+            at = self._held.find(stop)
+            while at >= 0 and (self._cuts(at) or self._cuts(at + len(stop))):
+                at = self._held.find(stop, at + 1)
+            begins = [at] if at >= 0 else []
+            if text is not None and stop in text:
+                begins.append(shown[text.find(stop)])
+            for begin in begins:
+                if best is None or (begin, -len(stop)) < best:
+                    best, self.matched = (begin, -len(stop)), stop
+        return None if best is None else best[0]
+
+    def _undecided(self, shown: list[int]) -> int:
+        """Where the longest end of the text begins that some stop string begins with."""
+        end = len(self._held)
+        begin = next(
+            (at for at in range(max(0, end - self._longest + 1), end)
+             if not self._cuts(at) and self._begins(self._held[at:])),
+            end,
+        )  # fmt: skip
+        if len(shown) == end:
+            return begin
+        text = "".join(self._held[i] for i in shown)
+        at = next(
+            (at for at in range(max(0, len(text) - self._longest + 1), len(text))
+             if self._begins(text[at:])),
+            len(text),
+        )  # fmt: skip
+        return min(begin, shown[at]) if at < len(text) else begin
+
+    def _begins(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stops)
+
+    def _cuts(self, position: int) -> bool:
+        """Whether a position lies inside of a special token's spelling."""
+        return position < len(self._inside) and self._inside[position] == 2
+
+    def _release(self, end: int, shown: list[int]) -> str:
+        """What is held before `end`, now given out."""
+        text = "".join(self._held[i] for i in shown if i < end)
+        self._held, self._inside = self._held[end:], self._inside[end:]
+        return text

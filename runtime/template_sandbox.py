@@ -20,6 +20,8 @@ from .errors import ChatTemplateError
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
 
+    from .control_marks import ControlMarks
+
 MAX_SOURCE = 1 << 20  # characters of a template
 MAX_OUTPUT = 1 << 22  # characters of a prompt, and of any value made on the way
 MAX_STEPS = 1_000_000  # passes of loops and calls of macros in one rendering
@@ -41,12 +43,14 @@ class TemplateStopped(ChatTemplateError):
 
 
 class _Budget(threading.local):
-    """What the rendering in this thread may still spend."""
+    """What the rendering in this thread may still spend, and the marks in its messages."""
 
     steps = 0
     deadline = 0.0
+    marks: ControlMarks | None = None
 
-    def reset(self) -> None:
+    def reset(self, marks: ControlMarks | None) -> None:
+        self.marks = marks
         self.steps = MAX_STEPS
         self.deadline = time.thread_time() + MAX_SECONDS
 
@@ -80,9 +84,17 @@ def compile_template(environment: Environment, source: str, name: str) -> Templa
         raise ChatTemplateError(f"chat template {name!r}: {_one_line(error)}") from None
 
 
-def render_template(template: Template, name: str, variables: Mapping[str, Any]) -> str:
-    """What a template of the sandbox prints. ChatTemplateError, TemplateStopped at a bound."""
-    _BUDGET.reset()
+def render_template(
+    template: Template,
+    name: str,
+    variables: Mapping[str, Any],
+    marks: ControlMarks | None = None,
+) -> str:
+    """What a template of the sandbox prints. ChatTemplateError, TemplateStopped at a bound.
+
+    marks: those that the variables have; comparisons and searches do not see them.
+    """
+    _BUDGET.reset(marks)
     chunks: list[str] = []
     size = 0
     try:
@@ -233,13 +245,17 @@ def _tojson(
     """As in transformers: plain JSON, not escaped for HTML."""
     _check_widths(indent)
     _size(value)
-    return json.dumps(
+    marks = _BUDGET.marks
+    text = json.dumps(
         value,
-        ensure_ascii=ensure_ascii,
+        ensure_ascii=ensure_ascii and marks is None,
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
     )
+    if ensure_ascii and marks is not None:  # a mark has to stay the character that it is
+        text = re.sub(f"[^\\x00-\\x7e{marks.mark}]", lambda found: json.dumps(found[0])[1:-1], text)
+    return text
 
 
 def _raise_exception(message: object = "") -> None:
@@ -252,10 +268,12 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _printed(value: Any) -> Any:
-    """What a template prints, before it is made a string."""
-    if not isinstance(value, str):
-        _size(value)
-    return value
+    """What a template prints; of a list or mapping the text, if there are marks in it."""
+    if isinstance(value, str):
+        return value
+    _size(value)
+    marks = _BUDGET.marks
+    return marks.printed(value) if marks is not None and isinstance(value, (list, dict)) else value
 
 
 def sandbox() -> Environment:
@@ -285,6 +303,8 @@ def sandbox() -> Environment:
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
             args = _check_method(__obj, args, kwargs)
+            if _BUDGET.marks is not None and args and isinstance(args[0], (str, tuple)):
+                __obj, args = _BUDGET.marks.searching(__obj, args)
             return super().call(__context, __obj, *args, **kwargs)
 
         def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -302,7 +322,7 @@ def sandbox() -> Environment:
         def joined(self, *values: Any) -> str:
             """The ~ operator."""
             _size(values)
-            return "".join(map(str, values))
+            return "".join(str(_printed(value)) for value in values)
 
         def literal(self, value: Any) -> Any:
             """A list, tuple or mapping as it is built: it may hold one part many times."""
@@ -313,8 +333,14 @@ def sandbox() -> Environment:
             """Called by every pass of a loop and every call of a macro."""
             return _BUDGET.step()
 
+        def compared(self, value: Any) -> Any:
+            """A side of a comparison, without the marks of what a client wrote."""
+            marks = _BUDGET.marks
+            return value if marks is None else marks.plain(value)
+
         def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
             tree = super()._parse(source, name, filename)
+            _mark_comparisons(tree, nodes)
             repeated: Any = tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))
             for loop in repeated:
                 tick = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
@@ -351,8 +377,20 @@ def sandbox() -> Environment:
     for name in ("batch", "slice", "center", "indent", "truncate", "round"):
         guarded(name, widths)
     guarded("string", lambda value: _bounded(_size(value)))
+    string = filters["string"]
+    filters["string"] = lambda value: string(_printed(value))
     guarded("format", lambda pattern, *args, **kw: _check_format(pattern, [*args, *kw.values()]))
     guarded("replace", lambda context, text, old, new, *_: _check_replace(text, old, new))
+    replace = filters["replace"]
+
+    def replaced(context: Any, text: Any, old: Any, new: Any, *count: Any) -> Any:
+        if _BUDGET.marks is not None and isinstance(old, str):
+            method, args = _BUDGET.marks.searching(str(text).replace, (old, new, *count))
+            text, old = method.__self__, args[0]
+        return replace(context, text, old, new, *count)
+
+    replaced.jinja_pass_arg = replace.jinja_pass_arg  # type: ignore[attr-defined]
+    filters["replace"] = replaced
     join = filters["join"]
 
     def checked_join(context: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> Any:
@@ -370,6 +408,38 @@ def sandbox() -> Environment:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
+
+
+def undeclared(environment: Environment, source: str) -> frozenset[str]:
+    """The variables that a template reads and expects from outside."""
+    from jinja2.meta import find_undeclared_variables
+
+    return frozenset(find_undeclared_variables(environment.parse(source)))
+
+
+def constants(environment: Environment, source: str) -> frozenset[str]:
+    """The strings that the expressions of a template are written with."""
+    from jinja2 import nodes
+
+    found: Any = environment.parse(source).find_all(nodes.Const)
+    return frozenset(node.value for node in found if isinstance(node.value, str))
+
+
+def _mark_comparisons(tree: Any, nodes: Any) -> None:
+    """Sends both sides of ==, != and `in` through compared()."""
+
+    def compared(node: Any) -> Any:
+        call = nodes.Call(nodes.EnvironmentAttribute("compared"), [node], [], None, None)
+        return call.set_lineno(node.lineno)
+
+    for compare in list(tree.find_all(nodes.Compare)):
+        operands = [compare.expr, *(operand.expr for operand in compare.ops)]
+        if {operand.op for operand in compare.ops} <= {"in", "notin", "eq", "ne"} and not any(
+            isinstance(node, nodes.Const) and not isinstance(node.value, str) for node in operands
+        ):
+            compare.expr = compared(compare.expr)
+            for operand in compare.ops:
+                operand.expr = compared(operand.expr)
 
 
 def _bound_expressions(node: Any, nodes: Any) -> None:

@@ -151,7 +151,7 @@ class Tokenizer:
     # Text to ids.
 
     def encode(
-        self, text: str, *, add_special: bool = True, parse_special: bool = True
+        self, text: str, *, add_special: bool = True, parse_special: bool = True, mark: str = ""
     ) -> list[int]:
         """The token ids of a text.
 
@@ -159,6 +159,7 @@ class Tokenizer:
         and the text does not begin or end with them as special tokens of its own.
         parse_special: spellings of control tokens in the text, like "<|im_end|>", become those
         tokens; otherwise they are plain text. User-defined tokens are always found.
+        mark: a character that is no part of the text; spellings that have it inside are plain text.
         """
         # Lone surrogates have no UTF-8; in plain text they become U+FFFD. Pairs are characters.
         repaired = not text.isascii() and not _is_utf8(text)
@@ -171,7 +172,8 @@ class Tokenizer:
             if isinstance(part, int):
                 out.append(part)
                 continue
-            run = part  # plain text at the start, or after a special token
+            # Plain text at the start, or after a special token.
+            run = part.replace(mark, "") if mark else part
             if repaired:
                 run = run.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             for normalize in self._normalize:
@@ -260,6 +262,18 @@ class Tokenizer:
     def token_to_id(self, spelling: str) -> int | None:
         """The id of a token as the file spells it, None where there is none."""
         return self._vocabulary.ids.get(spelling)
+
+    def special_spellings(self) -> list[str]:
+        """The spellings of all tokens that is_special()."""
+        return self._spellings(CONTROL, UNKNOWN)
+
+    def defined_spellings(self) -> list[str]:
+        """The spellings of user-defined tokens, which encode() finds in any text."""
+        return self._spellings(USER_DEFINED)
+
+    def _spellings(self, *kinds: int) -> list[str]:
+        v = self._vocabulary
+        return [v.tokens[i] for i, kind in v.types.items() if kind in kinds]
 
     def is_special(self, token: int) -> bool:
         """Whether a token is a control or unknown token, one without text of its own."""

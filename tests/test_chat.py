@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 from make_text_golden import CASES, digest, fixed_date
 from stoker.runtime import template_sandbox
 from stoker.runtime.chat import ChatTemplate
-from stoker.runtime.errors import ChatTemplateError
+from stoker.runtime.errors import ChatTemplateError, OptionError
 from stoker.runtime.tokenizer import Tokenizer
 
 GOLDEN: dict[str, dict[str, str | None]] = json.loads(
@@ -20,6 +21,11 @@ GOLDEN: dict[str, dict[str, str | None]] = json.loads(
 )
 USER = {"role": "user", "content": "Hello"}
 PRINT = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+
+PARTS = (
+    "{% for m in messages %}{% for p in m.content %}"
+    "{% if p.type == 'text' %}{{ p.text }};{% endif %}{% endfor %}{% endfor %}"
+)
 
 
 def render(source: str, *messages: Any, **extra: Any) -> str:
@@ -152,17 +158,189 @@ def test_text_parts_are_joined() -> None:
 
 
 def test_templates_that_want_parts_get_them() -> None:
-    source = (
-        "{% for m in messages %}{% for p in m.content %}"
-        "{% if p.type == 'text' %}{{ p.text }};{% endif %}{% endfor %}{% endfor %}"
-    )
-    assert render(source, USER, {"role": "assistant", "content": "Hi"}) == "Hello;Hi;"
+    said = {"role": "assistant", "content": "Hi"}
+    assert render(PARTS, USER, said, add_generation_prompt=False) == "Hello;Hi;"
 
 
 def test_tool_calls_need_no_content() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
-    assert render(PRINT, USER, call) == "[user:Hello][assistant:None]"
-    assert render(PRINT, {"role": "assistant"}) == "[assistant:]"
+    assert render(PRINT, USER, call) == "[user:Hello][assistant:]"
+    assert render(PRINT, {"role": "assistant"}, add_generation_prompt=False) == "[assistant:]"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "ab",
+        ["a", "b"],
+        [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}],
+        [{"text": "a"}, {"type": "text", "text": "b", "annotations": []}],
+    ],
+)
+def test_kinds_of_text(content: Any) -> None:
+    assert render(PRINT, {"role": "user", "content": content}) == "[user:ab]"
+    assert render(PARTS, {"role": "user", "content": content}).replace(";", "") == "ab"
+
+
+def test_parts_reach_templates_that_take_them() -> None:
+    both = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }};{% else %}"
+        "{{ m.content | map(attribute='text') | join('|') }};{% endif %}{% endfor %}"
+    )
+    parts = {"role": "user", "content": ["a", "b"]}
+    assert render(both, USER, parts) == "Hello;a|b;"
+    # Only users' messages: a system message is printed as Python prints it.
+    users = both.replace("m.content is string", "m.content is string or m.role == 'system'")
+    assert render(users, {"role": "system", "content": ["a", "b"]}, parts) == "ab;a|b;"
+    # Of the user's messages only the first.
+    first = both.replace("m.content is string", "m.content is string or not loop.first")
+    assert render(first, parts) == "a|b;"
+    assert render(first, parts, parts) == "ab;ab;"
+
+
+CALLS = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }};{% for c in m.tool_calls or [] %}"
+    "{{ c.type }} {{ c.function.name }}({{ ARGUMENTS }});{% endfor %}{% endfor %}"
+)
+AS_MAPPING = CALLS.replace("ARGUMENTS", "c.function.arguments | tojson")
+AS_TEXT = CALLS.replace("ARGUMENTS", "'' + c.function.arguments")
+ITEMS = CALLS.replace("ARGUMENTS", "c.function.arguments.items() | map('join', '=') | join(',')")
+EITHER = CALLS.replace(
+    "ARGUMENTS",
+    "c.function.arguments if c.function.arguments is string else c.function.arguments | tojson",
+)
+
+
+def nested(levels: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def calling(call: Any, **extra: Any) -> dict[str, Any]:
+    return {"role": "assistant", **extra, "tool_calls": [call]}
+
+
+@pytest.mark.parametrize("source", [AS_MAPPING, AS_TEXT, EITHER])
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"é": [1, None]}}},
+        {"function": {"name": "f", "arguments": '{"é": [1, null]}'}},
+        {"type": "function", "function": {"name": "f", "arguments": '{"\\u00e9":[1,null]}'}},
+        {"name": "f", "arguments": '{"é": [1, null]}'},
+        {"id": "1", "type": "function", "name": "f", "arguments": {"é": (1, None)}},
+        {"function": None, "name": "f", "arguments": json.dumps('{"é": [1, null]}')},
+    ],
+)
+def test_forms_of_tool_calls(source: str, call: Any) -> None:
+    expected = 'user:Hello;assistant:;function f({"é": [1, null]});'
+    for content in ({}, {"content": None}, {"content": ""}, {"content": []}):
+        assert render(source, USER, calling(call, **content)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mapping", "text", "items"),
+    [
+        (None, "{}", "{}", ""),
+        ("", "{}", "{}", ""),
+        (" ", "{}", "{}", ""),
+        ("null", "{}", "{}", ""),
+        ('{"a": 1.5, "b": -2}', '{"a": 1.5, "b": -2}', '{"a": 1.5, "b": -2}', "a=1.5,b=-2"),
+        ("[1, 2]", "[1, 2]", "[1, 2]", None),
+        ([1, 2], "[1, 2]", "[1, 2]", None),
+        ('"x"', '"x"', '"x"', None),
+        ("7", "7", "7", None),
+        (7, "7", "7", None),
+        ('{"a": "b', '"{\\"a\\": \\"b"', '{"a": "b', None),  # what a model had no room to end
+        ('{"a": NaN}', '"{\\"a\\": NaN}"', '{"a": NaN}', None),
+        ('{"a": 1e999}', '"{\\"a\\": 1e999}"', '{"a": 1e999}', None),
+        ("[" * 200 + "]" * 200, json.dumps("[" * 200 + "]" * 200), "[" * 200 + "]" * 200, None),
+        ("[" * 99999, json.dumps("[" * 99999), "[" * 99999, None),
+    ],
+)
+def test_arguments(arguments: Any, mapping: str, text: str, items: str | None) -> None:
+    call = calling({"name": "f", "arguments": arguments})
+    assert render(AS_MAPPING, call) == f"assistant:;function f({mapping});"
+    for source in (AS_TEXT, EITHER):
+        assert render(source, call) == f"assistant:;function f({text});"
+    if items is not None:
+        assert render(ITEMS, call) == f"assistant:;function f({items});"
+    else:
+        with pytest.raises(ChatTemplateError) as caught:
+            render(ITEMS, USER, call)
+        found = repr(arguments)[:60]
+        assert str(caught.value) == (
+            "messages[1].tool_calls[0]: chat template 'default' expects arguments that are a JSON "
+            f"object, found {found}"
+        )
+
+
+def test_calls_get_the_ids_that_a_template_wants() -> None:
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{% if c.id | length != 9 %}{{ raise_exception('no id') }}{% endif %}{{ c.id }};"
+        "{% endfor %}{% if m.role == 'tool' %}{{ m.tool_call_id[-1] }}={{ m.content }};{% endif %}"
+        "{% endfor %}"
+    )
+    call = {"name": "f", "arguments": {}}
+    calls = {"role": "assistant", "tool_calls": [call, call]}
+    results = [{"role": "tool", "content": text} for text in ("x", "y")]
+    prompt = "call00000;call00001;0=x;1=y;"
+    assert render(source, calls, *results) == prompt
+    own = [{**call, "id": f"call0000{i}"} for i in range(2)]
+    named = [{**r, "tool_call_id": f"call0000{i}"} for i, r in enumerate(results)]
+    assert render(source, {**calls, "tool_calls": own}, *named) == prompt
+    # One that does without gets none.
+    assert render("{{ messages[0].tool_calls[0].id is defined }}", calls) == "False"
+
+
+def test_content_that_a_template_wants_beside_calls() -> None:
+    call = calling({"name": "f", "arguments": {}})
+    each = "{% for m in messages %}FORM{% endfor %}"
+    name = "{{ m.tool_calls[0].function.arguments | tojson if m.tool_calls else '' }}"
+    split = each.replace("FORM", "{{ m.content.split(' ') }}" + name)
+    assert render(split, USER, call) == "['Hello']['']{}"
+    if_none = each.replace("FORM", "{% if m.content is none %}" + name + "{% endif %}")
+    assert render(if_none, USER, call) == "{}"
+    if_absent = each.replace("FORM", "{% if m.content is undefined %}" + name + "{% endif %}")
+    assert render(if_absent, USER, call) == "{}"
+
+
+def test_developer_is_a_system_message_where_there_is_no_other() -> None:
+    developer = {"role": "developer", "content": "Brief"}
+    assert render(PRINT, developer, USER) == "[developer:Brief][user:Hello]"
+    known = (
+        "{% for m in messages %}{% if m.role not in ['system', 'user'] %}"
+        "{{ raise_exception('unknown role') }}{% endif %}[{{ m.role }}:{{ m.content }}]{% endfor %}"
+    )
+    assert render(known, developer, USER) == "[system:Brief][user:Hello]"
+    silent = "{% for m in messages if m.role in ['system', 'user'] %}[{{ m.content }}]{% endfor %}"
+    assert render(silent, developer, USER) == "[Brief][Hello]"
+
+
+def test_tools_in_their_envelope() -> None:
+    function = {"name": "f", "parameters": {"type": "object"}}
+    expected = [{"type": "function", "function": function}]
+    source = "{{ tools | tojson }}"
+    for tool in (expected[0], function, {"type": "function", **function}):
+        assert json.loads(render(source, tools=[tool])) == expected
+    other = {"type": "browser"}
+    assert json.loads(render(source, tools=[other])) == [other]
+    for tools, message in (
+        ("f", "tools: expected a list of tools, found str"),
+        ([function, "f"], r"tools\[1\]: expected a mapping, found str"),
+    ):
+        with pytest.raises(ChatTemplateError, match=message):
+            render(source, tools=tools)
+
+
+def test_reasoning_has_the_names_that_templates_read() -> None:
+    source = "{{ messages[0].reasoning_content }}/{{ messages[0].thinking }}"
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        message = {"role": "assistant", "content": "x", name: "why"}
+        assert render(source, message, add_generation_prompt=False) == "why/why"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +355,14 @@ def test_tool_calls_need_no_content() -> None:
         ([{"role": "user", "content": 5}], r"messages\[0\].content: .* found 5"),
         ([{"role": "user", "content": [{"type": "image_url"}]}],
          r"messages\[0\].content\[0\]: expected .* found a part of type 'image_url'"),
-        ([{"role": "user", "content": ["x"]}], r"content\[0\]: .* found a part of type 'str'"),
+        ([{"role": "user", "content": [5]}], r"content\[0\]: .* found a part of type 'int'"),
+        ([{"role": "tool", "content": [{"type": "text", "text": 5}]}], r"content\[0\]: "),
+        ([{**USER, "x": nested(200)}], "messages: expected at most 100 levels of mappings and"),
+        ([calling({"name": "f", "arguments": nested(9999)})], "messages: expected at most 100"),
+        ([calling("f")], r"messages\[0\].tool_calls\[0\]: expected a mapping, found str"),
+        ([calling({})], r"tool_calls\[0\].name: expected the function's name, found None"),
+        ([calling({"function": "f"})], r"tool_calls\[0\].function.name: .* found 'f'"),
+        ([{**calling({}), "tool_calls": "f"}], "tool_calls: expected a list of calls, found str"),
     ],
 )  # fmt: skip
 def test_bad_messages(messages: Any, message: str) -> None:
@@ -190,6 +375,30 @@ def test_messages_stay_as_they_were() -> None:
     before = json.dumps(messages)
     ChatTemplate(PRINT).render(messages)
     assert json.dumps(messages) == before
+
+
+# Variables.
+
+
+def test_variables() -> None:
+    source = (
+        "{% if enable_thinking is defined and not enable_thinking %}no{% endif %}{{ budget }}"
+        "{% set local = 1 %}{{ messages[0].content }}{{ strftime_now }}"
+    )
+    template = ChatTemplate(source)
+    given = {"enable_thinking": False, "budget": 5}
+    assert template.prompt([USER], variables=given).text.startswith("no5Hello")
+    with pytest.raises(OptionError, match=r"'thinking': .* reads the variables budget, enable_"):
+        template.prompt([USER], variables={"thinking": False})
+    for owned in ("messages", "tools", "add_generation_prompt", "bos_token", "strftime_now"):
+        with pytest.raises(OptionError, match=f"'{owned}' is set by the prompt itself"):
+            template.prompt([USER], variables={owned: 1})
+    with pytest.raises(OptionError, match=r"template must map the names .* not list"):
+        template.prompt([USER], variables=["enable_thinking"])  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="template: expected at most 100 levels"):
+        template.prompt([USER], variables={"budget": nested(200)})
+    with pytest.raises(OptionError, match="'a': chat template 'default' reads none"):
+        ChatTemplate(PRINT).prompt([USER], variables={"a": 1})
 
 
 # Hostile templates.
@@ -282,6 +491,13 @@ def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_sandbox, "MAX_SECONDS", 0.05)
     with pytest.raises(ChatTemplateError, match=r"is stopped: more than 0\.05 seconds"):
         render("{% for a in range(99999) %}{{ ('x' * 10000) | length }}{% endfor %}")
+
+
+def test_time_of_trials_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(time, "thread_time", lambda: float(next(clock)))
+    with pytest.raises(ChatTemplateError, match="is stopped: its trials took more than 5 seconds"):
+        render("no needle", USER, calling({"name": "f", "arguments": {}}))
 
 
 def test_threads_have_budgets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

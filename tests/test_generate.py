@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import sys
 import threading
 import time
@@ -13,13 +12,10 @@ from typing import Any
 
 import fake_core
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from stoker.runtime.errors import Cancelled, ContextLengthError, OptionError
 from stoker.runtime.generate import Generation
 from stoker.runtime.model import Model
 from stoker.runtime.options import GenerationOptions, LoadOptions
-from stoker.runtime.stop import StopMatcher
 
 
 @pytest.fixture(autouse=True)
@@ -44,34 +40,6 @@ def evaluated(session: Any) -> list[int]:
 
 
 # Stop strings.
-
-
-@given(
-    text=st.text("abc", max_size=40),
-    stops=st.lists(st.text("abc", min_size=1, max_size=5), max_size=3),
-    seed=st.integers(0, 1000),
-)
-def test_matcher_cuts_where_the_whole_text_would_be_cut(
-    text: str, stops: list[str], seed: int
-) -> None:
-    """Split in any way, the output is the text before the first complete stop string."""
-    chance = random.Random(seed)
-    matcher, out, pushed = StopMatcher(stops), "", 0
-    while pushed < len(text) and matcher.matched is None:
-        piece = text[pushed : pushed + chance.randint(1, 3)]
-        pushed += len(piece)
-        out += matcher.push(piece)
-        assert not any(stop in out for stop in stops)
-    ends = [text.find(s) + len(s) for s in stops if s in text]
-    if ends:
-        assert matcher.matched in stops
-        assert out + str(matcher.matched) == text[: len(out) + len(str(matcher.matched))]
-        # The stop that is complete first ends the text, with the piece that completes it.
-        assert min(ends) <= pushed <= min(ends) + 2
-        assert matcher.flush() == ""
-    else:
-        assert matcher.matched is None
-        assert out + matcher.flush() == text
 
 
 @pytest.mark.parametrize(

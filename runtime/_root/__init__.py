@@ -24,7 +24,8 @@ from .runtime.errors import (
 
 if TYPE_CHECKING:
     from .runtime.generate import Chunk, Generation
-    from .runtime.model import Model, load
+    from .runtime.load import load
+    from .runtime.model import Model
     from .runtime.options import GenerationOptions, LoadOptions
     from .runtime.perplexity import Perplexity
     from .runtime.session import Session
@@ -42,7 +43,7 @@ _LAZY = {
     "Perplexity": "perplexity",
     "Session": "session",
     "Statistics": "statistics",
-    "load": "model",
+    "load": "load",
 }
 
 __all__ = [
