@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -134,4 +135,6 @@ def quantize_onnx(
     if made.before is not None and made.after is not None:
         for line in table(made.before, made.after):
             typer.echo(line)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
     typer.echo(f"{made.path}: {readable(made.nbytes)}")
