@@ -158,9 +158,11 @@ def _build(
                 f"{path}: {operator}: expected {converter.fewest} to {converter.most} inputs,"
                 f" found {count}"
             )
-        if len(operator.outputs) != 1:
+        if len(operator.outputs) not in converter.outputs:
+            wanted = converter.outputs.start
             raise ModelFileError(
-                f"{path}: {operator}: expected one output, found {len(operator.outputs)}"
+                f"{path}: {operator}: expected {wanted} output{'s' * (wanted > 1)}"
+                f"{' or more' * (len(converter.outputs) > 1)}, found {len(operator.outputs)}"
             )
         converter.add(graph, operator)
         if progress is not None:

@@ -181,6 +181,12 @@ class Graph:
         self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
+    def nodes(self, kind: str, inputs: Sequence[str], count: int, **attributes: Any) -> list[str]:
+        """Adds a node of `count` outputs, and returns their names."""
+        names = [self.fresh(kind.lower()) for _ in range(count)]
+        self._nodes.append(helper.make_node(kind, list(inputs), names, name=names[0], **attributes))
+        return names
+
     def constant(self, name: str, data: Array) -> str:
         """Adds a constant; `name` must be new."""
         self._constants[name] = numpy_helper.from_array(np.asarray(data, order="C"), name)
