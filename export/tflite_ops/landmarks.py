@@ -134,7 +134,8 @@ def transform_tensor(graph: Graph, operator: Operator) -> None:
     seen = graph.node("Reshape", [seen, shape])
     # GridSample's coordinates go from -1 to 1; an image of one pixel has no step between them.
     steps = graph.shared(2 / np.maximum(last, 1))
-    grid = graph.node("Sub", [graph.node("Mul", [inside, steps]), graph.shared(np.array(1, np.float32))])
+    one = graph.shared(np.array(1, np.float32))
+    grid = graph.node("Sub", [graph.node("Mul", [inside, steps]), one])
     grid = graph.node("Transpose", [grid], perm=[0, 2, 1])
     grid = graph.node("Reshape", [grid, graph.shared(np.array([1, rows, columns, 2], np.int64))])
     crop = graph.node(
