@@ -60,7 +60,7 @@ CONVERTERS = {
     "HARD_SWISH": Converter(elementwise.unary),
     "LEAKY_RELU": Converter(elementwise.leaky_relu),
     "LOG": Converter(elementwise.unary),
-    "LOGISTIC": Converter(elementwise.unary),
+    "LOGISTIC": Converter(elementwise.logistic),
     "MAXIMUM": Converter(elementwise.binary, 2, 2),
     "MAX_POOL_2D": Converter(pooling.max_pool),
     "MEAN": Converter(pooling.reduction, 2, 2),

@@ -51,6 +51,25 @@ def unary(graph: Graph, operator: Operator) -> None:
     )
 
 
+def logistic(graph: Graph, operator: Operator) -> None:
+    """1 / (1 + exp(-x)).
+
+    onnxruntime's Sigmoid is exact to about 1e-8 of one, whatever the value: enough for the factor
+    that it is within nets. What leaves a net may be a small probability, and is computed as it
+    is written.
+    """
+    index = operator.outputs[0]
+    readers = [o.name for o in graph.file.operators if index in o.inputs]
+    factor = index not in graph.file.outputs and set(readers) == {"MUL"}
+    if factor or graph.tensor(index).quantized:
+        unary(graph, operator)
+        return
+    layout = graph.common_layout(operator)
+    one = graph.shared(np.array(1, np.float32))
+    power = graph.node("Exp", [graph.node("Neg", [graph.real(operator.inputs[0], layout)])])
+    graph.finish_real(operator, layout, "Reciprocal", graph.node("Add", [power, one]))
+
+
 def clip(graph: Graph, operator: Operator) -> None:
     """RELU6, RELU_N1_TO_1."""
     layout = graph.common_layout(operator)
