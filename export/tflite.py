@@ -152,7 +152,7 @@ def _build(
     for done, operator in enumerate(file.operators, 1):
         converter = CONVERTERS[operator.name]
         count = len(operator.inputs)
-        required = operator.inputs[: converter.fewest]
+        required = operator.inputs[: converter.required]
         if not converter.fewest <= count <= converter.most or -1 in required:
             raise ModelFileError(
                 f"{path}: {operator}: expected {converter.fewest} to {converter.most} inputs,"

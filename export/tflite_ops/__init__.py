@@ -30,6 +30,11 @@ class Converter:
     most: int = 1
     outputs: range = range(1, 2)
 
+    @property
+    def required(self) -> int:
+        """How many of the first inputs cannot be left out; all of them where any number may be."""
+        return self.most if self.most == _MANY else self.fewest
+
 
 # Every operator that is converted. A new one: its function in the file that fits, one line here,
 # and, where it has options, their fields in options.py. (DENSIFY, and DEQUANTIZE of constants, are

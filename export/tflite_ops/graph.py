@@ -37,6 +37,7 @@ _ELEMENT = {
     "BOOL": TensorProto.BOOL,
 }
 _INNER_NAME = 48  # characters
+_MAX_POSITIONS = 1 << 20  # of a constant that is computed from sizes: a crop of 1024 x 1024
 _QUANTIZED_ACTIVATIONS = ("INT8", "UINT8")
 # fused_activation_function: none, or the reals that it clips to.
 _NONE, _RELU, _RELU_N1_TO_1, _RELU6 = range(4)
@@ -170,6 +171,14 @@ class Graph:
                 f" {position}, found {tensor.data.size}"
             )
         return [int(n) for n in tensor.data.reshape(-1)]
+
+    def check_count(self, operator: Operator, count: int) -> None:
+        """Refuses a constant of so many positions, before it is made: sizes are the file's word."""
+        if count > _MAX_POSITIONS:
+            raise UnsupportedModelError(
+                f"{self.file.path}: {operator}: expected at most {_MAX_POSITIONS} positions, found"
+                f" {count}"
+            )
 
     # Adding to it.
 

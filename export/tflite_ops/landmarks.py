@@ -117,6 +117,7 @@ def transform_tensor(graph: Graph, operator: Operator) -> None:
             f"{graph.file.path}: {operator}: expected an output of {rows} x {columns}, found"
             f" {list(output.shape)}"
         )
+    graph.check_count(operator, rows * columns)
     half = 0.5 if operator.version == 2 else 0.0
     y, x = np.mgrid[0:rows, 0:columns].astype(np.float32) + np.float32(half)
     pixels = np.stack([x, y, np.zeros_like(x), np.ones_like(x)]).reshape(4, -1)
@@ -184,7 +185,7 @@ def _rows(graph: Graph, operator: Operator, count: int) -> str:
 
 def _check_matrix(graph: Graph, operator: Operator) -> None:
     shape, image = (graph.tensor(operator.inputs[i]).shape for i in (1, 0))
-    if shape != _MATRIX or image[0] != 1:
+    if shape != _MATRIX or image[:1] != (1,):
         raise ModelFileError(
             f"{graph.file.path}: {operator}: expected one sample and a matrix {list(_MATRIX)},"
             f" found {list(image)} and {list(shape)}"

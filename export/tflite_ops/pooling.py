@@ -61,7 +61,8 @@ def max_pool_argmax(graph: Graph, operator: Operator) -> None:
     kernel = options["FilterHeight"], options["FilterWidth"]
     found, (_, height, width, _) = window(graph, operator, kernel), shape_nhwc(graph, operator, 0)
     values, places = operator.outputs
-    _, rows, columns, _ = graph.tensor(values).shape
+    _, rows, columns, _ = shape_nhwc(graph, replace(operator, inputs=(values,)), 0)
+    graph.check_count(operator, rows + columns)
     output = replace(operator, outputs=(values,))
     source = graph.real(operator.inputs[0], "nchw")
     largest, at = graph.nodes("MaxPool", [source], 2, kernel_shape=list(kernel), **found)

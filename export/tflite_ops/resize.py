@@ -69,6 +69,7 @@ def nearest(graph: Graph, operator: Operator) -> None:
     layout = graph.common_layout(replace(operator, inputs=operator.inputs[:1]))
     name = graph.stored(operator.inputs[0], layout)
     first = 2 if layout == "nchw" else 1
+    graph.check_count(operator, max(after))
     rows, columns = (
         graph.shared(_nearest(n, m, aligned, centers)) for n, m in zip(before, after, strict=True)
     )

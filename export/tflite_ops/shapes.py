@@ -108,6 +108,7 @@ def mirror_pad(graph: Graph, operator: Operator) -> None:
                 f"{graph.file.path}: {operator}: expected padding within {size}, found {before} and"
                 f" {after}"
             )
+        graph.check_count(operator, size + before + after)
         rows = np.pad(np.arange(size), (before, after), mode="reflect" if inner else "symmetric")
         steps.append((graph.shared(rows), NHWC_TO_NCHW.index(axis) if layout == "nchw" else axis))
     for rows_name, axis in steps[:-1]:

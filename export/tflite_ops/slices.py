@@ -85,9 +85,8 @@ def slice_(graph: Graph, operator: Operator) -> None:
 def split(graph: Graph, operator: Operator) -> None:
     """Equal parts along a constant axis, which is the first input."""
     source = graph.tensor(operator.inputs[1])
-    (axis,) = graph.ints(operator, 0) or [0]
     parts = len(operator.outputs)
-    axis = _axis(graph, operator, axis, source.rank)
+    axis = _constant_axis(graph, operator, 0, source.rank)
     size = source.shape[axis]
     if size < 1 or size % parts or operator.options["NumSplits"] != parts:
         raise ModelFileError(
@@ -100,8 +99,8 @@ def split(graph: Graph, operator: Operator) -> None:
 def split_v(graph: Graph, operator: Operator) -> None:
     """Parts of constant sizes, the second input; one may be -1 and takes what is left."""
     source = graph.tensor(operator.inputs[0])
-    sizes, (axis,) = graph.ints(operator, 1) or [], graph.ints(operator, 2) or [0]
-    axis = _axis(graph, operator, axis, source.rank)
+    sizes = graph.ints(operator, 1) or []
+    axis = _constant_axis(graph, operator, 2, source.rank)
     size = source.shape[axis]
     left = size - sum(n for n in sizes if n != -1)
     sizes = [left if n == -1 else n for n in sizes]
@@ -167,6 +166,13 @@ def gather(graph: Graph, operator: Operator) -> None:
         )
     names = graph.stored(source.index), graph.stored(indices.index)
     move(graph, operator, "file", "Gather", *names, axis=axis)
+
+
+def _constant_axis(graph: Graph, operator: Operator, position: int, rank: int) -> int:
+    values = graph.ints(operator, position) or []
+    if len(values) != 1:
+        raise ModelFileError(f"{graph.file.path}: {operator}: expected one axis, found {values}")
+    return _axis(graph, operator, values[0], rank)
 
 
 def _axis(graph: Graph, operator: Operator, axis: int, rank: int) -> int:
