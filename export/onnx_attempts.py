@@ -27,6 +27,7 @@ Progress = Callable[[str, int, "int | None"], None]
 
 _PERCENTILE = 99.99  # of an activation's values: 1 in 10000 is clipped
 _SHOWN = 5  # names in a note
+_MOST_ATTEMPTS = 200  # ten nodes of a thousand that do not go take half of them
 _NOTHING_LEFT = "nothing is quantized: all that could be is excluded"
 # What the quantizer calls the product that it takes out of a Gemm. Its own list of nodes to leave
 # out knows the Gemm's name alone.
@@ -64,8 +65,7 @@ class Attempts:
         self._reduce_range, self._progress = reduce_range, progress
         self._prepared, self._made = folder / "prepared.onnx", folder / "int8.onnx"
         with _quiet():
-            _prepare(source.model, self._prepared)
-        model = onnx.load(str(self._prepared))
+            model = _prepare(source.model, self._prepared)
         _name_nodes(model.graph)
         _flatten_weights(model)
         onnx.save(model, str(self._prepared))
@@ -89,7 +89,10 @@ class Attempts:
             if not count and not self._excluded:
                 raise UnsupportedModelError(f"{self._origin}: nothing in it can be quantized")
             return self._made, count, () if count else (_NOTHING_LEFT,)
+        if not self._goes([], per_channel):
+            raise first  # it is none of the nodes
         for channels in (True, False) if per_channel else (False,):
+            self._attempts = 0
             going = self._most(self._wanted, [], channels)
             try:
                 count = self._attempt(going, channels, self._calibrating)
@@ -119,6 +122,8 @@ class Attempts:
         return some + self._most(nodes[middle:], [*beside, *some], channels)
 
     def _goes(self, nodes: Sequence[str], channels: bool) -> bool:
+        if self._attempts >= _MOST_ATTEMPTS:
+            return False
         self._attempts += 1
         if self._progress is not None:
             self._progress("attempts", self._attempts, None)
@@ -134,7 +139,8 @@ class Attempts:
 
         kept = set(nodes)
         excluded = [n for n in self._nodes if n not in kept]
-        self._quantize([*excluded, *(n + _PRODUCT_OF_GEMM for n in excluded)], channels, samples)
+        products = [n + _PRODUCT_OF_GEMM for n in excluded if self._types[n] == "Gemm"]
+        self._quantize([*excluded, *products], channels, samples)
         model = onnx.load(str(self._made))
         del model.graph.value_info[:]  # a runtime infers them itself
         onnx.save(model, str(self._made))
@@ -185,20 +191,28 @@ class Attempts:
             ) from error
 
 
-def _prepare(model: onnx.ModelProto, prepared: Path) -> None:
-    """Shapes and constant folding, as far as the model lets them be found."""
+def _prepare(model: onnx.ModelProto, prepared: Path) -> onnx.ModelProto:
+    """The model with shapes and constants folded, as far as it lets them be found."""
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    for symbolic in (True, False):  # symbolic shapes need sympy, and fail on some models
-        try:
-            quant_pre_process(model, prepared, skip_symbolic_shape=not symbolic)
-            return
-        except OSError as error:
-            raise disk_error(error, prepared.parent.parent) from error
-        except Exception as error:  # whatever the model makes it raise: the next way is plainer
-            logging.getLogger(__name__).debug("preparing failed: %s", error)
-    onnx.save(model, str(prepared))
+    # A file: of a model in memory it would take the weights out, and not put them back.
+    source = prepared.with_name("float.onnx")
+    try:
+        onnx.save(model, str(source))
+        for symbolic in (True, False):  # symbolic shapes need sympy, and fail on some models
+            try:
+                quant_pre_process(str(source), str(prepared), skip_symbolic_shape=not symbolic)
+                return onnx.load(str(prepared))
+            except OSError:
+                raise
+            except Exception as error:  # whatever the model makes it raise: the next way is plainer
+                logging.getLogger(__name__).debug("preparing failed: %s", error)
+        return model
+    except OSError as error:
+        raise disk_error(error, prepared.parent.parent) from error
+    finally:
+        source.unlink(missing_ok=True)
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:

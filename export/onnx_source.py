@@ -24,6 +24,7 @@ _QDQ_OPSET = 13  # the first with scales for each channel
 _DYNAMIC_OPSET = 11  # the first with DynamicQuantizeLinear
 _TARGET_OPSET = 17
 _INPUTS_APART = 4  # the first version of the format whose initializers need not be inputs, too
+_UNKNOWN_TO_CHECKER = "No Op registered for"
 _MAX_BYTES = 2**31 - 1  # of a model in one file (protobuf)
 
 
@@ -48,7 +49,9 @@ def read(path: Path, patterns: Sequence[str]) -> Source:
         model = onnx.load(str(path))
         onnx.checker.check_model(str(path))
     except (DecodeError, onnx.checker.ValidationError, OSError, ValueError) as error:
-        raise ModelFileError(f"{path}: not a valid ONNX model: {one_line(error)}") from error
+        # onnxruntime has operators that the checker does not know. It loads the model next.
+        if _UNKNOWN_TO_CHECKER not in str(error):
+            raise ModelFileError(f"{path}: not a valid ONNX model: {one_line(error)}") from error
     if not model.graph.node:
         raise ModelFileError(f"{path}: expected an ONNX model, found one without operators")
     fits = Exclusion(model, patterns)

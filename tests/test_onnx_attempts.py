@@ -114,6 +114,27 @@ def half() -> Any:
     return model(nodes, ends, [("y", ["n", 20]), ("g", ["n", 8])], constants, type=HALF)
 
 
+def branched() -> Any:
+    """Half precision within the branches of an If, of weights from outside and their own."""
+
+    def branch(name: str, own: list[Any]) -> Any:
+        product = node("MatMul", "h v" if own else "h w", name)
+        end = helper.make_tensor_value_info(name, HALF, ["n", 8])
+        return helper.make_graph([product], name, [], [end], own)
+
+    then = branch("yes", [])
+    other = branch("no", [weight("v", 8, 8, dtype=np.float16)])
+    zero = numpy_helper.from_array(np.float16(0), "zero")
+    nodes = [
+        node("MatMul", "x w", "h"),
+        node("ReduceSum", "h", "sum", keepdims=0),
+        node("Greater", "sum zero", "positive"),
+        node("If", "positive", "y", then_branch=then, else_branch=other),
+    ]
+    ends = [("x", ["n", 8])], [("y", ["n", 8])]
+    return model(nodes, *ends, [weight("w", 8, 8, dtype=np.float16), zero], type=HALF)
+
+
 def constant(name: str, *shape: int) -> Any:
     return helper.make_node("Constant", [], [name], value=weight(name, *shape))
 
@@ -186,9 +207,15 @@ KINDS: dict[str, Any] = {
         domains=["com.microsoft"],
     ),
     "opset 21": product(8, 5, rank=2, opset=21, ir=10),
+    "operators that the checker does not know": model(
+        [node("SimplifiedLayerNormalization", "x g", "h", axis=-1), node("MatMul", "h w", "y")],
+        *LINE,
+        [weight("g", 8), weight("w", 8, 5)],
+    ),
     "functions": doubled(),
     "loop": looped(),
     "half": half(),
+    "half in branches": branched(),
     "half conv": model(
         [node("Conv", "x w b", "y")],
         *IMAGE,
