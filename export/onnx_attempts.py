@@ -67,9 +67,10 @@ class Attempts:
         with _quiet():
             model = _prepare(source.model, self._prepared)
         _name_nodes(model.graph)
-        _flatten_weights(model)
-        onnx.save(model, str(self._prepared))
         self._excluded = set(source.exclusion.names(model.graph))
+        _flatten_weights(model, self._excluded)
+        _simplify_gemms(model.graph, self._excluded)
+        onnx.save(model, str(self._prepared))
         self._nodes = [n.name for n in model.graph.node]  # all that there are
         self._wanted = [name for name in self._nodes if name not in self._excluded]
         self._types = {n.name: n.op_type for n in model.graph.node}
@@ -231,7 +232,7 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         seen.add(node.name)
 
 
-def _flatten_weights(model: onnx.ModelProto) -> None:
+def _flatten_weights(model: onnx.ModelProto, excluded: set[str]) -> None:
     """Weights [1, .., in, out] of products become [in, out]: such have a scale for each channel."""
     from onnx import numpy_helper
 
@@ -242,7 +243,7 @@ def _flatten_weights(model: onnx.ModelProto) -> None:
         if v.type.tensor_type.HasField("shape")
     }
     for node in model.graph.node:
-        if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
+        if node.op_type != "MatMul" or node.name in excluded:
             continue
         weight = constants.get(node.input[1])
         if weight is None or len(weight.dims) <= 2 or set(weight.dims[:-2]) != {1}:
@@ -255,6 +256,40 @@ def _flatten_weights(model: onnx.ModelProto) -> None:
             constants[flat] = numpy_helper.from_array(values, flat)
             model.graph.initializer.append(constants[flat])
         node.input[1] = flat
+
+
+def _simplify_gemms(graph: onnx.GraphProto, excluded: set[str]) -> None:
+    """Factors go into constant weights and biases, transA into a node of its own.
+
+    The quantizer takes a product out of such Gemms alone as have none of these.
+    """
+    from onnx import helper, numpy_helper
+
+    constants = {w.name: w for w in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        factors = {1: options.get("alpha", 1.0), 2: options.get("beta", 1.0)}
+        factors = {i: f for i, f in factors.items() if f != 1.0 and i < len(node.input)}
+        quantized = node.op_type == "Gemm" and node.name not in excluded
+        if quantized and all(node.input[i] in constants for i in (1, *factors)):
+            for i, factor in factors.items():
+                name = f"{node.input[i]}:times:{factor:g}"
+                if name not in constants:
+                    values = numpy_helper.to_array(constants[node.input[i]])
+                    scaled = (values * values.dtype.type(factor)).astype(values.dtype)
+                    constants[name] = numpy_helper.from_array(scaled, name)
+                    graph.initializer.append(constants[name])
+                node.input[i] = name
+            if options.get("transA"):
+                turned = f"{node.name}:transposed"
+                nodes.append(helper.make_node("Transpose", [node.input[0]], [turned], name=turned))
+                node.input[0] = turned
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("transB", options.get("transB", 0)))
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _reader(samples: Samples, specs: list[InputSpec], progress: Progress | None) -> Any:

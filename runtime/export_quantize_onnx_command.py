@@ -76,7 +76,10 @@ def quantize_onnx(
     bgr: Annotated[bool, typer.Option("--bgr", help="Blue before red.")] = False,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Keep float: node names or operator types, with * (repeatable)."),
+        typer.Option(
+            help="Keep float: node names or operator types, with * (repeatable); a node without a"
+            " name is fitted by its type."
+        ),
     ] = None,
     reduce_range: Annotated[
         bool,

@@ -151,6 +151,17 @@ KINDS: dict[str, Any] = {
         *LINE,
         [weight("w", 8, 8), weight("v", 8, 5)],
     ),
+    "gemm alpha and beta": model(
+        [node("Gemm", "x w b", "y", alpha=0.5, beta=-2.0)],
+        *LINE,
+        [weight("w", 8, 5), weight("b", 5)],
+    ),
+    "gemm transA": model(
+        [node("Gemm", "x w", "y", transA=1, transB=1)],
+        [("x", [8, 4])],
+        [("y", [4, 5])],
+        [weight("w", 5, 8)],
+    ),
     "gemm alpha beside another": model(
         [node("Gemm", "x w", "h", alpha=0.5), node("Gemm", "h v b", "y")],
         *LINE,

@@ -203,10 +203,12 @@ def _slice(graph: Graph, operator: Operator, ranges: Sequence[tuple[int, int, in
     single = replace(operator, inputs=operator.inputs[:1])
     layout = "file" if reshaped or not axes else graph.common_layout(single)
     name = graph.stored(source.index, layout)
-    order = NHWC_TO_NCHW if layout == "nchw" else range(source.rank)
-    values = [np.array([ranges[i][k] for i in axes], np.int64) for k in range(3)]
-    at = np.array([list(order).index(i) for i in axes], np.int64)
-    inputs = [graph.shared(v) for v in (values[0], values[1], at, values[2])]
+    inputs: list[str] = []
+    if axes:
+        order = list(NHWC_TO_NCHW if layout == "nchw" else range(source.rank))
+        begins, ends, steps = ([ranges[i][k] for i in axes] for k in range(3))
+        at = [order.index(i) for i in axes]
+        inputs = [graph.shared(np.array(v, np.int64)) for v in (begins, ends, at, steps)]
     if reshaped:
         part = graph.node("Slice", [name, *inputs]) if axes else name
         reshape_to_output(graph, operator, part)
