@@ -92,6 +92,29 @@ def test_free_batches_stay_free(tmp_path: Path) -> None:
     assert np.allclose(together, alone, atol=1e-6)
 
 
+@pytest.mark.parametrize("activations", tflite.ACTIVATIONS)
+def test_int8_moves_from_end_to_end(activations: str, tmp_path: Path) -> None:
+    """Inputs and outputs are int8 whatever lies between them."""
+    m = TinyTflite()
+
+    def tensor(*shape: int) -> int:
+        return m.tensor(shape, "int8", scale=0.1, zero=3)
+
+    m.inputs = [tensor(*X)]
+    options: dict[str, Any] = {"ResizeNearestNeighborOptions": {}}
+    y = m.add("RESIZE_NEAREST_NEIGHBOR", [0, m.constant(ints(4, 6))], tensor(*X), **options)
+    both = m.add("PACK", [0, y], tensor(2, *X), PackOptions={"Axis": 0, "ValuesCount": 2})
+    halves = [tensor(1, *X), tensor(1, *X)]
+    axis = m.constant(np.array(0, np.int32))
+    m.add_many("SPLIT", [axis, both], halves, SplitOptions={"NumSplits": 2})
+    m.outputs = halves
+    path, x = write(tmp_path / "net.tflite", m), noise("x", X)
+    made = tflite.to_onnx(path, activations=activations).SerializeToString()
+    session = ort.InferenceSession(made, providers=["CPUExecutionProvider"])
+    for found in session.run(None, {session.get_inputs()[0].name: x}):
+        assert np.array_equal(found[0], x)
+
+
 def test_sparse_weights_are_those_that_were_taken_apart(tmp_path: Path) -> None:
     x = reals("x", (2, 8))
     for blocks in (False, True):

@@ -125,23 +125,17 @@ def unpack(graph: Graph, operator: Operator) -> None:
 
 
 def pack(graph: Graph, operator: Operator) -> None:
-    """Inputs of one shape and scale, side by side along a new axis."""
-    first, output = graph.tensor(operator.inputs[0]), graph.tensor(operator.outputs[0])
-    axis = _axis(graph, operator, operator.options["Axis"], first.rank + 1)
-    at = graph.shared(np.array([axis], np.int64))
-    rows = []
-    for i in operator.inputs:
-        tensor = graph.tensor(i)
-        q = first.quantization
-        if tensor.type != first.type or not (q is None or q.same(tensor.quantization)):
-            raise UnsupportedModelError(
-                f"{graph.file.path}: {operator}: expected inputs of one type and scale, found"
-                f" {first.type} and {tensor.type}"
-            )
-        rows.append(graph.node("Unsqueeze", [graph.stored(i), at]))
-    if output.rank > MAX_RANK:
-        raise ModelFileError(f"{graph.file.path}: {operator}: expected at most {MAX_RANK} axes")
-    move(graph, operator, "file", "Concat", *rows, axis=axis)
+    """Inputs of one shape, side by side along a new axis; other scales are quantized anew."""
+    tensors, output = [graph.tensor(i) for i in operator.inputs], graph.tensor(operator.outputs[0])
+    axis = _axis(graph, operator, operator.options["Axis"], tensors[0].rank + 1)
+    at, q = graph.shared(np.array([axis], np.int64)), output.quantization
+    alike = all(t.type == output.type and (q is None or q.same(t.quantization)) for t in tensors)
+    names = [graph.stored(t.index) if alike else graph.real(t.index) for t in tensors]
+    rows = [graph.node("Unsqueeze", [name, at]) for name in names]
+    if alike:
+        move(graph, operator, "file", "Concat", *rows, axis=axis)
+    else:
+        graph.finish_real(operator, "file", "Concat", *rows, axis=axis)
 
 
 def gather(graph: Graph, operator: Operator) -> None:
