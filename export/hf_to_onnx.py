@@ -18,7 +18,8 @@ from ..runtime.backends import ONNX_METADATA
 from ..runtime.errors import ModelFileError, OptionError, StokerError, UnsupportedModelError
 from .hidden_states import Progress
 from .model_writer import check_output
-from .to_onnx import Exported, check_options, gguf_to_onnx
+from .onnx_trial import run_once
+from .to_onnx import Exported, check_options, gguf_to_onnx, relocate
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -114,6 +115,7 @@ def _through_optimum(
         moved = _move_data(model, Path(scratch), data.name)
         fresh = Path(scratch, "renamed.onnx")
         fresh.write_bytes(model.SerializeToString())
+        run_once(path, fresh, advice="a newer optimum-onnx or onnxruntime may do", data=moved)
         path.unlink(missing_ok=True)  # it names data that is about to be replaced
         nbytes = fresh.stat().st_size
         if moved is not None:
@@ -175,17 +177,13 @@ def _tokenizer(root: Path, model: ModelProto) -> str:
 
 
 def _move_data(model: ModelProto, scratch: Path, name: str) -> Path | None:
-    """Lets the model's external tensors lie in `name`; the file that is to take this name."""
-    files: set[str] = set()
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                files.add(entry.value)
-                entry.value = name
+    """Lets the external tensors lie in the file `name`, which takes this name; None: has none."""
+    files = relocate(model, name)
     if not files:
         return None
     if len(files) > 1:
         raise UnsupportedModelError(
             f"{scratch}: expected one file of external data, found {len(files)}"
         )
-    return scratch / files.pop()
+    os.replace(scratch / files.pop(), scratch / name)
+    return scratch / name

@@ -63,21 +63,26 @@ class OnnxRunner:
         Raises ModelFileError where it cannot be loaded.
         """
         self.name, self.path = name, path
-        self._session = _session(path, threads, content)
+        self.session = _session(path, threads, content)
         self.nbytes = _bytes_of(path) if content is None else len(content)
-        self.inputs = input_specs(self._session)
+        self.inputs = input_specs(self.session)
 
     def run(self, batch: dict[str, Array]) -> Array:
         """The first output."""
+        found = np.asarray(self.run_all(batch)[0])
+        if not np.isfinite(found.astype(np.float64)).all():
+            raise ModelFileError(f"{self.path}: expected finite outputs, found NaN or infinity")
+        return found
+
+    def run_all(self, batch: dict[str, Array]) -> list[Array]:
+        """All outputs. Raises OptionError where the model does not take the inputs."""
         try:
-            found = np.asarray(self._session.run(None, batch)[0])
+            outputs: list[Array] = self.session.run(None, batch)
         except Exception as error:  # onnxruntime's exceptions have no common base but this
             raise OptionError(
                 f"{self.path}: does not run on the samples: {one_line(error)}"
             ) from error
-        if not np.isfinite(found.astype(np.float64)).all():
-            raise ModelFileError(f"{self.path}: expected finite outputs, found NaN or infinity")
-        return found
+        return outputs
 
 
 def compare(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..runtime.errors import ModelFileError, OptionError, UnsupportedModelError
 from .onnx_samples import Preprocessing, Samples
+from .onnx_trial import require_onnxruntime, run_once
 
 if TYPE_CHECKING:
     import onnx
@@ -67,8 +68,9 @@ def convert(
     the tflite file in its own interpreter (package ai-edge-litert). reference_kernels: the
     interpreter's plain ones, else its fast ones; None: plain ones where it has hybrid operators,
     whose inputs the fast ones round otherwise.
-    out: appears under its name only when it is complete and checked; an existing one is replaced
-    only with `force`. progress: called with ("operators", done, of how many).
+    out: appears under its name only when it is complete and onnxruntime has run it once; an
+    existing one is replaced only with `force`. progress: called with ("operators", done, of how
+    many).
     Raises ModelFileError where the file is missing, truncated or corrupt, UnsupportedModelError
     where it holds an operator or type that is not converted (named, with its index), OptionError
     where `out` cannot be written or a package is missing, DeviceError where the disk is full.
@@ -84,8 +86,10 @@ def convert(
         raise OptionError(f"{path.parent}: no such directory")
     if evaluation is None and labels is not None:
         raise OptionError("labels: expected data that they belong to (--evaluate)")
+    require_onnxruntime()
     model, operators, quantized, hybrids = _build(origin, activations, hybrid, progress)
     data = model.SerializeToString(deterministic=True)
+    run_once(path, data, advice="a newer onnxruntime may run it")
     rows: tuple[Measured, Measured] | tuple[()] = ()
     if evaluation is not None:
         from .measurement import OnnxRunner, compare
@@ -148,15 +152,17 @@ def _build(
     for done, operator in enumerate(file.operators, 1):
         converter = CONVERTERS[operator.name]
         count = len(operator.inputs)
-        required = operator.inputs[: converter.fewest]
+        required = operator.inputs[: converter.required]
         if not converter.fewest <= count <= converter.most or -1 in required:
             raise ModelFileError(
                 f"{path}: {operator}: expected {converter.fewest} to {converter.most} inputs,"
                 f" found {count}"
             )
-        if len(operator.outputs) != 1:
+        if len(operator.outputs) not in converter.outputs:
+            wanted = converter.outputs.start
             raise ModelFileError(
-                f"{path}: {operator}: expected one output, found {len(operator.outputs)}"
+                f"{path}: {operator}: expected {wanted} output{'s' * (wanted > 1)}"
+                f"{' or more' * (len(converter.outputs) > 1)}, found {len(operator.outputs)}"
             )
         converter.add(graph, operator)
         if progress is not None:

@@ -25,8 +25,11 @@ from .onnx_graph.config import DecoderConfig, read_config
 from .onnx_graph.decoder import Decoder
 from .onnx_graph.graph import Graph
 from .onnx_graph.weights import Weights, Width
+from .onnx_trial import require_onnxruntime, run_once
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
+
     from ..runtime._core import GgufFile
     from .gguf_writer import PartFile
 
@@ -53,14 +56,15 @@ class Exported:
 
 
 def require_onnx() -> None:
-    """Raises OptionError where the `onnx` package is not installed."""
+    """Raises OptionError where the `onnx` package is not installed, or onnxruntime."""
     if find_spec("onnx") is None:
         raise OptionError("ONNX files need the onnx package: pip install 'stoker[export]'")
+    require_onnxruntime()
 
 
 def check_options(out: Path, type: str) -> Width:
     """The type. Raises OptionError for one that there is not, for a name that does not end in
-    .onnx, and where the onnx package is missing.
+    .onnx, and where a package is missing.
     """
     width = next((known for known in WIDTHS if known == type), None)
     if width is None:
@@ -89,9 +93,9 @@ def gguf_to_onnx(
     shall run, None: as trained, at most 8192.
     progress: called with ("weights", bytes written, bytes in all).
 
-    Both files appear when they are complete. An interrupted call leaves a hidden part that the
-    same call takes up again. Raises OptionError, ModelFileError, UnsupportedModelError;
-    DeviceError where the disk is full.
+    Both files appear when they are complete and onnxruntime has run them once. An interrupted
+    call leaves a hidden part that the same call takes up again. Raises OptionError,
+    ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
     """
     from ..runtime._core import GgufFile
 
@@ -109,12 +113,17 @@ def gguf_to_onnx(
     Decoder(graph, config, weights, covered).build()
     metadata = _metadata(file, config, covered, round(weights.token_bytes))
     name = str(file.get("general.name") or path.stem)
-    model = graph.model(name, data.name, metadata).SerializeToString()
+    proto = graph.model(name, data.name, metadata)
+    model = proto.SerializeToString()
     recipe = hashlib.sha256(model + f"{_VERSION} {_stamp(file)}".encode()).hexdigest()
     fresh = path.with_name(f".{path.name}.new")
     try:
         with making(data, graph.data_bytes, recipe) as part:
             _write(graph, part, progress)
+            relocate(proto, part.part.name)  # the weights have no other name yet
+            fresh.write_bytes(proto.SerializeToString())
+            advice = "another --type or a newer onnxruntime may run it"
+            run_once(path, fresh, advice=advice, data=part.part)
             fresh.write_bytes(model)
             path.unlink(missing_ok=True)  # it names data that is about to be replaced
         os.replace(fresh, path)
@@ -122,6 +131,17 @@ def gguf_to_onnx(
         fresh.unlink(missing_ok=True)
     nbytes = len(model) + graph.data_bytes
     return Exported(path, data, nbytes, covered, f"the {config.architecture} graph of stoker")
+
+
+def relocate(model: ModelProto, name: str) -> set[str]:
+    """Lets the model's external tensors lie in the file `name`; the names where they lay."""
+    before: set[str] = set()
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                before.add(entry.value)
+                entry.value = name
+    return before
 
 
 def _context(asked: int | None, c: DecoderConfig) -> int:

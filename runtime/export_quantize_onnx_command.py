@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +76,10 @@ def quantize_onnx(
     bgr: Annotated[bool, typer.Option("--bgr", help="Blue before red.")] = False,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Keep float: node names or operator types, with * (repeatable)."),
+        typer.Option(
+            help="Keep float: node names or operator types, with * (repeatable); a node without a"
+            " name is fitted by its type."
+        ),
     ] = None,
     reduce_range: Annotated[
         bool,
@@ -134,4 +138,6 @@ def quantize_onnx(
     if made.before is not None and made.after is not None:
         for line in table(made.before, made.after):
             typer.echo(line)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
     typer.echo(f"{made.path}: {readable(made.nbytes)}")

@@ -1,19 +1,22 @@
-"""Writes tests/data/tflite_golden.npz: what tflite's own interpreter says.
+"""Writes tests/data/tflite_golden.npz and tflite_operators.npz: what tflite's interpreter says.
 
 Run by hand where `ai-edge-litert` (2.3.0) and `tflite` are installed, with the shared data beside
 the checkout: python tests/make_tflite_golden.py. Inputs are hashes (tiny_tflite.noise), so only
 outputs are kept. Keys: model/output number. The default interpreter computes them; the models that
 the default delegate computes in a way of its own (hybrid operators) and the tiny ones are computed
-by the reference kernels (BUILTIN_REF).
+by the reference kernels (BUILTIN_REF), but for those of one operator each: not all of these have
+a reference kernel.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 from ai_edge_litert import interpreter as litert
 from tiny_tflite import FLOAT, INT8, SAMPLES, TINY, model_samples, reals
+from tiny_tflite_operators import CASES
 
 REFERENCE = (*TINY, "kws_ref_model_float32")
 
@@ -43,9 +46,15 @@ def main() -> None:
         samples = [reals(f"{name} {i}", shape, largest) for i in range(SAMPLES)]
         found |= outputs(name, model.bytes(), samples)
     for name in (*FLOAT, *INT8):
-        path = folder.parents[1] / "shared" / "data" / "tiny_models" / f"{name}.tflite"
+        shared = Path(os.environ.get("STOKER_SHARED_DATA", folder.parents[1] / "shared" / "data"))
+        path = shared / "tiny_models" / f"{name}.tflite"
         found |= outputs(name, path.read_bytes(), model_samples(name))
     np.savez_compressed(folder / "data" / "tflite_golden.npz", **found)
+    found = {}
+    for name, make in CASES.items():
+        model = make()
+        found |= outputs(name, model.bytes(), [reals(name, model.tensors[0]["shape"], 2)])
+    np.savez_compressed(folder / "data" / "tflite_operators.npz", **found)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,56 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused(stoker.ModelFileError, "expected a folder with config.json")
 
 
+def test_what_optimum_makes_is_run_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exporter is a third party: here one that writes a graph that fails in the run."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows = [7]  # of the table, the last one counts
+    head = np.ones((64, hf_models.N_VOCAB), np.float32)
+
+    def export(root: Path, scratch: str) -> None:
+        ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "n"])
+        logits = ["batch", "n", hf_models.N_VOCAB]
+        graph = helper.make_graph(
+            [
+                helper.make_node("Gather", ["table", "input_ids"], ["rows"]),
+                helper.make_node("MatMul", ["rows", "head"], ["logits"]),
+            ],
+            "decoder",
+            [ids],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, logits)],
+            [
+                numpy_helper.from_array(np.ones((rows[-1], 64), np.float32), "table"),
+                numpy_helper.from_array(head, "head"),
+            ],
+        )
+        opset = [helper.make_opsetid("", 17)]
+        onnx.save(
+            helper.make_model(graph, opset_imports=opset, ir_version=8),
+            str(Path(scratch, "model.onnx")),
+            save_as_external_data=True,
+            location="model.onnx_data",
+        )
+
+    monkeypatch.setattr(hf_to_onnx, "_export", export)
+    monkeypatch.setattr(hf_to_onnx, "find_spec", lambda name: True)
+    hf_models.build("llama", tmp_path / "hf")
+    out = tmp_path / "m.onnx"
+    made = convert(tmp_path / "hf", out, type="f32", through="optimum")
+    assert made.data.name == "m.onnx.data"
+    found = stoker.load(made.path).run({"input_ids": np.zeros((1, 3), np.int64)})["logits"]
+    assert (found == 64).all()
+    out.unlink()
+    made.data.unlink()
+    rows.append(0)  # no token has a row
+    with pytest.raises(stoker.UnsupportedModelError, match="onnxruntime does not run the model"):
+        convert(tmp_path / "hf", out, type="f32", through="optimum")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
 def test_command(tmp_path: Path) -> None:
     reference = hf_models.build("qwen3moe", tmp_path / "hf")
     out = tmp_path / "m.onnx"

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-from stoker.export.onnx_graph import blocks, weights  # noqa: E402
+from stoker.export import onnx_trial  # noqa: E402
+from stoker.export.onnx_graph import blocks, graph, weights  # noqa: E402
 from stoker.export.to_onnx import gguf_to_onnx  # noqa: E402
 from stoker.runtime import _core  # noqa: E402
 
@@ -264,6 +265,25 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         with pytest.raises(stoker.ModelFileError, match=r"blk.2.ffn_up.weight: expected finite"):
             gguf_to_onnx(gguf, tmp_path / "m.onnx", type=width)
         assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("copies", [1, 1 << 60])
+def test_a_graph_that_does_not_run_gets_no_name(
+    copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last check is onnxruntime itself, also where the weights have to stay mapped."""
+    gguf = make(tmp_path / "m.gguf", "llama")
+    monkeypatch.setattr(onnx_trial, "_COPIES", copies)
+    good = gguf_to_onnx(gguf, tmp_path / "good.onnx", type="f16")
+    assert np.isfinite(evaluate(session(good.path), some_tokens(N))[0]).all()
+    names = sorted(p.name for p in tmp_path.iterdir())
+    monkeypatch.setattr(graph, "_MICROSOFT_OPSET", 99)
+    with pytest.raises(stoker.UnsupportedModelError) as error:
+        gguf_to_onnx(gguf, tmp_path / "bad.onnx", type="int4")
+    assert "bad.onnx: onnxruntime does not run the model that was made: " in str(error.value)
+    assert str(error.value).endswith("another --type or a newer onnxruntime may run it")
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 def test_force_replaces_both_files(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tiny_tflite import (
     noise,
     reals,
 )
+from tiny_tflite_operators import CASES
 from typer.testing import CliRunner
 
 onnx = pytest.importorskip("onnx", reason="needs onnx (stoker[export])")
@@ -435,7 +436,17 @@ def test_a_small_file_costs_little_time_and_memory(
     assert time.process_time() - start < 20  # quadratic work takes minutes
 
 
+# The operators that read the most of a file, beside the models of many.
+MUTATED = (
+    "strided slice ellipsis and axes",
+    "split v (3, -1)",
+    "gather table",
+    "transpose conv bias 2 by 2",
+    "mirror pad 0",
+    "sparse of blocks half",
+)
 BASES = [make().bytes() for make, _ in TINY.values()]
+BASES += [CASES[name]().bytes() for name in MUTATED]
 EXTREMES = (0, 1, 4, 127, 255, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFC, 0xFFFFFFFF)
 
 

@@ -13,6 +13,17 @@ NONE, RELU, RELU_N1_TO_1, RELU6 = range(4)
 
 # Versions of the operators that take int8, where it is not 2.
 _INT8_VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 4, "RESHAPE": 1}
+# Of operators whose options came later, for any type; those of MediaPipe say how pixels lie.
+_VERSIONS = {
+    "PRELU": 1,
+    "RESIZE_BILINEAR": 3,
+    "RESIZE_NEAREST_NEIGHBOR": 3,
+    "TRANSPOSE_CONV": 3,
+    "STRIDED_SLICE": 8,
+    "CUSTOM TransformLandmarks": 2,
+    "CUSTOM TransformTensorBilinear": 2,
+    "CUSTOM Landmarks2TransformMatrix": 2,
+}
 _TYPES = {"float32": 0, "float16": 1, "int32": 2, "uint8": 3, "int64": 4, "int8": 9}
 
 
@@ -35,6 +46,7 @@ class TinyTflite:
     operators: list[tuple[str, list[int], list[int], dict[str, Any]]] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
+    versions: dict[str, int] = field(default_factory=dict)
 
     def tensor(
         self,
@@ -45,7 +57,12 @@ class TinyTflite:
         scale: Any = None,
         zero: Any = 0,
         axis: int = 0,
+        sparse: dict[str, Any] | None = None,
+        free: bool = False,
     ) -> int:
+        """sparse: order, blocks, and levels, each a size or (segments, indices), of `data` [count].
+        free: the batch is.
+        """
         name = f"t{len(self.tensors)}"
         scales = None if scale is None else np.atleast_1d(np.float32(scale))
         zeros = None if scales is None else np.broadcast_to(np.int64(zero), scales.shape)
@@ -58,6 +75,8 @@ class TinyTflite:
                 "zero": zeros,
                 "axis": axis,
                 "name": name,
+                "sparse": sparse,
+                "free": free,
             }
         )
         return len(self.tensors) - 1
@@ -68,6 +87,13 @@ class TinyTflite:
     def add(self, kind: str, inputs: list[int], output: int, **options: Any) -> int:
         self.operators.append((kind, inputs, [output], options))
         return output
+
+    def add_many(
+        self, kind: str, inputs: list[int], outputs: list[int], **options: Any
+    ) -> list[int]:
+        """An operator of several outputs."""
+        self.operators.append((kind, inputs, outputs, options))
+        return outputs
 
     def bytes(self) -> bytes:
         import flatbuffers
@@ -106,7 +132,13 @@ class TinyTflite:
                 t.QuantizationParametersAddQuantizedDimension(b, row["axis"])
                 quantization = t.QuantizationParametersEnd(b)
             name, shape = b.CreateString(row["name"]), ints(row["shape"])
+            sparse = _sparsity(b, row["sparse"]) if row["sparse"] else 0
+            signature = ints([-1, *row["shape"][1:]]) if row["free"] else 0
             t.TensorStart(b)
+            if sparse:
+                t.TensorAddSparsity(b, sparse)
+            if signature:
+                t.TensorAddShapeSignature(b, signature)
             t.TensorAddShape(b, shape)
             t.TensorAddType(b, _TYPES[row["dtype"]])
             t.TensorAddBuffer(b, index)
@@ -118,7 +150,11 @@ class TinyTflite:
         operators = []
         for kind, inputs, outputs, options in self.operators:
             table, table_type = 0, 0
+            custom = options.get("custom", b"")
+            raw = b.CreateByteVector(custom) if custom else 0
             for name, fields in options.items():  # {"Pool2DOptions": {"Padding": 0}}
+                if name == "custom":
+                    continue
                 getattr(t, f"{name}Start")(b)
                 for key, value in fields.items():
                     getattr(t, f"{name}Add{key}")(b, value)
@@ -128,6 +164,8 @@ class TinyTflite:
             t.OperatorAddOpcodeIndex(b, kinds.index(kind))
             t.OperatorAddInputs(b, ins)
             t.OperatorAddOutputs(b, outs)
+            if raw:
+                t.OperatorAddCustomOptions(b, raw)
             if table:
                 t.OperatorAddBuiltinOptionsType(b, table_type)
                 t.OperatorAddBuiltinOptions(b, table)
@@ -135,11 +173,16 @@ class TinyTflite:
         integers = any(row["dtype"] == "int8" for row in self.tensors)
         codes = []
         for kind in kinds:
-            number = getattr(t.BuiltinOperator, kind)
+            number = getattr(t.BuiltinOperator, kind.split()[0])
+            custom_code = b.CreateString(kind.split()[1]) if " " in kind else 0
+            version = _INT8_VERSIONS.get(kind, 2) if integers else 1
             t.OperatorCodeStart(b)
+            if custom_code:
+                t.OperatorCodeAddCustomCode(b, custom_code)
             t.OperatorCodeAddDeprecatedBuiltinCode(b, min(number, 127))
             t.OperatorCodeAddBuiltinCode(b, number)
-            t.OperatorCodeAddVersion(b, _INT8_VERSIONS.get(kind, 2) if integers else 1)
+            version = self.versions.get(kind, _VERSIONS.get(kind, version))
+            t.OperatorCodeAddVersion(b, version)
             codes.append(t.OperatorCodeEnd(b))
         tensor_rows = offsets(t.SubGraphStartTensorsVector, tensors)
         operator_rows = offsets(t.SubGraphStartOperatorsVector, operators)
@@ -160,6 +203,42 @@ class TinyTflite:
         t.ModelAddBuffers(b, buffer_rows)
         b.Finish(t.ModelEnd(b), file_identifier=b"TFL3")
         return bytes(b.Output())
+
+
+def _sparsity(b: Any, sparse: dict[str, Any]) -> int:
+    """The table of a sparse tensor."""
+    import tflite as t
+
+    def vector(values: Any) -> int:
+        data = b.CreateNumpyVector(np.array(values, np.int32))
+        t.Int32VectorStart(b)
+        t.Int32VectorAddValues(b, data)
+        return int(t.Int32VectorEnd(b))
+
+    levels = []
+    for level in sparse["levels"]:
+        segments, indices = (0, 0) if isinstance(level, int) else map(vector, level)
+        t.DimensionMetadataStart(b)
+        if isinstance(level, int):
+            t.DimensionMetadataAddDenseSize(b, level)
+        else:
+            t.DimensionMetadataAddFormat(b, t.DimensionType.SPARSE_CSR)
+            t.DimensionMetadataAddArraySegmentsType(b, t.SparseIndexVector.Int32Vector)
+            t.DimensionMetadataAddArraySegments(b, segments)
+            t.DimensionMetadataAddArrayIndicesType(b, t.SparseIndexVector.Int32Vector)
+            t.DimensionMetadataAddArrayIndices(b, indices)
+        levels.append(t.DimensionMetadataEnd(b))
+    t.SparsityParametersStartDimMetadataVector(b, len(levels))
+    for level in reversed(levels):
+        b.PrependUOffsetTRelative(level)
+    rows = b.EndVector()
+    order = b.CreateNumpyVector(np.array(sparse["order"], np.int32))
+    blocks = b.CreateNumpyVector(np.array(sparse["blocks"], np.int32))
+    t.SparsityParametersStart(b)
+    t.SparsityParametersAddTraversalOrder(b, order)
+    t.SparsityParametersAddBlockMap(b, blocks)
+    t.SparsityParametersAddDimMetadata(b, rows)
+    return int(t.SparsityParametersEnd(b))
 
 
 def conv(

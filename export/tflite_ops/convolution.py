@@ -11,7 +11,7 @@ from . import hybrid
 from .file import Array, Operator, Tensor, is_hybrid
 from .graph import Graph, Layout
 
-_SAME = 0  # the schema's Padding: SAME, VALID
+SAME = 0  # the schema's Padding: SAME, VALID
 
 
 def window(graph: Graph, operator: Operator, kernel: tuple[int, int]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def window(graph: Graph, operator: Operator, kernel: tuple[int, int]) -> dict[st
                 f" found {k}, {stride} and {dilation}"
             )
         reach = (k - 1) * dilation + 1
-        if options["Padding"] == _SAME:
+        if options["Padding"] == SAME:
             needed = max((-(-size // stride) - 1) * stride + reach - size, 0)
             pads.append((needed // 2, needed - needed // 2))
         elif reach > size:
@@ -61,7 +61,7 @@ def shape_nhwc(graph: Graph, operator: Operator, position: int) -> tuple[int, ..
 
 def conv_2d(graph: Graph, operator: Operator) -> None:
     """Weights [out, height, width, in / groups] -> [out, in / groups, height, width]."""
-    weights = _constant_weights(graph, operator, rank=4)
+    weights = constant_weights(graph, operator, rank=4)
     assert weights.data is not None
     outputs, _, _, depth = weights.shape
     channels = shape_nhwc(graph, operator, 0)[3]
@@ -70,14 +70,14 @@ def conv_2d(graph: Graph, operator: Operator) -> None:
             f"{graph.file.path}: {operator}: weights {list(weights.shape)} do not fit"
             f" {channels} input channels"
         )
-    _check_axis(graph, operator, weights, 0)
+    check_axis(graph, operator, weights, 0)
     data = weights.data.transpose(0, 3, 1, 2)
     _convolve(graph, operator, data, channels // depth)
 
 
 def depthwise_conv_2d(graph: Graph, operator: Operator) -> None:
     """Weights [1, height, width, out] -> [out, 1, height, width]."""
-    weights = _constant_weights(graph, operator, rank=4)
+    weights = constant_weights(graph, operator, rank=4)
     assert weights.data is not None
     one, _, _, outputs = weights.shape
     channels = shape_nhwc(graph, operator, 0)[3]
@@ -86,13 +86,13 @@ def depthwise_conv_2d(graph: Graph, operator: Operator) -> None:
             f"{graph.file.path}: {operator}: weights {list(weights.shape)} do not fit"
             f" {channels} input channels"
         )
-    _check_axis(graph, operator, weights, 3)
+    check_axis(graph, operator, weights, 3)
     data = weights.data.transpose(3, 0, 1, 2)
     between = graph.hybrids and not graph.float_hybrids and weights.type == "FLOAT32"
     if not between or outputs != channels:
         _convolve(graph, operator, data, channels)
         return
-    source, bias = graph.real(operator.inputs[0], "nchw"), _bias(graph, operator, outputs)
+    source, bias = graph.real(operator.inputs[0], "nchw"), bias_of(graph, operator, outputs)
     found = window(graph, operator, (data.shape[2], data.shape[3]))
     sums = hybrid.add_in_order(graph, operator, weights=data, source=source, bias=bias, found=found)
     activation = operator.options["FusedActivationFunction"]
@@ -129,7 +129,7 @@ def _product(
     attributes: dict[str, Any],
 ) -> None:
     """The operator's output: a Conv or Gemm of `source`, bias and activation."""
-    tensor, bias = graph.tensor(operator.inputs[1]), _bias(graph, operator, outputs)
+    tensor, bias = graph.tensor(operator.inputs[1]), bias_of(graph, operator, outputs)
     activation = operator.options["FusedActivationFunction"]
     output = graph.tensor(operator.outputs[0])
     if is_hybrid(graph.file, operator) and not graph.float_hybrids:
@@ -156,9 +156,9 @@ def fully_connected(graph: Graph, operator: Operator) -> None:
         raise UnsupportedModelError(
             f"{graph.file.path}: {operator}: expected plain weights, found shuffled ones"
         )
-    weights = _constant_weights(graph, operator, rank=2)
+    weights = constant_weights(graph, operator, rank=2)
     assert weights.data is not None
-    _check_axis(graph, operator, weights, 0)
+    check_axis(graph, operator, weights, 0)
     outputs, depth = weights.shape
     source = graph.tensor(operator.inputs[0])
     if source.shape[1:] == (depth,):
@@ -196,7 +196,8 @@ def flat_source(graph: Graph, source: Tensor) -> str:
     )
 
 
-def _constant_weights(graph: Graph, operator: Operator, rank: int) -> Tensor:
+def constant_weights(graph: Graph, operator: Operator, rank: int) -> Tensor:
+    """The second input: constants of a type that products are computed with."""
     weights = graph.tensor(operator.inputs[1])
     if weights.data is None:
         raise UnsupportedModelError(
@@ -218,7 +219,8 @@ def _constant_weights(graph: Graph, operator: Operator, rank: int) -> Tensor:
     return weights
 
 
-def _check_axis(graph: Graph, operator: Operator, weights: Tensor, axis: int) -> None:
+def check_axis(graph: Graph, operator: Operator, weights: Tensor, axis: int) -> None:
+    """Refuses scales along another axis of the weights."""
     q = weights.quantization
     if q is not None and not q.per_tensor and q.axis != axis:
         raise UnsupportedModelError(
@@ -227,11 +229,11 @@ def _check_axis(graph: Graph, operator: Operator, weights: Tensor, axis: int) ->
         )
 
 
-def _bias(graph: Graph, operator: Operator, outputs: int) -> list[str]:
-    """The reals of the bias, [outputs]; nothing where there is none."""
-    if len(operator.inputs) < 3 or operator.inputs[2] < 0:
+def bias_of(graph: Graph, operator: Operator, outputs: int, position: int = 2) -> list[str]:
+    """The reals of the bias, [outputs], the input at `position`; nothing where there is none."""
+    if len(operator.inputs) <= position or operator.inputs[position] < 0:
         return []
-    bias = graph.tensor(operator.inputs[2])
+    bias = graph.tensor(operator.inputs[position])
     if bias.data is None:
         raise UnsupportedModelError(
             f"{graph.file.path}: {operator}: expected a constant bias, found the tensor"

@@ -8,13 +8,35 @@ from ...runtime.errors import UnsupportedModelError
 from .file import Operator
 from .graph import Graph
 
-_BINARY = {"ADD": "Add", "SUB": "Sub", "MUL": "Mul", "MAXIMUM": "Max", "MINIMUM": "Min"}
-_UNARY = {"LOGISTIC": "Sigmoid", "TANH": "Tanh", "RELU": "Relu", "HARD_SWISH": "HardSwish"}
+_BINARY = {
+    "ADD": "Add",
+    "DIV": "Div",
+    "MAXIMUM": "Max",
+    "MINIMUM": "Min",
+    "MUL": "Mul",
+    "SUB": "Sub",
+}
+_UNARY = {
+    "ABS": "Abs",
+    "CEIL": "Ceil",
+    "COS": "Cos",
+    "ELU": "Elu",
+    "EXP": "Exp",
+    "FLOOR": "Floor",
+    "HARD_SWISH": "HardSwish",
+    "LOG": "Log",
+    "LOGISTIC": "Sigmoid",
+    "NEG": "Neg",
+    "RELU": "Relu",
+    "SIN": "Sin",
+    "SQRT": "Sqrt",
+    "TANH": "Tanh",
+}
 _CLIPS = {"RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
 
 
 def binary(graph: Graph, operator: Operator) -> None:
-    """ADD, SUB, MUL, MAXIMUM, MINIMUM, with numpy's broadcasting."""
+    """ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, with numpy's broadcasting."""
     layout = graph.common_layout(operator)
     operands = [graph.real(i, layout) for i in operator.inputs]
     activation = operator.options.get("FusedActivationFunction", 0)
@@ -22,11 +44,30 @@ def binary(graph: Graph, operator: Operator) -> None:
 
 
 def unary(graph: Graph, operator: Operator) -> None:
-    """LOGISTIC, TANH, RELU, HARD_SWISH."""
+    """Functions that ONNX has, too."""
     layout = graph.common_layout(operator)
     graph.finish_real(
         operator, layout, _UNARY[operator.name], graph.real(operator.inputs[0], layout)
     )
+
+
+def logistic(graph: Graph, operator: Operator) -> None:
+    """1 / (1 + exp(-x)).
+
+    onnxruntime's Sigmoid is exact to about 1e-8 of one, whatever the value: enough for the factor
+    that it is within nets. What leaves a net may be a small probability, and is computed as it
+    is written.
+    """
+    index = operator.outputs[0]
+    readers = [o.name for o in graph.file.operators if index in o.inputs]
+    factor = index not in graph.file.outputs and set(readers) == {"MUL"}
+    if factor or graph.tensor(index).quantized:
+        unary(graph, operator)
+        return
+    layout = graph.common_layout(operator)
+    one = graph.shared(np.array(1, np.float32))
+    power = graph.node("Exp", [graph.node("Neg", [graph.real(operator.inputs[0], layout)])])
+    graph.finish_real(operator, layout, "Reciprocal", graph.node("Add", [power, one]))
 
 
 def clip(graph: Graph, operator: Operator) -> None:
@@ -41,6 +82,27 @@ def leaky_relu(graph: Graph, operator: Operator) -> None:
     layout = graph.common_layout(operator)
     real = graph.real(operator.inputs[0], layout)
     graph.finish_real(operator, layout, "LeakyRelu", real, alpha=float(operator.options["Alpha"]))
+
+
+def prelu(graph: Graph, operator: Operator) -> None:
+    """x where positive, else x times the second input: a factor for each channel, most often."""
+    layout = graph.common_layout(operator)
+    real, factors = (graph.real(i, layout) for i in operator.inputs)
+    graph.finish_real(operator, layout, "PRelu", real, factors)
+
+
+def square(graph: Graph, operator: Operator) -> None:
+    """x times itself."""
+    layout = graph.common_layout(operator)
+    real = graph.real(operator.inputs[0], layout)
+    graph.finish_real(operator, layout, "Mul", real, real)
+
+
+def reciprocal_root(graph: Graph, operator: Operator) -> None:
+    """One over the square root."""
+    layout = graph.common_layout(operator)
+    root = graph.node("Sqrt", [graph.real(operator.inputs[0], layout)])
+    graph.finish_real(operator, layout, "Reciprocal", root)
 
 
 def softmax(graph: Graph, operator: Operator) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime.errors import ModelFileError, OptionError, UnsupportedModelError
+from .options import Options
+from .sparse import SparseTensor
 
 Array = npt.NDArray[Any]
 
@@ -50,34 +52,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "UINT8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
-_POOL = ("Padding", "StrideH", "StrideW", "FilterHeight", "FilterWidth", "FusedActivationFunction")
-_CONVOLUTION = (
-    "Padding",
-    "StrideH",
-    "StrideW",
-    "DilationHFactor",
-    "DilationWFactor",
-    "FusedActivationFunction",
-)
 _PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
-# Operator -> its table of options and the fields of it that the converters use.
-_OPTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "ADD": ("AddOptions", ("FusedActivationFunction",)),
-    "AVERAGE_POOL_2D": ("Pool2DOptions", _POOL),
-    "CONCATENATION": ("ConcatenationOptions", ("Axis", "FusedActivationFunction")),
-    "CONV_2D": ("Conv2DOptions", _CONVOLUTION),
-    "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", (*_CONVOLUTION, "DepthMultiplier")),
-    "FULLY_CONNECTED": (
-        "FullyConnectedOptions",
-        ("FusedActivationFunction", "WeightsFormat", "KeepNumDims", "AsymmetricQuantizeInputs"),
-    ),
-    "LEAKY_RELU": ("LeakyReluOptions", ("Alpha",)),
-    "MAX_POOL_2D": ("Pool2DOptions", _POOL),
-    "MEAN": ("ReducerOptions", ("KeepDims",)),
-    "MUL": ("MulOptions", ("FusedActivationFunction",)),
-    "SOFTMAX": ("SoftmaxOptions", ("Beta",)),
-    "SUB": ("SubOptions", ("FusedActivationFunction",)),
-}
 
 
 @dataclass(frozen=True)
@@ -144,6 +119,7 @@ class Operator:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    version: int = 1
 
     def __str__(self) -> str:
         return f"operator {self.index} ({self.name})"
@@ -203,6 +179,7 @@ class _Reader:
         self._model = schema.Model.GetRootAs(data, 0)
         self._operator_names = _names(schema.BuiltinOperator)
         self._type_names = _names(schema.TensorType)
+        self._options = Options(path, schema, self._charge)
 
     def file(self) -> TfliteFile:
         model = self._model
@@ -269,8 +246,6 @@ class _Reader:
             raise UnsupportedModelError(
                 f"{what}: expected one of {', '.join(_DTYPES)}, found type {kind}"
             )
-        if row.Sparsity() is not None:
-            raise UnsupportedModelError(f"{what}: expected a dense tensor, found a sparse one")
         if row.IsVariable():
             raise UnsupportedModelError(f"{what}: expected no state, found a variable tensor")
         shape = tuple(int(n) for n in self._vector(row.ShapeAsNumpy()))
@@ -284,7 +259,11 @@ class _Reader:
             raise ModelFileError(
                 f"{what}: expected a buffer below {self._model.BuffersLength()}, found {buffer}"
             )
-        data = self._constant(self._model.Buffers(buffer), shape, _DTYPES[kind], what)
+        stored, dtype = self._model.Buffers(buffer), _DTYPES[kind]
+        if row.Sparsity() is None:
+            data = self._constant(stored, shape, dtype, what)
+        else:
+            data = self._sparse(stored, row.Sparsity(), shape, dtype, what)
         signature = tuple(int(n) for n in self._vector(row.ShapeSignatureAsNumpy()))
         # Only the batch may be free: other free dimensions keep the size that the file gives.
         if data is None and signature and len(signature) == len(shape) and signature[0] == -1:
@@ -293,6 +272,23 @@ class _Reader:
         self._charge(len(stored_name))
         name = _text(stored_name) or f"tensor_{index}"
         return Tensor(index, name, shape, kind, self._quantization(row, shape, what), data)
+
+    def _sparse(
+        self,
+        buffer: Any,
+        row: Any,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        what: str,
+    ) -> Array:
+        """A constant of which the file keeps what is not zero: [shape], with the zeros."""
+        size = buffer.DataLength() // dtype.itemsize
+        values = self._constant(buffer, (size,), dtype, what)
+        if values is None:
+            raise ModelFileError(f"{what}: expected the values of a sparse tensor, found none")
+        self._constants_left -= dtype.itemsize * math.prod(shape)
+        self._check_constants(what)
+        return SparseTensor(row, self._schema, what, self._charge).dense(values, shape)
 
     def _constant(
         self, buffer: Any, shape: tuple[int, ...], dtype: np.dtype[Any], what: str
@@ -310,15 +306,18 @@ class _Reader:
                 f"{what}: expected {expected} bytes for {list(shape)}, found {data.nbytes}"
             )
         self._constants_left -= expected
+        self._check_constants(what)
+        values: Array = np.frombuffer(data, dtype).reshape(shape)  # a view: nothing is copied
+        if dtype.kind == "f" and not np.isfinite(values).all():
+            raise ModelFileError(f"{what}: expected finite weights, found NaN or infinity")
+        return values
+
+    def _check_constants(self, what: str) -> None:
         if self._constants_left < 0:
             raise UnsupportedModelError(
                 f"{what}: expected at most 2 GiB of constants, and {_SHARED_CONSTANTS} times the"
                 " file's size"
             )
-        values: Array = np.frombuffer(data, dtype).reshape(shape)  # a view: nothing is copied
-        if dtype.kind == "f" and not np.isfinite(values).all():
-            raise ModelFileError(f"{what}: expected finite weights, found NaN or infinity")
-        return values
 
     def _quantization(self, row: Any, shape: tuple[int, ...], what: str) -> Quantization | None:
         found = row.Quantization()
@@ -370,32 +369,9 @@ class _Reader:
             name,
             self._indices(row.InputsAsNumpy(), count, f"inputs of {what}", lowest=-1),
             self._indices(row.OutputsAsNumpy(), count, f"outputs of {what}"),
-            self._options(row, name, what),
+            self._options.read(row, name, what),
+            int(code.Version()),
         )
-
-    def _options(self, row: Any, name: str, what: str) -> dict[str, Any]:
-        if name == "RESHAPE":  # its options are often absent: the shape is then an input
-            if row.BuiltinOptionsType() != self._schema.BuiltinOptions.ReshapeOptions:
-                return {"NewShape": ()}
-            table = row.BuiltinOptions()
-            reshape = self._schema.ReshapeOptions()
-            reshape.Init(table.Bytes, table.Pos)
-            return {"NewShape": tuple(int(n) for n in self._vector(reshape.NewShapeAsNumpy()))}
-        if name not in _OPTIONS:
-            return {}
-        kind, fields = _OPTIONS[name]
-        table = row.BuiltinOptions()
-        if row.BuiltinOptionsType() != getattr(self._schema.BuiltinOptions, kind) or table is None:
-            raise ModelFileError(f"{self._path}: {what}: expected {kind}, found none")
-        options = getattr(self._schema, kind)()
-        options.Init(table.Bytes, table.Pos)
-        values = {f: getattr(options, f)() for f in fields}
-        for field_name, value in values.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ModelFileError(
-                    f"{self._path}: {what}: {field_name}: expected a finite number, found {value}"
-                )
-        return values
 
     def _check_order(self, file: TfliteFile) -> None:
         """Every tensor is made before it is used, and once."""
@@ -416,18 +392,23 @@ class _Reader:
 
 
 def _with_constants(file: TfliteFile) -> TfliteFile:
-    """The file without DEQUANTIZE of constants: what reads their outputs reads the constants.
+    """The file without DENSIFY and DEQUANTIZE of constants: readers of their outputs read these.
 
-    It is how files keep weights in half precision (or in int8 for kernels of reals).
+    So files keep weights that are sparse, in half precision, or in int8 for kernels of reals.
     """
     tensors, operators = list(file.tensors), []
     for operator in file.operators:
-        if operator.name == "DEQUANTIZE" and len(operator.inputs) == len(operator.outputs) == 1:
+        one = len(operator.inputs) == len(operator.outputs) == 1 and operator.inputs[0] >= 0
+        if operator.name in ("DEQUANTIZE", "DENSIFY") and one:
             source, output = tensors[operator.inputs[0]], tensors[operator.outputs[0]]
-            known = source.quantized or source.type == "FLOAT16"
+            reals = operator.name == "DEQUANTIZE"
+            known = not reals or source.quantized or source.type == "FLOAT16"
             if source.data is not None and known and output.index not in file.outputs:
                 tensors[output.index] = replace(
-                    source, index=output.index, name=output.name, folded=True
+                    source,
+                    index=output.index,
+                    name=output.name,
+                    folded=reals or source.folded,
                 )
                 continue
         operators.append(operator)

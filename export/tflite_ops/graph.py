@@ -37,6 +37,7 @@ _ELEMENT = {
     "BOOL": TensorProto.BOOL,
 }
 _INNER_NAME = 48  # characters
+_MAX_POSITIONS = 1 << 20  # of a constant that is computed from sizes: a crop of 1024 x 1024
 _QUANTIZED_ACTIVATIONS = ("INT8", "UINT8")
 # fused_activation_function: none, or the reals that it clips to.
 _NONE, _RELU, _RELU_N1_TO_1, _RELU6 = range(4)
@@ -171,6 +172,14 @@ class Graph:
             )
         return [int(n) for n in tensor.data.reshape(-1)]
 
+    def check_count(self, operator: Operator, count: int) -> None:
+        """Refuses a constant of so many positions, before it is made: sizes are the file's word."""
+        if count > _MAX_POSITIONS:
+            raise UnsupportedModelError(
+                f"{self.file.path}: {operator}: expected at most {_MAX_POSITIONS} positions, found"
+                f" {count}"
+            )
+
     # Adding to it.
 
     def node(
@@ -180,6 +189,12 @@ class Graph:
         name = self.fresh(kind.lower()) if output is None else output
         self._nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
+
+    def nodes(self, kind: str, inputs: Sequence[str], count: int, **attributes: Any) -> list[str]:
+        """Adds a node of `count` outputs, and returns their names."""
+        names = [self.fresh(kind.lower()) for _ in range(count)]
+        self._nodes.append(helper.make_node(kind, list(inputs), names, name=names[0], **attributes))
+        return names
 
     def constant(self, name: str, data: Array) -> str:
         """Adds a constant; `name` must be new."""

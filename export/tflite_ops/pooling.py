@@ -1,11 +1,17 @@
-"""AVERAGE_POOL_2D, MAX_POOL_2D and MEAN."""
+"""AVERAGE_POOL_2D, MAX_POOL_2D (with places, too), MEAN, SUM, REDUCE_MAX and REDUCE_MIN."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
 
 from ...runtime.errors import ModelFileError
 from .convolution import shape_nhwc, window
 from .file import Operator
-from .graph import Graph
+from .graph import Graph, Layout
 
 
 def average_pool(graph: Graph, operator: Operator) -> None:
@@ -45,9 +51,51 @@ def max_pool(graph: Graph, operator: Operator) -> None:
     )
 
 
-def mean(graph: Graph, operator: Operator) -> None:
-    """The mean over constant axes; over the image it needs no transpose."""
-    source = graph.tensor(operator.inputs[0])
+def max_pool_argmax(graph: Graph, operator: Operator) -> None:
+    """MediaPipe's: the second output says where in its window each largest value lies.
+
+    The place is a real number: row * width of the window + column, and a tenth. Source:
+    mediapipe/util/tflite/operations/max_pool_argmax.cc.
+    """
+    options = operator.options
+    kernel = options["FilterHeight"], options["FilterWidth"]
+    found, (_, height, width, _) = window(graph, operator, kernel), shape_nhwc(graph, operator, 0)
+    values, places = operator.outputs
+    _, rows, columns, _ = shape_nhwc(graph, replace(operator, inputs=(values,)), 0)
+    graph.check_count(operator, rows + columns)
+    output = replace(operator, outputs=(values,))
+    source = graph.real(operator.inputs[0], "nchw")
+    largest, at = graph.nodes("MaxPool", [source], 2, kernel_shape=list(kernel), **found)
+    activation = options["FusedActivationFunction"]
+    graph.finish_real(output, "nchw", "Identity", largest, activation=activation)
+
+    def integer(kind: str, left: str, right: Any) -> str:
+        return graph.node(kind, [left, graph.shared(np.asarray(right, np.int64))])
+
+    # ONNX counts through batch, channels, rows and columns of the image.
+    pixel = integer("Mod", at, height * width)
+    top, left = found["pads"][:2]
+    begins = np.arange(rows).reshape(-1, 1) * found["strides"][0] - top
+    row = integer("Sub", integer("Div", pixel, width), begins)
+    begins = np.arange(columns) * found["strides"][1] - left
+    column = integer("Sub", integer("Mod", pixel, width), begins)
+    place = graph.node("Add", [integer("Mul", row, kernel[1]), column])
+    tenth = graph.shared(np.array(0.1, np.float32))
+    place = graph.node("Cast", [place], to=TensorProto.FLOAT)
+    graph.finish_real(replace(operator, outputs=(places,)), "nchw", "Add", place, tenth)
+
+
+_REDUCTIONS = {
+    "MEAN": "ReduceMean",
+    "REDUCE_MAX": "ReduceMax",
+    "REDUCE_MIN": "ReduceMin",
+    "SUM": "ReduceSum",
+}
+
+
+def reduction(graph: Graph, operator: Operator) -> None:
+    """MEAN, SUM, REDUCE_MAX and REDUCE_MIN over constant axes; over images without transposes."""
+    source, kind = graph.tensor(operator.inputs[0]), _REDUCTIONS[operator.name]
     rank, axes = source.rank, graph.ints(operator, 1) or []
     if any(not -rank <= a < rank for a in axes):
         raise ModelFileError(
@@ -55,16 +103,20 @@ def mean(graph: Graph, operator: Operator) -> None:
         )
     axes = sorted({a % rank for a in axes})
     keep = bool(operator.options["KeepDims"])
+    layout: Layout = "file"
     if rank == 4 and axes == [1, 2] and graph.made(source.index, "nchw"):
+        axes = [2, 3]  # without them, [N, C] is the same in both layouts
+        layout = "nchw" if keep else "file"
         real = graph.real(source.index, "nchw")
-        if keep:
+        if keep and kind == "ReduceMean":
             graph.finish_real(operator, "nchw", "GlobalAveragePool", real)
-        else:  # [N, C] is the same in both layouts
-            graph.finish_real(operator, "file", "ReduceMean", real, axes=[2, 3], keepdims=0)
-        return
+            return
+    else:
+        real = graph.real(source.index)
     if not axes:
-        graph.finish_real(operator, "file", "Identity", graph.real(source.index))
-        return
-    graph.finish_real(
-        operator, "file", "ReduceMean", graph.real(source.index), axes=axes, keepdims=int(keep)
-    )
+        graph.finish_real(operator, "file", "Identity", real)
+    elif kind == "ReduceSum":  # its axes are an input since opset 13
+        along = graph.shared(np.array(axes, np.int64))
+        graph.finish_real(operator, layout, kind, real, along, keepdims=int(keep))
+    else:
+        graph.finish_real(operator, layout, kind, real, axes=axes, keepdims=int(keep))

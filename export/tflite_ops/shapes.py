@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,13 @@ def _reshaped(graph: Graph, operator: Operator, shape: list[int]) -> None:
             f" of them -1 at most, found {shape[: MAX_RANK + 1]}"
         )
     name = flat_source(graph, graph.tensor(operator.inputs[0]))
-    _move(graph, operator, "file", "Reshape", name, graph.shared(np.array(shape, np.int64)))
+    move(graph, operator, "file", "Reshape", name, graph.shared(np.array(shape, np.int64)))
+
+
+def reshape_to_output(graph: Graph, operator: Operator, name: str) -> None:
+    """The node output `name`, of the input's stored values, in the shape of the output."""
+    shape = np.array(graph.tensor(operator.outputs[0]).shape, np.int64)
+    move(graph, operator, "file", "Reshape", name, graph.shared(shape))
 
 
 def pad(graph: Graph, operator: Operator) -> None:
@@ -73,7 +80,43 @@ def pad(graph: Graph, operator: Operator) -> None:
         stored = filler.data.reshape(()).astype(np.int64) + moved if moved else filler.data
         value = graph.shared(stored.reshape(()).astype(source.dtype))
     name = graph.stored(source.index, layout)
-    _move(graph, operator, layout, "Pad", name, graph.shared(pads), value)
+    move(graph, operator, layout, "Pad", name, graph.shared(pads), value)
+
+
+_REFLECT = 0  # the schema's MirrorPadMode: REFLECT, SYMMETRIC
+
+
+def mirror_pad(graph: Graph, operator: Operator) -> None:
+    """What lies at the borders again, backwards: without the outermost elements, or with them."""
+    source = graph.tensor(operator.inputs[0])
+    amounts = graph.ints(operator, 1) or []
+    inner = operator.options["Mode"] == _REFLECT
+    if len(amounts) != 2 * source.rank or min([*amounts, 0]) < 0:
+        raise ModelFileError(
+            f"{graph.file.path}: {operator}: expected {source.rank} pairs of padding, found"
+            f" {amounts}"
+        )
+    layout = graph.common_layout(replace(operator, inputs=operator.inputs[:1]))
+    name, steps = graph.stored(source.index, layout), []
+    for axis in range(source.rank):
+        before, after = amounts[2 * axis : 2 * axis + 2]
+        size = source.shape[axis]
+        if not before and not after:
+            continue
+        if max(before, after) > size - inner:
+            raise ModelFileError(
+                f"{graph.file.path}: {operator}: expected padding within {size}, found {before} and"
+                f" {after}"
+            )
+        graph.check_count(operator, size + before + after)
+        rows = np.pad(np.arange(size), (before, after), mode="reflect" if inner else "symmetric")
+        steps.append((graph.shared(rows), NHWC_TO_NCHW.index(axis) if layout == "nchw" else axis))
+    for rows_name, axis in steps[:-1]:
+        name = graph.node("Gather", [name, rows_name], axis=axis)
+    if steps:
+        move(graph, operator, layout, "Gather", name, steps[-1][0], axis=steps[-1][1])
+    else:
+        move(graph, operator, layout, "Identity", name)
 
 
 def concatenation(graph: Graph, operator: Operator) -> None:
@@ -97,7 +140,7 @@ def concatenation(graph: Graph, operator: Operator) -> None:
     activation = operator.options["FusedActivationFunction"]
     if alike and not activation:
         names = [graph.stored(t.index, layout) for t in tensors]
-        _move(graph, operator, layout, "Concat", *names, axis=axis)
+        move(graph, operator, layout, "Concat", *names, axis=axis)
     else:
         names = [graph.real(t.index, layout) for t in tensors]
         graph.finish_real(operator, layout, "Concat", *names, activation=activation, axis=axis)
@@ -111,13 +154,13 @@ def transpose(graph: Graph, operator: Operator) -> None:
         raise ModelFileError(
             f"{graph.file.path}: {operator}: expected an order of {rank} dimensions, found {order}"
         )
-    _move(graph, operator, "file", "Transpose", graph.stored(operator.inputs[0]), perm=order)
+    move(graph, operator, "file", "Transpose", graph.stored(operator.inputs[0]), perm=order)
 
 
-def _move(
+def move(
     graph: Graph, operator: Operator, layout: Layout, kind: str, *inputs: str, **attributes: Any
 ) -> None:
-    """Adds a node on stored values; the output's scales must be those of the input."""
+    """Adds a node on the stored values of the first input, whose scales the output must have."""
     source, output = graph.tensor(operator.inputs[0]), graph.tensor(operator.outputs[0])
     q, target = source.quantization, graph.name_of(output.index, layout)
     types = (source.type, output.type)
