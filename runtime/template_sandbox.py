@@ -11,7 +11,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +84,16 @@ def compile_template(environment: Environment, source: str, name: str) -> Templa
         raise ChatTemplateError(f"chat template {name!r}: {_one_line(error)}") from None
 
 
+class _Given(list[Any]):
+    """A list of the conversation, which a template may not change."""
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items()}
+    return _Given(map(_given, value)) if isinstance(value, list) else value
+
+
 def render_template(
     template: Template,
     name: str,
@@ -98,7 +108,8 @@ def render_template(
     chunks: list[str] = []
     size = 0
     try:
-        for chunk in template.generate(variables):
+        given = {key: _given(value) for key, value in variables.items()}
+        for chunk in template.generate(given):
             size += len(chunk)
             if size > MAX_OUTPUT:
                 raise _Runaway(f"more than {MAX_OUTPUT} characters")
@@ -217,9 +228,11 @@ def _check_method(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if method is dict:
         _size((args, kwargs))
     text = getattr(method, "__self__", None)
+    name = getattr(method, "__name__", "")
+    if isinstance(text, list) and name == "append":  # by parts that it has many times, say
+        _size(args)
     if not isinstance(text, str):
         return args
-    name = getattr(method, "__name__", "")
     if name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
         _check_widths(*args, *kwargs.values())
         if name == "expandtabs":
@@ -242,8 +255,10 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As in transformers: plain JSON, not escaped for HTML."""
+    """As in transformers: plain JSON, not escaped for HTML; iterators, as of map(), are lists."""
     _check_widths(indent)
+    if isinstance(value, Iterator):
+        value = list(value)
     _size(value)
     marks = _BUDGET.marks
     text = json.dumps(
@@ -306,6 +321,12 @@ def sandbox() -> Environment:
             if _BUDGET.marks is not None and args and isinstance(args[0], (str, tuple)):
                 __obj, args = _BUDGET.marks.searching(__obj, args)
             return super().call(__context, __obj, *args, **kwargs)
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            """Beside what the sandbox allows, changes of lists that the template has made."""
+            if attr in ("append", "pop") and isinstance(obj, list) and type(obj) is not _Given:
+                return True
+            return super().is_safe_attribute(obj, attr, value)
 
         def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
             wrapped = super().wrap_str_format(value)

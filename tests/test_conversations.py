@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.sandbox import SandboxedEnvironment
 from stoker.runtime import template_sandbox
 from stoker.runtime.chat import ChatTemplate
 from stoker.runtime.errors import ChatTemplateError
@@ -37,7 +38,9 @@ class FixedDay(datetime):
 
 @pytest.fixture
 def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Its sandbox forbids append and pop, which two templates need for all that has tools."""
     reference = pytest.importorskip("transformers.utils.chat_template_utils")
+    monkeypatch.setattr(reference, "ImmutableSandboxedEnvironment", SandboxedEnvironment)
     monkeypatch.setattr(reference, "datetime", FixedDay)
     monkeypatch.setattr(template_sandbox, "datetime", FixedDay)
     return reference
@@ -52,18 +55,28 @@ def templates(folder: Path) -> dict[str, ChatTemplate]:
     }
 
 
+# What the reference cannot do with a template that we can, mended in its source.
+MENDED = {
+    # Its tojson takes no iterator.
+    "llama-cpp-deepseek-r1": ("map(attribute='function') |", "map(attribute='function') | list |"),
+}
+
+
+def variables_of(name: str, tools: Messages | None) -> dict[str, Any]:
+    """Further variables without which a template cannot do, as its model's page gives them."""
+    if name == "fireworks-ai-llama-3-firefunction-v2":
+        return {"functions": json.dumps(tools or [], indent=4), "datetime": "2026-01-02"}
+    return {}
+
+
 # Why templates refuse conversations, by what they or Jinja say. The reference is refused as well.
 REFUSALS = {
     "Apertus-8B-Instruct": "Tool message outside of assistant",
     "CohereForAI-c4ai-command-r-plus-tool_use": "has no attribute 'additionalProperties'",
-    "Kimi-K2-Instruct": "access to attribute 'append' of 'list' object is unsafe",
-    "Kimi-K2-Thinking": "access to attribute 'append' of 'list' object is unsafe",
     "MiniMax-M2": "no previous assistant message with a tool call",
     "MiniMax-M3": "no previous assistant message with a tool call",
     "Mistral-Small-3.2-24B-Instruct-2506": "roles must alternate",
-    "fireworks-ai-llama-3-firefunction-v2": "'functions' is undefined",
     "google-gemma-2-2b-it": "System role not supported|roles must alternate",
-    "llama-cpp-deepseek-r1": "Object of type generator is not JSON serializable",
     "meta-llama-Llama-3.1-8B-Instruct": "only supports single tool-calls",
     "meta-llama-Llama-3.2-3B-Instruct": "only supports single tool-calls",
     "meta-llama-Llama-3.3-70B-Instruct": "only supports single tool-calls",
@@ -74,27 +87,30 @@ REFUSALS = {
 
 
 def test_prompts_are_those_of_transformers(transformers: Any, vocab_dir: Path) -> None:
-    combinations, different = 0, []
+    combinations, refused, different = 0, 0, []
     for name, template in templates(vocab_dir).items():
         source = (vocab_dir / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-        reference = Reference(transformers, source)
+        reference = Reference(transformers, source.replace(*MENDED.get(name, ("", ""))))
         for about, conversation in CONVERSATIONS.items():
             mappings, tools = conversation["messages"], conversation.get("tools")
+            variables = variables_of(name, tools)
             for form in VARIANTS:
                 messages = variant(mappings, form)
                 # The arguments are those of the mapping, however they are written.
                 same = mappings if form == "arguments as string" else messages
-                expected = reference.prompt(same, tools)
+                expected = reference.prompt(same, tools, variables)
                 try:
-                    prompt = template.render(messages, tools=tools)
+                    prompt = template.render(messages, tools=tools, **variables)
                 except ChatTemplateError as error:
                     assert re.search(REFUSALS[name], str(error)), (name, about, form)
                     prompt = None
+                    refused += 1
                 combinations += 1
                 if prompt != expected:
                     different.append((name, about, form))
     assert combinations == 20 * 70 * 3
     assert not different
+    assert refused <= 0.02 * combinations
 
 
 def with_calls(messages: Messages, change: Any) -> Messages:
@@ -136,9 +152,13 @@ class Reference:
     def __init__(self, transformers: Any, source: str) -> None:
         self._render = transformers.render_jinja_template
         self._source = source
+        self._variables: dict[str, Any] = {}
 
-    def prompt(self, messages: Messages, tools: Messages | None) -> str | None:
+    def prompt(
+        self, messages: Messages, tools: Messages | None, variables: dict[str, Any]
+    ) -> str | None:
         """None where it can render no form of the conversation."""
+        self._variables = variables
         words = [word for message in messages for word in said(message)]
         joined = [
             {**m, "content": "".join(p["text"] for p in m["content"])}
@@ -182,6 +202,7 @@ class Reference:
                         continue_final_message=continues,
                         bos_token="<s>",
                         eos_token="</s>",
+                        **self._variables,
                     )[0][0]
                 )
             except Exception:
