@@ -294,9 +294,10 @@ class Session:
     def _cancel(self, generation: Generation | None) -> None:
         if generation is not None:
             generation._cancel.set()
-        if self._lock.locked():
+        timeline = self.__dict__.get("_timeline")  # it may be handed over this moment
+        if timeline is not None and self._lock.locked():
             self._stop.set()
-            self._timeline.cancel()
+            timeline.cancel()
 
     def _check_length(self, target: list[int]) -> None:
         if len(target) > self.context:
