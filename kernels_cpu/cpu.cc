@@ -13,6 +13,7 @@
 
 #include "kernels_cpu/target.h"
 #include "runtime/core/control_groups.h"
+#include "runtime/core/system_file.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -239,18 +240,6 @@ bool survives(Probe probe) {
 // ---- counting cores ----
 
 #if defined(__linux__)
-std::string first_line(const std::string& path) {
-  std::ifstream in(path);
-  std::string line;
-  std::getline(in, line);
-  return line;
-}
-
-long number(const std::string& path) {
-  const std::string line = first_line(path);
-  return line.empty() ? -1 : std::strtol(line.c_str(), nullptr, 10);
-}
-
 // "0-3,8" -> {0,1,2,3,8}
 std::set<int> cpu_list(const std::string& text) {
   std::set<int> cpus;
@@ -289,21 +278,21 @@ void count_cores(Cpu* out) {
   const std::string root = "/sys/devices/system/cpu/cpu";
   const std::set<int> intel_performance = cpu_list(first_line("/sys/devices/cpu_core/cpus"));
   std::set<std::string> cores;
-  std::vector<std::pair<std::string, long>> speed;  // one entry a CPU: its core, its capacity
-  long fastest = 0;
+  std::vector<std::pair<std::string, int64_t>> speed;  // one entry a CPU: its core, its capacity
+  int64_t fastest = 0;
   bool by_capacity = false;
   for (const int i : cpus) {
     const std::string dir = root + std::to_string(i);
     std::string core = first_line(dir + "/topology/thread_siblings_list");
     if (core.empty()) core = std::to_string(i);
     cores.insert(core);
-    long value = number(dir + "/cpu_capacity");
+    int64_t value = first_number(dir + "/cpu_capacity");
     if (value > 0) {
       by_capacity = true;
     } else if (!intel_performance.empty()) {
       value = intel_performance.count(i) != 0 ? 1000 : 1;
     } else {
-      value = number(dir + "/cpufreq/cpuinfo_max_freq");
+      value = first_number(dir + "/cpufreq/cpuinfo_max_freq");
     }
     speed.emplace_back(core, value);
     fastest = std::max(fastest, value);

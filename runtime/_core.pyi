@@ -59,7 +59,7 @@ def metadata_keys() -> list[tuple[str, str, str]]:
     """(key, use, neutral values) of each metadata key that is known (metadata_keys.inc)."""
 
 def metadata_key_use(key: str, architecture: str) -> str | None:
-    """What a key of a file is to the engine: used, harmless, refused; None: unknown."""
+    """What a key of a file is to the engine: used, harmless, refused, no model; None: unknown."""
 
 class Engine:
     """An immutable model: configuration, weights, plan. Shared by any number of timelines."""
@@ -162,6 +162,7 @@ class Timeline:
         """sample(), then eval() of the token: one token of generation in one call."""
     def truncate(self, position: int) -> None: ...  # forget everything from `position` on
     def cancel(self) -> None: ...  # from any thread: eval raises Cancelled at the next layer
+    def forget_cancel(self) -> None: ...  # one that came too late to meet an evaluation
     @property
     def stats(self) -> dict[str, float]: ...  # bytes_read, seconds, tokens of prefill and decode
 

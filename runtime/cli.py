@@ -484,7 +484,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_closed_streams()
     try:
         code = _main(arguments)
-        sys.stdout.flush()
+        if code == 0:
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return 130

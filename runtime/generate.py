@@ -212,8 +212,8 @@ class Generation:
         if self.finish_reason is None:
             return
         self._session = self._steps = None
-        if self._release is not None:
-            release, self._release = self._release, None
+        release = self.__dict__.pop("_release", None)  # at once: two threads may come here
+        if release is not None:
             release(self)
 
     def _sampler(self, session: Session) -> Sampler:

@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("stoker")
 
-# How long a session that was left in the middle of a step may take to go after the step.
-_STEP_GRACE_S = 0.25
+_NAMED_KEYS = 5  # unknown ones that a warning names
+
+# How long a session that was left in the middle of a step may take to go: sessions that are in use
+# are not told from it before.
+_STEP_GRACE_S = 2.0
 
 
 class Model:
@@ -60,8 +63,6 @@ class Model:
         started = time.perf_counter()
         options = options or LoadOptions()
         self._set_up(path, options, GgufFile(str(path)))
-        for key in self._file.unknown_metadata:
-            _LOG.warning("stoker: %s: metadata key %s is unknown and not used", path.name, key)
         _check_names(options)
         self._engine = Engine(
             self._file,
@@ -71,6 +72,12 @@ class Model:
             precision=options.precision,
             **self._offload_arguments(),
         )
+        unknown = self._file.unknown_metadata
+        if unknown:
+            names = ", ".join(map(ascii, unknown[:_NAMED_KEYS])) + ", ..." * (
+                len(unknown) > _NAMED_KEYS
+            )
+            _LOG.warning("stoker: %s: metadata unknown and not used: %s", path.name, names)
         threads = int(self._engine.plan["threads"])
         if options.threads is not None and threads < options.threads:
             _LOG.warning(
@@ -83,7 +90,7 @@ class Model:
         """All fields but the engine, which a backend (backends/) makes in its own way."""
         self.path = path
         self.options = options
-        self._process = os.getpid()
+        self._process = self._loaded_in = os.getpid()
         self._lazy = threading.RLock()
         # What the next generate or chat goes on with. It knows nothing of the model, so that a
         # model that nobody has is free at once.
@@ -165,6 +172,8 @@ class Model:
         return max(self._load_bandwidth, self._read_bandwidth())
 
     def _read_bandwidth(self) -> float:
+        if os.getpid() != self._loaded_in and not self._engine.survives_fork:
+            return 0.0
         counters = self._engine.offload or self._engine.stream
         if counters is None or counters["read_s"] <= 0:
             return 0.0
@@ -217,6 +226,7 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         """Built at first use. Raises TokenizerError."""
+        self._own_locks()
         with self._lazy:
             return self._tokenizer
 
@@ -229,6 +239,7 @@ class Model:
     @property
     def chat_template(self) -> ChatTemplate | None:
         """The file's chat template, None where it has none. Raises ChatTemplateError."""
+        self._own_locks()
         with self._lazy:
             return self._chat_template
 
@@ -366,6 +377,7 @@ class Model:
         progress: called with (windows done, windows in all, ppl so far).
         Raises OptionError.
         """
+        self._require_causal("score")
         ids = self._encode(text, add_special=True, parse_special=False)
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
 
@@ -412,11 +424,11 @@ class Model:
         """
         with self._idle_lock:
             busy = [(weakref.ref(s), s._lock) for s in self._sessions if s._lock.locked()]
+        until = time.monotonic() + _STEP_GRACE_S
         for session, lock in busy:
-            with lock:  # until the step has ended
-                pass
-            until = time.monotonic() + _STEP_GRACE_S
-            while session() is not None and time.monotonic() < until:
+            if lock.acquire(timeout=max(0.0, until - time.monotonic())):
+                lock.release()
+            while session() is not None and not lock.locked() and time.monotonic() < until:
                 time.sleep(0.001)
             if session() is None:
                 return True
@@ -441,22 +453,29 @@ class Model:
         generation._release = give_back
         return generation
 
-    def _check_process(self) -> None:
-        """Makes the model ready in a process that was forked after the load.
-
-        Raises OptionError where it has threads that such a process lacks.
-        """
+    def _own_locks(self) -> None:
+        """Makes the locks anew in a forked process: threads that it lacks may hold them."""
         process = os.getpid()
-        if process == self._process:
-            return
-        if not self._engine.survives_fork:
+        if process != self._process:
+            self._lazy, self._idle_lock = threading.RLock(), threading.RLock()
+            self._process = process
+
+    def _check_process(self) -> None:
+        """Raises OptionError in a forked process where the model has threads that it lacks."""
+        self._own_locks()
+        if not self._engine.survives_fork and self._process != self._loaded_in:
             raise OptionError(
                 f"{self.path.name} was loaded before this process was forked, which has none of "
                 "its threads: load the model in the new process"
             )
-        # Threads that this process lacks may hold the old ones.
-        self._lazy, self._idle_lock = threading.RLock(), threading.RLock()
-        self._process = process
+
+    def _require_causal(self, what: str) -> None:
+        """Raises UnsupportedModelError where tokens attend to later ones."""
+        if not self.config.get("causal", True):
+            raise UnsupportedModelError(
+                f"{self.path.name}: its tokens attend to later ones, so that it embeds texts "
+                f"(Model.embed) and cannot {what} any"
+            )
 
     def __reduce__(self) -> Any:
         raise OptionError(

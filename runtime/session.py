@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import Cancelled, ContextLengthError, OptionError, UnsupportedModelError
+from .errors import Cancelled, ContextLengthError, OptionError
 from .generate import Generation
 from .options import GenerationOptions, merge
 
@@ -222,6 +222,7 @@ class Session:
         """
         evaluated = Evaluated(self._timeline, self._tokens, self._logits_at)
         del self._timeline
+        evaluated.timeline.forget_cancel()  # was meant for this session
         return evaluated
 
     def _with_system(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -240,11 +241,7 @@ class Session:
         """turns: the conversation that the answer will end; continued: the words it goes on with,
         those of its last message.
         """
-        if not self._model.config.get("causal", True):
-            raise UnsupportedModelError(
-                f"{self._model.path.name}: its tokens attend to later ones, so that it embeds "
-                "texts (Model.embed) and cannot generate any"
-            )
+        self._model._require_causal("generate")
         if not target:
             raise OptionError("the prompt is empty and the model has no beginning-of-text token")
         self._check_length(target)

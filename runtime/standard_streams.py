@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import IO, Any
 
 
@@ -29,7 +30,8 @@ def open_closed_streams() -> None:
 
 def abandon_output() -> None:
     """Sends what is left in stdout to the null device, so that it cannot fail again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with suppress(OSError, ValueError):  # a stream of the program around us may have no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _text_stream(number: int, mode: str) -> IO[Any]:

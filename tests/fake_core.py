@@ -175,6 +175,9 @@ class Timeline:
     def cancel(self) -> None:
         self._cancelled.set()
 
+    def forget_cancel(self) -> None:
+        self._cancelled.clear()
+
     def eval_all(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
         rows = []
         for token in tokens:

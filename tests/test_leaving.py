@@ -289,6 +289,18 @@ def test_an_answer_that_ended_tells_its_figures(model: stoker.Model) -> None:
     assert list(generation) == []
 
 
+def test_a_late_cancel_is_not_the_next_calls(model: stoker.Model) -> None:
+    for _ in range(20):
+        generation = as_generate(model)
+        next(generation)
+        session = generation._session
+        assert session is not None
+        session._timeline.cancel()  # after the last look of the step
+        generation.close()
+        del session
+        assert model.logits([1, 2, 3]).shape == (3, model.n_vocab)
+
+
 def test_a_failed_call_keeps_what_was_evaluated(model: stoker.Model) -> None:
     as_chat(model).read()
     with pytest.raises(stoker.OptionError):

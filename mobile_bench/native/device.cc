@@ -16,6 +16,7 @@
 #include "mobile_bench/native/sha256.h"
 #include "mobile_bench/native/storage_file.h"
 #include "mobile_bench/native/system_facts.h"
+#include "runtime/core/system_file.h"
 
 namespace stoker::bench {
 

@@ -26,6 +26,7 @@
 #include "offload/io/files.h"
 #include "runtime/core/errors.h"
 #include "runtime/core/memory.h"
+#include "runtime/core/start_threads.h"
 
 namespace stoker {
 
@@ -285,23 +286,17 @@ ReadSpeed StorageFile::read(const ReadLoad& load) {
       r.end = Clock::now();
     }
   };
-  std::vector<std::thread> threads;
-  int refused = 0;
-  for (Reader& r : readers) {
-    try {
-      threads.emplace_back([&work, &r] { work(r); });
-    } catch (const std::system_error&) {  // no more threads to be had: the depth would be a lie
-      refused = EAGAIN;
-      break;
-    }
-  }
+  std::vector<std::thread> threads =
+      start_threads(load.depth, [&](int i) { work(readers[static_cast<size_t>(i)]); });
+  // With fewer threads the depth would be a lie.
+  const int refused = static_cast<int>(threads.size()) < load.depth ? EAGAIN : 0;
   begin = Clock::now();
   deadline =
       refused ? begin
               : begin + std::chrono::duration_cast<Clock::duration>(
                             std::chrono::duration<double>(std::clamp(load.seconds, 0.0, 3600.0)));
   gate.open();
-  for (std::thread& t : threads) t.join();
+  join(threads);
   set_direct(descriptor_, false);
   if (refused != 0) fail(path_, "cannot start " + std::to_string(load.depth) + " threads", refused);
   if (error.load() != 0) fail(path_, "cannot read", error.load());

@@ -12,6 +12,7 @@
 #include <sstream>
 
 #include "runtime/core/control_groups.h"
+#include "runtime/core/system_file.h"
 
 namespace stoker::bench {
 
@@ -23,14 +24,6 @@ std::string clock_folder(int cpu) {
   return "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/cpufreq/";
 }
 
-int64_t number(const std::string& path) {
-  const std::string line = first_line(path);
-  char* end = nullptr;
-  const long long value = std::strtoll(line.c_str(), &end, 10);
-  return end == line.c_str() ? -1 : value;
-}
-
-// Bytes of a "key   number kB" line.
 int64_t kib_line(const char* path, const std::string& key) {
   std::ifstream in(path);
   for (std::string line; std::getline(in, line);) {
@@ -41,20 +34,13 @@ int64_t kib_line(const char* path, const std::string& key) {
 
 }  // namespace
 
-std::string first_line(const std::string& path) {
-  std::ifstream in(path);
-  std::string line;
-  std::getline(in, line);
-  return line;
-}
-
 int64_t meminfo_bytes(const char* key) { return kib_line("/proc/meminfo", key); }
 
 int64_t group_limit_bytes() {
   int64_t least = -1;
   for (const ControlGroup& group : control_groups("memory")) {
     for (const char* name : {"/memory.max", "/memory.high", "/memory.limit_in_bytes"}) {
-      const int64_t limit = number(group.folder + name);
+      const int64_t limit = first_number(group.folder + name);
       // Without a limit "max", or a number above all memory.
       if (limit > 0 && limit < (int64_t{1} << 60)) {
         least = least < 0 ? limit : std::min(least, limit);
@@ -82,7 +68,7 @@ double hottest_celsius() {
   double hottest = std::nan("");
   for (int i = 0; i < 128; ++i) {
     const std::string zone = "/sys/class/thermal/thermal_zone" + std::to_string(i) + "/temp";
-    const int64_t milli = number(zone);
+    const int64_t milli = first_number(zone);
     // Zones that do not work tell 0, -40 or some such.
     if (milli >= 1000 && milli < 150000)
       hottest = std::fmax(hottest, static_cast<double>(milli) / 1000);
@@ -94,8 +80,8 @@ int throttled() {
   bool known = false;
   for (int i = 0; i < kCpus; ++i) {
     const std::string clock = clock_folder(i);
-    const int64_t allowed = number(clock + "scaling_max_freq");
-    const int64_t best = number(clock + "cpuinfo_max_freq");
+    const int64_t allowed = first_number(clock + "scaling_max_freq");
+    const int64_t best = first_number(clock + "cpuinfo_max_freq");
     if (allowed <= 0 || best <= 0) continue;
     if (allowed * 100 < best * 95) return 1;
     known = true;
@@ -107,8 +93,8 @@ double clock_share() {
   double share = std::nan("");
   for (int i = 0; i < kCpus; ++i) {
     const std::string clock = clock_folder(i);
-    const int64_t now = number(clock + "scaling_cur_freq");
-    const int64_t best = number(clock + "cpuinfo_max_freq");
+    const int64_t now = first_number(clock + "scaling_cur_freq");
+    const int64_t best = first_number(clock + "cpuinfo_max_freq");
     if (now <= 0 || best <= 0) continue;
     share = std::fmax(share, static_cast<double>(now) / static_cast<double>(best));
   }

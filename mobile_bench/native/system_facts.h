@@ -7,7 +7,6 @@
 
 namespace stoker::bench {
 
-std::string first_line(const std::string& path);
 int64_t meminfo_bytes(const char* key);  // "MemTotal:"
 int64_t group_limit_bytes();             // of the memory control group; -1: none
 int64_t resident_bytes();                // of this process, now

@@ -4,7 +4,6 @@
 
 #include "offload/io/end_job.h"
 #include "offload/io/quiet_thread.h"
-#include "runtime/core/errors.h"
 
 namespace stoker {
 
@@ -14,10 +13,11 @@ ReaderPool::ReaderPool(std::string name, std::shared_ptr<const IoFiles> files,
       files_(std::move(files)),
       method_(std::move(method)),
       listener_(listener) {
+  readers_.reserve(static_cast<size_t>(readers));
   for (int i = 0; i < readers; ++i) {
     try {
       readers_.push_back(quiet_thread([this] { serve(); }));
-    } catch (const Error&) {  // no more threads to be had: fewer readers do
+    } catch (...) {  // no more threads to be had: fewer readers do
       if (i == 0) throw;
       break;
     }

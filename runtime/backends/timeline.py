@@ -121,6 +121,10 @@ class BackendTimeline(ABC):
             self._cancelled.set()
             self._interrupt()
 
+    def forget_cancel(self) -> None:
+        """Takes back a cancel() that came too late to meet an evaluation."""
+        self._cancelled.clear()
+
     @property
     def stats(self) -> dict[str, float]:
         """decode_bytes: weights and cache read by evaluations of single tokens."""

@@ -3,6 +3,12 @@
 
 #include <nanobind/nanobind.h>
 
+#include <string_view>
+
+// Bytes of a file as str: those that are no UTF-8 (byte tokens, foreign names) become surrogates
+// and encode back.
+nanobind::object decoded(std::string_view bytes);
+
 void bind_gguf(nanobind::module_& m);
 void bind_kernels(nanobind::module_& m);
 void bind_sampler(nanobind::module_& m);

@@ -75,16 +75,10 @@ stoker::Precision to_precision(const std::string& name) {
   throw Error(ErrorKind::kOption, "precision: expected fast, balanced or high, found " + name);
 }
 
-// Bytes of a file that need not be UTF-8, as GgufFile gives them.
-nb::object text(const std::string& bytes) {
-  return nb::steal(
-      PyUnicode_DecodeUTF8(bytes.data(), static_cast<Py_ssize_t>(bytes.size()), "surrogateescape"));
-}
-
 nb::dict to_dict(const stoker::ModelConfig& c, int64_t context) {
   nb::dict d;
-  d["architecture"] = text(c.architecture);
-  d["name"] = text(c.name);
+  d["architecture"] = decoded(c.architecture);
+  d["name"] = decoded(c.name);
   d["n_layer"] = c.n_layer;
   d["n_embd"] = c.n_embd;
   d["n_vocab"] = c.n_vocab;
@@ -447,5 +441,6 @@ void bind_engine(nb::module_& m) {
            })
       .def("truncate", &Timeline::truncate)
       .def("cancel", &Timeline::cancel)
+      .def("forget_cancel", &Timeline::forget_cancel)
       .def_prop_ro("stats", stats_of);
 }

@@ -28,7 +28,6 @@ nb::object checked(PyObject* fresh) {
   return nb::steal(fresh);
 }
 
-// Bytes that are no UTF-8 (byte tokens, foreign names) become surrogates and encode back.
 PyObject* decode(std::string_view text) {
   return PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogateescape");
 }
@@ -87,7 +86,7 @@ nb::object array_to_python(const GgufValue& value) {
 
 nb::object to_python(const GgufValue& value) {
   if (value.is_array()) return array_to_python(value);
-  if (value.is_string()) return checked(decode(value.as_string()));
+  if (value.is_string()) return decoded(value.as_string());
   if (value.is_bool()) return nb::bool_(value.as_bool());
   if (value.is_float()) return nb::float_(value.as_float());
   if (value.type() == GgufValue::Type::u64) {
@@ -140,10 +139,12 @@ bool header_is_whole(nb::bytes data, uint64_t file_size, const std::string& name
 
 }  // namespace
 
+nb::object decoded(std::string_view bytes) { return checked(decode(bytes)); }
+
 void bind_gguf(nb::module_& m) {
   nb::class_<GgufTensor>(m, "TensorInfo",
                          "One row of the tensor directory; shape[0] is the contiguous dimension.")
-      .def_prop_ro("name", [](const GgufTensor& t) { return checked(decode(t.name)); })
+      .def_prop_ro("name", [](const GgufTensor& t) { return decoded(t.name); })
       .def_prop_ro("type",
                    [](const GgufTensor& t) { return stoker::gguf_tensor_type_name(t.type); })
       .def_prop_ro("shape", &shape)
@@ -152,7 +153,7 @@ void bind_gguf(nb::module_& m) {
       .def_ro("shard", &GgufTensor::shard, "Index into GgufFile.shards.")
       .def("__repr__", [](const GgufTensor& t) {
         return nb::str("TensorInfo({!r}, {}, {})")
-            .format(checked(decode(t.name)), stoker::gguf_tensor_type_name(t.type), shape(t));
+            .format(decoded(t.name), stoker::gguf_tensor_type_name(t.type), shape(t));
       });
 
   nb::class_<GgufFile>(
@@ -176,7 +177,7 @@ void bind_gguf(nb::module_& m) {
           [](const GgufFile& f) {
             nb::dict out;
             for (const auto& [key, value] : f.metadata()) {
-              out[checked(decode(key))] = to_python(value);
+              out[decoded(key)] = to_python(value);
             }
             return out;
           },

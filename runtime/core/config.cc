@@ -1,5 +1,6 @@
 #include "runtime/core/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <string_view>
 
@@ -167,6 +168,15 @@ ModelConfig read_config(const GgufFile& file) {
                                            std::to_string(tokens->size()));
   }
   return c;
+}
+
+void finish_config(const GgufFile& file, ModelConfig& c) {
+  c.normalize_experts = file.get_bool(c.architecture + ".expert_weights_norm", c.normalize_experts);
+  if (!c.causal && std::find(c.sliding.begin(), c.sliding.end(), true) != c.sliding.end()) {
+    throw Error(ErrorKind::kUnsupported, file.path() + ": " + c.architecture +
+                                             ".attention.causal: expected true in a model with "
+                                             "sliding windows, found false");
+  }
 }
 
 }  // namespace stoker

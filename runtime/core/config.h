@@ -80,5 +80,8 @@ struct ModelConfig {
 // Reads the keys that every family shares; throws Error(kModelFile) where one is missing or
 // makes no sense.
 ModelConfig read_config(const GgufFile& file);
+// What the file says against the family's own; checks of what both together make.
+// Throws Error(kUnsupported).
+void finish_config(const GgufFile& file, ModelConfig& c);
 
 }  // namespace stoker

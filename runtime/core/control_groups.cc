@@ -6,6 +6,8 @@
 #include <fstream>
 #include <sstream>
 
+#include "runtime/core/system_file.h"
+
 namespace stoker {
 
 namespace {
@@ -75,13 +77,6 @@ std::string below(const Mount& mount, const std::string& path) {
   return rest.empty() || outside || !is_folder(mount.point + rest) ? "/" : rest;
 }
 
-std::string first_line(const std::string& path) {
-  std::ifstream in(path);
-  std::string line;
-  std::getline(in, line);
-  return line;
-}
-
 }  // namespace
 
 std::vector<ControlGroup> control_groups(const std::string& controller,
@@ -125,8 +120,8 @@ int cpu_quota(const ControlGroupFiles& files) {
       const std::string line = first_line(group.folder + "/cpu.max");
       if (std::sscanf(line.c_str(), "%lld %lld", &quota, &period) != 2) continue;
     } else {
-      std::sscanf(first_line(group.folder + "/cpu.cfs_quota_us").c_str(), "%lld", &quota);
-      std::sscanf(first_line(group.folder + "/cpu.cfs_period_us").c_str(), "%lld", &period);
+      quota = first_number(group.folder + "/cpu.cfs_quota_us");
+      period = first_number(group.folder + "/cpu.cfs_period_us");
     }
     if (quota <= 0 || period <= 0) continue;
     const long long whole = (quota + period - 1) / period;

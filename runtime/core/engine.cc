@@ -17,8 +17,8 @@ namespace {
 
 // By how much a process's size may differ from one run to the next: this part of it, up to a limit.
 // Measured: 0.2 MB of 72.
-constexpr int64_t kProcessVaries = 32;
-constexpr int64_t kProcessVariesMost = int64_t{2} << 20;
+constexpr int64_t kProcessVariesShare = 32;
+constexpr int64_t kProcessVariesBytes = int64_t{2} << 20;
 
 // A prompt's chunk: large enough to use each unpacked weight tile many times.
 constexpr int64_t kChunk = 512;
@@ -173,12 +173,7 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   check_computation(file, architecture);
   ModelConfig c = read_config(file);
   family.configure(file, c);
-  if (!c.causal && std::find(c.sliding.begin(), c.sliding.end(), true) != c.sliding.end()) {
-    throw Error(ErrorKind::kUnsupported, file.path() + ": " + architecture +
-                                             ".attention.causal: expected true in a model with "
-                                             "sliding windows, found false");
-  }
-  c.normalize_experts = file.get_bool(architecture + ".expert_weights_norm", c.normalize_experts);
+  finish_config(file, c);
   Plan p;
   p.isa = active_isa();
   if (options.threads < 0 || options.threads > 1024) {
@@ -217,7 +212,7 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   }
   FixedMemory fixed;
   fixed.process = o.process_bytes + static_cast<int64_t>(o.predictor_state.size());
-  fixed.process_varies = std::min(o.process_bytes / kProcessVaries, kProcessVariesMost);
+  fixed.process_varies = std::min(o.process_bytes / kProcessVariesShare, kProcessVariesBytes);
   if (c.is_mixture()) fixed.process += TokenHistory::nbytes(c.n_layer, c.n_expert_used);
   fixed.kv = p.kv_bytes;
   p.weight_bytes = TensorMemory::nbytes(file);
@@ -283,37 +278,25 @@ void Engine::load(LoadPlan plan, const std::function<void()>& poll) {
 
 void Engine::open_session() const {
   if (!flash() && !stream()) {
-    const std::lock_guard lock(sessions_mutex_);
     ++sessions_;
     return;
   }
   const ThreadPool::Lease lease(*pool_);
-  {
-    const std::lock_guard lock(sessions_mutex_);
-    ++sessions_;
-  }
+  ++sessions_;
   try {
     settle_sessions();
   } catch (...) {
-    close_session();
+    --sessions_;
     throw;
   }
 }
 
-void Engine::close_session() const {
-  if (!pool_->process().here()) return;
-  const std::lock_guard lock(sessions_mutex_);
-  --sessions_;
-}
+void Engine::close_session() const { --sessions_; }
 
-Engine::Sessions Engine::sessions() const {
-  const std::lock_guard lock(sessions_mutex_);
-  return {sessions_, lent_};
-}
+Engine::Sessions Engine::sessions() const { return {sessions_, lent_}; }
 
 void Engine::settle_sessions() const {
   if (!flash() && !stream()) return;
-  const std::lock_guard lock(sessions_mutex_);
   const int64_t wanted = std::max<int64_t>(0, sessions_ - 1) * plan_.kv_bytes;
   if (!flash()) {
     if (wanted == 0) return;

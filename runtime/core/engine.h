@@ -2,6 +2,7 @@
 // memory that its timelines take turns to use.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -168,9 +169,9 @@ class Engine {
   Rope rope_, rope_sliding_;
   mutable std::unique_ptr<ThreadPool> pool_;
   mutable Scratch scratch_;
-  mutable std::mutex sessions_mutex_;
-  mutable int64_t sessions_ = 0;
-  mutable int64_t lent_ = 0;  // bytes of the expert cache that sessions have
+  mutable std::atomic<int64_t> sessions_{0};
+  // Bytes of the expert cache that sessions have; changed under pool()'s lease.
+  mutable std::atomic<int64_t> lent_{0};
 };
 
 }  // namespace stoker

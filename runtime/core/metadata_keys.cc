@@ -36,15 +36,15 @@ std::string listed(std::string_view key, std::string_view architecture) {
   return std::string(key);
 }
 
-bool is_number(const GgufValue& v) { return v.is_int() || v.is_float() || v.is_bool(); }
-
+// text: a word, or a whole number.
 bool equals(const GgufValue& v, std::string_view text) {
   if (v.is_string()) return v.as_string() == text;
   if (v.is_bool()) return v.as_bool() == (text == "true" || text == "1");
-  double number = 0;
+  int64_t number = 0;
   const char* const end = text.data() + text.size();
   const auto read = std::from_chars(text.data(), end, number);
-  return is_number(v) && read.ec == std::errc{} && read.ptr == end && v.as_float() == number;
+  if (read.ec != std::errc{} || read.ptr != end) return false;
+  return (v.is_int() || v.is_float()) && v.as_float() == static_cast<double>(number);
 }
 
 bool is_neutral(const GgufValue& v, std::string_view neutral) {
@@ -77,21 +77,20 @@ std::string alternatives(std::string_view neutral) {
   return text;
 }
 
-void check(const GgufFile& file, std::string_view architecture, bool computation) {
+void check(const GgufFile& file, std::string_view architecture, KeyUse use, ErrorKind kind) {
   for (const auto& [key, value] : file.metadata()) {
     const MetadataKey* row = find_metadata_key(key, architecture);
-    if (!row || row->use != KeyUse::kRefused || is_neutral(value, row->neutral)) continue;
-    if (std::string_view(row->key).starts_with(kArchitecture) != computation) continue;
-    throw Error(computation ? ErrorKind::kUnsupported : ErrorKind::kModelFile,
-                file.path() + ": " + key + ": expected " + alternatives(row->neutral) + ", found " +
-                    shown(value) + ": " + row->why);
+    if (!row || row->use != use || is_neutral(value, row->neutral)) continue;
+    throw Error(kind, file.path() + ": " + key + ": expected " + alternatives(row->neutral) +
+                          ", found " + shown(value) + ": " + row->why);
   }
 }
 
 }  // namespace
 
 const char* key_use_name(KeyUse use) {
-  return use == KeyUse::kUsed ? "used" : use == KeyUse::kHarmless ? "harmless" : "refused";
+  constexpr const char* kNames[] = {"used", "harmless", "refused", "no model"};
+  return kNames[static_cast<int>(use)];
 }
 
 std::span<const MetadataKey> metadata_keys() { return kKeys; }
@@ -111,10 +110,12 @@ const MetadataKey* find_metadata_key(std::string_view key, std::string_view arch
   return nullptr;
 }
 
-void check_is_model(const GgufFile& file) { check(file, "", false); }
+void check_is_model(const GgufFile& file) {
+  check(file, "", KeyUse::kNoModel, ErrorKind::kModelFile);
+}
 
 void check_computation(const GgufFile& file, std::string_view architecture) {
-  check(file, architecture, true);
+  check(file, architecture, KeyUse::kRefused, ErrorKind::kUnsupported);
 }
 
 std::vector<std::string> unknown_metadata(const GgufFile& file) {

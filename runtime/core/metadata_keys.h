@@ -11,8 +11,8 @@
 
 namespace stoker {
 
-enum class KeyUse { kUsed, kHarmless, kRefused };
-const char* key_use_name(KeyUse use);  // "used", "harmless", "refused"
+enum class KeyUse { kUsed, kHarmless, kRefused, kNoModel };
+const char* key_use_name(KeyUse use);  // "used", "harmless", "refused", "no model"
 
 struct MetadataKey {
   const char* key;  // with {arch} for the architecture, {name} for anything
@@ -25,9 +25,9 @@ std::span<const MetadataKey> metadata_keys();
 // Null where the list has no such key. architecture: that of the file.
 const MetadataKey* find_metadata_key(std::string_view key, std::string_view architecture);
 
-// Throw for a refused key whose value is not neutral: Error(kModelFile) where that makes the file no
-// model at all, Error(kUnsupported) where its architecture would be computed in another way.
+// Throws Error(kModelFile) where a key says that the file is no model: an adapter, say.
 void check_is_model(const GgufFile& file);
+// Throws Error(kUnsupported) for a refused key whose value is not neutral.
 void check_computation(const GgufFile& file, std::string_view architecture);
 
 // Keys of the file's architecture that the list does not have.

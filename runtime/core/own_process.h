@@ -3,6 +3,8 @@
 // would wait for ever.
 #pragma once
 
+#include <atomic>
+
 namespace stoker {
 
 class OwnProcess {
@@ -16,7 +18,7 @@ class OwnProcess {
   void adopt();
 
  private:
-  long id_;
+  std::atomic<long> id_;
 };
 
 }  // namespace stoker

@@ -29,8 +29,7 @@ ThreadPool::ThreadPool(int threads)
 }
 
 void ThreadPool::move_here() {
-  static std::mutex moving;
-  const std::lock_guard lock(moving);
+  const std::lock_guard lock(moving_);
   if (process_.here()) return;
   // The lock of somebody who is not here is never given back.
   if (stays_ || !use_.try_lock()) process_.require();

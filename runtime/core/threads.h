@@ -89,7 +89,7 @@ class ThreadPool {
   OwnProcess process_;
   bool stays_ = false;
   int size_ = 1;
-  std::mutex use_;
+  std::mutex use_, moving_;
   // Written by the caller before generation_ is released to the workers.
   Body body_ = nullptr;
   void* context_ = nullptr;

@@ -64,6 +64,8 @@ class Timeline {
   // Forgets the tokens from `position` on; the logits go with them.
   void truncate(int64_t position);
   void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
+  // Takes back a cancel() that came too late to meet an evaluation.
+  void forget_cancel() { cancelled_.store(false, std::memory_order_relaxed); }
 
  private:
   // Receives the forward of a chunk whose tokens begin at index `first` of the evaluation.
