@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import arguments
+from .arguments import shown
 from .errors import ChatTemplateError
 from .template_sandbox import TemplateStopped, compile_template, render_template, sandbox
 
@@ -43,8 +45,15 @@ class ChatTemplate:
         eos_token: str = "",
     ) -> None:
         """sources: a Jinja template, or several by name. ChatTemplateError if one is malformed."""
-        named = {"default": sources} if isinstance(sources, str) else dict(sources)
-        self._variables = {"bos_token": bos_token, "eos_token": eos_token}
+        given = {"default": sources} if isinstance(sources, str) else sources
+        named = {
+            arguments.text("a template's name", name): arguments.text(f"template {name}", source)
+            for name, source in arguments.mapping("sources", given).items()
+        }
+        self._variables = {
+            "bos_token": arguments.text("bos_token", bos_token),
+            "eos_token": arguments.text("eos_token", eos_token),
+        }
         environment = sandbox()
         self._templates = {name: compile_template(environment, named[name], name) for name in named}
         self.names = tuple(named)
@@ -106,13 +115,17 @@ class ChatTemplate:
         extra: further variables of the template, e.g. enable_thinking=False.
         ChatTemplateError, one line, if the messages are malformed or the template rejects them.
         """
+        if tools is not None:
+            tools = arguments.sequence("tools", tools, "a sequence of JSON schemas")
+        if template is not None:
+            template = arguments.text("template", template)
         name = template
         if name is None:
             name = "tool_use" if tools and "tool_use" in self._templates else "default"
         chosen = self._templates.get(name)
         if chosen is None:
             raise ChatTemplateError(
-                f"no chat template {name!r}; the model has: {', '.join(self.names)}"
+                f"no chat template {shown(name)}; the model has: {', '.join(self.names)}"
             )
         conversation = [_checked(message, i) for i, message in enumerate(_listed(messages))]
         variables: dict[str, Any] = {
@@ -182,7 +195,9 @@ def _checked(message: object, index: int) -> dict[str, Any]:
         raise ChatTemplateError(f"{where}: expected a mapping, found {type(message).__name__}")
     role = message.get("role")
     if not isinstance(role, str) or not role:
-        raise ChatTemplateError(f"{where}.role: expected a name such as 'user', found {role!r:.40}")
+        raise ChatTemplateError(
+            f"{where}.role: expected a name such as 'user', found {shown(role)}"
+        )
     checked = dict(message)
     content = message.get("content")
     if content is None and (message.get("tool_calls") or role == "assistant"):
@@ -193,7 +208,7 @@ def _checked(message: object, index: int) -> dict[str, Any]:
         )
     elif not isinstance(content, str):
         raise ChatTemplateError(
-            f"{where}.content: expected text or a list of text parts, found {content!r:.40}"
+            f"{where}.content: expected text or a list of text parts, found {shown(content)}"
         )
     return checked
 
@@ -203,7 +218,7 @@ def _part(part: object, where: str) -> str:
     text = part.get("text") if isinstance(part, Mapping) else None
     if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
         raise ChatTemplateError(
-            f"{where}: expected {{'type': 'text', 'text': ...}}, found a part of type {kind!r:.40}"
+            f"{where}: expected {{'type': 'text', 'text': ...}}, found a part of type {shown(kind)}"
         )
     return text
 
