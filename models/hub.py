@@ -23,6 +23,7 @@ from ..runtime.errors import DownloadError, OptionError
 from .cache import Progress, directory, locked
 
 _SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?")
+_MOST_NAME = 200  # bytes of a file's name, with what is put behind it while it is downloaded
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -42,8 +43,13 @@ class HubFile:
 
 def parse(spec: str) -> HubFile:
     """Reads "hf:owner/name/file[@revision]"; OptionError where it is not one."""
+    if not spec.isprintable():
+        raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision] in printable text")
     match = _SPEC.fullmatch(spec)
-    if match is None or ".." in match[2].split("/"):
+    parts = [] if match is None else f"{match[1]}/{match[2]}".split("/")
+    # What it is kept as: nothing outside of our cache, and names that a file can have.
+    named = all(part not in ("", ".", "..") and len(part.encode()) <= _MOST_NAME for part in parts)
+    if match is None or not named:
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision]")
     return HubFile(match[1], match[2], match[3])
 

@@ -64,19 +64,15 @@ def integer(name: str, value: object, low: int | None = None, high: int | None =
     return number
 
 
-def number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> float:
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number of low to high."""
-    if (
-        isinstance(value, (bool, str, bytes))  # numpy's strings have a __float__
-        or not isinstance(value, SupportsFloat)
-        or getattr(value, "ndim", 0) != 0
-    ):
-        _refuse(name, "a number", value)
     try:
-        found = float(value)
+        found = float(value) if _is_number(value) else None
     except OverflowError:
         found = math.inf
     except Exception:
+        found = None
+    if found is None:
         _refuse(name, "a number", value)
     if not math.isfinite(found) or not low <= found <= high:
         limits = "finite" if low == -math.inf else f"between {low:g} and {high:g}"
@@ -198,6 +194,17 @@ def tokens(name: str, value: object, vocabulary: int) -> list[int]:
             raise OptionError(f"token {shown(token)} is outside the vocabulary of {vocabulary}")
         ids.append(token)
     return ids
+
+
+def _is_number(value: Any) -> bool:
+    """Whether float() is the number that a value is.
+
+    numpy makes one of a truth, a date, an array of one and half of a complex number as well.
+    """
+    if isinstance(value, (bool, str, bytes)) or not isinstance(value, SupportsFloat):
+        return False
+    kind = getattr(getattr(value, "dtype", None), "kind", None)
+    return kind is None or (kind in "iufO" and getattr(value, "ndim", 0) == 0)
 
 
 def _index(value: object) -> int | None:

@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 from . import arguments
 from .cgroup import memory_headroom
@@ -63,10 +63,11 @@ def check_memory(value: object) -> int | float | None:
             number = byte_count(text)
         except OptionError:
             raise _refusal(value) from None
-    elif isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        number = arguments.integer("memory", value, None, None)
     else:
-        raise _refusal(value)
+        try:
+            number = arguments.integer("memory", value, None, None)
+        except OptionError:
+            raise _refusal(value) from None
     if number < 1:
         raise OptionError(f"memory must be at least 1 byte, not {arguments.shown(number)}")
     if number >= 1 << 62:

@@ -14,7 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from . import arguments
-from .errors import Cancelled, ContextLengthError, OptionError, UnsupportedModelError
+from .errors import (
+    Cancelled,
+    ChatTemplateError,
+    ContextLengthError,
+    OptionError,
+    UnsupportedModelError,
+)
 from .generate import Generation
 from .options import GenerationOptions, merge
 
@@ -232,6 +238,10 @@ class Session:
             raise UnsupportedModelError(
                 f"{self._model.path.name}: its tokens attend to later ones, so that it embeds "
                 "texts (Model.embed) and cannot generate any"
+            )
+        if not target and turns is not None:
+            raise ChatTemplateError(
+                f"{self._model.path.name}: the chat template makes no prompt of these messages"
             )
         if not target:
             raise OptionError("the prompt is empty and the model has no beginning-of-text token")
