@@ -46,12 +46,21 @@ def parse(spec: str) -> HubFile:
     if not spec.isprintable():
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision] in printable text")
     match = _SPEC.fullmatch(spec)
+    # What it is kept as lies in our cache.
     parts = [] if match is None else f"{match[1]}/{match[2]}".split("/")
-    # What it is kept as: nothing outside of our cache, and names that a file can have.
-    named = all(part not in ("", ".", "..") and len(part.encode()) <= _MOST_NAME for part in parts)
-    if match is None or not named:
+    if match is None or not all(map(is_file_name, parts)):
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision]")
     return HubFile(match[1], match[2], match[3])
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file can be kept under this name, in the folder that is meant."""
+    return (
+        name not in ("", ".", "..")
+        and "/" not in name
+        and name.isprintable()
+        and len(name.encode()) <= _MOST_NAME
+    )
 
 
 def shards(file: HubFile) -> list[HubFile]:
