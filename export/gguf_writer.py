@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import DeviceError
+from ..runtime.json_text import parse
 from .direct_file import DirectFile, page_start
 
 _STRING, _ARRAY = 8, 9
@@ -166,7 +167,7 @@ class PartFile:
 
     def _resumable(self) -> int:
         try:
-            state: dict[str, Any] = json.loads(self._journal.read_text())
+            state: dict[str, Any] = parse(self._journal.read_text())
             if state["recipe"] == self._recipe and self.part.stat().st_size == self._size:
                 return int(state["done"])
         except (OSError, ValueError, KeyError, TypeError):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..runtime.backends import ONNX_METADATA
 from ..runtime.errors import ModelFileError, OptionError, StokerError, UnsupportedModelError
+from ..runtime.json_text import parse
 from .hidden_states import Progress
 from .model_writer import check_output
 from .onnx_trial import run_once
@@ -150,12 +151,12 @@ def _export(root: Path, scratch: str) -> None:
 
 def _context_of(root: Path) -> int:
     try:
-        config = json.loads((root / "config.json").read_text())
+        config = parse((root / "config.json").read_text())
         return int(
             config.get("max_position_embeddings")
             or config["text_config"]["max_position_embeddings"]
         )
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, OverflowError, AttributeError, KeyError, TypeError):
         return 2048
 
 

@@ -20,6 +20,7 @@ from ..runtime.special_names import EOG_NAMES, EOM_NAMES, EOT_NAMES
 from ..runtime.subword import SPACE
 from ..runtime.tokenizer import Tokenizer
 from ..runtime.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from ..runtime.whole_file import read_whole_text
 from .gguf_values import Value
 from .hf_config import HfConfig
 from .safetensors_folder import read_json
@@ -418,6 +419,6 @@ class _Reader:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_whole_text(path)
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{path}: expected UTF-8 text, found: {error}") from None

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import ModelFileError, OptionError
+from ..runtime.whole_file import read_whole
 from . import gguf_writer
 from .gguf_writer import Tensor
 from .hidden_states import Progress
@@ -170,7 +171,7 @@ def _read_gguf(path: str) -> Imatrix:
 
 
 def _read_dat(path: str) -> Imatrix:
-    data = Path(path).read_bytes()
+    data = read_whole(path)
     at = 0
 
     def number() -> int:

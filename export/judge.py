@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..runtime.errors import BudgetError, OptionError
+from ..runtime.json_text import parse
 from .divergence import Floats, divergence, token_nll
 
 _BUDGET = "1GiB"  # of the models that are measured, where they need no more
@@ -95,7 +96,7 @@ class Judge:
         self._journal = journal
         lines = []
         with suppress(OSError, ValueError):
-            lines = [json.loads(line) for line in journal.read_text().splitlines()]
+            lines = [parse(line) for line in journal.read_text().splitlines()]
         if lines and lines[0] == recipe:
             self._known = {key: Measurement(*numbers) for key, *numbers in lines[1:]}
         else:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import ModelFileError
+from ..runtime.whole_file import MOST_TEXT, read_whole
 
 INDEX = "model.safetensors.index.json"
 
@@ -203,7 +204,7 @@ def _some(names: Sequence[str]) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object. ModelFileError where it does not."""
     try:
-        return _object(path, path.read_bytes())
+        return _object(path, read_whole(path, MOST_TEXT))
     except OSError as error:
         raise ModelFileError(f"{path}: expected a JSON file, found: {error.strerror}") from None
 

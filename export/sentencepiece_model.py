@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..runtime.errors import ModelFileError, UnsupportedModelError
 from ..runtime.vocabulary import BYTE, NORMAL  # GGUF numbers the types as SentencePiece does
+from ..runtime.whole_file import MOST_TEXT, read_whole
 
 _BPE = 2  # trainer's model type; 1 is unigram, the default
 
@@ -29,7 +30,7 @@ class SentencePieceModel:
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """A BPE model. ModelFileError where the file makes no sense, UnsupportedModelError."""
     try:
-        return _model(path, path.read_bytes())
+        return _model(path, read_whole(path, MOST_TEXT))
     except (ValueError, struct.error, UnicodeDecodeError) as error:
         raise ModelFileError(f"{path}: expected a SentencePiece model, found: {error}") from None
     except OSError as error:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import sys
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from ..runtime.arguments import shown
 from ..runtime.errors import OptionError
+from ..runtime.json_text import parse
+from ..runtime.whole_file import read_whole_text
 
 VERSION = 1
 
@@ -131,7 +133,7 @@ def default_path() -> Path:
 def load(path: Path) -> DeviceProfile:
     """Reads a profile. Raises OptionError where it is none, or of another version."""
     try:
-        profile = json.loads(path.read_text(encoding="utf-8"))
+        profile = parse(read_whole_text(path))
     except OSError as error:
         raise OptionError(f"{path}: {error.strerror}") from None
     except ValueError:
@@ -152,6 +154,17 @@ def check(profile: Any, where: str) -> DeviceProfile:
     for key in ("platform", "cpu", "isa", "memory", "storage", "power"):
         if not isinstance(profile[key], dict):
             raise OptionError(f"{where}: expected an object as {key} of a device profile")
+    for key, facts in _FACTS.items():
+        for fact in facts:
+            value = profile[key].get(fact)
+            if value is not None and not _is_amount(value, 0, _MOST):
+                raise OptionError(
+                    f"{where}: {key}.{fact} of the device profile: expected a number from 0 on, "
+                    f"found {shown(value)}"
+                )
+    for name, word in (("id", profile["id"]), ("isa.active", profile["isa"].get("active", ""))):
+        if not isinstance(word, str):
+            raise OptionError(f"{where}: expected a word as {name} of a device profile")
     for key, row in _ROWS.items():
         if not isinstance(profile[key], list):
             raise OptionError(f"{where}: expected a list as {key} of a device profile")
@@ -167,6 +180,12 @@ _ROWS: dict[str, Any] = {
     "formats": FormatSpeed,
     "storage_reads": StorageRead,
 }
+# What forecasts reckon with, where the system told it.
+_FACTS = {
+    "cpu": ("logical", "physical", "performance"),
+    "memory": ("total", "available", "limit", "fresh_bytes_s"),
+}
+_MOST = 1e18  # bytes, or operations a second: far beyond any device
 _COUNTS = ("threads", "block", "depth")
 _RATES = ("bytes_s", "ops_s", "row_weights_s", "tile_ops_s")
 
@@ -177,16 +196,20 @@ def _row_problem(row: Any, found: Any) -> str | None:
     for key in sorted(row.__required_keys__):
         value = found.get(key)
         if key in _COUNTS:
-            good = isinstance(value, int) and value > 0
+            good = isinstance(value, int) and _is_amount(value, 1, _MOST)
             expected = "a positive whole number"
         elif key in _RATES:
-            good = isinstance(value, (int, float)) and 0 < value < math.inf
-            expected = "a positive number"
+            good, expected = _is_amount(value, 1, _MOST), "a positive number"
         else:
             good, expected = isinstance(value, str), "a word"
         if not good:
-            return f"{key}: expected {expected}, found {value!r}"
+            return f"{key}: expected {expected}, found {shown(value)}"
     return None
+
+
+def _is_amount(value: object, low: float, high: float) -> bool:
+    """Whether a value of JSON is a number of low to high."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def save(profile: DeviceProfile, path: Path) -> None:

@@ -100,7 +100,7 @@ class Device:
     def __init__(self, profile: DeviceProfile, threads: int = 0) -> None:
         self.profile = profile
         self.threads = threads or int(profile["cpu"].get("performance") or 1)
-        self.isa = str(profile["isa"]["active"])
+        self.isa = str(profile["isa"].get("active", ""))
         self._formats = {f["format"]: f for f in profile["formats"]}
         if not profile["memory_reads"] or not self._formats:
             raise OptionError("device profile: expected memory_reads and formats, found none")

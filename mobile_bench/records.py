@@ -12,7 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from ..runtime.arguments import shown
 from ..runtime.errors import OptionError
+from ..runtime.json_text import parse
+from ..runtime.whole_file import read_whole_text
 from .device_profile import DeviceProfile
 
 VERSION = 1
@@ -183,7 +186,7 @@ def mend(path: Path) -> None:
         if line[: len(beginning)] != beginning[: len(line)]:
             raise OptionError(f"{path}: expected a file of results")
         try:
-            json.loads(line)
+            parse(line)
         except ValueError:
             file.truncate(begin)
         else:
@@ -205,7 +208,7 @@ def read(path: Path) -> Results:
     }
     jobs: dict[str, JobResult] = {}
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_whole_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     lines = text.split("\n")
@@ -213,7 +216,7 @@ def read(path: Path) -> Results:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse(line)
             kind = value["kind"]
         except (ValueError, TypeError, KeyError):
             if number == len(lines):
@@ -224,7 +227,9 @@ def read(path: Path) -> Results:
         elif kind == "run":
             if value.get("version") != VERSION:
                 found = value.get("version")
-                raise OptionError(f"{path}:{number}: expected version {VERSION}, found {found}")
+                raise OptionError(
+                    f"{path}:{number}: expected version {VERSION}, found {shown(found)}"
+                )
             results["runs"].append(value)
         elif kind == "roofline":
             results["rooflines"].append(value)
@@ -233,7 +238,7 @@ def read(path: Path) -> Results:
             jobs.pop(value["key"], None)
             jobs[value["key"]] = value
         else:
-            raise OptionError(f"{path}:{number}: unknown kind of result {kind!r}")
+            raise OptionError(f"{path}:{number}: unknown kind of result {shown(kind)}")
     results["jobs"] = list(jobs.values())
     for result in (r for job in results["jobs"] for r in job["results"]):
         if result["kind"] == "run":
@@ -256,4 +261,4 @@ def _check_job(value: Any, where: str) -> None:
     kinds = [r.get("kind") if isinstance(r, dict) else r for r in value["results"]]
     unknown = [kind for kind in kinds if kind not in ("run", "perplexity", "width")]
     if unknown:
-        raise OptionError(f"{where}: unknown kind of result {unknown[0]!r}")
+        raise OptionError(f"{where}: unknown kind of result {shown(unknown[0])}")

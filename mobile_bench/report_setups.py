@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..runtime.arguments import shown
 from ..runtime.errors import OptionError
+from ..runtime.json_text import parse
 from . import device_profile, records
 from .report_quantities import Spread, budget, spread
 
@@ -290,7 +292,7 @@ def _profile(path: Path) -> Any:
             first = file.readline()
             if first.strip() not in ("{", ""):
                 return None
-            if not isinstance(json.loads(first + file.read()), dict):
+            if not isinstance(parse(first + file.read()), dict):
                 return None
     except (OSError, ValueError):
         return None
@@ -305,16 +307,20 @@ def _check(path: Path, number: int, run: Any) -> None:
     for key in _TEXTS:
         if not isinstance(run.get(key), str):
             raise OptionError(
-                f"{path}: run {number}: expected {key} as text, found {run.get(key)!r}"
+                f"{path}: run {number}: expected {key} as text, found {shown(run.get(key))}"
             )
     for key in _COUNTS:
         if at(run, key) is None:
             found = run.get(key)
-            raise OptionError(f"{path}: run {number}: expected {key} as a number, found {found!r}")
+            raise OptionError(
+                f"{path}: run {number}: expected {key} as a number, found {shown(found)}"
+            )
     for key in ("memory", "limit"):
         if run.get(key) is not None and at(run, key) is None:
             found = run.get(key)
-            raise OptionError(f"{path}: run {number}: expected {key} in bytes, found {found!r}")
+            raise OptionError(
+                f"{path}: run {number}: expected {key} in bytes, found {shown(found)}"
+            )
     if not isinstance(run.get("model"), dict) or not run["model"].get("name"):
         raise OptionError(f"{path}: run {number}: expected a model with a name")
 

@@ -95,10 +95,12 @@ def load(path: Path) -> Spec:
     except UnicodeDecodeError as error:
         raise OptionError(f"{path}: expected UTF-8, found byte {error.start} not to be") from None
     reader = _Reader(path)
-    top = reader.mapping(
-        reader.document(text), ("jobs", "cache", "retries", "timeout"), "a sweep", ("jobs",)
-    )
-    if not isinstance(top["jobs"].value, list):
+    document = reader.document(text)
+    known = ("jobs", "cache", "retries", "timeout")
+    top = reader.mapping(document, known, "a sweep", ("jobs",))
+    if "jobs" not in top:
+        raise reader.error(document, "jobs: expected a list of groups, found nothing")
+    if not reader.is_list(top["jobs"]):
         raise reader.refusal(top["jobs"], "jobs", "a list of groups", top["jobs"].value)
     texts: dict[str, str] = {}
     found: list[tuple[Job, bool]] = []
@@ -191,7 +193,7 @@ class _Reader:
 
     def refusal(self, node: Node, key: str, expected: str, found: object) -> OptionError:
         """The error of a value that is not what a key takes."""
-        shown = "a list or mapping" if isinstance(found, list) else repr(found)[:60]
+        shown = "a list or mapping" if isinstance(found, list | tuple) else repr(found)[:60]
         return self.error(node, f"{key}: expected {expected}, found {shown}")
 
     def mapping(
@@ -237,9 +239,13 @@ class _Reader:
         except (ValueError, OverflowError):
             raise self.refusal(node, key, "a number", node.value) from None
 
+    def is_list(self, node: Node) -> bool:
+        """Whether a node is a list."""
+        return isinstance(node, self._yaml.SequenceNode)
+
     def items(self, node: Node) -> list[Node]:
         """The nodes of a list; a single value is a list of one."""
-        return list(node.value) if isinstance(node, self._yaml.SequenceNode) else [node]
+        return list(node.value) if self.is_list(node) else [node]
 
     # ---- values
 
@@ -247,7 +253,7 @@ class _Reader:
         """Text; a number is taken as it is written."""
         self.scalar(node, key)
         value = str(node.value)
-        if not value or "\0" in value:
+        if not value or "\0" in value or (not value.isascii() and not _is_utf8(value)):
             raise self.refusal(node, key, "some text", value)
         return value
 
@@ -276,6 +282,15 @@ class _Reader:
         if not isinstance(value, bool):
             raise self.refusal(node, key, "true or false", value)
         return value
+
+
+def _is_utf8(value: str) -> bool:
+    """Whether text has no half of a surrogate pair, which YAML can spell out."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 _COMMON = ("kind", "models", "memory", "threads", "device")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from ..runtime.errors import OptionError
 from .catalogue import Entry
 
 # Called with what is being done, bytes done and bytes in all (None: unknown).
@@ -20,17 +21,32 @@ def directory() -> Path:
     """Where catalogue models are kept.
 
     STOKER_MODELS, else models/ in STOKER_CACHE, else stoker/models/ in the user's cache
-    (XDG_CACHE_HOME, ~/.cache; %LOCALAPPDATA% on Windows).
+    (XDG_CACHE_HOME, ~/.cache; %LOCALAPPDATA% on Windows). Raises OptionError for a home directory
+    that is nobody's.
     """
     if models := os.environ.get("STOKER_MODELS"):
-        return Path(models).expanduser()
+        return _expanded("STOKER_MODELS", models)
     if cache := os.environ.get("STOKER_CACHE"):
-        return Path(cache).expanduser() / "models"
+        return _expanded("STOKER_CACHE", cache) / "models"
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache) / "stoker" / "models"
     if sys.platform == "win32" and (cache := os.environ.get("LOCALAPPDATA")):
         return Path(cache) / "stoker" / "models"
-    return Path.home() / ".cache" / "stoker" / "models"
+    try:
+        return Path.home() / ".cache" / "stoker" / "models"
+    except RuntimeError:
+        raise OptionError(
+            "this user has no home directory: name a folder for models in STOKER_MODELS"
+        ) from None
+
+
+def _expanded(variable: str, folder: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise OptionError(
+            f"{variable} must be a folder, not {folder!r}: there is no such user"
+        ) from None
 
 
 def cached(entry: Entry) -> Path | None:

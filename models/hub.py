@@ -23,6 +23,7 @@ from ..runtime.errors import DownloadError, OptionError
 from .cache import Progress, directory, locked
 
 _SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?")
+_MOST_NAME = 200  # bytes of a file's name, with what is put behind it while it is downloaded
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -42,10 +43,24 @@ class HubFile:
 
 def parse(spec: str) -> HubFile:
     """Reads "hf:owner/name/file[@revision]"; OptionError where it is not one."""
+    if not spec.isprintable():
+        raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision] in printable text")
     match = _SPEC.fullmatch(spec)
-    if match is None or ".." in match[2].split("/"):
+    # What it is kept as lies in our cache.
+    parts = [] if match is None else f"{match[1]}/{match[2]}".split("/")
+    if match is None or not all(map(is_file_name, parts)):
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision]")
     return HubFile(match[1], match[2], match[3])
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a file can be kept under this name, in the folder that is meant."""
+    return (
+        name not in ("", ".", "..")
+        and "/" not in name
+        and name.isprintable()
+        and len(name.encode()) <= _MOST_NAME
+    )
 
 
 def shards(file: HubFile) -> list[HubFile]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+from ..runtime import arguments
 from ..runtime.errors import DownloadError, ModelFileError, OptionError
 from . import cache, catalogue, hub
 from .cache import Progress
@@ -24,6 +27,7 @@ def locate(
     Raises ModelFileError where there is no such file or name, DownloadError where it is not in
     the cache (or could not be fetched), OptionError for a malformed "hf:".
     """
+    spec = arguments.path("model", spec)
     if spec.startswith("hf:"):
         file = hub.parse(spec)
         path = hub.cached(file)
@@ -32,10 +36,8 @@ def locate(
         if not download:
             raise DownloadError(_not_cached(str(file)))
         return fetch(spec, progress=progress, waiting=waiting)
-    path = Path(spec).expanduser()
-    if path.is_dir():
-        raise ModelFileError(f"{spec}: expected a GGUF file, found a directory")
-    if path.exists():
+    path = _file(spec)
+    if path is not None:
         return path
     entry = catalogue.find(spec)
     if entry is None:
@@ -67,6 +69,23 @@ def fetch(
         names = ", ".join(entry.name for entry in catalogue.entries())
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf or one of {names}")
     return pull(entry, progress=progress, waiting=waiting)
+
+
+def _file(spec: str) -> Path | None:
+    """The file of this path, None where there is none. Raises ModelFileError."""
+    path = Path(spec)
+    with suppress(RuntimeError):  # "~name" of nobody known is a name like any other
+        path = path.expanduser()
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ModelFileError(f"{spec}: {error.strerror or error}") from None
+    if not stat.S_ISREG(mode):  # a pipe, say, would wait for whoever writes into it
+        found = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
+        raise ModelFileError(f"{spec}: expected a GGUF file, found {found}")
+    return path
 
 
 def _not_cached(name: str) -> str:

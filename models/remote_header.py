@@ -82,13 +82,17 @@ def remote_header(spec: str) -> Iterator[GgufFile]:
 def _shards(spec: str) -> list[_Remote]:
     if spec.startswith("hf:"):
         return _hub_shards(spec)
-    path = urlsplit(spec).path
+    try:
+        parts = urlsplit(spec)
+        path, named = parts.path, is_remote(spec) and bool(parts.hostname)
+    except ValueError:  # half an address in brackets, say
+        path, named = "", False
     name = unquote(PurePosixPath(path).name)
-    if not is_remote(spec) or not name:
+    # What it is kept as: a name of our folder, and of nothing outside of it.
+    if not named or not hub.is_file_name(name):
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf or the URL of a file")
-    named = hub.HubFile("", name)
     found = []
-    for shard in hub.shards(named):
+    for shard in hub.shards(hub.HubFile("", name)):
         # The file's name, once, at the end of the path: queries (signatures) are kept.
         head, _, tail = spec.rpartition(PurePosixPath(path).name)
         url = spec if shard.file == name else f"{head}{shard.file}{tail}"

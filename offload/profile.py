@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..runtime.errors import DeviceError, OptionError
+from ..runtime.json_text import parse
+from ..runtime.whole_file import read_whole
 from .profile_fit import Floats, Progress, Recording, Shape, fit_linear
 from .profile_path import fit_path
 
@@ -135,7 +137,7 @@ def predictor_state(path: str | os.PathLike[str], predictor: str | None, file: G
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
     """Header and states of a profile."""
     try:
-        content = path.read_bytes()
+        content = read_whole(path)
     except OSError as error:
         raise OptionError(f"{path}: {error.strerror or error}") from None
     if content[: len(_MAGIC)] != _MAGIC:
@@ -145,7 +147,7 @@ def _read(path: Path) -> tuple[dict[str, Any], bytes]:
         (nbytes,) = struct.unpack_from("<Q", content, len(_MAGIC))
         if nbytes > _MOST_HEADER:
             raise ValueError
-        header = json.loads(content[begin : begin + nbytes])
+        header = parse(content[begin : begin + nbytes])
         sections = header["sections"]
         valid = (
             isinstance(header["routers"], str)

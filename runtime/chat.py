@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import template_sandbox
+from . import arguments, template_sandbox
+from .arguments import shown
 from .control_marks import ControlMarks, ControlSpellings, unused_mark
 from .conversation import TOO_DEEP, Arguments, conversation, joined, plain, tool_schemas
 from .errors import ChatTemplateError, OptionError
@@ -111,8 +112,15 @@ class ChatTemplate:
 
         ChatTemplateError if a template is malformed.
         """
-        named = {"default": sources} if isinstance(sources, str) else dict(sources)
-        self._variables = {"bos_token": bos_token, "eos_token": eos_token}
+        given = {"default": sources} if isinstance(sources, str) else sources
+        named = {
+            arguments.text("a template's name", name): arguments.text(f"template {name}", source)
+            for name, source in arguments.mapping("sources", given).items()
+        }
+        self._variables = {
+            "bos_token": arguments.text("bos_token", bos_token),
+            "eos_token": arguments.text("eos_token", eos_token),
+        }
         self._environment = sandbox()
         self._templates = {
             name: compile_template(self._environment, named[name], name) for name in named
@@ -184,10 +192,10 @@ class ChatTemplate:
         enable_thinking=False.
         ChatTemplateError, one line, if the messages are malformed or the template rejects them.
         """
+        opens = arguments.flag("add_generation_prompt", add_generation_prompt)
         schemas = tool_schemas(tools)
         name = self._chosen(template, schemas)
-        turns = conversation(messages)
-        return self._rendered(_Request(name, turns, schemas, extra, add_generation_prompt))
+        return self._rendered(_Request(name, conversation(messages), schemas, extra, opens))
 
     def prompt(
         self,
@@ -204,6 +212,7 @@ class ChatTemplate:
         ChatTemplateError as of `render`; OptionError for a variable that the template does not
         read, or that is not the caller's.
         """
+        parse_special = arguments.flag("parse_special", parse_special)
         schemas = tool_schemas(tools)
         name = self._chosen(None, schemas)
         request = _Request(name, conversation(messages), schemas, self._checked(name, variables))
@@ -226,11 +235,13 @@ class ChatTemplate:
         return Prompt(text, mark, continued)
 
     def _chosen(self, name: str | None, tools: list[dict[str, Any]] | None) -> str:
-        if name is None:
+        if name is not None:
+            name = arguments.text("template", name)
+        else:
             name = "tool_use" if tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
             raise ChatTemplateError(
-                f"no chat template {name!r}; the model has: {', '.join(self.names)}"
+                f"no chat template {shown(name)}; the model has: {', '.join(self.names)}"
             )
         return name
 
@@ -238,14 +249,12 @@ class ChatTemplate:
         """A copy of a caller's variables. OptionError."""
         if variables is None:
             return {}
-        if not isinstance(variables, Mapping):
-            raise OptionError(
-                "template must map the names of template variables to values, "
-                f"not {type(variables).__name__}"
-            )
+        variables = arguments.mapping(
+            "template", variables, "the names of template variables to values"
+        )
         owned = _OWNED | frozenset(self._environment.globals)
         for variable in variables:
-            if variable in owned:
+            if arguments.text("a template variable", variable) in owned:
                 raise OptionError(f"template variable {variable!r} is set by the prompt itself")
         if variables:
             read = undeclared(self._environment, self._sources[name]) - owned

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 
 class StokerError(Exception):
-    """Base of every error that stoker raises on purpose."""
+    """Base of every error that stoker raises on purpose.
+
+    Its text is one line that any encoding of Unicode and any terminal takes: a path or a name in it
+    may hold newlines, control characters and bytes that are not UTF-8, which appear escaped.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ModelFileError(StokerError):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from os import PathLike, fspath
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from . import arguments
 from .options import LoadOptions
 
 if TYPE_CHECKING:
@@ -59,4 +60,6 @@ def load(
         io=io,
         readers=readers,
     )
-    return open_model(locate(fspath(path), download=download), options, onnx)
+    named = arguments.path("path", path)
+    download = arguments.flag("download", download)
+    return open_model(locate(named, download=download), options, onnx)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from operator import index
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
+from . import arguments
 from .cgroup import memory_headroom
 from .errors import OptionError
 
@@ -53,6 +53,7 @@ def check_memory(value: object) -> int | float | None:
     Raises OptionError.
     """
     if isinstance(value, str):
+        value = arguments.text("memory", value)
         text = value.strip().lower()
         if text == AUTO:
             return None
@@ -62,19 +63,30 @@ def check_memory(value: object) -> int | float | None:
             number = byte_count(text)
         except OptionError:
             raise _refusal(value) from None
-    elif isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        number = index(value)
     else:
-        raise _refusal(value)
+        try:
+            number = arguments.integer("memory", value, None, None)
+        except OptionError:
+            raise _refusal(value) from None
     if number < 1:
-        raise OptionError(f"memory must be at least 1 byte, not {number}")
+        raise OptionError(f"memory must be at least 1 byte, not {arguments.shown(number)}")
     if number >= 1 << 62:
-        raise OptionError(f"memory must be below 2^62 bytes, not {number}")
+        raise OptionError(f"memory must be below 2^62 bytes, not {arguments.shown(number)}")
     return number
 
 
+def plain_memory(value: object) -> int | str:
+    """The option itself, as a plain integer or string. Raises OptionError."""
+    named = check_memory(value)
+    if named is None:
+        return AUTO
+    return arguments.text("memory", value) if isinstance(value, str) else int(named)
+
+
 def _refusal(value: object) -> OptionError:
-    return OptionError(f"memory must be bytes, 500MB, 2GiB, 60% or auto, not {str(value)[:40]!r}")
+    return OptionError(
+        f"memory must be bytes, 500MB, 2GiB, 60% or auto, not {arguments.shown(value)}"
+    )
 
 
 def _share(value: str) -> float:

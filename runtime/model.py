@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from . import arguments
 from .errors import (
     BudgetError,
     ChatTemplateError,
@@ -201,7 +202,8 @@ class Model:
                     f"{self.path.name}: nothing to record, no expert is read from flash: "
                     "give a mixture of experts a memory budget (--memory)"
                 )
-            recorder = self._recorder = RoutingRecorder(self._engine, self._file, path)
+            file = arguments.path("path", path)
+            recorder = self._recorder = RoutingRecorder(self._engine, self._file, file)
         try:
             yield
         finally:
@@ -343,6 +345,7 @@ class Model:
         normalize: to L2 norm 1. Raises OptionError, UnsupportedModelError (a reranker's file).
         """
         kind = self._pooling if pooling is None else check_pooling(pooling)
+        normalize = arguments.flag("normalize", normalize)
         ids = self._encode(text, add_special=True, parse_special=False)
         with self._scratch(ids) as session:
             pooled = pool(session._timeline.eval_hidden(ids), kind)
@@ -378,6 +381,14 @@ class Model:
         Raises OptionError.
         """
         self._require_causal("score")
+        if context is not None:
+            context = arguments.integer("context", context, 2)
+        if stride is not None:
+            stride = arguments.integer("stride", stride, 1)
+        if max_chunks is not None:
+            max_chunks = arguments.integer("max_chunks", max_chunks, 1)
+        if progress is not None:
+            progress = arguments.function("progress", progress)
         ids = self._encode(text, add_special=True, parse_special=False)
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos else None
 
@@ -511,21 +522,9 @@ class Model:
 
     def _encode(self, text: str | Tokens, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of a text, or the given ids, checked."""
-        if isinstance(text, str):
+        if isinstance(text, str):  # anything else needs no tokenizer
             return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
-        try:
-            ids = np.asarray(text)
-        except ValueError:
-            ids = np.empty((0, 0))
-        if ids.size == 0 and ids.ndim == 1:
-            return []
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise OptionError("a prompt must be a string or a sequence of token ids")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.n_vocab:
-            bad = low if low < 0 else high
-            raise OptionError(f"token {bad} is outside the vocabulary of {self.n_vocab}")
-        return [int(i) for i in ids]
+        return arguments.tokens("a prompt", text, self.n_vocab)
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
@@ -567,4 +566,6 @@ def _check_names(options: LoadOptions) -> None:
     ):
         names = [name for name, _ in listed]
         if value is not None and value.partition(":")[0] not in names:
-            raise OptionError(f"{option} must be one of {', '.join(names)}, not {value!r}")
+            raise OptionError(
+                f"{option} must be one of {', '.join(names)}, not {arguments.shown(value)}"
+            )

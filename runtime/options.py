@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from operator import index
 from types import MappingProxyType
-from typing import Any, SupportsFloat, SupportsIndex
+from typing import Any
 
+from . import arguments
+from .arguments import INT32_MAX
 from .errors import OptionError
-from .memory import check_memory
+from .memory import plain_memory
 
 KV_TYPES = ("f16", "f32")
 PRECISIONS = ("fast", "balanced", "high")
@@ -20,49 +21,28 @@ PREFETCH_MODES = ("auto", "on", "off")
 _MAX_SEED = 2**64 - 1
 
 
-def _integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise OptionError(f"{name} must be an integer, not {value!r}")
-    number = index(value)  # numpy's integers too
-    if number < low or (high is not None and number > high):
-        limits = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise OptionError(f"{name} must be {limits}, not {number}")
-    return number
-
-
-def _number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
-        raise OptionError(f"{name} must be a number, not {value!r}")
-    number = float(value)
-    if not math.isfinite(number) or not low <= number <= high:
-        limits = "finite" if low == -math.inf else f"between {low:g} and {high:g}"
-        if low != -math.inf and high == math.inf:
-            limits = f"finite and at least {low:g}"
-        raise OptionError(f"{name} must be {limits}, not {number:g}")
-    return number
-
-
 def _stop_strings(value: object) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = (value,)
-    if not isinstance(value, Sequence) or not all(isinstance(s, str) for s in value):
-        raise OptionError(f"stop must be a string or a sequence of strings, not {value!r}")
-    if not all(value):
+    expected = "a string or a sequence of strings"
+    values = [value] if isinstance(value, str) else arguments.sequence("stop", value, expected)
+    stops = tuple(arguments.text("stop", stop, expected) for stop in values)
+    if not all(stops):
         raise OptionError("stop must not contain an empty string")
-    return tuple(value)
+    return stops
 
 
 def _logit_bias(value: object) -> Mapping[int, float]:
-    if not isinstance(value, Mapping):
-        raise OptionError(f"logit_bias must map token ids to numbers, not {value!r}")
     bias: dict[int, float] = {}
-    for key, number in value.items():
-        token = _integer("logit_bias token", key, 0)
-        banned = isinstance(number, float) and number == -math.inf
-        bias[token] = (
-            -math.inf if banned else _number(f"logit_bias[{token}]", number, -math.inf, math.inf)
-        )
+    for key, added in arguments.mapping("logit_bias", value, "token ids to numbers").items():
+        token = arguments.integer("logit_bias token", key, 0, INT32_MAX)
+        banned = isinstance(added, float) and added == -math.inf
+        bias[token] = -math.inf if banned else arguments.number(f"logit_bias[{token}]", added)
     return MappingProxyType(bias)
+
+
+def _set(options: object, checked: Mapping[str, Any]) -> None:
+    """Puts plain values in place of those that were given to a frozen dataclass."""
+    for name, value in checked.items():
+        object.__setattr__(options, name, value)
 
 
 @dataclass(frozen=True)
@@ -103,29 +83,28 @@ class LoadOptions:
     readers: int | None = None
 
     def __post_init__(self) -> None:
-        check_memory(self.memory)
+        checked: dict[str, Any] = {
+            "memory": plain_memory(self.memory),
+            "kv_type": arguments.choice("kv_type", self.kv_type, KV_TYPES),
+            "precision": arguments.choice("precision", self.precision, PRECISIONS),
+            "prefetch": arguments.choice("prefetch", self.prefetch, PREFETCH_MODES),
+        }
         for name in ("policy", "predictor", "io"):  # that they exist is for the core to say
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, str) or not value):
-                raise OptionError(f"{name} must be a name, not {value!r}")
-        if self.profile is not None and not isinstance(self.profile, (str, os.PathLike)):
-            raise OptionError(f"profile must be a path, not {self.profile!r}")
-        if self.prefetch not in PREFETCH_MODES:
-            raise OptionError(
-                f"prefetch must be one of {', '.join(PREFETCH_MODES)}, not {self.prefetch!r}"
-            )
+            if value is None:
+                continue
+            checked[name] = arguments.text(name, value)
+            if not checked[name]:
+                raise OptionError(f"{name} must be a name, not ''")
+        if self.profile is not None:
+            checked["profile"] = arguments.path("profile", self.profile)
         if self.readers is not None:
-            _integer("readers", self.readers, 1, 256)
+            checked["readers"] = arguments.integer("readers", self.readers, 1, 256)
         if self.threads is not None:
-            _integer("threads", self.threads, 1, 1024)
+            checked["threads"] = arguments.integer("threads", self.threads, 1, 1024)
         if self.context is not None:
-            _integer("context", self.context, 1)
-        if self.kv_type not in KV_TYPES:
-            raise OptionError(f"kv_type must be one of {', '.join(KV_TYPES)}, not {self.kv_type!r}")
-        if self.precision not in PRECISIONS:
-            raise OptionError(
-                f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}"
-            )
+            checked["context"] = arguments.integer("context", self.context, 1)
+        _set(self, checked)
 
 
 @dataclass(frozen=True)
@@ -168,28 +147,32 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
-            "temperature": _number("temperature", self.temperature, 0.0, math.inf),
-            "top_k": _integer("top_k", self.top_k, 0),
-            "top_p": _number("top_p", self.top_p, 0.0, 1.0),
-            "min_p": _number("min_p", self.min_p, 0.0, 1.0),
-            "repetition_penalty": _number(
-                "repetition_penalty", self.repetition_penalty, 0.01, math.inf
+            "temperature": arguments.number("temperature", self.temperature, 0.0),
+            "top_k": arguments.integer("top_k", self.top_k, 0, INT32_MAX),
+            "top_p": arguments.number("top_p", self.top_p, 0.0, 1.0),
+            "min_p": arguments.number("min_p", self.min_p, 0.0, 1.0),
+            "repetition_penalty": arguments.number(
+                "repetition_penalty", self.repetition_penalty, 0.01
             ),
-            "frequency_penalty": _number("frequency_penalty", self.frequency_penalty, -100, 100),
-            "presence_penalty": _number("presence_penalty", self.presence_penalty, -100, 100),
-            "penalty_window": _integer("penalty_window", self.penalty_window, -1),
+            "frequency_penalty": arguments.number(
+                "frequency_penalty", self.frequency_penalty, -100, 100
+            ),
+            "presence_penalty": arguments.number(
+                "presence_penalty", self.presence_penalty, -100, 100
+            ),
+            "penalty_window": arguments.integer(
+                "penalty_window", self.penalty_window, -1, INT32_MAX
+            ),
             "logit_bias": _logit_bias(self.logit_bias),
             "stop": _stop_strings(self.stop),
-            "logprobs": _integer("logprobs", self.logprobs, 0, 1000),
+            "logprobs": arguments.integer("logprobs", self.logprobs, 0, 1000),
+            "ignore_eos": arguments.flag("ignore_eos", self.ignore_eos),
         }
         if self.max_tokens is not None:
-            checked["max_tokens"] = _integer("max_tokens", self.max_tokens, 0)
+            checked["max_tokens"] = arguments.integer("max_tokens", self.max_tokens, 0)
         if self.seed is not None:
-            checked["seed"] = _integer("seed", self.seed, 0, _MAX_SEED)
-        if not isinstance(self.ignore_eos, bool):
-            raise OptionError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+            checked["seed"] = arguments.integer("seed", self.seed, 0, _MAX_SEED)
+        _set(self, checked)
 
     @property
     def penalizes(self) -> bool:
@@ -205,7 +188,7 @@ def merge(options: GenerationOptions | None, overrides: Mapping[str, Any]) -> Ge
     """`options` (or the defaults) with `overrides` on top; OptionError for an unknown name."""
     base = GenerationOptions() if options is None else options
     if not isinstance(base, GenerationOptions):
-        raise OptionError(f"options must be a GenerationOptions, not {base!r}")
+        raise OptionError(f"options must be a GenerationOptions, not {arguments.shown(base)}")
     names = [f.name for f in fields(GenerationOptions)]
     for name in overrides:
         if name not in names:

@@ -63,8 +63,9 @@ def measure(
     bos: put in place of each window's first token (None where the model has none).
     progress: called after each window with (windows done, windows in all, ppl so far).
     """
-    if context < 2:
-        raise OptionError(f"context must be at least 2, not {context}")
+    least = 2 if stride is not None else 3  # the second half of two tokens is none
+    if context < least:
+        raise OptionError(f"context must be at least {least}, not {context}")
     if context > timeline.context:
         raise OptionError(
             f"context must be at most the {timeline.context} tokens that the model was loaded "

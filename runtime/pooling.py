@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ModelFileError, OptionError, UnsupportedModelError
+from . import arguments
+from .errors import ModelFileError, UnsupportedModelError
 
 # By the value of <arch>.pooling_type, from llama.cpp's enumeration.
 _OF_FILE = ("none", "mean", "cls", "last", "rank")
@@ -16,9 +17,7 @@ POOLINGS = ("none", "mean", "cls", "last")
 
 def check_pooling(name: object) -> str:
     """One of POOLINGS. Raises OptionError."""
-    if name not in POOLINGS:
-        raise OptionError(f"pooling must be one of {', '.join(POOLINGS)}, not {name!r}")
-    return str(name)
+    return arguments.choice("pooling", name, POOLINGS)
 
 
 def pooling_of_file(value: Any, key: str) -> str:

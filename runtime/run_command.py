@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import OptionError
 from .options import GenerationOptions, LoadOptions
 from .terminal import byte_progress, printable
+from .whole_file import MOST_TEXT, read_stdin, read_whole
 
 if TYPE_CHECKING:
     from .generate import Generation
@@ -71,11 +72,13 @@ def _waiting() -> None:
 def read_text(path: Path) -> str:
     """The text of a file, or of stdin for "-". Raises OptionError."""
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        data = read_stdin() if str(path) == "-" else read_whole(path, MOST_TEXT)
         return data.decode("utf-8")
     except OSError as error:
         raise OptionError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
+        if not isinstance(error, UnicodeDecodeError):  # a NUL in the path
+            raise OptionError(f"cannot read {path}: {error}") from None
         raise OptionError(f"{path}: expected UTF-8 text, found byte {error.start} not to be") from (
             error
         )

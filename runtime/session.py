@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import Cancelled, ContextLengthError, OptionError
+from . import arguments
+from .errors import Cancelled, ChatTemplateError, ContextLengthError, OptionError
 from .generate import Generation
 from .options import GenerationOptions, merge
 
@@ -62,7 +63,7 @@ class Session:
         self._lock = threading.Lock()
         self._stop = threading.Event()  # cancel() was called during the present call
         self._active: weakref.ref[Generation] | None = None
-        self._system = system
+        self.system = system
         self._messages: list[dict[str, Any]] = []
 
     @property
@@ -97,7 +98,7 @@ class Session:
 
     @system.setter
     def system(self, text: str | None) -> None:
-        self._system = text
+        self._system = None if text is None else arguments.text("system", text)
 
     def append(
         self,
@@ -112,6 +113,9 @@ class Session:
         parse_special: read "<|name|>" in the text as the special token it names.
         Raises ContextLengthError, OptionError, Cancelled.
         """
+        if add_special is not None:
+            add_special = arguments.flag("add_special", add_special)
+        parse_special = arguments.flag("parse_special", parse_special)
         with self._exclusive():
             if add_special is None:
                 add_special = not self._tokens
@@ -170,6 +174,7 @@ class Session:
         chosen = merge(options, overrides)
         with self._exclusive():  # which may first put an unfinished answer into the conversation
             if isinstance(message, str):
+                message = arguments.text("message", message)
                 turns = [*self._messages, {"role": "user", "content": message}]
                 rendered: Sequence[Message] = self._with_system(turns)
             else:
@@ -177,17 +182,13 @@ class Session:
             target, continued = self._model._prompt(
                 rendered, tools=tools, variables=template, parse_special=parse_special
             )
-            turns = turns or [dict(turn) for turn in rendered]
+            turns = turns or _copied(rendered)
             return self._begin(target, chosen, started, turns, continued)
 
     def truncate(self, position: int) -> None:
         """Forgets every token from `position` on."""
         with self._exclusive():
-            if not 0 <= position <= len(self._tokens):
-                raise OptionError(
-                    f"position must be between 0 and {len(self._tokens)}, not {position}"
-                )
-            self._truncate(position)
+            self._truncate(arguments.integer("position", position, 0, len(self._tokens)))
 
     def reset(self) -> None:
         """Forgets all tokens and the conversation (not the system message)."""
@@ -242,6 +243,10 @@ class Session:
         those of its last message.
         """
         self._model._require_causal("generate")
+        if not target and turns is not None:
+            raise ChatTemplateError(
+                f"{self._model.path.name}: the chat template makes no prompt of these messages"
+            )
         if not target:
             raise OptionError("the prompt is empty and the model has no beginning-of-text token")
         self._check_length(target)
@@ -360,6 +365,12 @@ class Session:
 
     def _decode_bytes(self) -> int:
         return int(self._timeline.stats["decode_bytes"])
+
+
+def _copied(messages: object) -> list[Any]:
+    """The messages, each mapping a copy; what is no mapping is for the template to refuse."""
+    listed = arguments.sequence("messages", messages, "a string or a sequence of messages")
+    return [dict(turn) if isinstance(turn, Mapping) else turn for turn in listed]
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterable
 
+from . import arguments
 from .end_tokens import find_end_tokens
 from .errors import TokenizerError
 from .normalizers import PrecompiledMap, nfc, squeezed_spaces
@@ -58,8 +59,8 @@ class TokenStream:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool, at_start: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._strip_space = at_start and tokenizer.add_space_prefix
+        self._skip_special = arguments.flag("skip_special", skip_special)
+        self._strip_space = arguments.flag("at_start", at_start) and tokenizer.add_space_prefix
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
@@ -161,6 +162,9 @@ class Tokenizer:
         tokens; otherwise they are plain text. User-defined tokens are always found.
         mark: a character that is no part of the text; spellings that have it inside are plain text.
         """
+        text = arguments.text("text", text)
+        add_special = arguments.flag("add_special", add_special)
+        parse_special = arguments.flag("parse_special", parse_special)
         # Lone surrogates have no UTF-8; in plain text they become U+FFFD. Pairs are characters.
         repaired = not text.isascii() and not _is_utf8(text)
         if repaired:
@@ -204,9 +208,10 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
         """Like decode(), before the bytes are read as UTF-8."""
+        skip_special = arguments.flag("skip_special", skip_special)
         out = bytearray()
         strip_space = self.add_space_prefix
-        for token in ids:
+        for token in arguments.integers("ids", ids):
             special = self.is_special(token)
             if special and skip_special:
                 continue
@@ -227,6 +232,7 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The exact bytes that a token contributes to a text. TokenizerError if out of range."""
+        token = arguments.integer("token", token, None, None)
         spelling = self.id_to_token(token)
         kind = self._vocabulary.types.get(token, NORMAL)
         if kind in (CONTROL, UNKNOWN):
@@ -253,15 +259,17 @@ class Tokenizer:
 
         TokenizerError if out of range.
         """
+        token = arguments.integer("token", token, None, None)
         if not 0 <= token < self.vocab_size:
             raise TokenizerError(
-                f"token id {token} is outside the vocabulary of {self.vocab_size} tokens"
+                f"token id {arguments.shown(token)} is outside the vocabulary of "
+                f"{self.vocab_size} tokens"
             )
         return self._vocabulary.tokens[token]
 
     def token_to_id(self, spelling: str) -> int | None:
         """The id of a token as the file spells it, None where there is none."""
-        return self._vocabulary.ids.get(spelling)
+        return self._vocabulary.ids.get(arguments.text("spelling", spelling))
 
     def special_spellings(self) -> list[str]:
         """The spellings of all tokens that is_special()."""
@@ -277,6 +285,7 @@ class Tokenizer:
 
     def is_special(self, token: int) -> bool:
         """Whether a token is a control or unknown token, one without text of its own."""
+        token = arguments.integer("token", token, None, None)
         return self._vocabulary.types.get(token) in (CONTROL, UNKNOWN)
 
     # Building.

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...runtime.errors import ModelFileError, OptionError, UnsupportedModelError
+from ...runtime.whole_file import read_whole
 from .options import Options
 from .sparse import SparseTensor
 
@@ -154,7 +155,7 @@ def read(path: Path) -> TfliteFile:
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise ModelFileError(f"{path}: expected at most 2 GiB of tflite, found {size} bytes")
-        data = path.read_bytes()
+        data = read_whole(path, _MAX_BYTES)
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror or error}") from error
     if len(data) < 8 or data[4:8] != _IDENTIFIER:

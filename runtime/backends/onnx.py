@@ -7,7 +7,6 @@ them. Its tokenizer is in the file (`stoker export onnx`) or in files beside it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -28,6 +27,7 @@ from ..errors import (
     OptionError,
     UnsupportedModelError,
 )
+from ..json_text import parse
 from ..memory import budget, process_bytes
 from ..model import Model
 from ..options import LoadOptions
@@ -231,7 +231,7 @@ def _metadata(path: Path, properties: Mapping[str, str]) -> dict[str, Any]:
     """GGUF metadata that came with the model; of a foreign one that of the files beside it."""
     if ONNX_METADATA in properties:
         try:
-            found = json.loads(properties[ONNX_METADATA])
+            found = parse(properties[ONNX_METADATA])
         except ValueError as error:
             raise ModelFileError(f"{path}: {ONNX_METADATA}: expected JSON: {error}") from None
         if not isinstance(found, dict):
@@ -435,9 +435,9 @@ class OnnxEngine(BackendEngine):
 def _beside(path: Path) -> int:
     """The context that config.json beside a foreign model tells, in tokens."""
     try:
-        found = json.loads((path.parent / "config.json").read_text())["max_position_embeddings"]
+        found = parse((path.parent / "config.json").read_text())["max_position_embeddings"]
         return max(1, int(found))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError):
         return _DEFAULT_CONTEXT
 
 

@@ -10,6 +10,7 @@
 #include "runtime/core/metadata_keys.h"
 #include "runtime/core/forward.h"
 #include "runtime/core/kv_cache.h"
+#include "runtime/core/printable.h"
 
 namespace stoker {
 
@@ -40,7 +41,7 @@ const Family& find_family(const GgufFile& file, const std::string& architecture)
 #include "runtime/arch/archs.inc"
 #undef STOKER_ARCH
   throw Error(ErrorKind::kUnsupported, file.path() + ": general.architecture: expected one of " +
-                                           known + ", found " + architecture);
+                                           known + ", found " + printable(architecture));
 }
 
 // Sets the pointers of `s` for a chunk and a memory that begins at `base` (null: none yet); returns

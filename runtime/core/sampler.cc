@@ -148,18 +148,27 @@ void Sampler::reset() {
   top_logprobs_.clear();
 }
 
+// What an option has made of a finite logit, in the range of float32: only bans are infinite.
+static float bounded(double logit) {
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  return static_cast<float>(std::clamp(logit, -kLargest, kLargest));
+}
+
 // Bias and penalties; returns `logits` itself where there are none.
 const float* Sampler::adjust(const float* logits) {
   if (adjusted_.empty()) return logits;
   std::memcpy(adjusted_.data(), logits, n_vocab_ * sizeof(float));
   for (const auto& [token, bias] : options_.logit_bias) {
-    adjusted_[token] = static_cast<float>(adjusted_[token] + bias);
+    if (std::isfinite(adjusted_[token])) {
+      adjusted_[token] = bias == -kInfinity ? -kInfinity : bounded(adjusted_[token] + bias);
+    }
   }
   for (const int32_t token : distinct_) {
+    if (!std::isfinite(adjusted_[token])) continue;  // banned, or of damaged weights
     double logit = adjusted_[token];
     logit = logit > 0.0 ? logit / options_.repetition_penalty : logit * options_.repetition_penalty;
     logit -= occurrences_[token].count * options_.frequency_penalty + options_.presence_penalty;
-    adjusted_[token] = static_cast<float>(logit);
+    adjusted_[token] = bounded(logit);
   }
   return adjusted_.data();
 }
@@ -193,8 +202,12 @@ float Sampler::checked_max(const float* logits, int* argmax) const {
   }
   const float max = std::bit_cast<float>(baseline::order_key(largest));  // its own inverse
   if (max == -kInfinity) {
-    throw Error(options_.logit_bias.empty() ? ErrorKind::kModelFile : ErrorKind::kOption,
-                "logits: expected a token to choose, found -inf for all of them");
+    if (options_.logit_bias.empty()) {
+      throw Error(ErrorKind::kModelFile,
+                  "logits: expected a token to choose, found -inf for all of them");
+    }
+    throw Error(ErrorKind::kOption,
+                "logit_bias: expected a token to choose, found -inf for all of them");
   }
   if (max == 0.0f) best = 0;  // -0 equals +0 but has a lower key
   *argmax = static_cast<int>(std::find(logits + best, logits + n_vocab_, max) - logits);

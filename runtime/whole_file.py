@@ -1,0 +1,35 @@
+"""Whole files in memory, up to a size: a device such as /dev/zero never ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import BinaryIO
+
+MOST_TEXT = 256 << 20  # bytes of a text: a model reads as much in days
+MOST_DATA = 2 << 30  # of what was measured or learnt of a model
+
+
+def read_whole(path: str | os.PathLike[str], most: int = MOST_DATA) -> bytes:
+    """The bytes of a file. Raises OSError, also (EFBIG) where there are more than `most`."""
+    with open(path, "rb") as file:
+        return _read(file, os.fspath(path), most)
+
+
+def read_stdin(most: int = MOST_TEXT) -> bytes:
+    """The bytes of stdin, to its end. Raises OSError as read_whole does."""
+    return _read(sys.stdin.buffer, "stdin", most)
+
+
+def read_whole_text(path: Path, most: int = MOST_TEXT) -> str:
+    """The UTF-8 text of a file. Raises OSError, UnicodeDecodeError."""
+    return read_whole(path, most).decode("utf-8")
+
+
+def _read(file: BinaryIO, name: str, most: int) -> bytes:
+    data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"expected at most {most >> 20} MiB, found more", name)
+    return data
