@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..runtime.arguments import shown
 from ..runtime.errors import DownloadError, OptionError
 from .cache import Progress, directory, locked
 
@@ -43,6 +44,7 @@ class HubFile:
 
 def parse(spec: str) -> HubFile:
     """Reads "hf:owner/name/file[@revision]"; OptionError where it is not one."""
+    _check_endpoint()
     if not spec.isprintable():
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision] in printable text")
     match = _SPEC.fullmatch(spec)
@@ -51,6 +53,20 @@ def parse(spec: str) -> HubFile:
     if match is None or not all(map(is_file_name, parts)):
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision]")
     return HubFile(match[1], match[2], match[3])
+
+
+def _check_endpoint() -> None:
+    """Raises OptionError where HF_ENDPOINT is no URL: the hub library cannot even be imported."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        parts = urlsplit(endpoint)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if endpoint and not usable:
+        raise OptionError(
+            f"HF_ENDPOINT must be a URL such as https://huggingface.co, not {shown(endpoint)}"
+        )
 
 
 def is_file_name(name: str) -> bool:
