@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[tuple[Array, Array, Array | None], dict[str, Any], str]
         (ints(I8, 5, 4), scales(5, 1), None), {"axis": 0}, r"found \[5, 1\] on axis 0"),
     "no scales": ((ints(I8, 5, 4), scales(0), None), {"axis": 0}, r"found \[0\] on axis 0"),
     "too few zero points": (
-        (ints(I8, 5, 4), scales(5), ints(I8, 1)), {"axis": 0}, r"expected 5 zero points, found \[1\]"),
+        (ints(I8, 5, 4), scales(5), ints(I8, 1)), {"axis": 0}, r"expected 5 zero points"),
     "too many zero points": (
         (ints(I8, 5, 4), scales(1), ints(I8, 4)), {}, r"expected 1 zero points, found \[4\]"),
 }  # fmt: skip
