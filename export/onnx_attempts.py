@@ -19,8 +19,13 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.errors import DeviceError, ModelFileError, OptionError, UnsupportedModelError
-from .measurement import one_line
+from ..runtime.errors import (
+    DeviceError,
+    ModelFileError,
+    OptionError,
+    UnsupportedModelError,
+    one_line,
+)
 from .onnx_samples import Array, InputSpec, Samples, batch_size
 from .onnx_source import Source, quantized_types
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.errors import ModelFileError, UnsupportedModelError
-from .measurement import one_line
+from ..runtime.errors import ModelFileError, UnsupportedModelError, one_line
 from .onnx_exclusion import Exclusion, graphs
 
 if TYPE_CHECKING:
