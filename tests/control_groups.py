@@ -43,10 +43,15 @@ def group(controller: str, settings: dict[str, str]) -> Iterator[Path]:
                     time.sleep(0.05)
 
 
-def inside(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+def joining(folder: Path, *command: str) -> list[str]:
+    """The command, which joins the group first."""
     join = 'echo $$ > "$0" && exec "$@"'
+    return ["/bin/sh", "-c", join, str(folder / "cgroup.procs"), *command]
+
+
+def inside(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["/bin/sh", "-c", join, str(folder / "cgroup.procs"), *command],
+        joining(folder, *command),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -10,11 +10,12 @@ from typing import Any
 
 import psutil
 import pytest
-from control_groups import group, inside
+from control_groups import group, inside, joining
 from stoker.export import gguf_writer, model_writer, quantize
 from stoker.mobile_bench.worker_process import WorkerProcess
 from stoker.runtime.errors import DeviceError
 from stoker.runtime.side_thread import SideThread
+from test_cli import Terminal
 from tiny_models import WIDE, make
 
 
@@ -60,6 +61,26 @@ def test_a_group_of_few_threads_gets_the_whole_file(
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="groups of Linux")
+@pytest.mark.parametrize("command", ["quantize", "perplexity"])
+def test_a_terminal_gets_its_bars_without_a_thread(
+    command: str, base: Path, whole: bytes, tmp_path: Path
+) -> None:
+    out, text = tmp_path / "out.gguf", tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat " * 20)
+    arguments = {
+        "quantize": ["export", "quantize", str(base), str(out), "--type", "Q4_K_M"],
+        "perplexity": ["perplexity", str(base), str(text), "--context", "32"],
+    }[command]
+    line = [sys.executable, "-m", "stoker.runtime.cli", *arguments, "-t", "1"]
+    with group("pids", {"pids.max": "1"}) as folder:
+        terminal = Terminal(joining(folder, *line))
+        drawn = terminal.expect("\x1b[?25h")  # the cursor, which bars hide
+        assert terminal.wait() == 0
+    assert "\u2501" in drawn and "error" not in drawn
+    assert command == "perplexity" or out.read_bytes() == whole
 
 
 def test_without_threads_a_part_is_kept_and_taken_up(
