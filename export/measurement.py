@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..runtime.errors import ModelFileError, OptionError
+from ..runtime.errors import ModelFileError, OptionError, one_line
 from .onnx_samples import Array, InputSpec, Samples, batch_size, input_specs
 
 if TYPE_CHECKING:
@@ -194,9 +194,3 @@ def _bytes_of(path: Path) -> int:
         raise ModelFileError(f"{path}: not a valid ONNX model: {one_line(error)}") from error
     files = {ExternalDataInfo(t).location for t in model.graph.initializer if uses_external_data(t)}
     return path.stat().st_size + sum((path.parent / f).stat().st_size for f in files)
-
-
-def one_line(error: BaseException) -> str:
-    """The error's message on one line, of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."

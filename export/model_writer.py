@@ -1,8 +1,9 @@
 """Making a model file larger than memory: piece by piece, resumable, atomic.
 
 One thread makes the pieces (reads, quantizes), another writes them; a third may read what comes
-next (`read_ahead`). Every 128 MB the part is brought to the disk and its journal notes how far it
-has come, so that a call that was killed goes on from there and gives the same bytes.
+next (`read_ahead`); where the system refuses these, the first does all. Every 128 MB the part is
+brought to the disk and its journal notes how far it has come, so that a call that was killed goes
+on from there and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import Cancelled, OptionError, StokerError
+from ..runtime.side_thread import SideThread
 from . import gguf_writer
 from .gguf_writer import PartFile, Tensor
 from .hidden_states import Progress
@@ -114,7 +116,7 @@ def write_pieces(
     """
     pending: list[Future[None]] = []
     uncommitted, last = 0, part.done
-    with _closed(pieces), ThreadPoolExecutor(1, "stoker-write") as writer:
+    with _closed(pieces), SideThread("stoker-write") as writer:
         try:
             for piece in pieces:
                 n = _view(piece.data).nbytes
@@ -234,7 +236,7 @@ def read_ahead(jobs: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
 
     Close it where it may be left before its end (`_closed` says why).
     """
-    with ThreadPoolExecutor(1, "stoker-read") as reader:
+    with SideThread("stoker-read") as reader:
         pending: Future[_T] | None = None
         for job in jobs:
             following = reader.submit(job)

@@ -2,7 +2,9 @@
 
 The quantizer raises on some nodes, and makes files of others that are refused at load or fail in
 the run. Where all nodes together do not go, halves are tried, and what goes alone with none of
-the rest stays float.
+the rest stays float. That search ends after 200 attempts or 15 minutes (the attempt that is going
+on then is the last); nodes that it has not come to stay float. It is made at most twice: with
+scales for each channel, and where nothing goes so, with one for each weight.
 """
 
 from __future__ import annotations
@@ -10,13 +12,20 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runtime.errors import DeviceError, ModelFileError, OptionError, UnsupportedModelError
-from .measurement import one_line
+from ..runtime.errors import (
+    DeviceError,
+    ModelFileError,
+    OptionError,
+    UnsupportedModelError,
+    one_line,
+)
 from .onnx_samples import Array, InputSpec, Samples, batch_size
 from .onnx_source import Source, quantized_types
 
@@ -27,7 +36,10 @@ Progress = Callable[[str, int, "int | None"], None]
 
 _PERCENTILE = 99.99  # of an activation's values: 1 in 10000 is clipped
 _SHOWN = 5  # names in a note
-_MOST_ATTEMPTS = 200  # ten nodes of a thousand that do not go take half of them
+# Of a search for what goes, each of them one quantization with one sample: ten nodes of a thousand
+# that do not go take half of them. A large model's are minutes long: the time ends the search.
+_MOST_ATTEMPTS = 200
+_MOST_SECONDS = 900.0
 _NOTHING_LEFT = "nothing is quantized: all that could be is excluded"
 # What the quantizer calls the product that it takes out of a Gemm. Its own list of nodes to leave
 # out knows the Gemm's name alone.
@@ -75,7 +87,7 @@ class Attempts:
         self._wanted = [name for name in self._nodes if name not in self._excluded]
         self._types = {n.name: n.op_type for n in model.graph.node}
         self._convolves = any(n.op_type == "Conv" for n in model.graph.node)
-        self._attempts = 0
+        self._begin_search()
 
     def best(self, *, per_channel: bool) -> tuple[Path, int, tuple[str, ...]]:
         """The file, how many of its operators are about integers, and notes for the user.
@@ -90,11 +102,12 @@ class Attempts:
             if not count and not self._excluded:
                 raise UnsupportedModelError(f"{self._origin}: nothing in it can be quantized")
             return self._made, count, () if count else (_NOTHING_LEFT,)
+        self._begin_search()
         if not self._goes([], per_channel):
             raise first  # it is none of the nodes
         for channels in (True, False) if per_channel else (False,):
-            self._attempts = 0
-            going = self._most(self._wanted, [], channels)
+            self._begin_search()
+            going = self._most(channels, failed=channels == per_channel)
             try:
                 count = self._attempt(going, channels, self._calibrating)
             except UnsupportedModelError:
@@ -104,26 +117,55 @@ class Attempts:
         raise first
 
     def _notes(self, going: Sequence[str], channels: bool, asked: bool) -> Iterator[str]:
-        left = [n for n in self._wanted if n not in set(going)]
+        goes = set(going)
+        left = [n for n in self._wanted if n not in goes]
         if left:
             named = ", ".join(f"{n} ({self._types[n]})" for n in left[:_SHOWN])
             more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
             yield f"float, since onnxruntime does not run them quantized: {named}{more}"
+        if self._ended is not None:
+            yield (
+                f"not all of these were tried: the search ended after {self._attempts} attempts in"
+                f" {self._ended:.0f} s (--exclude what does not run, and it is shorter)"
+            )
         if asked and not channels:
             yield "one scale for each weight: onnxruntime does not run it with one for each channel"
 
-    def _most(self, nodes: Sequence[str], beside: Sequence[str], channels: bool) -> list[str]:
-        """As many of `nodes` as go together, and with `beside`, which go."""
-        if not nodes or self._goes([*beside, *nodes], channels):
-            return list(nodes)
-        if len(nodes) == 1:
-            return []
-        middle = len(nodes) // 2
-        some = self._most(nodes[:middle], beside, channels)
-        return some + self._most(nodes[middle:], [*beside, *some], channels)
+    def _begin_search(self) -> None:
+        self._attempts, self._began = 0, time.monotonic()
+        self._ended: float | None = None  # s that it took, where it has left out what was not tried
+
+    def _most(self, channels: bool, *, failed: bool) -> list[str]:
+        """As many of the wanted nodes as go together; failed: whether all have been seen not to.
+
+        The largest groups come first: when the search ends, what is known goes is as much as it
+        could be. A group that goes beside what goes already leaves the fault to the other half.
+        """
+        if not failed and self._goes(self._wanted, channels):
+            return self._wanted
+        going: list[str] = []
+        failing = deque([self._wanted])  # groups that do not go beside `going`
+        while failing and self._ended is None:
+            group = failing.popleft()
+            if len(group) < 2:
+                continue
+            middle = len(group) // 2
+            first, second = group[:middle], group[middle:]
+            if self._goes([*going, *first], channels):
+                going += first
+                failing.append(second)
+                continue
+            failing.append(first)
+            if self._goes([*going, *second], channels):
+                going += second
+            else:
+                failing.append(second)
+        return going
 
     def _goes(self, nodes: Sequence[str], channels: bool) -> bool:
-        if self._attempts >= _MOST_ATTEMPTS:
+        seconds = time.monotonic() - self._began
+        if self._attempts >= _MOST_ATTEMPTS or seconds >= _MOST_SECONDS:
+            self._ended = seconds if self._ended is None else self._ended
             return False
         self._attempts += 1
         if self._progress is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import OptionError
@@ -50,7 +50,7 @@ class Exclusion:
         self._fit(model)
         makers = _makers(model.graph)
         for call in self._calls:
-            for node in _between(makers, call.output, set(call.input)):
+            for node in _between(makers, call.output, call.input):
                 self._outputs.update(node.output)
 
     def complete(self) -> None:
@@ -78,8 +78,7 @@ class Exclusion:
         computed = {o for n in prepared.node for o in n.output}
         found = []
         for node in prepared.node:
-            ends = set(node.input) | (computed - set(node.output))
-            work = _between(self._makers, node.output, ends)
+            work = _between(self._makers, node.output, node.input, computed)
             if self._outputs.intersection(node.output) or any(
                 self._outputs.intersection(n.output) for n in work
             ):
@@ -128,13 +127,16 @@ def _makers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
 
 
 def _between(
-    makers: Mapping[str, onnx.NodeProto], outputs: Iterable[str], inputs: set[str]
+    makers: Mapping[str, onnx.NodeProto],
+    outputs: Iterable[str],
+    inputs: Iterable[str],
+    known: Set[str] = frozenset(),
 ) -> Iterator[onnx.NodeProto]:
-    """The nodes that make `outputs` of `inputs`."""
-    pending, seen = list(outputs), set(inputs)
+    """The nodes that make `outputs` of `inputs`, and of what else is `known`."""
+    pending, own, seen = list(outputs), set(outputs), set(inputs)
     while pending:
         name = pending.pop()
-        if name in seen or name not in makers:
+        if name in seen or name not in makers or (name in known and name not in own):
             continue
         seen.add(name)
         yield makers[name]

@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ..runtime.errors import ModelFileError, UnsupportedModelError
-from .measurement import one_line
+from ..runtime.errors import ModelFileError, UnsupportedModelError, one_line
 from .onnx_exclusion import Exclusion, graphs
 
 if TYPE_CHECKING:
     import onnx
+
+Array = npt.NDArray[Any]
 
 _QDQ_OPSET = 13  # the first with scales for each channel
 _DYNAMIC_OPSET = 11  # the first with DynamicQuantizeLinear
 _TARGET_OPSET = 17
 _INPUTS_APART = 4  # the first version of the format whose initializers need not be inputs, too
 _UNKNOWN_TO_CHECKER = "No Op registered for"
+# What DequantizeLinear makes reals of by a scale and a zero point, and the types of its scales.
+_STORED = ("INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16", "INT32")
+_SCALES = ("FLOAT", "FLOAT16", "BFLOAT16")
 _MAX_BYTES = 2**31 - 1  # of a model in one file (protobuf)
 
 
@@ -60,7 +65,7 @@ def read(path: Path, patterns: Sequence[str]) -> Source:
         fits.inline(model)
     fits.complete()
     _lift_constants(model)
-    _fold_weights(model)
+    _fold_weights(path, model)
     _check_float(path, model)
     fits.rename(_to_float32(model))
     _drop_weight_inputs(model)
@@ -137,8 +142,11 @@ def _lift_constants(model: onnx.ModelProto) -> None:
     model.graph.node.extend(kept)
 
 
-def _fold_weights(model: onnx.ModelProto) -> None:
-    """Replaces DequantizeLinear of constants by their float32: weights that are stored as int8."""
+def _fold_weights(path: Path, model: onnx.ModelProto) -> None:
+    """Replaces DequantizeLinear of constants by their reals: weights that are stored as integers.
+
+    Raises ModelFileError where the scales do not fit the weights.
+    """
     from onnx import helper, numpy_helper
 
     if any(n.op_type == "QuantizeLinear" for n in model.graph.node):
@@ -147,15 +155,13 @@ def _fold_weights(model: onnx.ModelProto) -> None:
     kept, folded = [], []
     for node in model.graph.node:
         options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        given = [constants[i] for i in node.input if i in constants]
         foldable = node.op_type == "DequantizeLinear" and not set(options) - {"axis"}
-        if foldable and all(i in constants for i in node.input):
-            stored, scale, *zero = (numpy_helper.to_array(constants[i]) for i in node.input)
-            shape = [1] * stored.ndim
-            if scale.ndim:
-                shape[options.get("axis", 1)] = -1
-            offset = zero[0].astype(np.int64) if zero else np.zeros((), np.int64)
-            reals = (stored.astype(np.int64) - offset.reshape(shape)).astype(scale.dtype)
-            folded.append(numpy_helper.from_array(reals * scale.reshape(shape), node.output[0]))
+        if foldable and len(given) == sum(bool(i) for i in node.input) and _are_integers(given):
+            what = f"{path}: DequantizeLinear of {given[0].name}"
+            stored, scale, *zero = (numpy_helper.to_array(w) for w in given)
+            reals = _reals(what, stored, scale, zero[0] if zero else None, options.get("axis", 1))
+            folded.append(numpy_helper.from_array(reals, node.output[0]))
         else:
             kept.append(node)
     if folded:
@@ -164,6 +170,42 @@ def _fold_weights(model: onnx.ModelProto) -> None:
         del model.graph.node[:], model.graph.initializer[:]
         model.graph.node.extend(kept)
         model.graph.initializer.extend(weights)
+
+
+def _are_integers(given: Sequence[onnx.TensorProto]) -> bool:
+    """Whether the inputs of a DequantizeLinear are integers and scales, not 8-bit floats."""
+    from onnx import TensorProto
+
+    types = [TensorProto.DataType.Name(w.data_type) for w in given]
+    return len(types) in (2, 3) and types[0] in _STORED and types[1] in _SCALES
+
+
+def _reals(what: str, stored: Array, scale: Array, zero: Array | None, axis: int) -> Array:
+    """(stored - zero) * scale, of the scale's type.
+
+    scale: [], [1], or one for each index of `axis`; zero: as many. Source: DequantizeLinear of
+    ONNX, as onnxruntime reads it: one scale has no axis.
+    """
+    rank = stored.ndim
+    shape: list[int] = [1] * rank
+    if scale.ndim > 1 or scale.size != 1:
+        fits = scale.ndim == 1 and -rank <= axis < rank and stored.shape[axis] == scale.size
+        if not fits:
+            raise ModelFileError(
+                f"{what}: expected a scale, or one for each index of an axis of"
+                f" {list(stored.shape)}, found {list(scale.shape)} on axis {axis}"
+            )
+        shape[axis] = -1
+    integers = stored.astype(np.int32)
+    if zero is not None:
+        if zero.ndim > 1 or zero.size != scale.size:
+            raise ModelFileError(
+                f"{what}: expected {scale.size} zero points, found {list(zero.shape)}"
+            )
+        integers -= zero.astype(np.int32).reshape(shape)
+    reals: Array = integers.astype(scale.dtype)
+    reals *= scale.reshape(shape)
+    return reals
 
 
 def _to_float32(model: onnx.ModelProto) -> dict[str, str]:

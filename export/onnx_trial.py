@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.errors import OptionError, UnsupportedModelError
+from ..runtime.errors import OptionError, UnsupportedModelError, one_line
 from ..runtime.memory import available_memory
 
 if TYPE_CHECKING:
@@ -176,6 +176,5 @@ def _check(
 
 
 def said(error: BaseException) -> str:
-    """onnxruntime's message on one line, of bearable length."""
-    text = _PREFIX.sub("", " ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
+    """onnxruntime's message on one line, without its prefix of codes."""
+    return _PREFIX.sub("", one_line(error)) or type(error).__name__

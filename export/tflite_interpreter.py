@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.errors import ModelFileError, OptionError
-from .measurement import one_line
+from ..runtime.errors import ModelFileError, OptionError, one_line
 from .onnx_samples import Array, InputSpec
 
 

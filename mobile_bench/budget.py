@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from stoker.mobile_bench.cgroup_run import MemoryGroup, memory_group
+from stoker.runtime.side_thread import start
 
 PROMPT = Path(__file__).with_name("prompt.txt")
 SHARE = 0.95  # of the limit: --memory
@@ -154,13 +155,13 @@ def run(model: Path, limit: int, case: Case, text: str, extra: list[str]) -> Run
         Path("/proc/sys/vm/drop_caches").write_text("3\n")
         with memory_group(limit) as group:
             sampler = Sampler(group)
-            sampler.start()
-            start = time.perf_counter()
+            start(sampler, "samples memory")
+            began = time.perf_counter()
             process = group.popen(
                 [*command, *extra], stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
             out, err = process.communicate()
-            result.seconds = time.perf_counter() - start
+            result.seconds = time.perf_counter() - began
             sampler.stop()
             result.exit_code = process.returncode
             result.peak, result.kills = group.peak(), group.kills()

@@ -33,6 +33,7 @@ from stoker.mobile_bench.compare import spread
 from stoker.mobile_bench.preparation import drop_page_cache, read_directly, touch_memory
 from stoker.mobile_bench.prompt_ids import prompt_ids
 from stoker.mobile_bench.worker_process import WorkerError, WorkerProcess
+from stoker.runtime.errors import DeviceError
 
 LLAMA = {"use_mmap": True, "repack": False}
 
@@ -82,7 +83,7 @@ def run(
             group=group,
         ) as worker:
             result = answers(worker, task)
-    except WorkerError as error:
+    except (WorkerError, DeviceError) as error:
         result = {"error": str(error)}
     if group:
         result["cgroup"] = {"peak": group.peak(), "kills": group.kills(), "swap": group.swapped()}

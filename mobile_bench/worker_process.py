@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from ..runtime.errors import DeviceError
+from ..runtime.side_thread import start
 from .cgroup_run import MemoryGroup
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -36,6 +38,9 @@ class WorkerProcess:
         python: str = "",
         group: MemoryGroup | None = None,
     ) -> None:
+        """Raises WorkerError where it cannot be started, DeviceError where no thread is left to
+        read its answers.
+        """
         self.engine, self.group = engine, group
         settings = {"threads": threads, "context": context, "options": options or {}}
         command = [python or sys.executable, str(WORKER), engine, str(model), json.dumps(settings)]
@@ -56,7 +61,13 @@ class WorkerProcess:
             self._errors.close()
             raise WorkerError(f"{command[0]}: {error.strerror or error}") from None
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        try:
+            reader = threading.Thread(target=self._read, daemon=True)
+            start(reader, "reads a worker's answers")
+        except DeviceError:
+            self.kill()
+            self.close()
+            raise
 
     def _read(self) -> None:
         assert self.process.stdout

@@ -58,3 +58,9 @@ class DownloadError(StokerError):
 
 class Cancelled(StokerError):
     """The session was cancelled from another thread; it stays usable."""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message on one line, of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import OptionError
 from .options import GenerationOptions, LoadOptions
-from .terminal import byte_progress, printable
+from .terminal import byte_progress, printable, progress_bars
 from .whole_file import MOST_TEXT, read_stdin, read_whole
 
 if TYPE_CHECKING:
@@ -197,10 +197,7 @@ def perplexity(
     bar: Any = nullcontext()
     report = None
     if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        bar = Progress(console=Console(stderr=True), transient=True)
+        bar = progress_bars(transient=True)
         task = bar.add_task("perplexity", total=None)
 
         def report(done: int, total: int, ppl: float) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from .errors import ChatTemplateError
+from .errors import ChatTemplateError, one_line
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
@@ -78,10 +78,10 @@ def compile_template(environment: Environment, source: str, name: str) -> Templa
         return environment.from_string(source)
     except TemplateSyntaxError as error:
         raise ChatTemplateError(
-            f"chat template {name!r}, line {error.lineno}: {_one_line(error)}"
+            f"chat template {name!r}, line {error.lineno}: {one_line(error)}"
         ) from None
     except Exception as error:  # the template is data: whatever it breaks is its error
-        raise ChatTemplateError(f"chat template {name!r}: {_one_line(error)}") from None
+        raise ChatTemplateError(f"chat template {name!r}: {one_line(error)}") from None
 
 
 class _Given(list[Any]):
@@ -115,20 +115,15 @@ def render_template(
                 raise _Runaway(f"more than {MAX_OUTPUT} characters")
             chunks.append(chunk)
     except _Rejection as error:
-        message = f"chat template {name!r} rejects the conversation: {_one_line(error)}"
+        message = f"chat template {name!r} rejects the conversation: {one_line(error)}"
         raise ChatTemplateError(message) from None
     except _Runaway as error:
-        message = f"chat template {name!r} is stopped: {_one_line(error)}"
+        message = f"chat template {name!r} is stopped: {one_line(error)}"
         raise TemplateStopped(message) from None
     except Exception as error:  # the template is data: whatever it breaks is its error
-        message = f"chat template {name!r}{_line_of(error)}: {_one_line(error)}"
+        message = f"chat template {name!r}{_line_of(error)}: {one_line(error)}"
         raise ChatTemplateError(message) from None
     return "".join(chunks)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _line_of(error: BaseException) -> str:

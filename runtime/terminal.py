@@ -9,11 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import ProgressColumn
+
     from ..models.cache import Progress
 
+_REDRAW_S = 0.1  # between two drawings of a bar
 _BYTE_STAGES = ("experts", "tensors", "scratch file")  # stages that count bytes
 # A model can write any character; those that steer a terminal are not passed on to one.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -56,15 +60,34 @@ def resumable(part: Callable[[], object]) -> Iterator[None]:
         raise
 
 
+def progress_bars(*columns: str | ProgressColumn, transient: bool = False) -> Bars:
+    """Bars on stderr that are drawn in the calls that update them.
+
+    rich would draw them in a thread of its own, which the system may refuse (side_thread.py).
+    columns: of each bar, rich's own where none are given. transient: erased at the end.
+    """
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    class Drawn(Bars):
+        due = 0.0  # of the next drawing, on time.monotonic's clock
+
+        def update(self, *arguments: Any, **fields: Any) -> None:
+            super().update(*arguments, **fields)
+            if time.monotonic() >= self.due:
+                self.refresh()
+                self.due = time.monotonic() + _REDRAW_S
+
+    return Drawn(*columns, console=Console(stderr=True), auto_refresh=False, transient=transient)
+
+
 @contextmanager
 def stage_progress() -> Iterator[Progress | None]:
     """A bar for each stage on stderr where that is a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
 
     tasks: dict[str, TaskID] = {}
     columns = (
@@ -73,7 +96,7 @@ def stage_progress() -> Iterator[Progress | None]:
         TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with progress_bars(*columns) as bars:
 
         def report(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
@@ -96,11 +119,9 @@ def byte_progress() -> Iterator[Progress]:
 
 @contextmanager
 def _bars() -> Iterator[Progress]:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
-        Progress,
         TaskID,
         TextColumn,
         TimeRemainingColumn,
@@ -115,7 +136,7 @@ def _bars() -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     tasks: dict[str, TaskID] = {}
-    bars = Progress(*columns, console=Console(stderr=True))
+    bars = progress_bars(*columns)
 
     def report(label: str, done: int, total: int | None) -> None:
         if label not in tasks:

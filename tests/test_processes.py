@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import stoker
 import typer
+from control_groups import group, inside
 from offload_models import MEBIBYTE, TinyMixture, named_minimum
 from stoker.mobile_bench.cgroup_run import memory_group
 from stoker.runtime import _core, cli, memory
@@ -237,49 +238,6 @@ def test_a_handler_at_exit_may_still_generate(tiny: Path) -> None:
 
 
 # Limits of control groups.
-
-
-@contextmanager
-def group(controller: str, settings: dict[str, str]) -> Iterator[Path]:
-    """A control group below a new one, which has the limits; the test is skipped where not allowed.
-
-    settings: of version 1, "cpu.max" and the like of version 2.
-    """
-    v1 = Path("/sys/fs/cgroup") / controller
-    top = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"stoker-test-{os.getpid()}"
-    own = top / "nested"
-    try:
-        top.mkdir()
-        for name, value in settings.items():
-            if name.endswith(".max") == (not v1.is_dir() or controller == "pids"):
-                (top / name).write_text(value)
-        own.mkdir()
-    except OSError as error:
-        if top.is_dir():
-            top.rmdir()
-        pytest.skip(f"control groups cannot be made here: {error}")
-    try:
-        yield own
-    finally:
-        for folder in (own, top):
-            for _ in range(100):
-                try:
-                    folder.rmdir()
-                    break
-                except OSError:
-                    time.sleep(0.05)
-
-
-def inside(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    join = 'echo $$ > "$0" && exec "$@"'
-    return subprocess.run(
-        ["/bin/sh", "-c", join, str(folder / "cgroup.procs"), *command],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 _PLAN = "import sys, stoker; print(stoker.load(sys.argv[1]).plan['threads'])"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -21,6 +22,7 @@ pytest.importorskip("tflite", reason="needs tflite (stoker[export])")
 flexbuffers = pytest.importorskip("flatbuffers.flexbuffers", reason="needs tflite (stoker[export])")
 
 from stoker.export import tflite  # noqa: E402
+from stoker.export.tflite_ops.file import read  # noqa: E402
 from stoker.runtime.errors import ModelFileError, UnsupportedModelError  # noqa: E402
 
 # What ai-edge-litert computes: made by make_tflite_golden.py.
@@ -115,12 +117,62 @@ def test_int8_moves_from_end_to_end(activations: str, tmp_path: Path) -> None:
         assert np.array_equal(found[0], x)
 
 
-def test_sparse_weights_are_those_that_were_taken_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32])
+def test_sparse_weights_are_those_that_were_taken_apart(kind: type, tmp_path: Path) -> None:
     x = reals("x", (2, 8))
     for blocks in (False, True):
         model, weights = sparse(blocks=blocks, half=False)
+        levels = model.tensors[1]["sparse"]["levels"]
+        levels[1] = [np.asarray(v).astype(kind) for v in levels[1]]
         found = run(write(tmp_path / "net.tflite", model), x)[0]
         assert np.allclose(found, x @ weights.T, atol=1e-6)
+
+
+def peak_of_reading(path: Path) -> tuple[Any, int]:
+    """The file or its error, and the most bytes that reading it has held at once."""
+    tracemalloc.start()
+    try:
+        try:
+            found: Any = read(path)
+        except ModelFileError as error:
+            found = error
+        return found, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_sparse_weights_need_eight_bytes_each_beside_the_dense(width: int, tmp_path: Path) -> None:
+    shape = 500, 1024
+    kept = noise("kept", (shape[0], shape[1] // width)) > 0
+    weights = (reals("w", shape) * np.repeat(kept, width, axis=1)).astype(np.float16)
+    values = weights.reshape(shape[0], -1, width)[kept].reshape(-1)
+    listed = np.concatenate([[0], kept.sum(1).cumsum()]), np.nonzero(kept)[1].astype(np.uint16)
+    blocks = [1] * (width > 1)
+    walk = {"order": [0, 1, 2], "blocks": blocks, "levels": [shape[0], listed, width]}
+    walk = {k: v[: 2 + len(blocks)] for k, v in walk.items()}
+    m = TinyTflite()
+    m.inputs = m.outputs = [m.tensor((2, 8))]
+    m.tensor(shape, "float16", values, sparse=walk)
+    path = write(tmp_path / "net.tflite", m)
+    file, peak = peak_of_reading(path)
+    assert np.array_equal(file.tensors[1].data, weights)
+    assert peak < path.stat().st_size + weights.nbytes + 8 * values.size + (1 << 20)
+
+
+def test_a_sparse_tensor_is_no_larger_than_its_file_before_it_is_checked(tmp_path: Path) -> None:
+    """60 million paths that the levels name, and a million values."""
+    shape, levels = (60_000, 1000), [60_000, 1000]
+    segments = np.array([0, 1 << 20])
+    for walk in (levels, [60_000, (segments, np.zeros(1 << 20, np.uint8))]):
+        m = TinyTflite()
+        m.inputs = m.outputs = [m.tensor((2, 8))]
+        walked = {"order": [0, 1], "blocks": [], "levels": walk}
+        m.tensor(shape, "int8", np.zeros(1 << 20, np.int8), sparse=walked)
+        path = write(tmp_path / "net.tflite", m)
+        error, peak = peak_of_reading(path)
+        assert isinstance(error, ModelFileError)
+        assert peak < 2 * path.stat().st_size
 
 
 # MediaPipe's operators that the interpreter does not have: numpy, after MediaPipe's own kernels
@@ -309,6 +361,11 @@ def refused() -> dict[str, tuple[TinyTflite, type[Exception], str]]:
             ModelFileError, "one ellipsis"),
         "parts": (
             changed(CASES["split 3 by 2"](), 0, NumSplits=3), ModelFileError, "2 equal parts"),
+        "parts of sizes": (
+            changed(CASES["split v (3, -1)"](), 0, NumSplits=3),
+            ModelFileError, r"2 parts of 8, found 3 of sizes \[3, 5\]"),
+        "packed": (
+            changed(CASES["pack 2"](), 0, ValuesCount=3), ModelFileError, "2 values, found 3"),
         "axis": (
             with_constant(CASES["split 3 by 2"](), 1, np.array(4, np.int32)),
             ModelFileError, "an axis of 4 dimensions, found 4"),

@@ -209,23 +209,27 @@ def _sparsity(b: Any, sparse: dict[str, Any]) -> int:
     """The table of a sparse tensor."""
     import tflite as t
 
-    def vector(values: Any) -> int:
-        data = b.CreateNumpyVector(np.array(values, np.int32))
-        t.Int32VectorStart(b)
-        t.Int32VectorAddValues(b, data)
-        return int(t.Int32VectorEnd(b))
+    def vector(values: Any) -> tuple[int, int]:
+        """Its type and its table; of int32 where numpy's type is none of the format's."""
+        given = np.asarray(values)
+        kind = {"uint8": "Uint8", "uint16": "Uint16"}.get(given.dtype.name, "Int32") + "Vector"
+        data = b.CreateNumpyVector(given.astype(kind.removesuffix("Vector").lower()))
+        getattr(t, f"{kind}Start")(b)
+        getattr(t, f"{kind}AddValues")(b, data)
+        return getattr(t.SparseIndexVector, kind), int(getattr(t, f"{kind}End")(b))
 
     levels = []
     for level in sparse["levels"]:
-        segments, indices = (0, 0) if isinstance(level, int) else map(vector, level)
+        vectors = [] if isinstance(level, int) else [vector(v) for v in level]
         t.DimensionMetadataStart(b)
         if isinstance(level, int):
             t.DimensionMetadataAddDenseSize(b, level)
         else:
             t.DimensionMetadataAddFormat(b, t.DimensionType.SPARSE_CSR)
-            t.DimensionMetadataAddArraySegmentsType(b, t.SparseIndexVector.Int32Vector)
+            (segments_type, segments), (indices_type, indices) = vectors
+            t.DimensionMetadataAddArraySegmentsType(b, segments_type)
             t.DimensionMetadataAddArraySegments(b, segments)
-            t.DimensionMetadataAddArrayIndicesType(b, t.SparseIndexVector.Int32Vector)
+            t.DimensionMetadataAddArrayIndicesType(b, indices_type)
             t.DimensionMetadataAddArrayIndices(b, indices)
         levels.append(t.DimensionMetadataEnd(b))
     t.SparsityParametersStartDimMetadataVector(b, len(levels))

@@ -104,10 +104,11 @@ def split_v(graph: Graph, operator: Operator) -> None:
     size = source.shape[axis]
     left = size - sum(n for n in sizes if n != -1)
     sizes = [left if n == -1 else n for n in sizes]
-    if size < 1 or len(sizes) != len(operator.outputs) or sum(sizes) != size or min(sizes) < 1:
+    counts = {len(operator.outputs), len(sizes), operator.options["NumSplits"]}
+    if size < 1 or len(counts) != 1 or sum(sizes) != size or min(sizes) < 1:
         raise ModelFileError(
             f"{graph.file.path}: {operator}: expected {len(operator.outputs)} parts of {size},"
-            f" found {sizes}"
+            f" found {operator.options['NumSplits']} of sizes {sizes}"
         )
     _parts(graph, operator, 0, axis, sizes)
 
@@ -128,6 +129,11 @@ def pack(graph: Graph, operator: Operator) -> None:
     """Inputs of one shape, side by side along a new axis; other scales are quantized anew."""
     tensors, output = [graph.tensor(i) for i in operator.inputs], graph.tensor(operator.outputs[0])
     axis = _axis(graph, operator, operator.options["Axis"], tensors[0].rank + 1)
+    if operator.options["ValuesCount"] != len(tensors):
+        raise ModelFileError(
+            f"{graph.file.path}: {operator}: expected {len(tensors)} values, found"
+            f" {operator.options['ValuesCount']}"
+        )
     at, q = graph.shared(np.array([axis], np.int64)), output.quantization
     alike = all(t.type == output.type and (q is None or q.same(t.quantization)) for t in tensors)
     names = [graph.stored(t.index) if alike else graph.real(t.index) for t in tensors]

@@ -10,8 +10,8 @@ Abstraction for Sparse Tensor Algebra Compilers, 2018.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,16 @@ from ...runtime.errors import ModelFileError
 Array = npt.NDArray[Any]
 
 _DENSE = 0  # the schema's DimensionType: DENSE, SPARSE_CSR
+_PART = 1 << 18  # paths
 _INDICES = ("Int32Vector", "Uint16Vector", "Uint8Vector")
+
+
+class _Level(NamedTuple):
+    """A level of the walk: all indices below size, or those that a list names for each path."""
+
+    size: int
+    # [paths before it]: how many indices each goes on with; [paths after it]: these, as stored
+    listed: tuple[Array, Array] | None
 
 
 class SparseTensor:
@@ -34,90 +43,115 @@ class SparseTensor:
         self._row, self._schema, self._what, self._charge = row, schema, what, charge
 
     def dense(self, values: Array, shape: tuple[int, ...]) -> Array:
-        """The tensor of `shape`: `values` [count] where the walk comes by, and zeros.
+        """The tensor of `shape`, of less than 2 GiB: `values` [count] where the walk comes by, and
+        zeros.
 
+        The walk takes four bytes a path, twice, and there are never more paths than values or
+        segments in the file, whatever sizes it names.
         Raises ModelFileError where indices lie outside or are not as many as the values.
         """
+        order, sizes, strides = self._dimensions(shape)
+        levels = self._levels([sizes[d] for d in order], len(values))
+        at = np.zeros(1, np.int32)  # [paths]: where in the flat tensor each has come to
+        for level, dimension in zip(levels, order, strict=True):
+            stride = np.int32(strides[dimension])
+            if level.listed is None:
+                steps = np.arange(level.size, dtype=np.int32) * stride
+                at = (at[:, None] + steps).reshape(-1)
+            else:
+                lengths, indices = level.listed
+                at = np.repeat(at, lengths)
+                for part in _parts(len(at)):
+                    at[part] += indices[part].astype(np.int32) * stride
+        made = np.zeros(shape, values.dtype)
+        flat = made.reshape(-1)
+        for part in _parts(len(values)):
+            flat[at[part]] = values[part]
+        return made
+
+    def _dimensions(self, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+        """The dimension of each level, and by dimension how many indices it has in the walk and
+        how far apart they lie in the flat tensor; dimensions from the shape's rank on are blocks.
+        """
         row, rank = self._row, len(shape)
-        order = self._ints(row.TraversalOrderAsNumpy())
-        blocks = self._ints(row.BlockMapAsNumpy())
+        found = self._ints(row.TraversalOrderAsNumpy()), self._ints(row.BlockMapAsNumpy())
+        # Of as many as can be right, before they become a list: the file names any number.
+        order, blocks = (v[: 2 * rank + 1].tolist() for v in found)
         levels = row.DimMetadataLength()
         if (
             sorted(order) != list(range(levels))
-            or levels != rank + len(blocks)
+            or levels != rank + len(found[1])
             or any(not 0 <= b < rank for b in blocks)
             or len(set(blocks)) != len(blocks)
         ):
             raise ModelFileError(
-                f"{self._what}: expected a walk through {rank} dimensions and {len(blocks)} of"
-                f" blocks, found {order[:16]} on {levels} levels"
+                f"{self._what}: expected a walk through {rank} dimensions and {len(found[1])} of"
+                f" blocks, found {order} on {levels} levels"
             )
-        # The dimension of the walk that each block is, and how many elements a block has.
-        block_sizes = dict.fromkeys(range(rank), 1)
-        sizes: dict[int, int] = {}
-        for level, dimension in enumerate(order):
-            if dimension >= rank:
-                sizes[dimension] = int(row.DimMetadata(level).DenseSize())
-                block_sizes[blocks[dimension - rank]] = sizes[dimension]
-        for dimension, n in enumerate(shape):
-            size = block_sizes[dimension]
+        sizes = list(shape)
+        strides = [math.prod(shape[d + 1 :]) for d in range(rank)]
+        for i, dimension in enumerate(blocks):
+            size, n = int(row.DimMetadata(order.index(rank + i)).DenseSize()), shape[dimension]
             if size < 1 or n % size:
                 raise ModelFileError(
                     f"{self._what}: expected blocks that divide {list(shape)}, found {size} in"
                     f" dimension {dimension}"
                 )
+            sizes.append(size)
+            strides.append(strides[dimension])
             sizes[dimension] = n // size
-        paths = np.zeros((0, 1), np.int64)  # [levels so far, paths]: the index on each level
-        for level, dimension in enumerate(order):
-            paths = self._deeper(level, paths, sizes[dimension], math.prod(shape))
-        if paths.shape[1] != len(values):
-            raise ModelFileError(
-                f"{self._what}: expected {paths.shape[1]} values of a sparse tensor, found"
-                f" {len(values)}"
-            )
-        index = [np.zeros(len(values), np.int64) for _ in shape]
-        for level, dimension in enumerate(order):
-            if dimension < rank:
-                index[dimension] += paths[level] * block_sizes[dimension]
-            else:
-                index[blocks[dimension - rank]] += paths[level]
-        made = np.zeros(shape, values.dtype)
-        made[tuple(index)] = values
-        return made
+            strides[dimension] *= size
+        return order, sizes, strides
 
-    def _deeper(self, number: int, paths: Array, size: int, most: int) -> Array:
-        """The paths [levels + 1, up to `most`] one level down, of indices below `size`."""
-        level, count = self._row.DimMetadata(number), paths.shape[1]
-        if level.Format() == _DENSE:
-            if level.DenseSize() != size or count * size > most:
+    def _levels(self, sizes: list[int], most: int) -> list[_Level]:
+        """The levels of a walk to `most` values, checked before a path is made."""
+        levels, count = [], 1  # paths so far
+        for number, size in enumerate(sizes):
+            row = self._row.DimMetadata(number)
+            if row.Format() == _DENSE:
+                if row.DenseSize() != size:
+                    raise ModelFileError(
+                        f"{self._what}: expected {size} indices on a dense level, found"
+                        f" {row.DenseSize()}"
+                    )
+                levels.append(_Level(size, None))
+                count *= size
+                continue
+            segments = self._vector(row.ArraySegments(), row.ArraySegmentsType())
+            indices = self._vector(row.ArrayIndices(), row.ArrayIndicesType())
+            fits = len(segments) == count + 1 and segments[0] == 0 and segments[-1] == len(indices)
+            fits = fits and bool((segments[1:] >= segments[:-1]).all())
+            if not fits or (len(indices) and not 0 <= indices.min() <= indices.max() < size):
                 raise ModelFileError(
-                    f"{self._what}: expected {size} indices on a dense level and {most} values,"
-                    f" found {level.DenseSize()} for each of {count}"
+                    f"{self._what}: expected {count + 1} ascending segments of indices below"
+                    f" {size}, found {len(segments)} of {len(indices)}"
                 )
-            last = np.tile(np.arange(size), count)
-            return np.vstack([np.repeat(paths, size, axis=1), last])
-        segments = self._vector(level.ArraySegments(), level.ArraySegmentsType())
-        indices = self._vector(level.ArrayIndices(), level.ArrayIndicesType())
-        lengths = np.diff(segments)
-        fits = len(segments) == count + 1 and segments[0] == 0
-        fits = fits and segments[-1] == len(indices) <= most
-        if not fits or (lengths < 0).any() or (indices < 0).any() or (indices >= size).any():
+            lengths: Array = np.diff(segments.astype(np.int32, copy=False))
+            levels.append(_Level(size, (lengths, indices)))
+            count = len(indices)
+        if count != most:
             raise ModelFileError(
-                f"{self._what}: expected {count + 1} ascending segments of indices below {size},"
-                f" found {len(segments)} of {len(indices)}"
+                f"{self._what}: expected {count} values of a sparse tensor, found {most}"
             )
-        return np.vstack([np.repeat(paths, lengths, axis=1), indices])
+        return levels
 
-    def _vector(self, table: Any, kind: int) -> npt.NDArray[np.int64]:
+    def _vector(self, table: Any, kind: int) -> Array:
         for name in _INDICES:
             if table is not None and kind == getattr(self._schema.SparseIndexVector, name):
                 vector = getattr(self._schema, name)()
                 vector.Init(table.Bytes, table.Pos)
-                return np.array(self._ints(vector.ValuesAsNumpy()), np.int64)
+                return self._ints(vector.ValuesAsNumpy())
         raise ModelFileError(f"{self._what}: expected indices of a sparse level, found none")
 
-    def _ints(self, found: Any) -> list[int]:
-        if isinstance(found, int):  # the schema's reader returns 0 where the file has none
-            return []
+    def _ints(self, found: Any) -> Array:
+        """A vector as stored; the schema's reader returns 0 where the file has none."""
+        if isinstance(found, int):
+            return np.zeros(0, np.int32)
         self._charge(found.nbytes)
-        return [int(n) for n in found]
+        return np.asarray(found)
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Slices of `count`: numpy indexes with copies of eight bytes each."""
+    for begin in range(0, count, _PART):
+        yield slice(begin, begin + _PART)
