@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import arguments, template_sandbox
+from . import arguments, template_values
 from .arguments import shown
 from .control_marks import ControlMarks, ControlSpellings, unused_mark
 from .conversation import TOO_DEEP, Arguments, conversation, joined, plain, tool_schemas
@@ -350,10 +350,10 @@ class ChatTemplate:
 
         TemplateStopped where all its trials take longer than a rendering may.
         """
-        if self._trial_s[name] > template_sandbox.MAX_SECONDS:
+        if self._trial_s[name] > template_values.MAX_SECONDS:
             raise TemplateStopped(
                 f"chat template {name!r} is stopped: its trials took more than "
-                f"{template_sandbox.MAX_SECONDS:g} seconds"
+                f"{template_values.MAX_SECONDS:g} seconds"
             )
         started = time.thread_time()
         try:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from .errors import ChatTemplateError
+from .marked_text import MarkedText
 
 # Noncharacters of Unicode: no text that is meant to be read has them.
 _NONCHARACTERS = tuple(chr(c) for c in range(0xFDD0, 0xFDF0))
@@ -23,13 +25,14 @@ _ROLES = frozenset(
     ("system", "developer", "user", "assistant", "tool", "function", "ipython", "platform")
 )
 
-# Methods of str that search it for their first argument: those that say where or whether, those
-# that cut there, of these the ones that do from the end, and that cut everywhere, where they get
-# so many arguments.
-_QUESTIONS = frozenset({"startswith", "endswith", "find", "rfind", "index", "rindex", "count"})
-_FROM_THE_END = frozenset({"rsplit", "rpartition"})
-_CUTS = _FROM_THE_END | {"split", "partition", "replace", "removeprefix", "removesuffix"}
-_CUTS_ALL = {"split": 1, "rsplit": 1, "replace": 2}
+# Filters that say something about a text, and the arguments of some others, with their defaults.
+_NUMBERS = frozenset(("count", "filesizeformat", "float", "int", "length", "wordcount"))
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "center": {"width": 80},
+    "replace": {"old": None, "new": None, "count": None},
+    "trim": {"chars": None},
+    "truncate": {"length": 255, "killwords": False, "end": "...", "leeway": None},
+}
 
 
 class ControlSpellings:
@@ -68,15 +71,33 @@ class ControlSpellings:
                     found[begin] = begin + n
         return found
 
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        """(begin, end) of each spelling in `text`, and of what swallows one, in order."""
+    def spans(self, text: str, places: Iterable[int]) -> list[tuple[int, int]]:
+        """(begin, end) of each spelling in `text`, and of what swallows one, in order.
+
+        places: indices of the text, ascending; what is far from all of them is left out.
+        """
+        reach = self._longest  # of a spelling around a place, and of one that this one swallows
+        windows: list[list[int]] = []
+        for place in places:
+            if windows and place - reach <= windows[-1][1]:
+                windows[-1][1] = place + 2 * reach
+            else:
+                windows.append([max(0, place - reach), place + 2 * reach])
+        return [
+            (start + begin, start + end)
+            for start, stop in windows
+            for begin, end in self._all_spans(text[start:stop])
+        ]
+
+    def _all_spans(self, text: str) -> list[tuple[int, int]]:
         control = self.whole(text)
+        begins = sorted(control)
         found = list(control.items())
         for spelling in self._swallowing:
             begin = text.find(spelling)
             while begin >= 0:
                 end = begin + len(spelling)
-                if any(begin <= at < end for at in control):
+                if bisect_left(begins, begin) < bisect_left(begins, end):
                     found.append((begin, end))
                 begin = text.find(spelling, begin + 1)
         return sorted(found)
@@ -167,7 +188,8 @@ class ControlMarks:
         if self.mark not in text:
             return text
         pieces = text.split(self.mark)
-        spans = self._spellings.spans("".join(pieces))
+        places = accumulate(map(len, pieces[:-1]))
+        spans = self._spellings.spans("".join(pieces), places)
         out, at, last, end = [pieces[0]], len(pieces[0]), 0, 0
         for piece in pieces[1:]:
             while last < len(spans) and spans[last][0] < at:
@@ -191,36 +213,75 @@ class ControlMarks:
             return value.replace(self.mark, "")
         if isinstance(value, dict):
             return {self.plain(key): self.plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self.plain, value))
-        return value
+        if isinstance(value, list):
+            return list(map(self.plain, value))
+        return tuple(map(self.plain, value)) if isinstance(value, tuple) else value
 
-    def searching(self, method: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        """A call of a method of str, so that it finds what a client wrote: (method, arguments).
+    # Use by a template: a mark is no character of a text.
+
+    def sliced(self, text: str, at: int | slice) -> str:
+        """text[at]. IndexError as of str."""
+        return MarkedText(text, self.mark).sliced(at) if self.mark in text else text[at]
+
+    def characters(self, text: str) -> Sequence[str]:
+        """The characters of a text."""
+        return MarkedText(text, self.mark).characters() if self.mark in text else text
+
+    def method(self, method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A bound method, or what to call in its place where its text or arguments have marks.
 
         Templates look into a content, as in content.split('</think>'), and where that is a control
         token the client's spelling has a mark, and the template's own has none.
         """
-        text, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if not isinstance(text, str) or self.mark not in text:
-            return method, args
-        if name in _QUESTIONS:
-            return getattr(self.plain(text), name), (self.plain(args[0]), *args[1:])
-        if name not in _CUTS or not args[0] or not isinstance(args[0], str):
-            return method, args
-        plain = self.plain(args[0])
-        spelled = f"{self.mark}?".join(map(re.escape, plain))
-        if name in ("removeprefix", "removesuffix"):
-            ends = (f"^{self.mark}?", "") if name == "removeprefix" else ("", f"{self.mark}?\\Z")
-            rest = re.sub(spelled.join(ends), "", text)
-            return getattr(rest, name), ("",)
-        found = re.findall(spelled, text)
-        if found and _CUTS_ALL.get(name) == len(args):
-            # None of the places is left, so that what a client wrote needs no mark there.
-            text = re.sub(spelled, lambda _: plain, text)
-            return getattr(text, name), (plain, *args[1:])
-        nearest = found[-1 if name in _FROM_THE_END else 0] if found else plain
-        return method, (nearest, *args[1:])
+        text = getattr(method, "__self__", None)
+        if not isinstance(text, str) or not self._has_mark(text, *args, *kwargs.values()):
+            return method
+        marked = MarkedText(text, self.mark)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = marked.call(method.__name__, args, kwargs)
+            return method(*args, **kwargs) if found is NotImplemented else found
+
+        return call
+
+    def filtered(
+        self,
+        name: str,
+        original: Callable[..., Any],
+        text: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """What a filter of Jinja makes of a text. original: the filter itself."""
+        if not self._has_mark(text, *args, *kwargs.values()):
+            return original(text, *args, **kwargs)
+        marked = MarkedText(text, self.mark)
+        names = _ARGUMENTS.get(name, {})
+        given = {**names, **dict(zip(names, args, strict=False)), **kwargs}
+        found: Any = NotImplemented
+        if name in _NUMBERS:
+            return original(marked.plain, *args, **kwargs)
+        if name == "trim":
+            found = marked.call("strip", (given["chars"],), {})
+        elif name == "center":
+            found = marked.call("center", (given["width"],), {})
+        elif name == "replace" and isinstance(given["old"], str):
+            count = -1 if given["count"] is None else given["count"]
+            found = marked.call("replace", (given["old"], str(given["new"]), count), {})
+        elif name in ("capitalize", "lower", "title", "upper"):
+            changed = original(marked.plain)
+            if len(changed) == len(marked.plain):
+                found = marked.remarked(changed)
+        elif name == "truncate":
+            short = original(marked.plain, *args, **kwargs)
+            cut = len(short) - len(given["end"])
+            found = text if short == marked.plain else marked.part(0, cut) + given["end"]
+        elif name == "urlencode":
+            found = self.text(original(marked.plain))
+        return original(text, *args, **kwargs) if found is NotImplemented else found
+
+    def _has_mark(self, *values: Any) -> bool:
+        return any(isinstance(v, (str, tuple)) and self.plain(v) != v for v in values)
 
     def _key(self, key: Any) -> Any:
         """Templates read identifiers as attributes: these get whole marks alone."""

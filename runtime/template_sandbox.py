@@ -1,79 +1,76 @@
 """The Jinja environment in which chat templates run, and its bounds.
 
 A template comes with a model file, so it is untrusted code. It runs in Jinja's sandbox, and what
-the sandbox leaves open is bounded here: the steps of loops and macros, the time, and the size of
-every value that it can build, multiply, join or pad.
+the sandbox leaves open is bounded here: the steps of loops and macros, the time, what is printed,
+and the size of every value that it can build, multiply, join or pad (template_values.py).
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from jinja2 import Environment, Template, TemplateSyntaxError, nodes, pass_environment
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.filters import make_attrgetter
+from jinja2.meta import find_undeclared_variables
+from jinja2.parser import Parser
+from jinja2.runtime import Macro
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Cycler
+
+from . import template_values
+from .control_marks import ControlMarks
 from .errors import ChatTemplateError, one_line
-
-if TYPE_CHECKING:
-    from jinja2 import Environment, Template
-
-    from .control_marks import ControlMarks
+from .template_values import (
+    BUDGET,
+    Namespace,
+    OwnList,
+    Runaway,
+    check_binary,
+    check_format,
+    check_join,
+    check_method,
+    check_replace,
+    check_size,
+    check_widths,
+    given,
+    measured,
+    size,
+)
 
 MAX_SOURCE = 1 << 20  # characters of a template
-MAX_OUTPUT = 1 << 22  # characters of a prompt, and of any value made on the way
-MAX_STEPS = 1_000_000  # passes of loops and calls of macros in one rendering
-MAX_SECONDS = 5.0  # of one rendering, of its thread: a busy machine is not its fault
-_MAX_WIDTH = 4096  # any number given to a padding or cutting function
-_MAX_INT_BITS = 4096
+
+# Filters of a text or a number, and those of items, which of a text are its characters.
+_OF_CHARACTERS = frozenset(
+    ("batch", "first", "groupby", "join", "last", "list", "map", "max", "min", "random", "reject",
+     "select", "slice", "sort", "sum", "unique")
+)  # fmt: skip
+_COMPARISONS = frozenset(
+    ("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt",
+     "lessthan", "<=", "le")
+)  # fmt: skip
 
 
 class _Rejection(Exception):
     """raise_exception() of a template."""
 
 
-class _Runaway(Exception):
-    """A bound of this file was reached."""
-
-
 class TemplateStopped(ChatTemplateError):
-    """The same, as rendering tells it."""
-
-
-class _Budget(threading.local):
-    """What the rendering in this thread may still spend, and the marks in its messages."""
-
-    steps = 0
-    deadline = 0.0
-    marks: ControlMarks | None = None
-
-    def reset(self, marks: ControlMarks | None) -> None:
-        self.marks = marks
-        self.steps = MAX_STEPS
-        self.deadline = time.thread_time() + MAX_SECONDS
-
-    def step(self) -> str:
-        self.steps -= 1
-        if self.steps < 0:
-            raise _Runaway(f"more than {MAX_STEPS} steps")
-        if time.thread_time() > self.deadline:
-            raise _Runaway(f"more than {MAX_SECONDS:g} seconds")
-        return ""
-
-
-_BUDGET = _Budget()
+    """A bound was reached."""
 
 
 def compile_template(environment: Environment, source: str, name: str) -> Template:
     """The template of a source text; `name` is for messages. ChatTemplateError if malformed."""
-    from jinja2 import TemplateSyntaxError
-
     if len(source) > MAX_SOURCE:
         raise ChatTemplateError(
             f"chat template {name!r}: expected at most {MAX_SOURCE} characters, found {len(source)}"
         )
+    BUDGET.reset(None)  # what a template prints of constants is looked at here
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
@@ -82,16 +79,6 @@ def compile_template(environment: Environment, source: str, name: str) -> Templa
         ) from None
     except Exception as error:  # the template is data: whatever it breaks is its error
         raise ChatTemplateError(f"chat template {name!r}: {one_line(error)}") from None
-
-
-class _Given(list[Any]):
-    """A list of the conversation, which a template may not change."""
-
-
-def _given(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _given(item) for key, item in value.items()}
-    return _Given(map(_given, value)) if isinstance(value, list) else value
 
 
 def render_template(
@@ -104,20 +91,20 @@ def render_template(
 
     marks: those that the variables have; comparisons and searches do not see them.
     """
-    _BUDGET.reset(marks)
+    BUDGET.reset(marks)
     chunks: list[str] = []
-    size = 0
+    characters = 0
     try:
-        given = {key: _given(value) for key, value in variables.items()}
-        for chunk in template.generate(given):
-            size += len(chunk)
-            if size > MAX_OUTPUT:
-                raise _Runaway(f"more than {MAX_OUTPUT} characters")
+        values = {key: given(value) for key, value in variables.items()}
+        for chunk in template.generate(values):
+            characters += len(chunk)
+            if characters > template_values.MAX_OUTPUT:
+                raise Runaway(f"more than {template_values.MAX_OUTPUT} characters")
             chunks.append(chunk)
     except _Rejection as error:
         message = f"chat template {name!r} rejects the conversation: {one_line(error)}"
         raise ChatTemplateError(message) from None
-    except _Runaway as error:
+    except Runaway as error:
         message = f"chat template {name!r} is stopped: {one_line(error)}"
         raise TemplateStopped(message) from None
     except Exception as error:  # the template is data: whatever it breaks is its error
@@ -139,130 +126,241 @@ def _line_of(error: BaseException) -> str:
 # The environment.
 
 
-def _bounded(size: int) -> None:
-    if size > MAX_OUTPUT:
-        raise _Runaway(f"a value of more than {MAX_OUTPUT} characters")
+class _GenerationBlock(Extension):
+    """{% generation %}: marks what the assistant wrote, for training; the content stays."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _size(value: object) -> int:
-    """About how many characters a value prints as, shared parts counted each time they occur."""
-    from jinja2.utils import Namespace
+class _Bounded(ImmutableSandboxedEnvironment):
+    """The sandbox, with its bounds. Marks of control tokens are no characters to a template."""
 
-    total = 0
-    rest = [value]
-    while rest:
-        item = rest.pop()
-        if isinstance(item, str):
-            total += len(item)
-        elif isinstance(item, Mapping):
-            total += 4 * len(item)
-            _bounded(total)
-            rest += item.keys()
-            rest += item.values()
-        elif isinstance(item, (list, tuple)):
-            total += 2 * len(item)
-            _bounded(total)
-            rest += item
-        else:
-            total += 1
-            if isinstance(item, Namespace):
-                rest.append(object.__getattribute__(item, "_Namespace__attrs"))
-        _bounded(total)
-    return total
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        BUDGET.check_time()
+        check_binary(operator, left, right)
+        return measured(super().call_binop(context, operator, left, right))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        BUDGET.check_time()
+        if isinstance(__obj, Macro):
+            known = len(__obj.arguments)  # the others become a tuple and a mapping
+            named = {key: kwargs[key] for key in kwargs if key not in __obj.arguments}
+            measured((measured(args[known:]), measured(named)))
+        args = check_method(__obj, args, kwargs)
+        if BUDGET.marks is not None:
+            __obj = BUDGET.marks.method(__obj, args, kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        if isinstance(result, Cycler):
+            measured(result.items)
+        return result if isinstance(result, Namespace) else measured(result)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Beside what the sandbox allows, changes of lists that the template has made."""
+        if attr in ("append", "pop") and type(obj) is OwnList:
+            return True
+        return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        sandboxed, pattern = wrapped, value.__self__
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            check_format(pattern, [*args, *kwargs.values()])
+            return sandboxed(*args, **kwargs)
+
+        return checked
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """obj[argument]."""
+        if BUDGET.marks is not None and isinstance(obj, str) and isinstance(argument, int):
+            try:
+                return BUDGET.marks.sliced(obj, argument)
+            except IndexError:
+                return self.undefined(obj=obj, name=argument)  # type: ignore[arg-type]
+        return super().getitem(obj, argument)
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """What a macro or block has printed."""
+        pieces = list(pieces)
+        check_size(sum(map(len, pieces)))
+        return "".join(pieces)
+
+    # What the syntax tree is made to call.
+
+    def joined(self, *values: Any) -> str:
+        """The ~ operator."""
+        BUDGET.check_time()
+        size(values)
+        return "".join(str(_as_text(value)) for value in values)
+
+    def literal(self, value: Any) -> Any:
+        """A list, tuple or mapping as it is built: it may hold one part many times."""
+        BUDGET.check_time()
+        return measured(value)
+
+    def sliced(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
+        """value[start:stop:step]."""
+        BUDGET.check_time()
+        at = slice(start, stop, step)
+        if BUDGET.marks is not None and isinstance(value, str):
+            return BUDGET.marks.sliced(value, at)
+        found = value[at]
+        return OwnList(found) if type(found) is list else found
+
+    def iterated(self, value: Any) -> Any:
+        """What a loop goes through."""
+        marks = BUDGET.marks
+        return marks.characters(value) if marks is not None and isinstance(value, str) else value
+
+    def step(self) -> str:
+        """Called by every pass of a loop and every call of a macro."""
+        return BUDGET.step()
+
+    def compared(self, value: Any) -> Any:
+        """A side of a comparison, without the marks of what a client wrote."""
+        return _compared(value)
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        _mark_comparisons(tree)
+        for loop in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+            assert isinstance(loop, (nodes.For, nodes.Macro, nodes.CallBlock))
+            if isinstance(loop, nodes.For):
+                loop.iter = _to_environment("iterated", loop.iter)
+            tick = _to_environment("step")
+            loop.body.insert(0, nodes.ExprStmt(tick, lineno=loop.lineno))
+        _bound_expressions(tree)
+        tree.set_environment(self)
+        return tree
 
 
-def _check_widths(*values: object) -> None:
-    for value in values:
-        if isinstance(value, (int, float)) and abs(value) > _MAX_WIDTH:
-            raise _Runaway(f"a width of more than {_MAX_WIDTH}")
+def sandbox() -> Environment:
+    """A new environment that compiles and runs chat templates."""
+    environment = _Bounded(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[LoopControlExtension, _GenerationBlock],
+        optimized=False,  # folding constants would run code outside of a rendering and its budget
+        finalize=_printed,
+    )
+    # No chat template needs these, and a long text makes them slow.
+    for name in ("urlize", "wordwrap", "pprint"):
+        del environment.filters[name]
+    environment.filters["sum"] = _sum
+    environment.filters["tojson"] = _tojson
+    for name, function in list(environment.filters.items()):
+        environment.filters[name] = _bounded_filter(name, function)
+    tests: dict[str, Any] = environment.tests
+    for name in _COMPARISONS:
+        tests[name] = _bounded_test(tests[name])
+    del environment.globals["lipsum"]
+    environment.globals["namespace"] = Namespace
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
 
 
-def _check_format(pattern: object, values: object) -> None:
-    """A printf or str.format pattern: no wide fields, no field as long as the limit."""
-    text = str(pattern)
-    if any(int(digits[:9]) > _MAX_WIDTH for digits in re.findall(r"\d{4,}", text)) or (
-        re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*\{", text)
-    ):
-        raise _Runaway(f"a width of more than {_MAX_WIDTH}")
-    fields = text.count("%") + text.count("{")
-    items = values if isinstance(values, (tuple, list)) else [values]
-    _bounded(len(text) + fields * max([_size(item) for item in items], default=0))
+def _bounded_test(test: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda value, other: test(_compared(value), _compared(other))
 
 
-def _check_binary(operator: str, left: Any, right: Any) -> None:
-    if isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length() + right.bit_length()
-        if operator == "**":
-            bits = left.bit_length() * max(right, 0)
-        if bits > _MAX_INT_BITS and operator in ("*", "**"):
-            raise _Runaway(f"a number of more than {_MAX_INT_BITS} bits")
-    elif operator == "+":
-        _bounded(_size(left) + _size(right))
-    elif operator == "*":
-        for sequence, count in ((left, right), (right, left)):
-            if isinstance(count, int):
-                _bounded(_size(sequence) * max(count, 0))
-    elif operator == "%" and isinstance(left, str):
-        _check_format(left, right)
+def _bounded_filter(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter within the bounds, to which marks are no characters."""
+    # Filters that take the environment or context first say so by this attribute.
+    before = int(hasattr(original, "jinja_pass_arg"))
+
+    @functools.wraps(original, updated=("__dict__",) if before else ())
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        BUDGET.check_time()
+        context, value, given_args = args[:before], args[before], args[before + 1 :]
+        if name == "join" and isinstance(value, Iterator):
+            value = list(value)  # it is counted
+        _check_filter(name, value, given_args, kwargs)
+        marks = BUDGET.marks
+        if marks is not None and isinstance(value, (str, list, dict)):
+            if name == "string":
+                value = _as_text(value)
+            elif isinstance(value, str) and name in _OF_CHARACTERS:
+                value = marks.characters(value)
+            elif isinstance(value, str):
+                filtered = functools.partial(original, *context)
+                return measured(marks.filtered(name, filtered, value, given_args, kwargs))
+        return measured(original(*context, value, *given_args, **kwargs))
+
+    return bounded
 
 
-def _check_join(separator: object, items: Sequence[object]) -> None:
-    _bounded(_size(items) + _size(separator) * len(items))
+def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Runaway where a filter would make far more than what goes in."""
+    if name in ("batch", "slice", "center", "indent", "truncate", "round"):
+        check_widths(*args, *kwargs.values())
+    if name == "indent":
+        width = args[0] if args else kwargs.get("width", 4)
+        check_size(size(value) + str(value).count("\n") * (size(width) if width else 0))
+    elif name == "format":
+        check_format(value, [*args, *kwargs.values()])
+    elif name == "replace":
+        given_args = {**dict(zip(("old", "new"), args, strict=False)), **kwargs}
+        check_replace(value, given_args.get("old", ""), given_args.get("new", ""))
+    elif name == "join":
+        check_join(args[0] if args else kwargs.get("d", ""), value)
 
 
-def _check_replace(text: object, old: object, new: object) -> None:
-    found = str(text).count(str(old)) if str(old) else len(str(text)) + 1
-    _bounded(len(str(text)) + found * _size(new))
-
-
-def _check_method(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """dict(), and the methods of str whose result can be far larger than what goes in.
-
-    Returns the arguments to call it with (an iterator that had to be counted is now a list).
-    """
-    if method is dict:
-        _size((args, kwargs))
-    text = getattr(method, "__self__", None)
-    name = getattr(method, "__name__", "")
-    if isinstance(text, list) and name == "append":  # by parts that it has many times, say
-        _size(args)
-    if not isinstance(text, str):
-        return args
-    if name in ("center", "ljust", "rjust", "zfill", "expandtabs"):
-        _check_widths(*args, *kwargs.values())
-        if name == "expandtabs":
-            _bounded(len(text) * 8 if not args and not kwargs else len(text) * _MAX_WIDTH)
-    elif name == "replace" and len(args) >= 2:
-        _check_replace(text, args[0], args[1])
-    elif name == "join" and len(args) == 1:
-        items = list(args[0])
-        _check_join(text, items)
-        return (items,)
-    elif name == "translate":
-        raise _Runaway("str.translate is not for templates")
-    return args
+@pass_environment
+def _sum(
+    environment: Environment, value: Iterable[Any], attribute: Any = None, start: Any = 0
+) -> Any:
+    """As of Jinja; Python's own copies all that it has for each further list or tuple."""
+    if attribute is not None:
+        value = map(make_attrgetter(environment, attribute), value)
+    if not isinstance(start, (list, tuple)):
+        return sum(value, start)
+    kind: type[list[Any] | tuple[Any, ...]] = list if isinstance(start, list) else tuple
+    items = list(start)
+    for item in value:
+        if not isinstance(item, kind):
+            raise TypeError(f"sum: expected a {kind.__name__}, found {type(item).__name__}")
+        items += item
+        check_size(2 * len(items))
+    return kind(items)
 
 
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
-    indent: int | None = None,
+    indent: int | str | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
     """As in transformers: plain JSON, not escaped for HTML; iterators, as of map(), are lists."""
-    _check_widths(indent)
+    check_widths(indent)
     if isinstance(value, Iterator):
         value = list(value)
-    _size(value)
-    marks = _BUDGET.marks
-    text = json.dumps(
-        value,
+    size(value)
+    marks = BUDGET.marks
+    encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii and marks is None,
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
     )
+    if indent is None and (separators is None or sum(map(len, separators)) < 9):
+        text = encoder.encode(value)
+    else:  # what stands between the items may be far longer than these
+        chunks, characters = [], 0
+        for chunk in encoder.iterencode(value):
+            characters += len(chunk)
+            check_size(characters)
+            chunks.append(chunk)
+        text = "".join(chunks)
     if ensure_ascii and marks is not None:  # a mark has to stay the character that it is
         text = re.sub(f"[^\\x00-\\x7e{marks.mark}]", lambda found: json.dumps(found[0])[1:-1], text)
     return text
@@ -273,210 +371,92 @@ def _raise_exception(message: object = "") -> None:
 
 
 def _strftime_now(pattern: str) -> str:
-    _check_format(pattern, ())
+    check_format(pattern, ())
     return datetime.now().strftime(pattern)
+
+
+def _compared(value: Any) -> Any:
+    """A side of a comparison, without the marks of what a client wrote."""
+    BUDGET.check_time()
+    if not isinstance(value, str):
+        size(value)
+    marks = BUDGET.marks
+    return value if marks is None else marks.plain(value)
+
+
+def _as_text(value: Any) -> Any:
+    """A list or mapping that has marks as its text, anything else as it is."""
+    marks = BUDGET.marks
+    return marks.printed(value) if marks is not None and isinstance(value, (list, dict)) else value
 
 
 def _printed(value: Any) -> Any:
     """What a template prints; of a list or mapping the text, if there are marks in it."""
     if isinstance(value, str):
+        check_size(len(value))
+        BUDGET.print(len(value))
         return value
-    _size(value)
-    marks = _BUDGET.marks
-    return marks.printed(value) if marks is not None and isinstance(value, (list, dict)) else value
-
-
-def sandbox() -> Environment:
-    """A new environment that compiles and runs chat templates."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension, LoopControlExtension
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationBlock(Extension):
-        """{% generation %}: marks what the assistant wrote, for training; the content stays."""
-
-        tags = frozenset({"generation"})  # type: ignore[assignment]
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class Bounded(ImmutableSandboxedEnvironment):
-        """The sandbox, with the bounds of this file."""
-
-        intercepted_binops = frozenset({"+", "*", "**", "%"})
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _check_binary(operator, left, right)
-            return super().call_binop(context, operator, left, right)
-
-        def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-            args = _check_method(__obj, args, kwargs)
-            if _BUDGET.marks is not None and args and isinstance(args[0], (str, tuple)):
-                __obj, args = _BUDGET.marks.searching(__obj, args)
-            return super().call(__context, __obj, *args, **kwargs)
-
-        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            """Beside what the sandbox allows, changes of lists that the template has made."""
-            if attr in ("append", "pop") and isinstance(obj, list) and type(obj) is not _Given:
-                return True
-            return super().is_safe_attribute(obj, attr, value)
-
-        def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-            wrapped = super().wrap_str_format(value)
-            if wrapped is None:
-                return None
-            sandboxed, pattern = wrapped, value.__self__
-
-            def checked(*args: Any, **kwargs: Any) -> str:
-                _check_format(pattern, [*args, *kwargs.values()])
-                return sandboxed(*args, **kwargs)
-
-            return checked
-
-        def joined(self, *values: Any) -> str:
-            """The ~ operator."""
-            _size(values)
-            return "".join(str(_printed(value)) for value in values)
-
-        def literal(self, value: Any) -> Any:
-            """A list, tuple or mapping as it is built: it may hold one part many times."""
-            _size(value)
-            return value
-
-        def step(self) -> str:
-            """Called by every pass of a loop and every call of a macro."""
-            return _BUDGET.step()
-
-        def compared(self, value: Any) -> Any:
-            """A side of a comparison, without the marks of what a client wrote."""
-            marks = _BUDGET.marks
-            return value if marks is None else marks.plain(value)
-
-        def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-            tree = super()._parse(source, name, filename)
-            _mark_comparisons(tree, nodes)
-            repeated: Any = tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))
-            for loop in repeated:
-                tick = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
-                loop.body.insert(0, nodes.ExprStmt(tick, lineno=loop.lineno))
-            _bound_expressions(tree, nodes)
-            tree.set_environment(self)
-            return tree
-
-    environment = Bounded(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[LoopControlExtension, GenerationBlock],
-        optimized=False,  # folding constants would run code outside of a rendering and its budget
-        finalize=_printed,
-    )
-    filters = environment.filters
-
-    def guarded(name: str, check: Callable[..., None]) -> None:
-        original = filters[name]
-
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            check(*args, **kwargs)
-            return original(*args, **kwargs)
-
-        # Filters that take the environment or context say so by this attribute.
-        mark = getattr(original, "jinja_pass_arg", None)
-        if mark is not None:
-            checked.jinja_pass_arg = mark  # type: ignore[attr-defined]
-        filters[name] = checked
-
-    def widths(*args: Any, **kwargs: Any) -> None:
-        _check_widths(*args[1:], *kwargs.values())
-
-    for name in ("batch", "slice", "center", "indent", "truncate", "round"):
-        guarded(name, widths)
-    guarded("string", lambda value: _bounded(_size(value)))
-    string = filters["string"]
-    filters["string"] = lambda value: string(_printed(value))
-    guarded("format", lambda pattern, *args, **kw: _check_format(pattern, [*args, *kw.values()]))
-    guarded("replace", lambda context, text, old, new, *_: _check_replace(text, old, new))
-    replace = filters["replace"]
-
-    def replaced(context: Any, text: Any, old: Any, new: Any, *count: Any) -> Any:
-        if _BUDGET.marks is not None and isinstance(old, str):
-            method, args = _BUDGET.marks.searching(str(text).replace, (old, new, *count))
-            text, old = method.__self__, args[0]
-        return replace(context, text, old, new, *count)
-
-    replaced.jinja_pass_arg = replace.jinja_pass_arg  # type: ignore[attr-defined]
-    filters["replace"] = replaced
-    join = filters["join"]
-
-    def checked_join(context: Any, value: Iterable[Any], d: str = "", attribute: Any = None) -> Any:
-        items = list(value)
-        _check_join(d, items)
-        return join(context, items, d, attribute)
-
-    checked_join.jinja_pass_arg = join.jinja_pass_arg  # type: ignore[attr-defined]
-    filters["join"] = checked_join
-    filters["tojson"] = _tojson
-    # No chat template needs these, and a long text makes them slow.
-    for name in ("urlize", "wordwrap", "pprint"):
-        del filters[name]
-    del environment.globals["lipsum"]
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
+    BUDGET.print(size(value))
+    return _as_text(value)
 
 
 def undeclared(environment: Environment, source: str) -> frozenset[str]:
     """The variables that a template reads and expects from outside."""
-    from jinja2.meta import find_undeclared_variables
-
     return frozenset(find_undeclared_variables(environment.parse(source)))
 
 
 def constants(environment: Environment, source: str) -> frozenset[str]:
     """The strings that the expressions of a template are written with."""
-    from jinja2 import nodes
-
     found: Any = environment.parse(source).find_all(nodes.Const)
     return frozenset(node.value for node in found if isinstance(node.value, str))
 
 
-def _mark_comparisons(tree: Any, nodes: Any) -> None:
-    """Sends both sides of ==, != and `in` through compared()."""
+def _to_environment(method: str, *arguments: nodes.Node) -> nodes.Call:
+    """The call of a method of the environment, in the place of its first argument."""
+    call = nodes.Call(nodes.EnvironmentAttribute(method), list(arguments), [], None, None)
+    if arguments:
+        call.set_lineno(arguments[0].lineno)
+    return call
 
-    def compared(node: Any) -> Any:
-        call = nodes.Call(nodes.EnvironmentAttribute("compared"), [node], [], None, None)
-        return call.set_lineno(node.lineno)
 
+def _mark_comparisons(tree: nodes.Template) -> None:
+    """Sends both sides of comparisons through compared(), if no side is a number or the like."""
     for compare in list(tree.find_all(nodes.Compare)):
         operands = [compare.expr, *(operand.expr for operand in compare.ops)]
-        if {operand.op for operand in compare.ops} <= {"in", "notin", "eq", "ne"} and not any(
-            isinstance(node, nodes.Const) and not isinstance(node.value, str) for node in operands
-        ):
-            compare.expr = compared(compare.expr)
+        if not any(isinstance(n, nodes.Const) and not isinstance(n.value, str) for n in operands):
+            compare.expr = _to_environment("compared", compare.expr)
             for operand in compare.ops:
-                operand.expr = compared(operand.expr)
+                operand.expr = _to_environment("compared", operand.expr)
 
 
-def _bound_expressions(node: Any, nodes: Any) -> None:
-    """Sends every a ~ b and every list, tuple and mapping of a syntax tree through a check."""
+def _bound_expressions(node: nodes.Node) -> None:
+    """Sends a ~ b, slices, and lists, tuples and mappings as written, through the environment.
+
+    A tuple that is assigned to names at once is none: they get its items.
+    """
     for field, value in list(node.iter_fields()):
         children = value if isinstance(value, list) else [value]
         for i, child in enumerate(children):
             if not isinstance(child, nodes.Node):
                 continue
-            _bound_expressions(child, nodes)
+            _bound_expressions(child)
             if isinstance(child, nodes.Concat):
-                method, arguments = "joined", child.nodes
+                call = _to_environment("joined", *child.nodes)
+            elif isinstance(child, nodes.Getitem) and isinstance(child.arg, nodes.Slice):
+                at = (child.arg.start, child.arg.stop, child.arg.step)
+                ends = [nodes.Const(None) if end is None else end for end in at]
+                call = _to_environment("sliced", child.node, *ends)
             elif isinstance(child, (nodes.List, nodes.Dict)) or (
-                isinstance(child, nodes.Tuple) and child.ctx == "load"
+                isinstance(child, nodes.Tuple) and child.ctx == "load" and not _unpacked(node)
             ):
-                method, arguments = "literal", [child]
+                call = _to_environment("literal", child)
             else:
                 continue
-            call = nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
-            call.set_lineno(child.lineno)
             if isinstance(value, list):
                 value[i] = call
             else:
                 setattr(node, field, call)
+
+
+def _unpacked(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Tuple)
