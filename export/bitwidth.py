@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from ..runtime._core import GgufFile
 from ..runtime.errors import Cancelled, OptionError, StokerError
+from ..runtime.output_file import check_output
 from . import gguf_writer, mixes
 from . import imatrix as importances
 from .allotment import Allotment, Choice
@@ -39,7 +40,7 @@ from .gguf_writer import Tensor
 from .hidden_states import Progress
 from .imatrix import Imatrix
 from .judge import Judge, Measurement, cut_text
-from .model_writer import check_output, write_model
+from .model_writer import write_model
 from .palette import Palette, copied, matrix_bytes, model_metadata, rest_of, single_tensor
 from .quantize import source_digest
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from ..runtime.backends import ONNX_METADATA
 from ..runtime.errors import ModelFileError, OptionError, StokerError, UnsupportedModelError
 from ..runtime.json_text import parse
+from ..runtime.output_file import check_output
 from .hidden_states import Progress
-from .model_writer import check_output
 from .onnx_trial import run_once
 from .to_onnx import Exported, check_options, gguf_to_onnx, relocate
 

@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import ModelFileError, OptionError
+from ..runtime.output_file import check_output
 from ..runtime.whole_file import read_whole
 from . import gguf_writer
 from .gguf_writer import Tensor
 from .hidden_states import Progress
-from .model_writer import check_output, read_bytes, write_model
+from .model_writer import read_bytes, write_model
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _ARRAY, _STRING = 9, 8

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import Cancelled, OptionError, StokerError
+from ..runtime.output_file import check_output
 from ..runtime.side_thread import SideThread
 from . import gguf_writer
 from .gguf_writer import PartFile, Tensor
@@ -49,21 +50,6 @@ def resumable_part(out: str | os.PathLike[str]) -> Path | None:
     path = Path(out)
     part = path.with_name(f".{path.name}.part")
     return part if part.exists() else None
-
-
-def check_output(out: Path, inputs: Iterable[str | os.PathLike[str]], *, force: bool) -> None:
-    """Refuses (OptionError) an output that cannot or should not be made.
-
-    inputs: files that it is made from; it must be none of them.
-    """
-    if out.is_dir():
-        raise OptionError(f"{out}: expected the name of a file, found a directory")
-    if out.exists() and any(os.path.samefile(out, source) for source in inputs):
-        raise OptionError(f"{out}: expected another file than the base")
-    if out.exists() and not force:
-        raise OptionError(f"{out} exists: choose another name, or replace it with --force")
-    if not out.parent.is_dir():
-        raise OptionError(f"{out.parent}: no such directory")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import DeviceError, ModelFileError, OptionError
+from ..runtime.output_file import check_output
 from .measurement import Measured, OnnxRunner, compare
 from .onnx_attempts import Attempts, Progress, disk_error
 from .onnx_samples import Preprocessing, Samples
@@ -150,12 +151,7 @@ def _check_options(
 ) -> None:
     if not origin.is_file():
         raise ModelFileError(f"{origin}: no such file")
-    if path.exists() and os.path.samefile(path, origin):
-        raise OptionError(f"{path}: expected another file than the source")
-    if path.exists() and not force:
-        raise OptionError(f"{path} exists: choose another name, or replace it with --force")
-    if not path.parent.is_dir():
-        raise OptionError(f"{path.parent}: no such directory")
+    check_output(path, [origin], force=force)
     if static and calibration is None:
         raise OptionError("static quantization needs --calibrate: inputs that are like real ones")
     if method not in METHODS:

@@ -26,12 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import ModelFileError, OptionError, UnsupportedModelError
+from ..runtime.output_file import check_output
 from . import gguf_writer
 from .dense_base import format_row
 from .gates import Agreement, Floats, Gate, Routing, agreement, fit_gates, record
 from .gguf_writer import Layout, PartFile, Tensor
 from .hidden_states import Progress, own_text
-from .model_writer import Piece, check_output, making, read_bytes, resumable_part, write_pieces
+from .model_writer import Piece, making, read_bytes, resumable_part, write_pieces
 from .quantize import source_digest
 
 if TYPE_CHECKING:

@@ -24,13 +24,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import OptionError, UnsupportedModelError
+from ..runtime.output_file import check_output
 from .channel_fit import ChannelFit
 from .channel_split import Split, choose
 from .dense_base import DenseBase
 from .hidden_states import Progress, own_text
 from .kmeans import spherical_kmeans, unit
 from .llama_layers import Floats, Indices, LlamaLayer, LlamaLayers, rms_norm
-from .model_writer import check_output
 from .refactor_recipe import Recipe, recipe
 from .refactored_file import ARCHITECTURE, RefactoredFile
 from .token_router import agreement, train

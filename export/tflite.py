@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.errors import ModelFileError, OptionError, UnsupportedModelError
+from ..runtime.output_file import check_output
 from .onnx_samples import Preprocessing, Samples
 from .onnx_trial import require_onnxruntime, run_once
 
@@ -78,12 +79,7 @@ def convert(
     from .gguf_writer import PartFile
 
     path, origin = Path(out), Path(source)
-    if path.exists() and not force:
-        raise OptionError(f"{path} exists: choose another name, or replace it with --force")
-    if path.exists() and origin.exists() and os.path.samefile(path, origin):
-        raise OptionError(f"{path}: expected another file than the source")
-    if not path.parent.is_dir():
-        raise OptionError(f"{path.parent}: no such directory")
+    check_output(path, [origin], force=force)
     if evaluation is None and labels is not None:
         raise OptionError("labels: expected data that they belong to (--evaluate)")
     require_onnxruntime()

@@ -19,8 +19,9 @@ import numpy as np
 
 from ..runtime.backends import ONNX_METADATA
 from ..runtime.errors import ModelFileError, OptionError
+from ..runtime.output_file import check_output
 from .hidden_states import Progress
-from .model_writer import COMMIT_BYTES, check_output, making, resumable_part
+from .model_writer import COMMIT_BYTES, making, resumable_part
 from .onnx_graph.config import DecoderConfig, read_config
 from .onnx_graph.decoder import Decoder
 from .onnx_graph.graph import Graph

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import ModelFileError, OptionError
+from ..runtime.output_file import check_output
 from . import gguf_writer
 from .dense_base import PARTS, DenseBase, feed_forward_part, format_row
 from .gguf_writer import Layout, PartFile, Tensor
@@ -29,7 +30,6 @@ from .hidden_states import Progress, feed_forward_inputs, of_text, own_text
 from .model_writer import (
     COMMIT_BYTES,
     Piece,
-    check_output,
     making,
     resumable_part,
     write_pieces,

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypedDict
 from ..runtime.arguments import shown
 from ..runtime.errors import OptionError
 from ..runtime.json_text import parse
+from ..runtime.output_file import check_output
 from ..runtime.whole_file import read_whole_text
 
 VERSION = 1
@@ -215,6 +216,7 @@ def _is_amount(value: object, low: float, high: float) -> bool:
 def save(profile: DeviceProfile, path: Path) -> None:
     """Writes a profile; it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(json.dumps(profile, indent=1) + "\n", encoding="utf-8")

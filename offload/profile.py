@@ -23,6 +23,7 @@ import numpy as np
 
 from ..runtime.errors import DeviceError, OptionError
 from ..runtime.json_text import parse
+from ..runtime.output_file import check_output
 from ..runtime.whole_file import read_whole
 from .profile_fit import Floats, Progress, Recording, Shape, fit_linear
 from .profile_path import fit_path
@@ -367,8 +368,7 @@ def make_profile(
 
     check_predictors(predictors)
     target = Path(out)
-    if not target.parent.is_dir():
-        raise OptionError(f"{target.parent}: no such directory")
+    check_output(target)
     digest = routers_digest(model._file)
     if model.config.get("pregated"):
         raise OptionError(f"{model.path}: pre-gated: its experts are known without a profile")

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime.errors import OptionError
+from ..runtime.output_file import check_output
 
 PREFILL, DECODE = "prefill", "decode"
 _MAX_LAYER = 1 << 12
@@ -379,6 +380,7 @@ class TraceWriter:
         self._tokens = tokens
         self._path = Path(path)
         self._part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
+        check_output(self._path)
         try:
             self._raw = self._part.open("wb")
         except OSError as error:

@@ -24,6 +24,7 @@ from .command_options import (
     Readers,
 )
 from .errors import OptionError
+from .output_file import check_output
 
 if TYPE_CHECKING:
     from ..mobile_bench.case import Case
@@ -163,8 +164,7 @@ def bench(
 
 def _check_targets(results: Path | None, csv: Path | None, *, resume: bool, force: bool) -> None:
     for file in filter(None, (results, csv)):
-        if file.is_dir() or not file.absolute().parent.is_dir():
-            raise OptionError(f"{file}: expected the name of a file in a folder that is there")
+        check_output(file)
     if resume and results is None:
         raise OptionError("--resume needs --json FILE, the file that is to be completed")
     if resume and force:

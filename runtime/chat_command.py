@@ -83,13 +83,17 @@ class Chat:
             print(f"{printable(model.name)}. /help lists the commands, Ctrl-D leaves.")
 
     def loop(self) -> None:
-        """Runs until /quit or the end of the input."""
+        """Runs until /quit or the end of the input. Raises OptionError where that has nothing."""
+        read = False
         while True:
             try:
                 message = self._read()
+                read = True
             except EOFError:
                 if self._terminal:
                     print()
+                elif not read:
+                    raise OptionError("standard input: expected messages, found none") from None
                 return
             except KeyboardInterrupt:
                 if not self._terminal:
@@ -112,17 +116,17 @@ class Chat:
     def _read(self) -> str:
         """One message or command. Raises EOFError at the end."""
         prompt, more = ("> ", "... ") if self._terminal else ("", "")
-        line = input(prompt)
+        line = _line(prompt)
         if line.startswith('"""'):
             lines = [line[3:]]
             while not lines[-1].rstrip().endswith('"""'):
-                lines.append(input(more))
+                lines.append(_line(more))
             lines[-1] = lines[-1].rstrip()[:-3]
             return "\n".join(lines).strip("\n")
         lines = [line]
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1][:-1]
-            lines.append(input(more))
+            lines.append(_line(more))
         return "\n".join(lines)
 
     def _command(self, line: str) -> bool:
@@ -183,6 +187,16 @@ class Chat:
         speed = f" | {_speed(stats)}" if stats.decode_tokens else ""
         used = f"{self._session.position} of {self._session.context} tokens of context"
         return f"{stats.new_tokens} tokens{speed} | {used} | Ctrl-C stops"
+
+
+def _line(prompt: str) -> str:
+    """One line of standard input. Raises EOFError, OptionError."""
+    try:
+        return input(prompt)
+    except UnicodeDecodeError as error:
+        raise OptionError(
+            f"standard input: expected UTF-8 text, found byte {error.start} not to be"
+        ) from error
 
 
 def _speed(stats: Statistics) -> str:

@@ -68,6 +68,7 @@ from .errors import (
     TokenizerError,
     UnsupportedModelError,
 )
+from .spare_threads import spare_threads
 from .standard_streams import abandon_output, open_closed_streams
 
 if TYPE_CHECKING:
@@ -482,6 +483,7 @@ def doctor(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     open_closed_streams()
+    spare_threads()
     try:
         code = _main(arguments)
         if code == 0:

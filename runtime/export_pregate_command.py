@@ -69,10 +69,10 @@ def pregate(
     stoker run mixture.gguf "Hello" --memory 1GiB --predictor linear --profile mixture.profile
     """
     from ..export import pregate as pregating
-    from ..export.model_writer import check_output
     from ..offload.profile import make_profile
     from . import profile_command
     from .options import LoadOptions
+    from .output_file import check_output
     from .run_command import find, open_model, read_text
     from .terminal import resumable, stage_progress
 

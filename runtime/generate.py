@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import Cancelled
+from .errors import Cancelled, OptionError
 from .options import GenerationOptions
 from .statistics import Counter, ExpertStatistics, Statistics, StreamStatistics, peak_memory
 from .stop import StopMatcher
@@ -171,6 +171,9 @@ class Generation:
         # Whoever is inside the session now is no step of this generation, which nobody has.
         if getattr(self, "_session", None) is not None:
             self._abandon()
+
+    def __reduce__(self) -> Any:
+        raise OptionError("an answer cannot be copied or sent to another process: read its text")
 
     def _abandon(self) -> bool:
         """Ends the generation unless the session is in use; whether it has ended."""

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from types import MappingProxyType
 from typing import Any
 
 from . import arguments
@@ -19,6 +18,18 @@ KV_TYPES = ("f16", "f32")
 PRECISIONS = ("fast", "balanced", "high")
 PREFETCH_MODES = ("auto", "on", "off")
 _MAX_SEED = 2**64 - 1
+
+
+class _Frozen(dict[int, float]):
+    """A mapping that nobody changes; other than MappingProxyType it can be pickled and copied."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError("options are frozen: make others with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> Any:
+        return _Frozen, (dict(self),)
 
 
 def _stop_strings(value: object) -> tuple[str, ...]:
@@ -36,7 +47,7 @@ def _logit_bias(value: object) -> Mapping[int, float]:
         token = arguments.integer("logit_bias token", key, 0, INT32_MAX)
         banned = isinstance(added, float) and added == -math.inf
         bias[token] = -math.inf if banned else arguments.number(f"logit_bias[{token}]", added)
-    return MappingProxyType(bias)
+    return _Frozen(bias)
 
 
 def _set(options: object, checked: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .command_options import Json
-from .errors import OptionError
+from .output_file import check_output
 
 if TYPE_CHECKING:
     from ..mobile_bench.device_profile import DeviceProfile
@@ -44,8 +44,8 @@ def probe(
     from ..mobile_bench.probe import probe as measure
     from .terminal import stage_progress
 
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise OptionError(f"{out}: expected the name of a file in a folder that is there")
+    if out is not None:
+        check_output(out)
     with stage_progress() as progress:
         profile = measure(path, quick=quick, progress=progress)
     # First shown, then saved: what was measured is not lost where that fails.

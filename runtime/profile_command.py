@@ -12,6 +12,7 @@ import typer
 
 from .command_options import Context, Json, Memory, Model, Threads
 from .errors import OptionError
+from .output_file import check_output
 
 if TYPE_CHECKING:
     from ..offload.profile import Profile
@@ -58,8 +59,7 @@ def profile(
     check_predictors(names)
     if not 256 <= tokens <= _MOST_TOKENS:
         raise OptionError(f"tokens: expected 256 to {_MOST_TOKENS}, found {tokens}")
-    if out.exists() and not force:
-        raise OptionError(f"{out} exists: choose another name, or replace it with --force")
+    check_output(out, force=force)
     corpus = None if text is None else read_text(text)
     opened = open_model(model, LoadOptions(threads=threads, context=context, memory=memory))
     with stage_progress() as progress:

@@ -11,6 +11,7 @@ import typer
 
 from .command_options import Json
 from .errors import OptionError
+from .output_file import check_output
 
 if TYPE_CHECKING:
     from ..mobile_bench.report import Report
@@ -98,8 +99,7 @@ def _check(file: Path, inputs: list[Path]) -> None:
     """Refuses to write over what is read, and into folders that are not there."""
     if any(_same(file, read) for read in inputs):
         raise OptionError(f"{file}: expected another file than the results that are read")
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise OptionError(f"{file}: expected the name of a file in a folder that is there")
+    check_output(file)
 
 
 def _write(file: Path, text: str) -> None:

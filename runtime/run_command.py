@@ -89,12 +89,13 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None and file is not None:
         raise OptionError("give a prompt or --file, not both")
     if prompt is None and file is None:
-        if sys.stdin is None or sys.stdin.isatty():
+        text = "" if sys.stdin.isatty() else read_text(Path("-"))
+        if not text:  # a terminal, or nothing in what is read: nobody has asked for that
             raise OptionError("give a prompt, - for stdin, or --file")
-        prompt = "-"
-    if prompt is not None and prompt != "-":
+    elif prompt is not None and prompt != "-":
         return prompt
-    text = read_text(file or Path("-"))
+    else:
+        text = read_text(file or Path("-"))
     return text.removesuffix("\n").removesuffix("\r")
 
 

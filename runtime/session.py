@@ -216,6 +216,9 @@ class Session:
         if active is not None:
             active.close()
 
+    def __reduce__(self) -> Any:
+        raise OptionError("a session cannot be copied or sent to another process: make one there")
+
     def _hand_over(self) -> Evaluated:
         """What the session holds, for another one; it is of no use afterwards.
 
@@ -337,7 +340,7 @@ class Session:
         decode: it is a token that was generated, not a prompt.
         """
         end = len(self._tokens)
-        if self._timeline.position == end and self._logits_at != end:
+        if end > 0 and self._timeline.position == end and self._logits_at != end:
             # Truncated: the last token's logits are gone, compute them again.
             self._timeline.truncate(end - 1)
         while self._timeline.position < end:

@@ -13,6 +13,7 @@ import typer
 
 from .command_options import Json
 from .errors import OptionError
+from .output_file import check_output
 
 if TYPE_CHECKING:
     from ..mobile_bench.records import JobResult
@@ -72,8 +73,7 @@ def sweep(
 
     wanted = sweep_spec.load(spec)
     path = out or spec.with_suffix(".jsonl")
-    if path.exists() and path.samefile(spec):
-        raise OptionError(f"{path}: expected another file than the spec")
+    check_output(path, [spec])
     if ray is None:
         wanted, left_out = sweep_spec.for_device(wanted, device)
         if left_out:

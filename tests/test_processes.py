@@ -175,9 +175,30 @@ def test_a_model_is_not_sent_to_another_process(tiny: Path) -> None:
     import pickle
 
     model = stoker.load(tiny)
+    answer = model.generate(PROMPT, max_tokens=4)
+    next(answer)
     for send in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(stoker.OptionError, match="cannot be copied or sent"):
-            send(model)
+        for what in (model, model.session(), answer):
+            with pytest.raises(stoker.OptionError, match="cannot be copied or sent"):
+                send(what)
+
+
+def test_options_are_sent_to_another_process() -> None:
+    import copy
+    import dataclasses
+    import pickle
+
+    for options in (
+        stoker.GenerationOptions(logit_bias={3: -1.5}, stop=["x"], seed=2),
+        stoker.LoadOptions(threads=2, memory="2GiB"),
+    ):
+        assert pickle.loads(pickle.dumps(options)) == copy.deepcopy(options) == options
+        assert type(options)(**dataclasses.asdict(options)) == options
+    frozen: Any = stoker.GenerationOptions(logit_bias={3: -1.5}).logit_bias
+    with pytest.raises(TypeError):
+        frozen[3] = 1.0
+    with pytest.raises(TypeError):
+        frozen.update({4: 1.0})
 
 
 # The interpreter's end.
@@ -258,7 +279,7 @@ def test_threads_follow_a_quota(tiny: Path) -> None:
 
 
 @posix
-@pytest.mark.parametrize("limit", [2, 3, 4, 6, 12])
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 6, 12])
 @pytest.mark.parametrize("budget", [False, True], ids=["resident", "offloaded"])
 def test_fewer_threads_than_wanted(tiny: Path, mixture: Path, limit: int, budget: bool) -> None:
     path = mixture if budget else tiny
@@ -509,6 +530,56 @@ def test_closed_streams(tiny: Path, tmp_path: Path, closed: int | tuple[int, ...
     for n, text in ((1, out), (2, err)):
         assert (n in gone) == (text == ""), n
     assert list(tmp_path.iterdir()) == []  # nothing took a stream's place
+
+
+@posix
+@pytest.mark.parametrize("command", ["run", "chat"])
+@pytest.mark.parametrize("given", [None, b"", b"Hi \xff\n"], ids=["closed", "empty", "no UTF-8"])
+def test_standard_input_that_says_nothing(tiny: Path, command: str, given: bytes | None) -> None:
+    closed = "<&-" if given is None else ""
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "stoker.runtime.cli",
+         command, str(tiny), "-n", "3"],
+        input=given,
+        capture_output=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == b""
+    line = {
+        (True, "run"): b"give a prompt, - for stdin, or --file",
+        (True, "chat"): b"standard input: expected messages, found none",
+        (False, "run"): b"-: expected UTF-8 text, found byte 3 not to be",
+        (False, "chat"): b"standard input: expected UTF-8 text, found byte 3 not to be",
+    }[not given, command]
+    assert done.stderr == b"stoker: error: " + line + b"\n"
+
+
+@posix
+def test_devices_are_not_replaced(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    """A result takes its name when it is complete, by a rename that no device would survive."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    results = tmp_path / "results.jsonl"
+    results.write_text("{}\n")
+    for line in (
+        ["export", "quantize", str(tiny), str(pipe), "--type", "Q8_0", "--force"],
+        ["export", "gguf", str(tmp_path), str(pipe), "--force"],
+        ["export", "upcycle", str(tiny), str(pipe), "--experts", "4", "--used", "2", "--force"],
+        ["export", "onnx", str(tiny), str(pipe), "--force"],
+        ["export", "tflite", str(tiny), str(pipe), "--force"],
+        ["export", "quantize-onnx", str(tiny), str(pipe), "--dynamic", "--force"],
+        ["export", "imatrix", str(tiny), str(pipe), "--text", str(results), "--force"],
+        ["report", str(results), "-o", str(pipe)],
+        ["probe", "--quick", "--out", str(pipe)],
+        ["bench", str(tiny), "--json", str(pipe), "--force"],
+        ["run", str(tiny), "hi", "--trace", str(pipe), "-n", "2"],
+    ):
+        assert cli.main(line) in (1, 2), line
+        assert pipe.is_fifo(), line
+        message = capsys.readouterr().err
+        assert message.startswith("stoker: error:") and "internal" not in message, line
 
 
 @posix

@@ -139,7 +139,7 @@ def test_shards_are_read_as_one(base: Path, tmp_path: Path) -> None:
     for name, t in mine.items():
         np.testing.assert_array_equal(t.data, theirs[name].data)
     np.testing.assert_array_equal(logits(made.path), logits(whole.path))
-    with pytest.raises(OptionError, match="expected another file than the base"):
+    with pytest.raises(OptionError, match="expected another file than what it is made from"):
         quantize.quantize(shards[0], shards[3], type="Q8_0", force=True)
     shards[2].unlink()
     with pytest.raises(ModelFileError, match="m-00003-of-00005"):
@@ -424,7 +424,7 @@ def test_bad_outputs_are_refused(base: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.gguf"
     link.hardlink_to(base)
     before = base.read_bytes()
-    with pytest.raises(OptionError, match="expected another file than the base"):
+    with pytest.raises(OptionError, match="expected another file than what it is made from"):
         quantize.quantize(base, link, type="Q8_0", force=True)
     assert base.read_bytes() == before
     quantize.quantize(base, out, type="Q8_0", force=True)

@@ -382,7 +382,7 @@ def test_other_models_are_refused(base: Path, made: Path, tmp_path: Path) -> Non
         small(yarn, out)
     with pytest.raises(OptionError, match="exists: choose another name"):
         small(base, made)
-    with pytest.raises(OptionError, match="expected another file than the base"):
+    with pytest.raises(OptionError, match="expected another file than what it is made from"):
         small(base, base, force=True)
     assert not out.exists()
 

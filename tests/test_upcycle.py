@@ -451,7 +451,7 @@ def test_an_existing_file_is_replaced_only_with_force(base: Path, tmp_path: Path
     assert out.read_bytes() == b"precious"
     small(base, out, force=True)
     assert out.read_bytes()[:4] == b"GGUF"
-    with pytest.raises(OptionError, match="expected another file than the base"):
+    with pytest.raises(OptionError, match="expected another file than what it is made from"):
         small(base, base, force=True)
 
 
