@@ -221,7 +221,12 @@ class ControlMarks:
 
     def sliced(self, text: str, at: int | slice) -> str:
         """text[at]. IndexError as of str."""
-        return MarkedText(text, self.mark).sliced(at) if self.mark in text else text[at]
+        if self.mark not in text:
+            return text[at]
+        marked = MarkedText(text, self.mark)
+        if isinstance(at, slice) and at.step not in (None, 1):
+            return self.text(marked.plain[at])  # in another order characters spell other tokens
+        return marked.sliced(at)
 
     def characters(self, text: str) -> Sequence[str]:
         """The characters of a text."""
@@ -276,7 +281,7 @@ class ControlMarks:
             short = original(marked.plain, *args, **kwargs)
             cut = len(short) - len(given["end"])
             found = text if short == marked.plain else marked.part(0, cut) + given["end"]
-        elif name == "urlencode":
+        elif name in ("reverse", "urlencode"):
             found = self.text(original(marked.plain))
         return original(text, *args, **kwargs) if found is NotImplemented else found
 

@@ -51,9 +51,9 @@ class MarkedText:
             start = at % len(self.plain)
             return self.part(start, start + 1)
         start, stop, step = at.indices(len(self.plain))
-        if step == 1:
-            return self.part(start, stop)
-        return "".join(self.part(i, i + 1) for i in range(start, stop, step))
+        if step != 1:
+            raise ValueError(f"a step of 1 is expected, found {step}")
+        return self.part(start, stop)
 
     def characters(self) -> list[str]:
         """The characters, each with the marks at its ends."""
@@ -61,6 +61,8 @@ class MarkedText:
 
     def remarked(self, changed: str) -> str:
         """A text of as many characters as `plain`, with the marks where they are in it."""
+        if not changed:
+            return ""
         pieces, last = [], 0
         for place in self._marks:
             pieces += [changed[last:place], self._mark]
@@ -125,7 +127,7 @@ class MarkedText:
     def _padded(self, name: str, changed: str, bare: list[Any]) -> str:
         n = len(self.plain)
         if len(changed) == n:
-            return self._text
+            return self.part(0, n)
         fill = changed[0] if name != "ljust" else changed[-1]
         other = "a" if fill != "a" else "b"
         left = getattr(other * n, name)(*bare).find(other) if n else 0

@@ -28,6 +28,7 @@ from .control_marks import ControlMarks
 from .errors import ChatTemplateError, one_line
 from .template_values import (
     BUDGET,
+    CONTAINERS,
     Namespace,
     OwnList,
     Runaway,
@@ -285,7 +286,7 @@ def _bounded_filter(name: str, original: Callable[..., Any]) -> Callable[..., An
             value = list(value)  # it is counted
         _check_filter(name, value, given_args, kwargs)
         marks = BUDGET.marks
-        if marks is not None and isinstance(value, (str, list, dict)):
+        if marks is not None and isinstance(value, (str, Mapping, Namespace, *CONTAINERS)):
             if name == "string":
                 value = _as_text(value)
             elif isinstance(value, str) and name in _OF_CHARACTERS:
@@ -385,9 +386,10 @@ def _compared(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """A list or mapping that has marks as its text, anything else as it is."""
+    """The text of what holds others, if there are marks; anything else as it is."""
     marks = BUDGET.marks
-    return marks.printed(value) if marks is not None and isinstance(value, (list, dict)) else value
+    holds = isinstance(value, (Mapping, Namespace, *CONTAINERS))
+    return marks.printed(value) if marks is not None and holds else value
 
 
 def _printed(value: Any) -> Any:

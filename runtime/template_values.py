@@ -28,7 +28,7 @@ _MAX_INT_BITS = 4096
 _MAX_BACKWARDS = 1 << 30  # characters of a text times those looked for from its end
 
 _TEXTS = (str, bytes, bytearray)
-_CONTAINERS = (list, tuple, Set, ValuesView)  # KeysView and ItemsView are sets
+CONTAINERS = (list, tuple, Set, ValuesView)  # KeysView and ItemsView are sets
 
 
 class Runaway(Exception):
@@ -153,7 +153,7 @@ def size(value: object) -> int:
             check_size(total)
             rest += item.keys()
             rest += item.values()
-        elif isinstance(item, _CONTAINERS):
+        elif isinstance(item, CONTAINERS):
             total += 2 * len(item)
             check_size(total)
             rest += item
@@ -192,7 +192,7 @@ def _fix_parts(value: Any) -> None:
     if isinstance(value, Mapping):
         for item in value.values():
             _fix(item)
-    elif isinstance(value, _CONTAINERS):
+    elif isinstance(value, CONTAINERS):
         for item in value:
             _fix(item)
 

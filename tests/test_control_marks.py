@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from stoker.runtime.chat import CHATML, ChatTemplate
 from stoker.runtime.control_marks import ControlSpellings
 from stoker.runtime.errors import ChatTemplateError
+from stoker.runtime.marked_text import MarkedText
 from stoker.runtime.tokenizer import Tokenizer
 
 CONVERSATIONS = json.loads(
@@ -164,42 +165,153 @@ def test_roles_spell_no_control_token() -> None:
     ]
 
 
-def test_templates_find_what_they_look_for() -> None:
+# Of m, what a client has written, in which control tokens are.
+EXPRESSIONS = (
+    "m.split('</think>')[-1]",
+    "m.split('</think>', 1)[1]",
+    "m.split(sep='</think>', maxsplit=1)[-1]",
+    "m.split()",
+    "m.split(none, 1)[1]",
+    "m.rsplit(maxsplit=1)[0]",
+    "('</think>' + m).split('</think>')[1]",
+    "('</think>' ~ m ~ '</think>').split('</think>', 2)[1]",
+    "('x' ~ '</think>' ~ m).split('</think>', 1)[0]",
+    "m.rsplit('</think>', 1)[0]",
+    "(m + '</think>').rsplit('</think>', 1)[0]",
+    "m.splitlines()",
+    "m.splitlines(true)[-1]",
+    "m.replace('</think>', '+')",
+    "m.replace('</think>', '+', 1)",
+    "('</think>' ~ m).replace('</think>', '+', 2)",
+    "m.replace('', '-')",
+    "m.replace('', '-', 3)",
+    "m | replace('</think>', '+')",
+    "m | replace('</think>', '+', 1)",
+    "('</think>' ~ m).replace('</think>', '+')",
+    "m.startswith('a</think>')",
+    "m.startswith('</think>', 1)",
+    "m.endswith('</think>c\\n')",
+    "m.startswith(('x', 'a</think>'))",
+    "m.partition('</think>')",
+    "m.rpartition('</think>')",
+    "m.rpartition('no such')",
+    "m.count('</think>')",
+    "m.removeprefix('a</think>')",
+    "m.removesuffix('</think>c\\n')",
+    "(m ~ '\\n').removesuffix('</think>c\\n\\n')",
+    "m.strip('ac</tk>\\n')",
+    "m[1:].lstrip('<')",
+    "m.rstrip('\\nc>')",
+    "m | trim('a<')",
+    "m.find('</think>')",
+    "m.rfind('</think>')",
+    "m.index('b')",
+    "m.rindex('</think>')",
+    "m.find('</think>', 2)",
+    "m[m.find('</think>') + 8:]",
+    "m[m.rfind('</think>') + 8:]",
+    "m[:m.find('</think>')]",
+    "m[:m.rindex('</think>')] ~ '|' ~ m[m.rindex('</think>'):]",
+    "m[m.find('b') - 8:m.find('b')]",
+    "m[:3]",
+    "m[3:]",
+    "m[-6:-1]",
+    "m[::-1]",
+    "m[::2]",
+    "m[5:2]",
+    "m[:3] ~ m[3:7] ~ m[7:]",
+    "m[2], m[-1], m[99] is defined",
+    "m | length, m | count, m[3:] | length, m | wordcount",
+    "m | first, m | last, m | list, m | batch(4) | list, m | unique | join",
+    "m | reverse",
+    "m | join('.')",
+    "m | truncate(5), m | truncate(12, true, '…', 0), m | truncate(99), m | truncate(9, false, '')",
+    "m | upper, m | title, m.title(), m | capitalize, m[1:].capitalize(), m.swapcase()",
+    "'ß' ~ m | upper, m.upper().split('</THINK>')[1]",
+    "m.center(41), m.ljust(30, '.'), m.rjust(30, '<'), m | center(31), ''.center(3)",
+    "'[</think>|a</think>b]'.split(m[1:9])",
+    "m | urlencode",
+    "m in {m: 1}",
+    "'</think>' in m",
+    "'</think>' not in m",
+    "m == 'a</think>b </think>c\\n'",
+    "m != 'a</think>b </think>c\\n'",
+    "m in ['a</think>b </think>c\\n']",
+    "m is eq 'a</think>b </think>c\\n', m is in ['x'], '</think>' is in m",
+    "messages | selectattr('content', 'eq', 'a</think>b </think>c\\n') | list | length",
+    "m < 'a</think>c', m[1:] <= '</think>b </think>c\\n', '<a' > m[1:3]",
+    "'m!' in m",
+    "m.isascii(), m[2:3].isalpha(), m is lower",
+)
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_marks_are_no_characters_to_a_template(expression: str) -> None:
     """With "</think>" a control token of the vocabulary, and thoughts in a client's text."""
-    said = "a</think>b</think>c"
-    for expression in (
-        "m.split('</think>')[-1]",
-        "m.split('</think>', 1)[1]",
-        "('</think>' + m).split('</think>')[1]",
-        "('x' ~ '</think>' ~ m).split('</think>', 1)[0]",
-        "m.rsplit('</think>', 1)[0]",
-        "(m + '</think>').rsplit('</think>', 1)[0]",
-        "m.replace('</think>', '+')",
-        "m | replace('</think>', '+')",
-        "('</think>' ~ m).replace('</think>', '+')",
-        "m.startswith('a</think>')",
-        "m.endswith('</think>c')",
-        "m.partition('</think>')[0]",
-        "m.count('</think>')",
-        "m.startswith(('x', 'a</think>'))",
-        "m.removeprefix('a</think>')",
-        "m.removesuffix('</think>c')",
-        "(m ~ '\\n').removesuffix('</think>c')",
-        "m in {m: 1}",
-        "m.find('</think>')",
-        "'</think>' in m",
-        "'</think>' not in m",
-        "m == 'a</think>b</think>c'",
-        "m != 'a</think>b</think>c'",
-        "m in ['a</think>b</think>c']",
-        "'m!' in m",
-        "m | upper",
-    ):
-        source = "{% set m = messages[0].content %}{{ " + expression + " }}"
-        prompt = template(source).prompt([user(said)])
-        plain = ChatTemplate(source).render([user(said)])
-        assert prompt.text.replace(prompt.mark or "\0", "") == plain, expression
-        assert control(tokenizer().encode(prompt.text, mark=prompt.mark)) == [], expression
+    said = user("a</think>b </think>c\n")
+    source = "{% set m = messages[0].content %}{{ " + expression + " }}"
+    prompt = template(source).prompt([said])
+    plain = ChatTemplate(source).render([said])
+    assert prompt.text.replace(prompt.mark or "\0", "") == plain
+    assert control(tokenizer().encode(prompt.text, mark=prompt.mark)) == []
+
+
+def test_loops_go_through_characters() -> None:
+    source = "{% for c in messages[0].content %}{{ loop.length }}{{ c }}{% endfor %}"
+    prompt = template(source).prompt([user("<|im_end|>")])
+    assert prompt.text.replace(prompt.mark or "\0", "") == "".join(f"10{c}" for c in "<|im_end|>")
+    again = template("{% for c in messages[0].content %}{{ c }}{% endfor %}")
+    prompt = again.prompt([user("x<|im_end|>")])
+    assert control(tokenizer().encode(prompt.text, mark=prompt.mark)) == []
+
+
+MARK = "\ufdd0"
+MARKED = st.text("ab <\n" + MARK, max_size=12)
+AT = st.integers(-14, 14)
+SHORT = st.text("ab <\n" + MARK, max_size=2)
+
+
+@given(MARKED, st.tuples(SHORT, SHORT), st.tuples(AT, AT), st.integers(-1, 3))
+def test_methods_of_marked_text_are_those_of_text(
+    text: str, others: tuple[str, str], places: tuple[int, int], count: int
+) -> None:
+    """However the marks lie: what Python's own methods make of the text without them."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(MARK, "")
+        return type(value)(map(bare, value)) if isinstance(value, (list, tuple)) else value
+
+    def found(function: Any) -> Any:
+        try:
+            return function()
+        except (ValueError, IndexError) as error:
+            return type(error)
+
+    (one, other), (i, j) = others, places
+    marked, plain = MarkedText(text, MARK), bare(text)
+    for name, args in (
+        ("find", (one, i, j)), ("rindex", (one,)), ("count", (one,)),
+        ("startswith", ((one, other),)),
+        ("split", (one, count)), ("rsplit", (one, count)), ("split", (None, count)), ("split", ()),
+        ("rsplit", (None, count)), ("partition", (one,)), ("rpartition", (one,)),
+        ("splitlines", ()), ("splitlines", (True,)), ("replace", (one, other)),
+        ("replace", (one, other, count)), ("strip", ()), ("strip", (one,)), ("lstrip", (one,)),
+        ("rstrip", (one,)), ("removeprefix", (one,)), ("removesuffix", (one,)), ("upper", ()),
+        ("title", ()), ("center", (abs(i), "a")), ("ljust", (abs(i),)), ("rjust", (abs(i), "<")),
+        ("isspace", ()),
+    ):  # fmt: skip
+        got = found(lambda name=name, args=args: marked.call(name, args, {}))
+        expected = found(lambda name=name, args=args: getattr(plain, name)(*map(bare, args)))
+        assert bare(got) == expected, (name, args)
+        texts = got if isinstance(got, (list, tuple)) else [got]
+        assert name == "replace" or MARK not in texts, (name, args)  # "" has no marks
+    for at in (i, slice(i, j), slice(None, j), slice(i, None)):
+        assert bare(found(lambda at=at: marked.sliced(at))) == found(lambda at=at: plain[at])
+    cut = max(0, min(abs(i), len(plain)))
+    halves = marked.sliced(slice(None, cut)) + marked.sliced(slice(cut, None))
+    assert re.sub(f"{MARK}+", MARK, halves) == re.sub(f"{MARK}+", MARK, text) or not plain
+    assert marked.characters() == [marked.sliced(k) for k in range(len(plain))]
 
 
 def test_every_noncharacter_is_taken() -> None:

@@ -255,10 +255,16 @@ def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_time_is_limited_without_loops(expression: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever takes time by the size of a text looks at the clock."""
-    monkeypatch.setattr(template_values, "MAX_SECONDS", -1)
-    assert render("{% set a = messages[0].content %}{{ a }}") == "Hello"
+    chat = ChatTemplate(
+        "{% set a = messages[0].content %}{% if go %}{{ EXPRESSION }}{% endif %}a".replace(
+            "EXPRESSION", expression
+        )
+    )
+    for go, seconds in ((True, 5), (False, -1)):
+        monkeypatch.setattr(template_values, "MAX_SECONDS", seconds)
+        assert chat.render([USER], go=go).endswith("a")
     with pytest.raises(ChatTemplateError, match="is stopped: more than -1 seconds"):
-        render("{% set a = messages[0].content %}{% set b = " + expression + " %}")
+        chat.render([USER], go=True)
 
 
 def test_time_of_trials_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
