@@ -44,4 +44,4 @@ def pool(hidden: npt.NDArray[np.float32], kind: str) -> npt.NDArray[Any]:
         return hidden
     if kind == "mean":
         return np.asarray(hidden.mean(axis=0, dtype=np.float64))
-    return hidden[0 if kind == "cls" else -1]
+    return np.asarray(hidden[0 if kind == "cls" else -1])

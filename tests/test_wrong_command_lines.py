@@ -270,7 +270,12 @@ def test_without_proc(tmp_path: Path) -> None:
         pytest.skip(f"unshare: {allowed.stderr.decode().strip()}")
     code, out, err = process(RUN, {}, before=hidden)
     assert code == 0 and out.strip(), err
-    for arguments in (["doctor", "--json"], [*RUN, "--stats"], [*RUN, "--memory", "1GiB"]):
+    for arguments in (
+        ["doctor"],
+        ["doctor", "--json"],
+        [*RUN, "--stats"],
+        [*RUN, "--memory", "1GiB"],
+    ):
         code, out, err = process(arguments, {}, before=hidden)
         assert code == 0, err
     code, _, err = process([*RUN, "--memory", "50%"], {}, before=hidden)
