@@ -45,10 +45,14 @@ def _core() -> dict[str, Any]:
     return {"core": "ok", "isa": found, "cpu": cpu()}
 
 
-def _memory() -> dict[str, int]:
+def _memory() -> dict[str, int] | None:
+    """Bytes; None where the system does not tell, as without /proc."""
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
-    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    try:
+        memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    except (OSError, NotImplementedError):
+        return None
     return {
         "total": memory.total,
         "available": memory.available,
@@ -128,10 +132,13 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         names = [f"{i['name']} ({marks[i['usable'], i['active']]})" for i in found["isa"]]
         rows.append(("instruction sets", ", ".join(names)))
     memory = found["memory"]
-    swap = f", swap {size(memory['swap_total'])}" if memory["swap_total"] else ", no swap"
-    rows.append(
-        ("memory", f"{size(memory['available'])} available of {size(memory['total'])}{swap}")
-    )
+    if memory is None:
+        rows.append(("memory", "this system does not tell"))
+    else:
+        swap = f", swap {size(memory['swap_total'])}" if memory["swap_total"] else ", no swap"
+        rows.append(
+            ("memory", f"{size(memory['available'])} available of {size(memory['total'])}{swap}")
+        )
     group = found["cgroup"]
     if group is None:
         rows.append(("memory limit", "no control groups here"))
