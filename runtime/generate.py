@@ -95,6 +95,7 @@ class Generation:
         self._final: Statistics | None = None  # once it has ended
         self._cancel = threading.Event()
         self._thread: int | None = None  # that ran it last
+        self._made_by = threading.get_ident()
         self._steps: _Steps | None = None  # before the first step
 
     @property

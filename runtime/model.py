@@ -417,7 +417,7 @@ class Model:
         try:
             return self._make_session()
         except BudgetError:
-            if not self._wait_for_the_abandoned():
+            if not self._wait_for_the_abandoned() and not self._end_one_left_behind():
                 raise
         return self._make_session(evaluated=self._left())
 
@@ -442,6 +442,28 @@ class Model:
             while session() is not None and not lock.locked() and time.monotonic() < until:
                 time.sleep(0.001)
             if session() is None:
+                return True
+        return False
+
+    def _end_one_left_behind(self) -> bool:
+        """Ends an unfinished answer of generate or chat that this thread has; whether there is one.
+
+        As where a variable gets its next answer: it still has the last one while that is made.
+        """
+        with self._idle_lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            answer = session._active() if session._active is not None else None
+            if answer is None or answer.finish_reason is not None or session._lock.locked():
+                continue
+            if answer.__dict__.get("_release") is not None and threading.get_ident() == (
+                answer._thread or answer._made_by
+            ):
+                answer.close()
+                _LOG.warning(
+                    "stoker: %s: the memory holds one sequence: an unfinished answer was ended",
+                    self.path.name,
+                )
                 return True
         return False
 

@@ -289,6 +289,39 @@ def test_an_answer_that_ended_tells_its_figures(model: stoker.Model) -> None:
     assert list(generation) == []
 
 
+@pytest.mark.parametrize("call", [as_generate, as_chat])
+def test_a_variable_gets_its_next_answer(
+    model: stoker.Model, call: Callable[[stoker.Model], Generation], caplog: Any
+) -> None:
+    expected = call(model).read()
+    for n in STEPS:
+        last = answer = call(model)
+        steps(answer, n)
+        answer = call(model)  # the variable still has the last one
+        assert answer.read() == expected
+        ended = last.finish_reason == "cancelled"
+        assert ended == (model.stream is not None or "holds one sequence" in caplog.text)
+        del last, answer
+    # Another thread's answer is not ended.
+    if model.stream is not None:
+        theirs: list[Generation] = []
+        made, done = threading.Event(), threading.Event()
+
+        def work() -> None:
+            theirs.append(call(model))
+            made.set()
+            done.wait(60)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert made.wait(60)
+        with pytest.raises(stoker.BudgetError):
+            call(model)
+        done.set()
+        thread.join()
+        assert theirs.pop().read() == expected
+
+
 def test_a_late_cancel_is_not_the_next_calls(model: stoker.Model) -> None:
     for _ in range(20):
         generation = as_generate(model)
