@@ -19,6 +19,8 @@ from .errors import ChatTemplateError
 TEXT_KINDS = ("text", "input_text", "output_text")  # kinds of content parts that hold text
 # Names of an assistant's reasoning; transformers gives templates the first two, from any of them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+# Names of a tool's schema beside OpenAI's "parameters": Anthropic's and MCP's.
+_PARAMETERS = ("input_schema", "inputSchema")
 
 _LEVELS = 100  # of mappings and lists in one another
 TOO_DEEP = f"expected at most {_LEVELS} levels of mappings and lists, found more"
@@ -70,8 +72,9 @@ def conversation(messages: object) -> list[dict[str, Any]]:
 def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
     """Copies of the tools, each {"type": "function", "function": {...}}; None where there are none.
 
-    A bare function schema ("name" and "parameters" at the top) gets this envelope; tools of other
-    types stay as they are. ChatTemplateError.
+    A bare function schema ("name" and "parameters" at the top) gets this envelope, and the schema
+    is "parameters" under whatever name it came; tools of other types stay as they are.
+    ChatTemplateError.
     """
     if tools is None:
         return None
@@ -89,6 +92,12 @@ def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
             if schema.get("type") == "function":
                 del schema["type"]
             schema = {"type": "function", "function": schema}
+        function = schema.get("function")
+        if isinstance(function, dict) and "parameters" not in function:
+            other = next((name for name in _PARAMETERS if name in function), None)
+            if other is not None:
+                renamed = {"parameters" if k == other else k: v for k, v in function.items()}
+                schema["function"] = renamed
         schemas.append(schema)
     return schemas or None
 
@@ -122,9 +131,14 @@ def _message(message: object, where: str) -> dict[str, Any]:
     checked: dict[str, Any] = {
         key: plain(value)
         for key, value in message.items()
-        if value is not None and key not in ("content", "tool_calls")
+        if value is not None and key not in ("content", "tool_calls", "function_call")
     }
+    if role == "function":  # OpenAI's name of the role before there were several calls
+        role = checked["role"] = "tool"
     calls = _tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
+    called = message.get("function_call")
+    if called is not None and not calls:  # its one call
+        calls = [_tool_call({"function": called}, f"{where}.function_call")]
     content = _content(message.get("content"), f"{where}.content")
     if content is None and not calls:
         if role not in ("assistant", "tool"):
