@@ -140,13 +140,13 @@ class ChatTemplate:
         """The templates of a GGUF file.
 
         get: a metadata key to its value, None where absent. Reads tokenizer.chat_template and
-        tokenizer.chat_template.<name> for the names in tokenizer.chat_templates. A file without
-        any gets the ChatML template if its vocabulary has <|im_start|> and <|im_end|>; otherwise
-        ChatTemplateError.
+        tokenizer.chat_template.<name> for the names in tokenizer.chat_templates; an empty default
+        is none. A file without any gets the ChatML template if its vocabulary has <|im_start|> and
+        <|im_end|>; otherwise ChatTemplateError.
         """
         sources: dict[str, str] = {}
         default = get("tokenizer.chat_template")
-        if default is not None:
+        if default is not None and default != "":  # some files write that they have none
             sources["default"] = default
         names = get("tokenizer.chat_templates")
         for name in names if isinstance(names, (list, tuple)) else ():
@@ -311,7 +311,9 @@ class ChatTemplate:
                 text = self._printed(name, given, tools, variables, marks)
                 if _prints_lists(text, given):
                     raise ChatTemplateError(f"chat template {name!r} prints parts as Python does")
-                return cut(text, _last_text(marked), name) if request.continues else text
+                if not request.continues:
+                    return text
+                return cut(text, _last_text(marked), name, "" if marks is None else marks.mark)
             except TemplateStopped:
                 raise
             except ChatTemplateError as error:

@@ -9,6 +9,7 @@ Python does. The answers are kept: each question is asked once for a template.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from typing import Any
 
 from .conversation import Arguments, joined
@@ -46,6 +47,7 @@ class TemplateForms:
         self._text: dict[str, bool] = {}
         self._parts: dict[str, bool] = {}
         self._developer: bool | None = None
+        self._heads: dict[tuple[str, ...], bool] = {}
 
     def apply(
         self, messages: list[dict[str, Any]], *, ids: bool = False, parts: bool = True
@@ -58,7 +60,7 @@ class TemplateForms:
         numbered = iter(range(100_000))
         open_ids: list[str] = []
         out = []
-        for i, message in enumerate(messages):
+        for i, message in enumerate(self._heads_joined(messages)):
             kind = _kind(message, first=i == 0)
             changed = dict(message)
             if message["role"] == "developer" and not self._takes_developer():
@@ -81,6 +83,18 @@ class TemplateForms:
                 open_ids = open_ids[1:]
             out.append(changed)
         return out
+
+    def _heads_joined(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages; those of system and developer that begin them are one of system's.
+
+        If there are both, and the template does not show all of them.
+        """
+        heads = list(takewhile(lambda message: message["role"] in _HEADS, messages))
+        roles = tuple(str(message["role"]) for message in heads)
+        if set(roles) != set(_HEADS) or self._shows_heads(roles):
+            return messages
+        content = "\n\n".join(joined(message["content"]) for message in heads)
+        return [{**heads[0], "role": "system", "content": content}, *messages[len(heads) :]]
 
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
         as_text, verbatim, _ = self._call_forms()
@@ -141,6 +155,19 @@ class TemplateForms:
             message = {"role": "developer", "content": _ONE}
             self._developer = any(_ONE in text for text in self._texts([[message, _USER]]))
         return self._developer
+
+    def _shows_heads(self, roles: tuple[str, ...]) -> bool:
+        """Whether messages of system and developer that begin a conversation are all shown."""
+        if roles not in self._heads:
+            needles = [f"needle-75{i:02d}-" for i in range(len(roles))]
+            heads = []
+            for i, (role, needle) in enumerate(zip(roles, needles, strict=True)):
+                taken = role if self._takes_developer() else "system"
+                kind = _kind({"role": role}, first=i == 0)
+                heads.append({"role": taken, "content": self._content(needle, kind)})
+            texts = self._texts([[*heads, _USER]])
+            self._heads[roles] = any(all(n in text for n in needles) for text in texts)
+        return self._heads[roles]
 
     def _with_content(self, kind: str, content: Any) -> Iterator[str]:
         """Renderings of conversations in which a message of a kind has a content."""
