@@ -223,6 +223,8 @@ class ChatTemplate:
         spellings = None if parse_special else self._spellings_of(name)
         if spellings:
             passed = [(a.value, a.text) for a in map(_arguments, request.calls)]
+            results = (turn.get("content") for turn in request.turns)
+            passed += [(r.value, r.text) for r in results if isinstance(r, Arguments)]
             mark = unused_mark([self._sources[name], request.turns, schemas, request.extra, passed])
             marks = ControlMarks(spellings, mark, partial(self._constants_of, name))
         text = self._rendered(request, marks)

@@ -28,7 +28,7 @@ TOO_DEEP = f"expected at most {_LEVELS} levels of mappings and lists, found more
 
 @dataclass(frozen=True)
 class Arguments:
-    """What one tool call passes.
+    """What one tool call passes, or a tool's result that is a JSON value.
 
     value: the mapping; where the client sent something else, its JSON value, or its text where
     that is no JSON. text: as the client wrote it, None where it sent a value.
@@ -53,7 +53,9 @@ def conversation(messages: object) -> list[dict[str, Any]]:
     """Copies of the messages, all in one form.
 
     Each has "role"; "content" as a string or as a list of {"type": "text", "text": str}, absent
-    where an assistant only calls tools; "tool_calls" as a list of {"type": "function",
+    where an assistant only calls tools, as Arguments where a tool's result is no text; an
+    assistant's thoughts before its texts, as {"type": "thinking", "thinking": str}, and as
+    "reasoning_content" as well; "tool_calls" as a list of {"type": "function",
     "function": {"name": str, "arguments": Arguments}}; no key whose value is None.
     ChatTemplateError names the place of what is malformed.
     """
@@ -116,9 +118,11 @@ def plain(value: Any, levels: int = _LEVELS) -> Any:
 
 
 def joined(content: Any) -> str:
-    """The text of a content in the form of `conversation`; "" of none."""
+    """The text of a content in the form of `conversation`, without thoughts; "" of none."""
+    if isinstance(content, Arguments):
+        return content.as_text()
     if isinstance(content, list):
-        return "".join(part["text"] for part in content)
+        return "".join(part["text"] for part in content if part["type"] == "text")
     return content or ""
 
 
@@ -139,7 +143,14 @@ def _message(message: object, where: str) -> dict[str, Any]:
     called = message.get("function_call")
     if called is not None and not calls:  # its one call
         calls = [_tool_call({"function": called}, f"{where}.function_call")]
-    content = _content(message.get("content"), f"{where}.content")
+    sent, thoughts = message.get("content"), list[str]()
+    if role == "assistant":
+        sent, thoughts = _without_thoughts(sent, f"{where}.content")
+    content: Any
+    if role == "tool" and _is_json(sent):
+        content = _result(sent, f"{where}.content")
+    else:
+        content = _content(sent, f"{where}.content")
     if content is None and not calls:
         if role not in ("assistant", "tool"):
             raise ChatTemplateError(
@@ -153,9 +164,44 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if calls:
         checked["tool_calls"] = calls
     reasoning = next((checked[name] for name in _REASONING if name in checked), None)
+    if reasoning is None and thoughts:
+        reasoning = "".join(thoughts)
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+        checked["content"] = [*({"type": "thinking", "thinking": t} for t in thoughts), *parts]
     if reasoning is not None:
         checked = {"thinking": reasoning, **checked, "reasoning_content": reasoning}
     return checked
+
+
+def _without_thoughts(content: object, where: str) -> tuple[object, list[str]]:
+    """The content of an assistant without its parts of type "thinking", and what these say."""
+    if not isinstance(content, (list, tuple)):
+        return content, []
+    rest, thoughts = [], []
+    for i, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "thinking":
+            rest.append(part)
+        elif isinstance(part.get("thinking"), str):
+            thoughts.append(str(part["thinking"]))
+        else:
+            raise ChatTemplateError(
+                f"{where}[{i}].thinking: expected text, found {part.get('thinking')!r:.40}"
+            )
+    return rest, thoughts
+
+
+def _is_json(content: object) -> bool:
+    """Whether a tool's result is a value: a mapping that is no content part, or a number."""
+    return isinstance(content, (Mapping, bool, int, float))
+
+
+def _result(content: object, where: str) -> Arguments:
+    value = plain(content)
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ChatTemplateError(f"{where}: expected text or a JSON value, found: {error}") from None
+    return Arguments(value, None)
 
 
 def _content(content: object, where: str) -> str | list[dict[str, Any]] | None:

@@ -47,6 +47,8 @@ class TemplateForms:
         self._text: dict[str, bool] = {}
         self._parts: dict[str, bool] = {}
         self._developer: bool | None = None
+        self._results: bool | None = None
+        self._thoughts: bool | None = None
         self._heads: dict[tuple[str, ...], bool] = {}
 
     def apply(
@@ -68,6 +70,9 @@ class TemplateForms:
             if "content" in message:
                 content = message["content"] if parts else joined(message["content"])
                 changed["content"] = self._content(content, kind)
+                if _thinks(changed["content"]):  # these are the reasoning: once is enough
+                    for name in ("reasoning_content", "thinking"):
+                        changed.pop(name, None)
             elif kind == "calls":
                 empty = self._call_forms()[2]
                 if empty is not _ABSENT:
@@ -106,7 +111,16 @@ class TemplateForms:
             value = arguments.value
         return {**call, "function": {**call["function"], "arguments": value}}
 
-    def _content(self, content: str | list[dict[str, Any]], kind: str) -> Any:
+    def _content(self, content: str | list[dict[str, Any]] | Arguments, kind: str) -> Any:
+        if isinstance(content, Arguments):
+            if self._shows_results():
+                return content.value
+            content = content.as_text()
+        if isinstance(content, list) and _thinks(content):
+            if self._shows_thoughts():
+                return content
+            content = [part for part in content if part["type"] == "text"]
+            content = content if len(content) > 1 else joined(content)
         if isinstance(content, list):
             return content if self._shows_parts(kind) else joined(content)
         if self._shows_text(kind) or not self._shows_parts(kind):
@@ -149,6 +163,29 @@ class TemplateForms:
                 for text in self._with_content(kind, parts)
             )
         return self._parts[kind]
+
+    def _shows_results(self) -> bool:
+        """Whether a tool's result that is a mapping is printed as JSON."""
+        if self._results is None:
+            as_text, _, empty = self._call_forms()
+            call = _calling(_JSON if as_text else {"n": 5}, empty)
+            value = {"needle": _ONE, "count": 5}
+            self._results = any(
+                f'"{_ONE}"' in text and '\\"needle' not in text
+                for text in self._around(call, value)
+            )
+        return self._results
+
+    def _shows_thoughts(self) -> bool:
+        """Whether an assistant's content may have parts of type "thinking"."""
+        if self._thoughts is None:
+            thought = {"type": "thinking", "thinking": _ONE}
+            message = {**_ANSWER, "content": [thought, {"type": "text", "text": _TWO}]}
+            self._thoughts = any(
+                _ONE in text and _TWO in text and "'thinking':" not in text
+                for text in self._texts([[_USER, message, _USER], [_USER, message]])
+            )
+        return self._thoughts
 
     def _takes_developer(self) -> bool:
         if self._developer is None:
@@ -212,6 +249,10 @@ def _kind(message: dict[str, Any], *, first: bool) -> str:
         return "calls"
     role = str(message["role"])
     return f"later {role}" if role in _HEADS and not first else role
+
+
+def _thinks(content: Any) -> bool:
+    return isinstance(content, list) and any(part["type"] == "thinking" for part in content)
 
 
 def _calling(arguments: Any, content: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,42 @@ def test_a_refusal_shows_no_marks() -> None:
     said = {"role": "assistant", "content": "so <|end|> it is"}
     with pytest.raises(ChatTemplateError, match=r"found no 'so <\|end\|> it is' there"):
         chat.prompt([USER, said])
+
+
+def test_thoughts_in_parts(vocab_dir: Path) -> None:
+    """As transformers prints them where the template takes them, elsewhere as the reasoning."""
+    reference = pytest.importorskip("transformers.utils.chat_template_utils")
+    thought = {"type": "thinking", "thinking": "Hmm <s>"}
+    said = {"role": "assistant", "content": [thought, {"type": "text", "text": "Sunny"}]}
+    path = vocab_dir / "templates" / "mistralai-Ministral-3-14B-Reasoning-2512.jinja"
+    source = path.read_text(encoding="utf-8")
+    given = {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}
+    expected = reference.render_jinja_template([[USER, said, USER]], **given)[0][0]
+    chat = ChatTemplate(source, bos_token="<s>", eos_token="</s>", control=["<s>"])
+    assert chat.render([USER, said, USER]) == expected
+    assert "[THINK]Hmm <s>[/THINK]Sunny" in expected
+    prompt = chat.prompt([USER, said, USER])
+    assert prompt.text.replace(prompt.mark, "") == expected and prompt.mark
+    reads = "{% for m in messages %}{{ m.reasoning_content }};{{ m.content }}|{% endfor %}"
+    assert rendered(said, USER, source=reads) == "Hmm <s>;Sunny|;Weather?|"
+    assert rendered({**said, "content": [thought]}, USER, source=reads) == "Hmm <s>;|;Weather?|"
+    assert ChatTemplate(reads).prompt([USER, said]).continued == "Sunny"
+    with pytest.raises(ChatTemplateError, match=r"\[0\]\.thinking: expected text, found None"):
+        rendered({"role": "assistant", "content": [{"type": "thinking"}]})
+
+
+@pytest.mark.parametrize("value", [{"degrees": 5, "sky": "<|end|> blue"}, 5, 2.5, True])
+def test_results_that_are_values(value: Any) -> None:
+    """As JSON, once, whether the template prints it so or wants text."""
+    text = json.dumps(value)
+    for printed in ("m.content", "m.content | tojson", "m.content | string"):
+        source = "{% for m in messages %}{% if m.role == 'tool' %}{{ X }}{% else %}."
+        source = source.replace("X", printed) + "{% endif %}{% endfor %}"
+        chat = ChatTemplate(source, control=["<|end|>"])
+        messages = [USER, {"role": "tool", "content": value}]
+        assert chat.render(messages) == f".{text}", printed
+        prompt = chat.prompt(messages)
+        assert prompt.text.replace(prompt.mark or "\0", "") == f".{text}"
+        assert "<|end|>" not in prompt.text
+    with pytest.raises(ChatTemplateError, match=r"messages\[0\]\.content: expected text or a JSON"):
+        rendered({"role": "tool", "content": {"a": float("nan")}})
