@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from . import arguments, template_values
@@ -29,6 +30,7 @@ from .template_sandbox import (
     sandbox,
     undeclared,
 )
+from .turn_frames import frame_tokens, looked_for
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -127,7 +129,8 @@ class ChatTemplate:
         }
         self._sources = named
         self.names = tuple(named)
-        self._control = ControlSpellings(control, defined)
+        self._control, self._defined = list(control), list(defined)
+        self._spellings: dict[str, ControlSpellings] = {}
         self._forms = {name: TemplateForms(partial(self._tried, name)) for name in self._templates}
         self._trial_s = dict.fromkeys(self._templates, 0.0)  # seconds that trials took
         self._constants: dict[str, frozenset[str]] = {}
@@ -137,13 +140,13 @@ class ChatTemplate:
         """The templates of a GGUF file.
 
         get: a metadata key to its value, None where absent. Reads tokenizer.chat_template and
-        tokenizer.chat_template.<name> for the names in tokenizer.chat_templates. A file without
-        any gets the ChatML template if its vocabulary has <|im_start|> and <|im_end|>; otherwise
-        ChatTemplateError.
+        tokenizer.chat_template.<name> for the names in tokenizer.chat_templates; an empty default
+        is none. A file without any gets the ChatML template if its vocabulary has <|im_start|> and
+        <|im_end|>; otherwise ChatTemplateError.
         """
         sources: dict[str, str] = {}
         default = get("tokenizer.chat_template")
-        if default is not None:
+        if default is not None and default != "":  # some files write that they have none
             sources["default"] = default
         names = get("tokenizer.chat_templates")
         for name in names if isinstance(names, (list, tuple)) else ():
@@ -217,10 +220,13 @@ class ChatTemplate:
         name = self._chosen(None, schemas)
         request = _Request(name, conversation(messages), schemas, self._checked(name, variables))
         marks = None
-        if self._control and not parse_special:
+        spellings = None if parse_special else self._spellings_of(name)
+        if spellings:
             passed = [(a.value, a.text) for a in map(_arguments, request.calls)]
+            results = (turn.get("content") for turn in request.turns)
+            passed += [(r.value, r.text) for r in results if isinstance(r, Arguments)]
             mark = unused_mark([self._sources[name], request.turns, schemas, request.extra, passed])
-            marks = ControlMarks(self._control, mark, partial(self._constants_of, name))
+            marks = ControlMarks(spellings, mark, partial(self._constants_of, name))
         text = self._rendered(request, marks)
         mark = ""
         if marks is not None:
@@ -274,6 +280,22 @@ class ChatTemplate:
             self._constants[name] = constants(self._environment, self._sources[name])
         return self._constants[name]
 
+    def _spellings_of(self, name: str) -> ControlSpellings:
+        """What no client may write in a template's prompt: control tokens and frames of turns."""
+        if name not in self._spellings:
+            framing: set[str] = set()
+            if self._defined:
+                reads = looked_for(self._environment, self._sources[name])
+                framing = frame_tokens(partial(self._tried_turns, name), self._defined, reads)
+            others = [spelling for spelling in self._defined if spelling not in framing]
+            self._spellings[name] = ControlSpellings([*self._control, *framing], others)
+        return self._spellings[name]
+
+    def _tried_turns(self, name: str, turns: list[dict[str, Any]], *, thinking: bool) -> str | None:
+        """What a template prints of turns in the forms that it takes: for frame_tokens."""
+        switches = dict.fromkeys(("thinking", "enable_thinking"), True) if thinking else {}
+        return self._tried(name, self._forms[name].apply(turns), None, switches)
+
     def _rendered(self, request: _Request, marks: ControlMarks | None = None) -> str:
         """What the template prints, given the forms that it takes."""
         name, tools = request.name, request.tools
@@ -291,7 +313,9 @@ class ChatTemplate:
                 text = self._printed(name, given, tools, variables, marks)
                 if _prints_lists(text, given):
                     raise ChatTemplateError(f"chat template {name!r} prints parts as Python does")
-                return cut(text, _last_text(marked), name) if request.continues else text
+                if not request.continues:
+                    return text
+                return cut(text, _last_text(marked), name, "" if marks is None else marks.mark)
             except TemplateStopped:
                 raise
             except ChatTemplateError as error:
@@ -344,9 +368,13 @@ class ChatTemplate:
             raise
 
     def _tried(
-        self, name: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+        self,
+        name: str,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        switches: Mapping[str, Any] = MappingProxyType({}),
     ) -> str | None:
-        """What a template prints, None where it refuses: for TemplateForms.
+        """What a template prints, None where it refuses: for TemplateForms. switches: variables.
 
         TemplateStopped where all its trials take longer than a rendering may.
         """
@@ -357,7 +385,9 @@ class ChatTemplate:
             )
         started = time.thread_time()
         try:
-            return self._printed(name, messages, tools, {"add_generation_prompt": False})
+            return self._printed(
+                name, messages, tools, {**switches, "add_generation_prompt": False}
+            )
         except TemplateStopped:
             raise
         except ChatTemplateError:

@@ -19,6 +19,8 @@ from .errors import ChatTemplateError
 TEXT_KINDS = ("text", "input_text", "output_text")  # kinds of content parts that hold text
 # Names of an assistant's reasoning; transformers gives templates the first two, from any of them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+# Names of a tool's schema beside OpenAI's "parameters": Anthropic's and MCP's.
+_PARAMETERS = ("input_schema", "inputSchema")
 
 _LEVELS = 100  # of mappings and lists in one another
 TOO_DEEP = f"expected at most {_LEVELS} levels of mappings and lists, found more"
@@ -26,7 +28,7 @@ TOO_DEEP = f"expected at most {_LEVELS} levels of mappings and lists, found more
 
 @dataclass(frozen=True)
 class Arguments:
-    """What one tool call passes.
+    """What one tool call passes, or a tool's result that is a JSON value.
 
     value: the mapping; where the client sent something else, its JSON value, or its text where
     that is no JSON. text: as the client wrote it, None where it sent a value.
@@ -51,7 +53,9 @@ def conversation(messages: object) -> list[dict[str, Any]]:
     """Copies of the messages, all in one form.
 
     Each has "role"; "content" as a string or as a list of {"type": "text", "text": str}, absent
-    where an assistant only calls tools; "tool_calls" as a list of {"type": "function",
+    where an assistant only calls tools, as Arguments where a tool's result is no text; an
+    assistant's thoughts before its texts, as {"type": "thinking", "thinking": str}, and as
+    "reasoning_content" as well; "tool_calls" as a list of {"type": "function",
     "function": {"name": str, "arguments": Arguments}}; no key whose value is None.
     ChatTemplateError names the place of what is malformed.
     """
@@ -70,8 +74,9 @@ def conversation(messages: object) -> list[dict[str, Any]]:
 def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
     """Copies of the tools, each {"type": "function", "function": {...}}; None where there are none.
 
-    A bare function schema ("name" and "parameters" at the top) gets this envelope; tools of other
-    types stay as they are. ChatTemplateError.
+    A bare function schema ("name" and "parameters" at the top) gets this envelope, and the schema
+    is "parameters" under whatever name it came; tools of other types stay as they are.
+    ChatTemplateError.
     """
     if tools is None:
         return None
@@ -89,6 +94,12 @@ def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
             if schema.get("type") == "function":
                 del schema["type"]
             schema = {"type": "function", "function": schema}
+        function = schema.get("function")
+        if isinstance(function, dict) and "parameters" not in function:
+            other = next((name for name in _PARAMETERS if name in function), None)
+            if other is not None:
+                renamed = {"parameters" if k == other else k: v for k, v in function.items()}
+                schema["function"] = renamed
         schemas.append(schema)
     return schemas or None
 
@@ -107,9 +118,11 @@ def plain(value: Any, levels: int = _LEVELS) -> Any:
 
 
 def joined(content: Any) -> str:
-    """The text of a content in the form of `conversation`; "" of none."""
+    """The text of a content in the form of `conversation`, without thoughts; "" of none."""
+    if isinstance(content, Arguments):
+        return content.as_text()
     if isinstance(content, list):
-        return "".join(part["text"] for part in content)
+        return "".join(part["text"] for part in content if part["type"] == "text")
     return content or ""
 
 
@@ -122,10 +135,22 @@ def _message(message: object, where: str) -> dict[str, Any]:
     checked: dict[str, Any] = {
         key: plain(value)
         for key, value in message.items()
-        if value is not None and key not in ("content", "tool_calls")
+        if value is not None and key not in ("content", "tool_calls", "function_call")
     }
+    if role == "function":  # OpenAI's name of the role before there were several calls
+        role = checked["role"] = "tool"
     calls = _tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
-    content = _content(message.get("content"), f"{where}.content")
+    called = message.get("function_call")
+    if called is not None and not calls:  # its one call
+        calls = [_tool_call({"function": called}, f"{where}.function_call")]
+    sent, thoughts = message.get("content"), list[str]()
+    if role == "assistant":
+        sent, thoughts = _without_thoughts(sent, f"{where}.content")
+    content: Any
+    if role == "tool" and _is_json(sent):
+        content = _result(sent, f"{where}.content")
+    else:
+        content = _content(sent, f"{where}.content")
     if content is None and not calls:
         if role not in ("assistant", "tool"):
             raise ChatTemplateError(
@@ -139,9 +164,44 @@ def _message(message: object, where: str) -> dict[str, Any]:
     if calls:
         checked["tool_calls"] = calls
     reasoning = next((checked[name] for name in _REASONING if name in checked), None)
+    if reasoning is None and thoughts:
+        reasoning = "".join(thoughts)
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+        checked["content"] = [*({"type": "thinking", "thinking": t} for t in thoughts), *parts]
     if reasoning is not None:
         checked = {"thinking": reasoning, **checked, "reasoning_content": reasoning}
     return checked
+
+
+def _without_thoughts(content: object, where: str) -> tuple[object, list[str]]:
+    """The content of an assistant without its parts of type "thinking", and what these say."""
+    if not isinstance(content, (list, tuple)):
+        return content, []
+    rest, thoughts = [], []
+    for i, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "thinking":
+            rest.append(part)
+        elif isinstance(part.get("thinking"), str):
+            thoughts.append(str(part["thinking"]))
+        else:
+            raise ChatTemplateError(
+                f"{where}[{i}].thinking: expected text, found {part.get('thinking')!r:.40}"
+            )
+    return rest, thoughts
+
+
+def _is_json(content: object) -> bool:
+    """Whether a tool's result is a value: a mapping that is no content part, or a number."""
+    return isinstance(content, (Mapping, bool, int, float))
+
+
+def _result(content: object, where: str) -> Arguments:
+    value = plain(content)
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ChatTemplateError(f"{where}: expected text or a JSON value, found: {error}") from None
+    return Arguments(value, None)
 
 
 def _content(content: object, where: str) -> str | list[dict[str, Any]] | None:

@@ -30,18 +30,20 @@ def tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*before, {**last, "content": content}]
 
 
-def cut(text: str, words: str, name: str) -> str:
+def cut(text: str, words: str, name: str, mark: str = "") -> str:
     """A rendering up to the tag.
 
-    words: the last text of the message, as the template got it. Where the template trims it, the
-    prompt ends without the white space. ChatTemplateError where it drops or rewrites the message.
+    words: the last text of the message, as the template got it, with each `mark`. Where the
+    template trims it, the prompt ends without the white space. ChatTemplateError where it drops or
+    rewrites the message.
     """
     tag = TAG.strip()
     end = text.rfind(tag)
     if end < 0 or words.strip() not in text:
+        ending = words.replace(mark, "").strip()[-40:]
         raise ChatTemplateError(
             f"chat template {name!r} does not keep the assistant's words that are to be continued: "
-            f"expected them at the end of the prompt, found no {words.strip()[-40:]!r} there"
+            f"expected them at the end of the prompt, found no {ending!r} there"
         )
     kept = text.startswith(TAG, end)
     return text[:end] if kept or not words.strip() else text[:end].rstrip()

@@ -63,9 +63,10 @@ class SpecialTokens:
     ) -> tuple[frozenset[int], frozenset[int]]:
         """Special tokens that swallow the white space after them, and before them.
 
-        GGUF files do not say it; llama.cpp knows these models by name.
+        GGUF files do not say it, so these are the vocabularies of whole architectures: a title
+        (general.name) is no fact about a vocabulary. Phi 3's is SentencePiece; Phi 4, which is of
+        the same architecture, has another kind.
         """
-        name = str(get("general.name") or "").lower()
         architecture = str(get("general.architecture") or "")
         if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code") or architecture in (
             "nomic-bert-moe",
@@ -73,10 +74,10 @@ class SpecialTokens:
         ):
             mask = vocabulary.ids.get("<mask>")
             return frozenset(), frozenset(() if mask is None else (mask,))
-        if "phi-3" in name or "phi3" in name:
+        if architecture == "phi3" and get("tokenizer.ggml.model") == "llama":
             kept = {vocabulary.ids.get(t) for t in ("<unk>", "<s>", "<|endoftext|>")}
             return frozenset(i for i in self._types if i not in kept), frozenset()
-        if "modern-bert" in name:
+        if architecture == "modern-bert":
             mask = vocabulary.ids.get("[MASK]")
             return frozenset(), frozenset(() if mask is None else (mask,))
         return frozenset(), frozenset()

@@ -9,6 +9,7 @@ Python does. The answers are kept: each question is asked once for a template.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from typing import Any
 
 from .conversation import Arguments, joined
@@ -46,6 +47,9 @@ class TemplateForms:
         self._text: dict[str, bool] = {}
         self._parts: dict[str, bool] = {}
         self._developer: bool | None = None
+        self._results: bool | None = None
+        self._thoughts: bool | None = None
+        self._heads: dict[tuple[str, ...], bool] = {}
 
     def apply(
         self, messages: list[dict[str, Any]], *, ids: bool = False, parts: bool = True
@@ -58,7 +62,7 @@ class TemplateForms:
         numbered = iter(range(100_000))
         open_ids: list[str] = []
         out = []
-        for i, message in enumerate(messages):
+        for i, message in enumerate(self._heads_joined(messages)):
             kind = _kind(message, first=i == 0)
             changed = dict(message)
             if message["role"] == "developer" and not self._takes_developer():
@@ -66,6 +70,9 @@ class TemplateForms:
             if "content" in message:
                 content = message["content"] if parts else joined(message["content"])
                 changed["content"] = self._content(content, kind)
+                if _thinks(changed["content"]):  # these are the reasoning: once is enough
+                    for name in ("reasoning_content", "thinking"):
+                        changed.pop(name, None)
             elif kind == "calls":
                 empty = self._call_forms()[2]
                 if empty is not _ABSENT:
@@ -82,6 +89,18 @@ class TemplateForms:
             out.append(changed)
         return out
 
+    def _heads_joined(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages; those of system and developer that begin them are one of system's.
+
+        If there are both, and the template does not show all of them.
+        """
+        heads = list(takewhile(lambda message: message["role"] in _HEADS, messages))
+        roles = tuple(str(message["role"]) for message in heads)
+        if set(roles) != set(_HEADS) or self._shows_heads(roles):
+            return messages
+        content = "\n\n".join(joined(message["content"]) for message in heads)
+        return [{**heads[0], "role": "system", "content": content}, *messages[len(heads) :]]
+
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
         as_text, verbatim, _ = self._call_forms()
         arguments: Arguments = call["function"]["arguments"]
@@ -92,7 +111,16 @@ class TemplateForms:
             value = arguments.value
         return {**call, "function": {**call["function"], "arguments": value}}
 
-    def _content(self, content: str | list[dict[str, Any]], kind: str) -> Any:
+    def _content(self, content: str | list[dict[str, Any]] | Arguments, kind: str) -> Any:
+        if isinstance(content, Arguments):
+            if self._shows_results():
+                return content.value
+            content = content.as_text()
+        if isinstance(content, list) and _thinks(content):
+            if self._shows_thoughts():
+                return content
+            content = [part for part in content if part["type"] == "text"]
+            content = content if len(content) > 1 else joined(content)
         if isinstance(content, list):
             return content if self._shows_parts(kind) else joined(content)
         if self._shows_text(kind) or not self._shows_parts(kind):
@@ -136,11 +164,47 @@ class TemplateForms:
             )
         return self._parts[kind]
 
+    def _shows_results(self) -> bool:
+        """Whether a tool's result that is a mapping is printed as JSON."""
+        if self._results is None:
+            as_text, _, empty = self._call_forms()
+            call = _calling(_JSON if as_text else {"n": 5}, empty)
+            value = {"needle": _ONE, "count": 5}
+            self._results = any(
+                f'"{_ONE}"' in text and '\\"needle' not in text
+                for text in self._around(call, value)
+            )
+        return self._results
+
+    def _shows_thoughts(self) -> bool:
+        """Whether an assistant's content may have parts of type "thinking"."""
+        if self._thoughts is None:
+            thought = {"type": "thinking", "thinking": _ONE}
+            message = {**_ANSWER, "content": [thought, {"type": "text", "text": _TWO}]}
+            self._thoughts = any(
+                _ONE in text and _TWO in text and "'thinking':" not in text
+                for text in self._texts([[_USER, message, _USER], [_USER, message]])
+            )
+        return self._thoughts
+
     def _takes_developer(self) -> bool:
         if self._developer is None:
             message = {"role": "developer", "content": _ONE}
             self._developer = any(_ONE in text for text in self._texts([[message, _USER]]))
         return self._developer
+
+    def _shows_heads(self, roles: tuple[str, ...]) -> bool:
+        """Whether messages of system and developer that begin a conversation are all shown."""
+        if roles not in self._heads:
+            needles = [f"needle-75{i:02d}-" for i in range(len(roles))]
+            heads = []
+            for i, (role, needle) in enumerate(zip(roles, needles, strict=True)):
+                taken = role if self._takes_developer() else "system"
+                kind = _kind({"role": role}, first=i == 0)
+                heads.append({"role": taken, "content": self._content(needle, kind)})
+            texts = self._texts([[*heads, _USER]])
+            self._heads[roles] = any(all(n in text for n in needles) for text in texts)
+        return self._heads[roles]
 
     def _with_content(self, kind: str, content: Any) -> Iterator[str]:
         """Renderings of conversations in which a message of a kind has a content."""
@@ -185,6 +249,10 @@ def _kind(message: dict[str, Any], *, first: bool) -> str:
         return "calls"
     role = str(message["role"])
     return f"later {role}" if role in _HEADS and not first else role
+
+
+def _thinks(content: Any) -> bool:
+    return isinstance(content, list) and any(part["type"] == "thinking" for part in content)
 
 
 def _calling(arguments: Any, content: Any) -> dict[str, Any]:

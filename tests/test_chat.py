@@ -103,6 +103,14 @@ def test_a_file_without_template() -> None:
         ChatTemplate.from_metadata(nothing, tokenizer_of("<|im_start|>"))
 
 
+def test_an_empty_template_is_none() -> None:
+    chatml = tokenizer_of("<|im_start|>", "<|im_end|>")
+    empty = ChatTemplate.from_metadata({"tokenizer.chat_template": ""}.get, chatml)
+    assert empty.render([USER]) == ChatTemplate.from_metadata({}.get, chatml).render([USER])
+    with pytest.raises(ChatTemplateError, match=r"no tokenizer\.chat_template"):
+        ChatTemplate.from_metadata({"tokenizer.chat_template": ""}.get, tokenizer_of())
+
+
 # What templates may use.
 
 

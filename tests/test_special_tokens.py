@@ -230,5 +230,21 @@ def test_an_end_of_message_is_not_the_end() -> None:
 
 
 def test_phi_3_special_tokens_swallow_spaces() -> None:
-    tokenizer = sentencepiece({"▁": -3, "x": -4, "▁x": -1}, {"<|end|>": 3}, general__name="Phi3")
+    pieces: dict[str, float] = {"▁": -3, "x": -4, "▁x": -1}
+    tokenizer = sentencepiece(pieces, {"<|end|>": 3}, general__architecture="phi3")
     assert spelled(tokenizer, tokenizer.encode("<|end|> \n x")) == ["<s>", "<|end|>", "▁x"]
+
+
+def test_a_title_changes_no_ids() -> None:
+    """Whatever a model is called: general.name is free text."""
+    pieces: dict[str, float] = {"▁": -3, "x": -4, "▁x": -1}
+    plain = sentencepiece(pieces, {"<|end|>": 3, "[MASK]": 3}, general__architecture="llama")
+    for title in ("Phi3", "my phi-3 distilled", "modern-bert"):
+        named = sentencepiece(
+            pieces,
+            {"<|end|>": 3, "[MASK]": 3},
+            general__architecture="llama",
+            general__name=title,
+        )
+        for text in ("<|end|> x", "x [MASK]"):
+            assert named.encode(text) == plain.encode(text)
