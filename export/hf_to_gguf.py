@@ -17,6 +17,7 @@ from ..runtime.errors import ModelFileError, UnsupportedModelError
 from . import mixes
 from .gguf_values import Value, encode
 from .hf_config import HfConfig
+from .hf_embedding import add_embedding
 from .hf_tokenizer import read_tokenizer
 from .hf_weights import HfWeights, Weight, plan
 from .hidden_states import Progress
@@ -58,7 +59,7 @@ def convert(
 
     folder: config.json, *.safetensors, and tokenizer.json or tokenizer.model. type: a file type
     (mixes.FILE_TYPES); None keeps each matrix in the type it has. Norms, biases and routers are
-    F32 either way. overrides: (glob, tensor type), with a type only. pre: the pre-tokenizer's
+    F32 either way. The pooling of a sentence-transformers folder is taken over. overrides: (glob, tensor type), with a type only. pre: the pre-tokenizer's
     name, where it is not recognised. threads: None takes all cores; the bytes do not depend on it.
 
     The file appears under its name only when it is complete. An interrupted call leaves a hidden
@@ -77,6 +78,7 @@ def convert(
         )
     family = family_of(config)
     model = family.read(config)
+    add_embedding(root, config, model)
     shards = SafetensorsFolder(root)
     try:
         weights = plan(shards, family, model)
