@@ -59,8 +59,9 @@ def convert(
 
     folder: config.json, *.safetensors, and tokenizer.json or tokenizer.model. type: a file type
     (mixes.FILE_TYPES); None keeps each matrix in the type it has. Norms, biases and routers are
-    F32 either way. The pooling of a sentence-transformers folder is taken over. overrides: (glob, tensor type), with a type only. pre: the pre-tokenizer's
+    F32 either way. overrides: (glob, tensor type), with a type only. pre: the pre-tokenizer's
     name, where it is not recognised. threads: None takes all cores; the bytes do not depend on it.
+    The pooling of a sentence-transformers folder becomes the file's.
 
     The file appears under its name only when it is complete. An interrupted call leaves a hidden
     part beside it; the same call takes it up again and gives the same bytes.
