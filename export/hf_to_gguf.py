@@ -17,6 +17,7 @@ from ..runtime.errors import ModelFileError, UnsupportedModelError
 from . import mixes
 from .gguf_values import Value, encode
 from .hf_config import HfConfig
+from .hf_embedding import add_embedding
 from .hf_tokenizer import read_tokenizer
 from .hf_weights import HfWeights, Weight, plan
 from .hidden_states import Progress
@@ -60,6 +61,7 @@ def convert(
     (mixes.FILE_TYPES); None keeps each matrix in the type it has. Norms, biases and routers are
     F32 either way. overrides: (glob, tensor type), with a type only. pre: the pre-tokenizer's
     name, where it is not recognised. threads: None takes all cores; the bytes do not depend on it.
+    The pooling of a sentence-transformers folder becomes the file's.
 
     The file appears under its name only when it is complete. An interrupted call leaves a hidden
     part beside it; the same call takes it up again and gives the same bytes.
@@ -77,6 +79,7 @@ def convert(
         )
     family = family_of(config)
     model = family.read(config)
+    add_embedding(root, config, model)
     shards = SafetensorsFolder(root)
     try:
         weights = plan(shards, family, model)

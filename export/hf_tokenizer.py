@@ -22,6 +22,7 @@ from ..runtime.tokenizer import Tokenizer
 from ..runtime.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from ..runtime.whole_file import read_whole_text
 from .gguf_values import Value
+from .hf_added_tokens import complete, listed, special_tokens
 from .hf_config import HfConfig
 from .safetensors_folder import read_json
 from .sentencepiece_model import read_sentencepiece
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfLibrary
 
 _ADDED_SCORE = -1000.0  # of tokens that the vocabulary has no score for
+_NO_NAME = re.compile("[^A-Za-z0-9]")  # characters that gguf-py, too, makes "_" in template names
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -79,6 +81,8 @@ class _Reader:
         self._json = TokenizerJson(self._path) if self._path.is_file() else None
         self._settings = self._optional("tokenizer_config.json")
         self._generation = self._optional("generation_config.json")
+        if self._settings.get("added_tokens_decoder") is None:  # else it is not read
+            self._settings = self._settings | self._optional("special_tokens_map.json")
         self._notes: list[str] = []
         if self._json is None and not self._sentencepiece.is_file():
             raise ModelFileError(
@@ -106,10 +110,10 @@ class _Reader:
         if file is not None and space_prefix is not None:
             file.model(any_kind=self._sentencepiece.is_file())
             file.check_escaping()
-        added = self._added()
+        library = None if file is None else file.library()
+        added = self._added(library)
         self._add_tokens(vocabulary, added)
         entries = self._entries(vocabulary)
-        library = None if file is None else file.library()
         self._framing(entries, vocabulary.tokens, library)
         if space_prefix is not None:
             entries["tokenizer.ggml.add_space_prefix"] = space_prefix
@@ -150,19 +154,19 @@ class _Reader:
         scores = [-float(ranks[t]) if t in ranks else last for t in texts]
         return _Vocabulary(texts, types, scores)
 
-    def _added(self) -> list[AddedToken]:
-        """Added tokens that the embedding has rows for; a note of the others."""
-        if self._json is not None:
-            found = self._json.added()
+    def _added(self, library: HfLibrary | None) -> list[AddedToken]:
+        """Added tokens that the embedding has rows for; a note of the others.
+
+        The library gets those that tokenizer.json lacks.
+        """
+        special = list(special_tokens(self._settings))
+        texts = {row["content"] for row in special}
+        rows = listed(
+            self._folder, self._settings, self._optional("added_tokens.json"), special=texts
+        )
+        if self._json is not None and library is not None:
+            found = complete(self._path, library, rows, iter(special), self._json.added())
         else:
-            decoder = self._settings.get("added_tokens_decoder")
-            rows: list[tuple[object, Mapping[str, Any]]] = [
-                (int(i) if i.isdecimal() else i, row)
-                for i, row in (decoder.items() if isinstance(decoder, dict) else ())
-                if isinstance(row, dict)
-            ]
-            plain = self._optional("added_tokens.json")
-            rows += [(i, {"content": text}) for text, i in plain.items()]
             found = added_tokens(self._folder, iter(rows))
         kept = [token for token in found if token.id < self._n_vocab]
         beyond = [token.text for token in found if token.id >= self._n_vocab]
@@ -236,11 +240,6 @@ class _Reader:
         if v.merges is not None:
             entries["tokenizer.ggml.merges"] = v.merges
         ids = {text: i for i, text in enumerate(v.tokens)}
-        named = (
-            self._settings | self._optional("special_tokens_map.json")
-            if not self._settings
-            else self._settings
-        )
         for role, key in (
             ("bos", "bos_token_id"),
             ("eos", "eos_token_id"),
@@ -248,10 +247,10 @@ class _Reader:
             ("sep", "seperator_token_id"),  # the key is spelled so
             ("pad", "padding_token_id"),
         ):
-            token = self._special_id(named, role, ids)
+            token = self._special_id(self._settings, role, ids)
             if token is not None:
                 entries[f"tokenizer.ggml.{key}"] = token
-        self._end_of_turn(entries, v.tokens)
+        self._end_of_turn(entries, v)
         return entries
 
     def _special_id(
@@ -272,19 +271,24 @@ class _Reader:
         return None
 
     def _ends(self) -> list[int]:
-        """The ids that generation_config.json or config.json lists as ends, if it lists several."""
-        ends = self._generation.get("eos_token_id") or self._config.get("eos_token_id")
-        return [i for i in ends if type(i) is int and i >= 0] if isinstance(ends, list) else []
+        """The ids that generation_config.json, else config.json, names as ends: one or several."""
+        ends = self._generation.get("eos_token_id")
+        if ends is None:
+            ends = self._config.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        return [i for i in ends if type(i) is int and i >= 0]
 
-    def _end_of_turn(self, entries: dict[str, Value], tokens: list[str]) -> None:
-        """generation_config.json may name more than one token that ends an answer."""
+    def _end_of_turn(self, entries: dict[str, Value], v: _Vocabulary) -> None:
+        """transformers stops at ids of its own, which need not be the tokenizer's EOS."""
+        tokens = v.tokens
         others = [
             i
-            for i in self._ends()
+            for i in dict.fromkeys(self._ends())
             if i < len(tokens) and i != entries.get("tokenizer.ggml.eos_token_id")
         ]
         names = {*EOT_NAMES, *EOM_NAMES, *EOG_NAMES}
-        unknown = [i for i in others if tokens[i] not in names]
+        # Readers know a name by itself where its token is a control token.
+        unknown = [i for i in others if tokens[i] not in names or v.types[i] != CONTROL]
         if unknown:
             entries["tokenizer.ggml.eot_token_id"] = unknown[0]
         elif others:
@@ -342,20 +346,29 @@ class _Reader:
             for row in found:
                 if isinstance(row, dict) and isinstance(row.get("template"), str):
                     named[str(row.get("name"))] = row["template"]
+                else:
+                    self._notes.append(f"a chat template without a text is left out: {row!r:.60}")
         more = self._folder / "additional_chat_templates"
         if path.is_file():
             named["default"] = _text(path)
         if more.is_dir():
             named |= {p.stem: _text(p) for p in sorted(more.glob("*.jinja"))}
-        others = sorted(
-            name for name in named if name != "default" and re.fullmatch("[a-z0-9_]+", name)
-        )
         if "default" in named:
-            yield "tokenizer.chat_template", named["default"]
+            yield "tokenizer.chat_template", named.pop("default")
+        others: dict[str, str] = {}
+        for name, template in sorted(named.items()):
+            key = _NO_NAME.sub("_", name)
+            if not key or key in others:
+                why = "another has its name in the file" if key else "it has no name"
+                self._notes.append(f"the chat template {name!r:.60} is left out: {why}")
+                continue
+            if key != name:
+                self._notes.append(f"the chat template {name!r:.60} is called {key} in the file")
+            others[key] = template
         if others:
-            yield "tokenizer.chat_templates", others
-        for name in others:
-            yield f"tokenizer.chat_template.{name}", named[name]
+            yield "tokenizer.chat_templates", list(others)
+        for key, template in others.items():
+            yield f"tokenizer.chat_template.{key}", template
 
     # Comparing with Hugging Face's library.
 
@@ -402,14 +415,7 @@ class _Reader:
     def _compare_special(
         self, entries: Mapping[str, Value], library: HfLibrary, added: list[AddedToken]
     ) -> None:
-        """Added tokens: their ids must be the library's; a note where their context counts."""
-        for token in added:
-            known = library.token_to_id(token.text)
-            if known != token.id:  # the library numbers anew what does not follow the vocabulary
-                raise ModelFileError(
-                    f"{self._path}: added token {token.text!r:.40}: expected id {known} (what the "
-                    f"tokenizers library gives it), found {token.id}"
-                )
+        """A note of each added token whose context counts."""
         try:
             ours = Tokenizer.from_metadata(entries.get)
         except TokenizerError as error:

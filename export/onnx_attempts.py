@@ -87,6 +87,7 @@ class Attempts:
         self._wanted = [name for name in self._nodes if name not in self._excluded]
         self._types = {n.name: n.op_type for n in model.graph.node}
         self._convolves = any(n.op_type == "Conv" for n in model.graph.node)
+        self._left_alone = _unmergeable(model.graph)
         self._begin_search()
 
     def best(self, *, per_channel: bool) -> tuple[Path, int, tuple[str, ...]]:
@@ -183,7 +184,7 @@ class Attempts:
         kept = set(nodes)
         excluded = [n for n in self._nodes if n not in kept]
         products = [n + _PRODUCT_OF_GEMM for n in excluded if self._types[n] == "Gemm"]
-        self._quantize([*excluded, *products], channels, samples)
+        self._quantize([*excluded, *products, *self._left_alone], channels, samples)
         model = onnx.load(str(self._made))
         del model.graph.value_info[:]  # a runtime infers them itself
         onnx.save(model, str(self._made))
@@ -272,6 +273,32 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
             node.name = name
             taken.add(name)
         seen.add(node.name)
+
+
+def _unmergeable(graph: onnx.GraphProto) -> list[str]:
+    """Relu and Clip nodes whose input somebody else sees: the caller, or a graph within a node.
+
+    The quantizer gives the input of such a node the range of its output where it knows of no other
+    reader, and of these it does not know: what they see would be clipped as well. Left out, the
+    node rectifies floats between two tensors that have ranges of their own.
+    """
+    seen = {output.name for output in graph.output}
+    seen.update(name for node in graph.node for name in _inner_reads(node))
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type in ("Relu", "Clip") and node.input[0] in seen
+    ]
+
+
+def _inner_reads(node: onnx.NodeProto) -> Iterator[str]:
+    """The names that graphs within a node read, or give out."""
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+            yield from (output.name for output in graph.output)
+            for inner in graph.node:
+                yield from inner.input
+                yield from _inner_reads(inner)
 
 
 def _flatten_weights(model: onnx.ModelProto, excluded: set[str]) -> None:

@@ -18,6 +18,7 @@ from ..runtime.errors import DeviceError, ModelFileError, OptionError
 from ..runtime.output_file import check_output
 from .measurement import Measured, OnnxRunner, compare
 from .onnx_attempts import Attempts, Progress, disk_error
+from .onnx_outputs import far_outputs
 from .onnx_samples import Preprocessing, Samples
 from .onnx_source import read
 from .onnx_trial import first_run, run_once, said
@@ -71,7 +72,8 @@ def quantize(
 
     Half precision is computed in float32; inputs and outputs keep their types. Nodes that
     onnxruntime's quantizer cannot do, or turns into what onnxruntime does not run, stay float, and
-    a note says so.
+    a note says so. A note names each output, too, whose error on the calibration data (else, on the
+    evaluation data) exceeds onnx_outputs.BOUND of its own spread.
 
     `out` appears only when it is complete and has run; an existing one is replaced only with
     `force`.
@@ -130,6 +132,7 @@ def quantize(
             if measuring is not None:
                 after_runner = OnnxRunner("int8", made, threads)
                 before, after = compare(reference, after_runner, measuring, progress)
+                notes = (*notes, *far_outputs(reference, after_runner, calibrating or measuring))
             _publish(made, path)
     except DeviceError:
         raise

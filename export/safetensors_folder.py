@@ -203,13 +203,32 @@ def _some(names: Sequence[str]) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object. ModelFileError where it does not."""
+    return _object(path, _content(path))
+
+
+def read_json_array(path: Path) -> list[Any]:
+    """A JSON file that must hold an array. ModelFileError where it does not."""
+    value = _value(path, _content(path))
+    if not isinstance(value, list):
+        raise ModelFileError(f"{path}: expected a JSON array, found {type(value).__name__}")
+    return value
+
+
+def _content(path: Path) -> bytes:
     try:
-        return _object(path, read_whole(path, MOST_TEXT))
+        return read_whole(path, MOST_TEXT)
     except OSError as error:
         raise ModelFileError(f"{path}: expected a JSON file, found: {error.strerror}") from None
 
 
 def _object(path: Path, data: bytes) -> dict[str, Any]:
+    value = _value(path, data)
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _value(path: Path, data: bytes) -> Any:
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
@@ -219,14 +238,11 @@ def _object(path: Path, data: bytes) -> dict[str, Any]:
         return found
 
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=distinct)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=distinct)
     except RecursionError:
         raise ModelFileError(f"{path}: expected JSON, found too deep a nesting") from None
     except ValueError as error:
         raise ModelFileError(f"{path}: expected JSON, found: {error!s:.200}") from None
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def read_header(path: Path) -> list[ShardTensor]:

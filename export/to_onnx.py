@@ -20,6 +20,7 @@ import numpy as np
 from ..runtime.backends import ONNX_METADATA
 from ..runtime.errors import ModelFileError, OptionError
 from ..runtime.output_file import check_output
+from ..runtime.pooling import pooling_of_file
 from .hidden_states import Progress
 from .model_writer import COMMIT_BYTES, making, resumable_part
 from .onnx_graph.config import DecoderConfig, read_config
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 WIDTHS: tuple[Width, ...] = get_args(Width)
 LONGEST_CONTEXT = 8192  # tokens, unless a longer one is asked for: the rotary tables take memory
-_VERSION = 1  # of what this module writes: parts of another are not taken up
+_VERSION = 2  # of what this module writes: parts of another are not taken up
 _KEPT = ("general.", "tokenizer.")  # metadata that travels with the model
 
 
@@ -162,9 +163,14 @@ def _stamp(file: GgufFile) -> str:
 def _metadata(
     file: GgufFile, c: DecoderConfig, context: int, token_bytes: int
 ) -> Mapping[str, str]:
-    """Properties of the model: its tokenizer and what the backend must know."""
+    """Properties of the model: its tokenizer, its pooling and what the backend must know."""
     kept = {k: v for k, v in file.metadata.items() if k.startswith(_KEPT)}
     kept[f"{c.architecture}.context_length"] = c.context_train
+    key = f"{c.architecture}.pooling_type"
+    pooling = file.get(key)
+    if pooling is not None:
+        pooling_of_file(pooling, f"{file.path}: {key}")  # raises where embed would
+        kept[key] = pooling
     return {
         ONNX_METADATA: json.dumps(kept),
         "stoker.context": str(context),

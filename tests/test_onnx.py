@@ -255,6 +255,34 @@ def test_bad_models_leave_nothing(tmp_path: Path) -> None:
     refused(stoker.OptionError, "exists: choose another name", good, "there.onnx")
 
 
+@pytest.mark.parametrize(("kind", "row"), [(1, None), (2, 0), (3, -1)])
+def test_embeddings_pool_as_the_file_says(kind: int, row: int | None, tmp_path: Path) -> None:
+    """llama.cpp's enumeration: 1 is the mean, 2 the first token's state, 3 the last one's."""
+    gguf = make(tmp_path / "m.gguf", "llama", metadata={"{arch}.pooling_type": kind})
+    model = stoker.load(gguf_to_onnx(gguf, tmp_path / "m.onnx", type="f32").path)
+    tokens = some_tokens(12)
+    states = Oracle(gguf).hidden(tokens)
+    expected = states.mean(0) if row is None else states[row]
+    assert np.abs(model.embed(tokens) - expected).max() < 1e-3
+    assert np.abs(model.embed(tokens, pooling="none") - states).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention.causal", False, "attention.causal: expected true for ONNX"),
+        ("pooling_type", 4, "pooling_type: expected one of none, mean, cls, last, found rank"),
+    ],
+)
+def test_what_the_graph_does_not_compute_is_refused(
+    key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    gguf = make(tmp_path / "m.gguf", "llama", metadata={f"{{arch}}.{key}": value})
+    with pytest.raises(stoker.UnsupportedModelError, match=message):
+        gguf_to_onnx(gguf, tmp_path / "m.onnx", type="f32")
+    assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     gguf = make(tmp_path / "m.gguf", "llama")
     tensor = next(t for t in _core.GgufFile(str(gguf)).tensors if t.name == "blk.2.ffn_up.weight")

@@ -46,8 +46,6 @@ def _read(config: HfConfig) -> Model:
     )
     if text.get("attn_logit_softcapping") is not None:
         raise text.unsupported("attn_logit_softcapping", "none", text.get("attn_logit_softcapping"))
-    if text.flag("use_bidirectional_attention", False):
-        raise text.unsupported("use_bidirectional_attention", "false", True)
     softcap = text.number("final_logit_softcapping", 0.0)
     if softcap:
         model.entries["final_logit_softcapping"] = softcap

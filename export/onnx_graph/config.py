@@ -128,6 +128,17 @@ def read_config(get: Callable[[str], Any], n_vocab: int, path: str) -> DecoderCo
             f"{path}: architecture: expected one of {', '.join(FAMILIES)} for ONNX, found {arch}"
         )
 
+    causal = get(f"{arch}.attention.causal")
+    if causal not in (None, True):
+        if not isinstance(causal, bool):
+            raise ModelFileError(
+                f"{path}: {arch}.attention.causal: expected true or false, found {causal!r:.40}"
+            )
+        raise UnsupportedModelError(
+            f"{path}: {arch}.attention.causal: expected true for ONNX (a decoder's tokens attend "
+            "to earlier ones), found false"
+        )
+
     def number(key: str, default: float | None = None) -> float:
         value = get(f"{arch}.{key}")
         if isinstance(value, (list, tuple)):  # one value a layer
