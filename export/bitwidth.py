@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime._core import GgufFile
+from ..runtime.checked_call import checked
 from ..runtime.errors import Cancelled, OptionError, StokerError
 from . import gguf_writer, mixes
 from . import imatrix as importances
@@ -104,6 +105,7 @@ class Search:
                 raise OptionError(f"{name}: expected at least {low}, found {getattr(self, name)}")
 
 
+@checked
 def adapt(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import DeviceError, ModelFileError, OptionError, UnsupportedModelError
 from .measurement import Measured, OnnxRunner, compare, one_line
 from .onnx_samples import Array, InputSpec, Preprocessing, Samples, batch_size
@@ -53,6 +54,7 @@ class Quantized:
     after: Measured | None
 
 
+@checked
 def quantize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, OptionError
 from . import gguf_writer
 from .dense_base import PARTS, DenseBase, feed_forward_part, format_row
@@ -101,6 +102,7 @@ class Upcycled:
     expert_bytes: int
 
 
+@checked
 def upcycle(
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],
