@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime._core import GgufFile
+from ..runtime.checked_call import checked
 from ..runtime.errors import Cancelled, OptionError, StokerError
 from ..runtime.output_file import check_output
 from . import gguf_writer, mixes
@@ -105,6 +106,7 @@ class Search:
                 raise OptionError(f"{name}: expected at least {low}, found {getattr(self, name)}")
 
 
+@checked
 def adapt(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str] | None,

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, UnsupportedModelError
 from . import mixes
 from .gguf_values import Value, encode
@@ -44,6 +45,7 @@ class Converted:
     notes: Sequence[str]
 
 
+@checked
 def convert(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],

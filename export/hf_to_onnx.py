@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.backends import ONNX_METADATA
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, OptionError, StokerError, UnsupportedModelError
 from ..runtime.json_text import parse
 from ..runtime.output_file import check_output
@@ -29,6 +30,7 @@ THROUGH = ("auto", "gguf", "optimum")
 _TASK = "text-generation-with-past"
 
 
+@checked
 def hf_to_onnx(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, OptionError
 from ..runtime.output_file import check_output
 from ..runtime.whole_file import read_whole
@@ -208,6 +209,7 @@ def _read_dat(path: str) -> Imatrix:
     return Imatrix(entries, datasets, chunks, 0, path)
 
 
+@checked
 def collect(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

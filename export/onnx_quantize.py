@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import DeviceError, ModelFileError, OptionError
 from ..runtime.output_file import check_output
 from .measurement import Measured, OnnxRunner, compare
@@ -41,6 +42,7 @@ class Quantized:
     notes: tuple[str, ...] = ()  # what else to tell: nodes that stay float
 
 
+@checked
 def quantize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, OptionError, UnsupportedModelError
 from ..runtime.output_file import check_output
 from . import gguf_writer
@@ -71,6 +72,7 @@ class Pregated:
     gates: tuple[Agreement, ...]
 
 
+@checked
 def pregate(
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, UnsupportedModelError
 from . import gguf_writer, mixes
 from .dense_base import format_row
@@ -47,6 +48,7 @@ class Quantized:
     notes: Sequence[str]
 
 
+@checked
 def quantize(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import OptionError, UnsupportedModelError
 from ..runtime.output_file import check_output
 from .channel_fit import ChannelFit
@@ -82,6 +83,7 @@ class Refactored:
     distilled: Stage | None
 
 
+@checked
 def refactor(
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, OptionError, UnsupportedModelError
 from ..runtime.output_file import check_output
 from .onnx_samples import Preprocessing, Samples
@@ -43,6 +44,7 @@ class Converted:
     measured: Measured | None = None  # the ONNX model
 
 
+@checked
 def convert(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, get_args
 import numpy as np
 
 from ..runtime.backends import ONNX_METADATA
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, OptionError
 from ..runtime.output_file import check_output
 from ..runtime.pooling import pooling_of_file
@@ -77,6 +78,7 @@ def check_options(out: Path, type: str) -> Width:
     return width
 
 
+@checked
 def gguf_to_onnx(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

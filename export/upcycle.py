@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, OptionError
 from ..runtime.output_file import check_output
 from . import gguf_writer
@@ -101,6 +102,7 @@ class Upcycled:
     expert_bytes: int
 
 
+@checked
 def upcycle(
     base: str | os.PathLike[str],
     out: str | os.PathLike[str],

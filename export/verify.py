@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, OptionError
 from .divergence import Floats, divergence, token_nll
 
@@ -172,6 +173,7 @@ class _HuggingFace:
         return n / (time.perf_counter() - start)
 
 
+@checked
 def verify(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -460,3 +461,49 @@ def test_arguments_are_covered() -> None:
     for name, method in inspect.getmembers(stoker.Model, inspect.isfunction):
         if not name.startswith("_"):
             assert set(inspect.signature(method).parameters) - {"self"} <= known[name], name
+
+
+# What makes files (stoker.export), with arguments that end soon: most have no model.
+
+SOURCE = "missing.gguf"
+EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "quantize": ("quantize", {"source": SOURCE, "out": "q.gguf", "type": "Q8_0"}),
+    "imatrix": ("collect", {"source": SOURCE, "out": "i.gguf", "text": TEXT}),
+    "bitwidth": ("adapt", {"source": SOURCE, "out": "b.gguf", "text": TEXT, "bits": 3.5}),
+    "upcycle": ("upcycle", {"base": SOURCE, "out": "u.gguf", "experts": 2, "used": 1}),
+    "refactor": ("refactor", {"base": SOURCE, "out": "r.gguf", "text": [TEXT]}),
+    "pregate": ("pregate", {"base": SOURCE, "out": "p.gguf"}),
+    "hf_to_gguf": ("convert", {"folder": "missing", "out": "h.gguf"}),
+    "hf_to_onnx": ("hf_to_onnx", {"folder": "missing", "out": "h.onnx"}),
+    "to_onnx": ("gguf_to_onnx", {"source": SOURCE, "out": "o.onnx"}),
+    "tflite": ("convert", {"source": "missing.tflite", "out": "t.onnx"}),
+    "onnx_quantize": ("quantize", {"source": "missing.onnx", "out": "n.onnx"}),
+    "verify": ("verify", {"a": SOURCE, "b": SOURCE}),
+}
+
+
+@pytest.mark.parametrize("module", EXPORTS)
+def test_every_value_of_an_export(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, right = EXPORTS[module]
+    function = getattr(import_module(f"stoker.export.{module}"), name)
+    for argument in inspect.signature(function).parameters:
+        for value in [*ODD, *iterators()]:
+            with refusal():
+                function(**{**right, argument: value})
+        for value in (Raises(ValueError), object(), b"x", 1j):
+            with pytest.raises(stoker.OptionError, match=f"^{argument} must be "):
+                function(**{**right, argument: value})
+    assert [path for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+
+
+def test_an_export_of_other_types(path: Path, tmp_path: Path) -> None:
+    """A path of any kind and a number of numpy are what they say."""
+    quantize = import_module("stoker.export.quantize").quantize
+    quantize(path, tmp_path / "a.gguf", type="Q8_0", threads=np.int8(1))
+    quantize(str(path), str(tmp_path / "b.gguf"), type=np.str_("Q8_0"))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    with pytest.raises(stoker.DeviceError, match=r"x{300}.*: File name too long"):
+        quantize(path, tmp_path / ("x" * 300), type="Q8_0")

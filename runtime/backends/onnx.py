@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import arguments
 from ..errors import (
     BudgetError,
     Cancelled,
@@ -141,6 +142,7 @@ class OnnxModel(Model):
         Integers and floats are converted to the input's own type. Raises OptionError for a name,
         type or shape that the graph does not take.
         """
+        inputs = arguments.mapping("inputs", inputs, "names to arrays")
         known = {i.name: i for i in self._graph.get_inputs()}
         for name in inputs:
             if name not in known:
@@ -250,13 +252,17 @@ def _decodes(graph: Any) -> bool:
 
 def _fitting(expected: Any, value: Any) -> npt.NDArray[Any]:
     """`value` as an array of the input's type and rank."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except Exception:  # of lists of unequal lengths, or of the value's own methods
+        found = arguments.shown(value)
+        raise OptionError(f"input {expected.name}: expected an array, found {found}") from None
     dtype = _TYPES.get(expected.type)
     if dtype is not None and array.dtype != dtype:
-        wanted, found = np.dtype(dtype), array.dtype
-        floats = wanted.kind == "f" and found.kind in "fiub"
-        if not floats and not (wanted.kind in "iu" and found.kind in "iub"):
-            raise OptionError(f"input {expected.name}: expected {wanted.name}, found {found.name}")
+        wanted, kind = np.dtype(dtype), array.dtype
+        floats = wanted.kind == "f" and kind.kind in "fiub"
+        if not floats and not (wanted.kind in "iu" and kind.kind in "iub"):
+            raise OptionError(f"input {expected.name}: expected {wanted.name}, found {kind.name}")
         converted: npt.NDArray[Any] = array.astype(dtype)
         if wanted.kind in "iu" and not np.array_equal(converted, array):
             raise OptionError(f"input {expected.name}: expected values of {wanted.name}")
