@@ -15,7 +15,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Of arguments that mean the same everywhere; the ranges of others are their functions' own.
-_RANGES = {"threads": (1, 1024), "seed": (0, arguments.INT64_MAX)}
+_RANGES = {"threads": (1, 1024)}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -67,6 +67,11 @@ def _integer(name: str, low: int, high: int, value: object) -> int:
     return arguments.integer(name, value, low, high)
 
 
+def _number(name: str, value: object) -> float:
+    """A number; of a float the function says what is in its range, and that NaN is not."""
+    return float(value) if isinstance(value, float) else arguments.number(name, value)
+
+
 def _text(name: str, value: object) -> str:
     """A string that can be written and hashed."""
     found = arguments.text(name, value)
@@ -110,7 +115,7 @@ def _instance(name: str, kind: str, function: Callable[..., Any], value: object)
 
 _CHECKS: dict[str, Callable[[str, object], Any]] = {
     "str | os.PathLike[str]": arguments.path,
-    "float": arguments.number,
+    "float": _number,
     "bool": arguments.flag,
     "str": _text,
     "str | int": _memory,

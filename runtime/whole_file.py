@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 MOST_TEXT = 256 << 20  # bytes of a text: a model reads as much in days
 MOST_DATA = 2 << 30  # of what was measured or learnt of a model
+_BLOCK = 1 << 16  # bytes of a first read where nobody tells the size
 
 
 def read_whole(path: str | os.PathLike[str], most: int = MOST_DATA) -> bytes:
@@ -29,7 +30,14 @@ def read_whole_text(path: Path, most: int = MOST_TEXT) -> str:
 
 
 def _read(file: BinaryIO, name: str, most: int) -> bytes:
-    data = file.read(most + 1)
+    try:
+        block = os.fstat(file.fileno()).st_size + 1  # a file of that size is read at once
+    except OSError:  # a stream of this process's own
+        block = 0
+    block = min(max(block, _BLOCK), most + 1)
+    data = file.read(block)
+    while len(data) <= most and (more := file.read(min(len(data) + 1, most + 1 - len(data)))):
+        data += more  # as much again as there is
     if len(data) > most:
         raise OSError(errno.EFBIG, f"expected at most {most >> 20} MiB, found more", name)
     return data
