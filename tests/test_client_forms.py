@@ -145,3 +145,29 @@ def test_calls_and_results_in_parts() -> None:
     assert "[tool:a15 C][user:And?]" in rendered(*blocks, source=source)
     with pytest.raises(ChatTemplateError, match=r"messages\[0\]\.tool_calls\[0\].*name"):
         rendered({"role": "assistant", "content": [{"type": "tool_use"}]})
+
+
+def test_results_that_are_mappings_as_transformers_prints_them(vocab_dir: Path) -> None:
+    """With the templates that print them as JSON by themselves."""
+    reference = pytest.importorskip("transformers.utils.chat_template_utils")
+    value = {"degrees": 7405, "sky": "blue"}
+    function = {"name": "weather", "arguments": {"city": "Bonn"}}
+    calls = [{"id": "call00000", "type": "function", "function": function}]
+    result = {"role": "tool", "name": "weather", "tool_call_id": "call00000", "content": value}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": calls}, result]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
+    printed = 0
+    for path in sorted((vocab_dir / "templates").glob("*.jinja")):
+        source = path.read_text(encoding="utf-8")
+        given = {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}
+        chat = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+        try:
+            expected = reference.render_jinja_template(
+                [messages], tools=tools, add_generation_prompt=True, **given
+            )[0][0]
+        except Exception:
+            expected = ""
+        if '"sky": "blue"' in expected:
+            printed += 1
+            assert chat.render(messages, tools=tools) == expected, path.name
+    assert printed > 3
