@@ -66,7 +66,11 @@ def conversation(messages: object) -> list[dict[str, Any]]:
     if not messages:
         raise ChatTemplateError("messages: expected at least one message, found none")
     try:
-        return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+        return [
+            _message(turn, f"messages[{i}]")
+            for i, message in enumerate(messages)
+            for turn in _turns(message)
+        ]
     except RecursionError:
         raise ChatTemplateError(f"messages: {TOO_DEEP}") from None
 
@@ -124,6 +128,38 @@ def joined(content: Any) -> str:
     if isinstance(content, list):
         return "".join(part["text"] for part in content if part["type"] == "text")
     return content or ""
+
+
+def _turns(message: object) -> list[object]:
+    """A message, or what one with calls or results among its parts (Anthropic) stands for.
+
+    An assistant's parts of type "tool_use" are calls; a user's of type "tool_result", each a
+    message of a tool, before what the user says besides.
+    """
+    content = message.get("content") if isinstance(message, Mapping) else None
+    kind = {"assistant": "tool_use", "user": "tool_result"}.get(
+        str(message.get("role")) if isinstance(message, Mapping) else ""
+    )
+    if not isinstance(message, Mapping) or not isinstance(content, (list, tuple)) or kind is None:
+        return [message]
+    rest: list[Any] = []
+    found: list[Mapping[Any, Any]] = []
+    for part in content:
+        of_kind = isinstance(part, Mapping) and part.get("type") == kind
+        (found if of_kind else rest).append(part)
+    if not found:
+        return [message]
+    if kind == "tool_use":
+        calls = [
+            {"id": p.get("id"), "function": {"name": p.get("name"), "arguments": p.get("input")}}
+            for p in found
+        ]
+        return [{**message, "content": rest, "tool_calls": calls}]
+    results: list[object] = [
+        {"role": "tool", "tool_call_id": p.get("tool_use_id"), "content": p.get("content")}
+        for p in found
+    ]
+    return [*results, {**message, "content": rest}] if rest else results
 
 
 def _message(message: object, where: str) -> dict[str, Any]:

@@ -115,3 +115,59 @@ def test_results_that_are_values(value: Any) -> None:
         assert "<|end|>" not in prompt.text
     with pytest.raises(ChatTemplateError, match=r"messages\[0\]\.content: expected text or a JSON"):
         rendered({"role": "tool", "content": {"a": float("nan")}})
+
+
+def test_calls_and_results_in_parts() -> None:
+    """Anthropic's blocks are OpenAI's calls and messages of a tool."""
+    text = {"type": "text", "text": "I look."}
+    use = {"type": "tool_use", "id": "a1", "name": "weather", "input": {"city": "Bonn"}}
+    result = {"type": "tool_result", "tool_use_id": "a1", "content": [{**text, "text": "5 C"}]}
+    source = TOOLED.replace("{{ m.content }}", "{{ m.tool_call_id }}{{ m.content }}")
+    blocks = [
+        USER,
+        {"role": "assistant", "content": [text, use]},
+        {"role": "user", "content": [result, {"type": "text", "text": "And?"}]},
+        {"role": "assistant", "content": [use]},
+        {"role": "user", "content": [result]},
+    ]
+    function = {"name": "weather", "arguments": {"city": "Bonn"}}
+    calls = [{"id": "a1", "type": "function", "function": function}]
+    tool = {"role": "tool", "tool_call_id": "a1", "content": "5 C"}
+    messages = [
+        USER,
+        {"role": "assistant", "content": "I look.", "tool_calls": calls},
+        tool,
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "tool_calls": calls},
+        tool,
+    ]
+    assert rendered(*blocks, source=source) == rendered(*messages, source=source)
+    assert "[tool:a15 C][user:And?]" in rendered(*blocks, source=source)
+    with pytest.raises(ChatTemplateError, match=r"messages\[0\]\.tool_calls\[0\].*name"):
+        rendered({"role": "assistant", "content": [{"type": "tool_use"}]})
+
+
+def test_results_that_are_mappings_as_transformers_prints_them(vocab_dir: Path) -> None:
+    """With the templates that print them as JSON by themselves."""
+    reference = pytest.importorskip("transformers.utils.chat_template_utils")
+    value = {"degrees": 7405, "sky": "blue"}
+    function = {"name": "weather", "arguments": {"city": "Bonn"}}
+    calls = [{"id": "call00000", "type": "function", "function": function}]
+    result = {"role": "tool", "name": "weather", "tool_call_id": "call00000", "content": value}
+    messages = [USER, {"role": "assistant", "content": "", "tool_calls": calls}, result]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
+    printed = 0
+    for path in sorted((vocab_dir / "templates").glob("*.jinja")):
+        source = path.read_text(encoding="utf-8")
+        given = {"chat_template": source, "bos_token": "<s>", "eos_token": "</s>"}
+        chat = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+        try:
+            expected = reference.render_jinja_template(
+                [messages], tools=tools, add_generation_prompt=True, **given
+            )[0][0]
+        except Exception:
+            expected = ""
+        if '"sky": "blue"' in expected:
+            printed += 1
+            assert chat.render(messages, tools=tools) == expected, path.name
+    assert printed > 3
