@@ -10,6 +10,10 @@ from pathlib import Path
 from .errors import OptionError
 
 
+# The longest name of a hidden part that is made beside a file.
+_PART = "..{}.gguf.part.json"
+
+
 def check_output(
     out: Path, inputs: Iterable[str | os.PathLike[str]] = (), *, force: bool = True
 ) -> None:
@@ -20,6 +24,8 @@ def check_output(
     an existing file is replaced.
     """
     try:
+        # The parts beside it have longer names.
+        out.with_name(_PART.format(out.name)).exists()
         mode = out.stat().st_mode
     except FileNotFoundError:
         mode = None

@@ -423,7 +423,7 @@ def test_an_existing_output_is_kept(net: Path, photos: Path, tmp_path: Path) -> 
     out.write_text("precious")
     with pytest.raises(OptionError, match="exists: choose another name"):
         onnx_quantize.quantize(net, out, calibration=photos)
-    with pytest.raises(OptionError, match="another file than the source"):
+    with pytest.raises(OptionError, match="expected another file than what it is made from"):
         onnx_quantize.quantize(net, net, calibration=photos, force=True)
     with pytest.raises(OptionError, match="no such directory"):
         onnx_quantize.quantize(net, tmp_path / "none" / "out.onnx", calibration=photos)

@@ -336,7 +336,7 @@ def test_bad_options_end_in_one_line_and_leave_nothing(
         tflite.convert(path, out, activations="int4")
     with pytest.raises(OptionError, match="no such directory"):
         tflite.convert(path, tmp_path / "none" / "out.onnx")
-    with pytest.raises(OptionError, match="another file than the source"):
+    with pytest.raises(OptionError, match="expected another file than what it is made from"):
         tflite.convert(path, path, force=True)
     with pytest.raises(ModelFileError, match="No such file"):
         tflite.convert(tmp_path / "none.tflite", out)
