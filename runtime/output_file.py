@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import OptionError
-
 
 # The longest name of a hidden part that is made beside a file.
 _PART = "..{}.gguf.part.json"
@@ -23,12 +23,11 @@ def check_output(
     that name would be replaced. inputs: files that it is made from; it must be none of them. force:
     an existing file is replaced.
     """
+    mode = None
     try:
-        # The parts beside it have longer names.
-        out.with_name(_PART.format(out.name)).exists()
-        mode = out.stat().st_mode
-    except FileNotFoundError:
-        mode = None
+        for asked in (out.with_name(_PART.format(out.name)), out):
+            with suppress(FileNotFoundError):
+                mode = asked.stat().st_mode
     except (OSError, ValueError) as error:
         raise OptionError(f"{out}: {getattr(error, 'strerror', None) or error}") from None
     if mode is not None:

@@ -46,7 +46,7 @@ def test_paths(name: str, wrong: Any, tmp_path: Path) -> None:
     gguf = make(tmp_path / "m.gguf", "llama")
     before = sorted(tmp_path.iterdir())
     too_long = isinstance(wrong, str) and len(wrong) > 200
-    with pytest.raises(ModelFileError if too_long else OptionError) as error:
+    with pytest.raises(StokerError if too_long else OptionError) as error:
         call(wrong, tmp_path / out, **options)
     one_line(error.value)
     with pytest.raises(OptionError) as error:
