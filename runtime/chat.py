@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import arguments, template_values
 from .arguments import shown
 from .control_marks import ControlMarks, ControlSpellings, unused_mark
-from .conversation import TOO_DEEP, Arguments, conversation, joined, plain, tool_schemas
+from .conversation import TOO_DEEP, Arguments, Message, conversation, joined, plain, tool_schemas
 from .errors import ChatTemplateError, OptionError
 from .prefill import cut, tagged, to_continue
 from .template_forms import TemplateForms
@@ -30,6 +30,7 @@ from .template_sandbox import (
     sandbox,
     undeclared,
 )
+from .template_sources import template_sources
 from .turn_frames import frame_tokens, looked_for
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ _OWNED = frozenset(
         "eos_token",
     }
 )
-
-Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -134,25 +133,16 @@ class ChatTemplate:
         self._forms = {name: TemplateForms(partial(self._tried, name)) for name in self._templates}
         self._trial_s = dict.fromkeys(self._templates, 0.0)  # seconds that trials took
         self._constants: dict[str, frozenset[str]] = {}
+        self._read: dict[str, frozenset[str]] = {}
 
     @classmethod
     def from_metadata(cls, get: Callable[[str], Any], tokenizer: Tokenizer) -> ChatTemplate:
         """The templates of a GGUF file.
 
-        get: a metadata key to its value, None where absent. Reads tokenizer.chat_template and
-        tokenizer.chat_template.<name> for the names in tokenizer.chat_templates; an empty default
-        is none. A file without any gets the ChatML template if its vocabulary has <|im_start|> and
-        <|im_end|>; otherwise ChatTemplateError.
+        get: a metadata key to its value, None where absent. A file without any gets the ChatML
+        template if its vocabulary has <|im_start|> and <|im_end|>; otherwise ChatTemplateError.
         """
-        sources: dict[str, str] = {}
-        default = get("tokenizer.chat_template")
-        if default is not None and default != "":  # some files write that they have none
-            sources["default"] = default
-        names = get("tokenizer.chat_templates")
-        for name in names if isinstance(names, (list, tuple)) else ():
-            source = get(f"tokenizer.chat_template.{name}")
-            if source is not None:
-                sources.setdefault(str(name), source)
+        sources = template_sources(get)
         for name, source in sources.items():
             if not isinstance(source, str):
                 raise ChatTemplateError(
@@ -263,7 +253,7 @@ class ChatTemplate:
             if arguments.text("a template variable", variable) in owned:
                 raise OptionError(f"template variable {variable!r} is set by the prompt itself")
         if variables:
-            read = undeclared(self._environment, self._sources[name]) - owned
+            read = self._read_by(name) - owned
             for variable in variables:
                 if variable not in read:
                     listed = f"the variables {', '.join(sorted(read))}" if read else "none"
@@ -274,6 +264,11 @@ class ChatTemplate:
             return {variable: plain(value) for variable, value in variables.items()}
         except RecursionError:
             raise OptionError(f"template: {TOO_DEEP}") from None
+
+    def _read_by(self, name: str) -> frozenset[str]:
+        if name not in self._read:
+            self._read[name] = undeclared(self._environment, self._sources[name])
+        return self._read[name]
 
     def _constants_of(self, name: str) -> frozenset[str]:
         if name not in self._constants:

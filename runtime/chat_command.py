@@ -34,16 +34,18 @@ from .command_options import (
     TopK,
     TopP,
     Trace,
+    generation_options,
+    load_options,
     template_variables,
 )
 from .command_options import Model as ModelName
 from .errors import ChatTemplateError, ContextLengthError, OptionError
-from .options import GenerationOptions, LoadOptions
 from .terminal import StatusLine, WordWrap, printable
 
 if TYPE_CHECKING:
     from .generate import Generation
     from .model import Model
+    from .options import GenerationOptions
     from .statistics import Statistics
 
 _HELP = '''\
@@ -260,8 +262,8 @@ def chat(
     """
     from .run_command import open_model, recording
 
-    options = GenerationOptions(
-        stop=tuple(stop or ()),
+    options = generation_options(
+        stop,
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -274,7 +276,7 @@ def chat(
         seed=seed,
     )
     variables = template_variables(template_var)
-    load_options = LoadOptions(
+    loading = load_options(
         threads=threads,
         context=context,
         kv_type=kv_type,
@@ -287,6 +289,6 @@ def chat(
         io=io,
         readers=readers,
     )
-    loaded = open_model(model, load_options, plan=plan, measure=True)
+    loaded = open_model(model, loading, plan=plan, measure=True)
     with recording(loaded, trace):
         Chat(loaded, options, system=system, template=variables, parse_special=parse_special).loop()

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -56,6 +56,8 @@ from .command_options import (
     TopK,
     TopP,
     Trace,
+    generation_options,
+    load_options,
     template_variables,
 )
 from .errors import (
@@ -70,9 +72,6 @@ from .errors import (
 )
 from .spare_threads import spare_threads
 from .standard_streams import abandon_output, open_closed_streams
-
-if TYPE_CHECKING:
-    from .options import GenerationOptions, LoadOptions
 
 _BAD_INPUT = (
     BudgetError,
@@ -119,18 +118,6 @@ def root(
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def _load_options(**values: Any) -> LoadOptions:
-    from .options import LoadOptions
-
-    return LoadOptions(**values)
-
-
-def _generation_options(stop: Sequence[str] | None, **values: Any) -> GenerationOptions:
-    from .options import GenerationOptions
-
-    return GenerationOptions(stop=tuple(stop or ()), **values)
 
 
 @app.command(cls=ModelCommand)
@@ -204,7 +191,7 @@ def run(
     """
     from . import run_command
 
-    options = _generation_options(
+    options = generation_options(
         stop,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -219,7 +206,7 @@ def run(
         ignore_eos=ignore_eos,
         logprobs=logprobs,
     )
-    load_options = _load_options(
+    loading = load_options(
         threads=threads,
         context=context,
         kv_type=kv_type,
@@ -234,7 +221,7 @@ def run(
     )
     text = run_command.read_prompt(prompt, file)
     run_command.run(
-        run_command.open_model(model, load_options, plan=plan, as_json=as_json, measure=stats),
+        run_command.open_model(model, loading, plan=plan, as_json=as_json, measure=stats),
         text,
         options,
         system=system,
@@ -360,7 +347,7 @@ def perplexity(
     from . import run_command
 
     text = run_command.read_text(file)
-    options = _load_options(
+    options = load_options(
         threads=threads,
         context=window,
         kv_type=kv_type,

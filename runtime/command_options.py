@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from .errors import OptionError
+
+if TYPE_CHECKING:
+    from .options import GenerationOptions, LoadOptions
 
 _MEMORY = "Memory and experts on flash"
 
@@ -131,6 +135,20 @@ Trace = Annotated[
         rich_help_panel=_MEMORY,
     ),
 ]
+
+
+def load_options(**values: Any) -> LoadOptions:
+    """The options of a load. OptionError."""
+    from .options import LoadOptions
+
+    return LoadOptions(**values)
+
+
+def generation_options(stop: Sequence[str] | None, **values: Any) -> GenerationOptions:
+    """The options of an answer. stop: None where none is given. OptionError."""
+    from .options import GenerationOptions
+
+    return GenerationOptions(stop=tuple(stop or ()), **values)
 
 
 def template_variables(given: list[str] | None) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from .errors import ChatTemplateError
 
+Message = Mapping[str, Any]  # as a client sends it
+
 TEXT_KINDS = ("text", "input_text", "output_text")  # kinds of content parts that hold text
 # Names of an assistant's reasoning; transformers gives templates the first two, from any of them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")

@@ -6,10 +6,11 @@ do. A known name counts where the file itself makes more of that token than text
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .special_names import EOG_NAMES, EOM_NAMES, EOT_NAMES, FIM_END, FIM_IDS, FIM_NAMES
+from .template_sources import template_sources
 from .vocabulary import CONTROL, USER_DEFINED, Metadata, Vocabulary
 
 
@@ -61,7 +62,7 @@ def _known_ids(vocabulary: Vocabulary, get: Metadata, eos: int | None) -> dict[s
     named = {eos}
     for key in ("eot_token_id", "eom_token_id", *FIM_IDS):
         named.add(vocabulary.named(get, key))
-    templates = list(_templates(get))
+    templates = [t for t in template_sources(get).values() if isinstance(t, str)]
     known: dict[str, int] = {}
     for name in (*EOT_NAMES, *EOM_NAMES, *EOG_NAMES, *(n for _, ns in FIM_END for n in ns),
                  *FIM_NAMES):  # fmt: skip
@@ -77,12 +78,3 @@ def _known_ids(vocabulary: Vocabulary, get: Metadata, eos: int | None) -> dict[s
         ):
             known[name] = token
     return known
-
-
-def _templates(get: Metadata) -> Iterator[str]:
-    names = get("tokenizer.chat_templates")
-    others = names if isinstance(names, (list, tuple)) else ()
-    for key in ("tokenizer.chat_template", *(f"tokenizer.chat_template.{n}" for n in others)):
-        template = get(key)
-        if isinstance(template, str):
-            yield template

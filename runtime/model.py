@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import arguments
+from .conversation import Message
 from .errors import (
     BudgetError,
     ChatTemplateError,
@@ -32,7 +33,7 @@ from .memory import available_memory, budget, check_memory, process_bytes, resid
 from .options import GenerationOptions, LoadOptions
 from .perplexity import Perplexity, measure
 from .pooling import check_pooling, pool, pooling_of_file
-from .session import Evaluated, Message, Session, Tokens
+from .session import Evaluated, Session, Tokens
 
 if TYPE_CHECKING:
     from ..offload.record import RoutingRecorder
@@ -248,12 +249,12 @@ class Model:
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:
         from .chat import ChatTemplate
+        from .template_sources import template_sources
 
-        named = ("tokenizer.chat_template", "tokenizer.chat_templates")
         try:
             return ChatTemplate.from_metadata(self._file.get, self.tokenizer)
         except ChatTemplateError:
-            if any(self._file.get(key) for key in named):
+            if template_sources(self._file.get):
                 raise  # it has one, and that one is malformed
             return None
 
@@ -551,7 +552,10 @@ class Model:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins."""
+        """Token ids of a conversation, up to where the answer begins.
+
+        For callers with messages and tools alone; scripts outside of the package are such, too.
+        """
         return self._prompt(messages, tools=tools)[0]
 
     def _prompt(self, messages: Sequence[Message], **given: Any) -> tuple[list[int], str | None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from .vocabulary import spelled_bytes
 
@@ -44,13 +44,19 @@ class PrecompiledMap:
     library for the unit's layout.
     """
 
-    def __init__(self, blob: bytes) -> None:
-        """ValueError where the blob is not of that form."""
+    def __init__(self, blob: bytes, verbatim: Iterable[str] = ()) -> None:
+        """verbatim: spellings that stay as they are.
+
+        ValueError where the blob is not of that form.
+        """
         size = int.from_bytes(blob[:4], "little")
         if len(blob) < 8 or size < 4 or size % 4 or 4 + size > len(blob):
             raise ValueError(f"expected a trie of {size} bytes within {len(blob)}")
         self._units = memoryview(blob[4 : 4 + size]).cast("I")
         self._replacements = blob[4 + size :]
+        kept = sorted({spelled_bytes(spelling) for spelling in verbatim}, key=len, reverse=True)
+        longest_first = b"|".join(re.escape(spelling) for spelling in kept if spelling)
+        self._verbatim = re.compile(longest_first) if longest_first else None
 
     def replace(self, text: bytes, start: int) -> tuple[bytes, int] | None:
         """The replacement of the longest known prefix at `start` and its length in bytes."""
@@ -74,20 +80,16 @@ class PrecompiledMap:
                     best = (self._replacements[value:stop], end + 1 - start)
         return best
 
-    def mapped(self, text: str, verbatim: Sequence[str] = ()) -> str:
-        """The text with every known prefix replaced, from left to right.
-
-        verbatim: spellings that stay as they are, longer ones first.
-        """
-        kept_bytes = [spelled_bytes(spelling) for spelling in verbatim]
+    def mapped(self, text: str) -> str:
+        """The text with every known prefix replaced, from left to right."""
         data = text.encode()
         out = bytearray()
         at = 0
         while at < len(data):
-            kept = next((t for t in kept_bytes if data.startswith(t, at)), None)
+            kept = self._verbatim.match(data, at) if self._verbatim is not None else None
             if kept is not None:
-                out += kept
-                at += len(kept)
+                out += kept[0]
+                at = kept.end()
                 continue
             found = self.replace(data, at)
             if found is not None:

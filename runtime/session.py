@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import arguments
+from .conversation import Message
 from .errors import Cancelled, ChatTemplateError, ContextLengthError, OptionError
 from .generate import Generation
 from .options import GenerationOptions, merge
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from ._core import Timeline
     from .model import Model
 
-Message = Mapping[str, Any]
 Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 _BUSY = "this session is in use by another thread: make one session for each (Model.session())"

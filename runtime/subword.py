@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
@@ -212,7 +212,6 @@ class Unigram:
     """SentencePiece's unigram model: the segmentation of highest total score (Viterbi).
 
     scores: token -> (score, id) of the tokens that may be matched.
-    verbatim: user-defined tokens, which normalization leaves alone.
     """
 
     def __init__(
@@ -221,7 +220,6 @@ class Unigram:
         unk: int,
         lowest: float,
         charsmap: PrecompiledMap | None,
-        verbatim: Sequence[str],
         *,
         add_space_prefix: bool,
         remove_extra_whitespaces: bool,
@@ -230,7 +228,6 @@ class Unigram:
         self._unk = unk
         self._unk_score = lowest - _UNKNOWN_PENALTY
         self._charsmap = charsmap
-        self._verbatim = sorted(verbatim, key=len, reverse=True)
         self._add_space_prefix = add_space_prefix
         self._remove_extra_whitespaces = remove_extra_whitespaces
         # Token lengths in characters by first character: what is worth looking up at a place.
@@ -280,7 +277,7 @@ class Unigram:
         prefix = self._add_space_prefix
         merge = self._remove_extra_whitespaces
         if self._charsmap is not None:
-            text = self._charsmap.mapped(text, self._verbatim)
+            text = self._charsmap.mapped(text)
         for char in text:
             if char != " ":
                 if not inside and (prefix or merge):

@@ -367,19 +367,18 @@ class Tokenizer:
             matched,
             self.unk_id,
             min(normal, default=0.0),
-            _charsmap(get),
-            verbatim,
+            _charsmap(get, verbatim),
             add_space_prefix=self.add_space_prefix,
             remove_extra_whitespaces=flag(get, "tokenizer.ggml.remove_extra_whitespaces", False),
         )
 
 
-def _charsmap(get: Metadata) -> PrecompiledMap | None:
+def _charsmap(get: Metadata, verbatim: Iterable[str] = ()) -> PrecompiledMap | None:
     blob = get("tokenizer.ggml.precompiled_charsmap")
     if blob is None:
         return None
     try:
-        return PrecompiledMap(bytes(int(b) & 0xFF for b in blob))
+        return PrecompiledMap(bytes(int(b) & 0xFF for b in blob), verbatim)
     except (TypeError, ValueError) as error:
         raise TokenizerError(f"tokenizer.ggml.precompiled_charsmap: {error}") from None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from make_text_golden import CASES, digest, fixed_date
-from stoker.runtime import template_sandbox
+from stoker.runtime import chat, template_sandbox
 from stoker.runtime.chat import ChatTemplate
 from stoker.runtime.errors import ChatTemplateError, OptionError
 from stoker.runtime.tokenizer import Tokenizer
@@ -385,6 +385,18 @@ def test_messages_stay_as_they_were() -> None:
 
 
 # Variables.
+
+
+def test_a_template_is_read_once_for_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate({"default": "{{ budget }}", "tool_use": "{{ effort }}"})
+    read: list[str] = []
+    undeclared = chat.undeclared
+    monkeypatch.setattr(chat, "undeclared", lambda e, s: read.append(s) or undeclared(e, s))
+    for _ in range(3):
+        assert template.prompt([USER], variables={"budget": 5}).text == "5"
+        tools = [{"name": "f"}]
+        assert template.prompt([USER], tools=tools, variables={"effort": "x"}).text == "x"
+    assert sorted(read) == ["{{ budget }}", "{{ effort }}"]
 
 
 def test_variables() -> None:

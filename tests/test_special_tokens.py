@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from stoker.runtime.errors import TokenizerError
+from stoker.runtime.normalizers import PrecompiledMap
 from stoker.runtime.tokenizer import Tokenizer
 from tiny_vocabularies import byte_level, sentencepiece, spelled
 
@@ -160,6 +161,20 @@ def test_a_charsmap_of_a_sentencepiece_bpe_file() -> None:
     assert squeezed.encode("   ", add_special=False) == []
     with pytest.raises(TokenizerError, match="precompiled_charsmap: expected"):
         sentencepiece(pieces, tokenizer__ggml__precompiled_charsmap=[1, 2, 3])
+
+
+def test_a_charsmap_leaves_user_defined_tokens_alone() -> None:
+    """The longest at a place, wherever it stands; an empty spelling is none."""
+    kept = PrecompiledMap(charsmap("ﬁ", "fi"), ["xﬁ", "ﬁﬁ!", "", "ﬁﬁ"])
+    for text, mapped in (
+        ("ﬁxﬁﬁ", "fixﬁfi"),
+        ("ﬁﬁ!ﬁ", "ﬁﬁ!fi"),
+        ("ﬁﬁﬁ", "ﬁﬁfi"),
+        ("a.*ﬁ", "a.*fi"),
+        ("", ""),
+    ):
+        assert kept.mapped(text) == mapped
+    assert PrecompiledMap(charsmap("ﬁ", "fi")).mapped("ﬁxﬁﬁ") == "fixfifi"
 
 
 def charsmap(source: str, target: str) -> bytes:
