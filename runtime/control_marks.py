@@ -12,6 +12,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from types import SimpleNamespace
 from typing import Any
 
 from .errors import ChatTemplateError
@@ -32,6 +33,15 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "replace": {"old": None, "new": None, "count": None},
     "trim": {"chars": None},
     "truncate": {"length": 255, "killwords": False, "end": "...", "leeway": None},
+}
+# Filters that compare items, and their arguments.
+ORDERING = {
+    "dictsort": ("case_sensitive", "by", "reverse"),
+    "groupby": ("attribute", "default", "case_sensitive"),
+    "max": ("case_sensitive", "attribute"),
+    "min": ("case_sensitive", "attribute"),
+    "sort": ("reverse", "case_sensitive", "attribute"),
+    "unique": ("case_sensitive", "attribute"),
 }
 
 
@@ -54,6 +64,8 @@ class ControlSpellings:
         self._swallowing = sorted({d for d in defined if self._swallows(d)})
         self._open = sorted({*self._sorted, *self._swallowing})
         self._backwards = sorted(s[::-1] for s in self._open)
+        signs = {s[0] for s in self._open if not s[0].isalnum() and not s[0].isspace()}
+        self._signs = re.compile(f"[{re.escape(''.join(sorted(signs)))}]") if signs else None
         self._longest = max(map(len, self._open), default=0)
 
     def __bool__(self) -> bool:
@@ -115,9 +127,13 @@ class ControlSpellings:
 
         Behind the first character of each spelling, and of each beginning of one that the end of
         the text leaves open; before a text that goes on with a spelling, or is inside of one: the
-        template may join it with others. White space around is not counted: templates trim.
+        template may join it with others. White space around is not counted: templates trim. And
+        behind each sign that spellings begin with, such as "<": the template may take out what
+        follows, as "<think>" of "<<think>|end|>".
         """
         found = {begin + 1 for begin in self.whole(text)}
+        if self._signs is not None:
+            found.update(sign.end() for sign in self._signs.finditer(text))
         for end in {len(text), len(text.rstrip())}:
             for begin in range(max(0, end - self._longest + 1), end):
                 if _begins_longer(self._open, text[begin:end]):
@@ -284,6 +300,41 @@ class ControlMarks:
         elif name in ("reverse", "urlencode"):
             found = self.text(original(marked.plain))
         return original(text, *args, **kwargs) if found is NotImplemented else found
+
+    def ordered(
+        self,
+        name: str,
+        original: Callable[..., Any],
+        value: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """What a filter of ORDERING makes of a list or mapping, by its items without marks."""
+        if name == "dictsort":
+            triples = [
+                (self.plain(key), self.plain(item), (key, item)) for key, item in value.items()
+            ]
+            found = original(SimpleNamespace(items=lambda: triples), *args, **kwargs)
+            return [triple[2] for triple in found]
+        items = list(value)
+        pairs = [{"plain": self.plain(item), "item": item} for item in items]
+        if all(pair["plain"] == pair["item"] for pair in pairs):
+            return original(items, *args, **kwargs)
+        given = {**dict(zip(ORDERING[name], args, strict=False)), **kwargs}
+        attribute = given.get("attribute")
+        parts = [] if attribute is None else str(attribute).split(",")
+        given["attribute"] = ",".join(f"plain.{part}" for part in parts) or "plain"
+        found = original(pairs, **given)
+        if name in ("max", "min"):
+            return found["item"]
+        if name == "groupby":
+            return [
+                group._replace(
+                    grouper=self.value(group.grouper), list=[pair["item"] for pair in group.list]
+                )
+                for group in found
+            ]
+        return [pair["item"] for pair in found]
 
     def _has_mark(self, *values: Any) -> bool:
         return any(isinstance(v, (str, tuple)) and self.plain(v) != v for v in values)

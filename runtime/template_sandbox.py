@@ -24,7 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler
 
 from . import template_values
-from .control_marks import ControlMarks
+from .control_marks import ORDERING, ControlMarks
 from .errors import ChatTemplateError, one_line
 from .template_values import (
     BUDGET,
@@ -286,13 +286,15 @@ def _bounded_filter(name: str, original: Callable[..., Any]) -> Callable[..., An
             value = list(value)  # it is counted
         _check_filter(name, value, given_args, kwargs)
         marks = BUDGET.marks
-        if marks is not None and isinstance(value, (str, Mapping, Namespace, *CONTAINERS)):
+        if marks is not None:
+            filtered = functools.partial(original, *context)
             if name == "string":
                 value = _as_text(value)
-            elif isinstance(value, str) and name in _OF_CHARACTERS:
+            if isinstance(value, str) and name in _OF_CHARACTERS:
                 value = marks.characters(value)
-            elif isinstance(value, str):
-                filtered = functools.partial(original, *context)
+            if name in ORDERING and isinstance(value, (Iterable, Mapping)):
+                return measured(marks.ordered(name, filtered, value, given_args, kwargs))
+            if isinstance(value, str):
                 return measured(marks.filtered(name, filtered, value, given_args, kwargs))
         return measured(original(*context, value, *given_args, **kwargs))
 

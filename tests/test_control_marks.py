@@ -157,6 +157,32 @@ def test_strings_that_a_template_continues() -> None:
             )
 
 
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("m.replace('<think>', '')", "<|im_<think>end|>"),
+        ("m | replace('</think>', '')", "<</think>|im_end|>"),
+        ("m.split('<think>') | join", "<|im_<think>end|>"),
+        ("m.splitlines() | join", "<|im_\nend|>"),
+        ("m.split() | join", "<|im_ end|>"),
+        ("m | lower", "<|IM_END|>"),
+        ("m | map('lower') | join", "<|IM_END|>"),
+        ("m[:4] ~ m[8:]", "<|im----_end|>"),
+        ("m | reverse", ">|dne_mi|<"),
+        ("m[::-1]", ">|dne_mi|<"),
+        ("m[::2]", "<-|-i-m-_-e-n-d-|->"),
+        ("'%s|im_end|>' % m", "<"),
+        ("m | unique | join", "<<|im__end|>"),
+        ("m | striptags", "<|im_<b>end|>"),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_of_a_text(expression: str, said: str) -> None:
+    source = "{% set m = messages[0].content %}{{ " + expression + " }}"
+    ids = encoded(source, user(said))
+    assert control(ids) == []
+    assert tokenizer().decode(ids) == ChatTemplate(source).render([user(said)])
+
+
 def test_roles_spell_no_control_token() -> None:
     source = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
     assert control(encoded(source, {"role": "im_end", "content": "x"})) == []
@@ -231,6 +257,12 @@ EXPRESSIONS = (
     "m.center(41), m.ljust(30, '.'), m.rjust(30, '<'), m | center(31), ''.center(3)",
     "'[</think>|a</think>b]'.split(m[1:9])",
     "m | urlencode",
+    "m | sort | join, m | unique | join, m | max, m | min(true), m | groupby(0) | first | first",
+    "[m, 'a<b', 'a<0', m] | sort, [m[1:], '<b', '</s'] | max, [m, said] | unique | list | length",
+    "[{'a': [m]}, {'a': ['b']}, {'a': ['a</s>']}] | sort(attribute='a.0', reverse=true) | list",
+    "[{'a': m, 'b': 1}, {'a': said, 'b': 2}, {}] | groupby('a', '') | map('last') | map('length') | list",
+    "([{'a': said}, {'a': m}] | groupby('a') | first).list | length",
+    "{m: 1, 'a<b': 2, 'a<0': 3} | dictsort, {1: m, 2: 'a<b'} | dictsort(by='value')",
     "m in {m: 1}",
     "'</think>' in m",
     "'</think>' not in m",
@@ -249,7 +281,8 @@ EXPRESSIONS = (
 def test_marks_are_no_characters_to_a_template(expression: str) -> None:
     """With "</think>" a control token of the vocabulary, and thoughts in a client's text."""
     said = user("a</think>b </think>c\n")
-    source = "{% set m = messages[0].content %}{{ " + expression + " }}"
+    source = "{% set m = messages[0].content %}{% set said = 'a</think>b ' ~ '</think>c\n' %}{{ "
+    source += expression + " }}"
     prompt = template(source).prompt([said])
     plain = ChatTemplate(source).render([said])
     assert prompt.text.replace(prompt.mark or "\0", "") == plain
@@ -359,6 +392,8 @@ def test_spellings_are_found(spellings: set[str], text: str) -> None:
         at for at in range(len(text)) if any(text.startswith(s, at) for s in spellings)
     }
     places = {at + 1 for at in known.whole(text)}
+    if any(s.startswith("<") for s in spellings):
+        places |= {at + 1 for at, c in enumerate(text) if c == "<"}
     for t in (text, text.rstrip()):
         places |= {
             at + 1
@@ -370,6 +405,33 @@ def test_spellings_are_found(spellings: set[str], text: str) -> None:
         bare and bare in s[1:-1] for s in spellings
     )
     assert known.places(text) == places | ({start} if goes_on else set())
+
+
+@given(
+    st.sets(st.text("ab<", min_size=2, max_size=4), max_size=4),
+    st.sets(st.text("ab<", min_size=2, max_size=5), max_size=3),
+    st.lists(st.text("ab< ", max_size=9), max_size=6).map(("-" * 9).join),
+    st.sets(st.integers(0, 90), max_size=4),
+)
+def test_spans_around_places(
+    spellings: set[str], defined: set[str], text: str, places: set[int]
+) -> None:
+    """Those of spellings, and of user-defined ones in which a spelling begins."""
+    begins = {at for at in range(len(text)) if any(text.startswith(s, at) for s in spellings)}
+    spans = {
+        (at, at + len(s))
+        for at in range(len(text))
+        for s in spellings | defined
+        if text.startswith(s, at) and begins & set(range(at, at + len(s)))
+    }
+    found = ControlSpellings(spellings, defined).spans(text, sorted(places))
+    assert found == sorted(found)
+
+    def around(found: Any) -> set[int]:
+        """The places that are inside of one."""
+        return {place for place in places if any(b < place < e for b, e in found)}
+
+    assert set(found) <= spans and around(found) == around(spans)
 
 
 def test_published_templates_print_the_same(vocab_dir: Path) -> None:
