@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..runtime.checked_call import checked
 from ..runtime.errors import ModelFileError, UnsupportedModelError
+from ..runtime.output_file import check_output
 from . import mixes
 from .gguf_values import Value, encode
 from .hf_config import HfConfig
@@ -73,6 +74,7 @@ def convert(
     """
     row = None if type is None else mixes.file_type(type)
     root = Path(folder)
+    check_output(Path(out), force=force)
     config = HfConfig.read(root)
     if config.get("quantization_config") is not None:
         raise UnsupportedModelError(

@@ -260,7 +260,8 @@ EXPRESSIONS = (
     "m | sort | join, m | unique | join, m | max, m | min(true), m | groupby(0) | first | first",
     "[m, 'a<b', 'a<0', m] | sort, [m[1:], '<b', '</s'] | max, [m, said] | unique | list | length",
     "[{'a': [m]}, {'a': ['b']}, {'a': ['a</s>']}] | sort(attribute='a.0', reverse=true) | list",
-    "[{'a': m, 'b': 1}, {'a': said, 'b': 2}, {}] | groupby('a', '') | map('last') | map('length') | list",
+    "[{'a': m, 'b': 1}, {'a': said, 'b': 2}, {}] | groupby('a', '') | map('last') | map('length')"
+    " | list",
     "([{'a': said}, {'a': m}] | groupby('a') | first).list | length",
     "{m: 1, 'a<b': 2, 'a<0': 3} | dictsort, {1: m, 2: 'a<b'} | dictsort(by='value')",
     "m in {m: 1}",
