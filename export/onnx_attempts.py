@@ -36,8 +36,8 @@ Progress = Callable[[str, int, "int | None"], None]
 
 _PERCENTILE = 99.99  # of an activation's values: 1 in 10000 is clipped
 _SHOWN = 5  # names in a note
-# Of a search for what goes, each of them one quantization with one sample: ten nodes of a thousand
-# that do not go take half of them. A large model's are minutes long: the time ends the search.
+# Attempts of a search for what goes, each of them one quantization with one sample: ten nodes of a
+# thousand that do not go take half of them. A large model's are minutes long: the time ends it.
 _MOST_ATTEMPTS = 200
 _MOST_SECONDS = 900.0
 _NOTHING_LEFT = "nothing is quantized: all that could be is excluded"

@@ -13,8 +13,8 @@ import numpy as np
 from .measurement import OnnxRunner
 from .onnx_samples import Array, Samples, batch_size
 
-# Of an output's own spread. int8 costs a few hundredths; at this a third of what the output tells
-# is lost, which a network that is meant to be used does not stand.
+# A share of an output's own spread. int8 costs a few hundredths; at this a third of what the output
+# tells is lost, which a network that is meant to be used does not stand.
 BOUND = 0.3
 _BATCH = 32
 

@@ -17,7 +17,7 @@ from .tokenizer_probes import PROBES
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfLibrary
 
-# Of the names of one kind, those that llama.cpp's own conversions write.
+# Names that are taken before others of their kind: those that llama.cpp's own conversions write.
 _PREFERRED = (
     "llama-bpe", "qwen2", "gpt-2", "smollm", "deepseek-v3", "gpt-4o", "dbrx", "glm4", "falcon",
     "default", "deepseek-r1-qwen", "bailingmoe", "tiny_aya", "bloom", "olmo",

@@ -14,7 +14,7 @@ from .memory import plain_memory
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Of arguments that mean the same everywhere; the ranges of others are their functions' own.
+# Ranges of arguments that mean the same everywhere; those of others are their functions' own.
 _RANGES = {"threads": (1, 1024)}
 
 

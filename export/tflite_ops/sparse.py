@@ -75,7 +75,7 @@ class SparseTensor:
         """
         row, rank = self._row, len(shape)
         found = self._ints(row.TraversalOrderAsNumpy()), self._ints(row.BlockMapAsNumpy())
-        # Of as many as can be right, before they become a list: the file names any number.
+        # Counts are checked before they become a list: the file names any number.
         order, blocks = (v[: 2 * rank + 1].tolist() for v in found)
         levels = row.DimMetadataLength()
         if (
