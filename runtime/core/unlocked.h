@@ -1,11 +1,11 @@
 // Code that runs without the interpreter's lock (GIL), and the way back.
 //
-// A daemon thread may still compute when the interpreter ends. Python before 3.14 ends such a thread
-// as it asks for the lock, by unwinding its stack, which no C++ frame survives (std::terminate).
-// So there is a gate before the lock: the interpreter's exit closes it, and who comes then waits
-// there until the process is gone, without a lock and without unwinding. It closes as one of
-// atexit's functions: those that were registered before the core was imported are called after it,
-// and must not wait for a daemon thread that is in here.
+// A daemon thread may still compute when the interpreter ends. Python before 3.14 ends such a
+// thread as it asks for the lock, by unwinding its stack, which no C++ frame survives
+// (std::terminate). So there is a gate before the lock: the interpreter's exit closes it, and who
+// comes then waits there until the process is gone, without a lock and without unwinding. It closes
+// as one of atexit's functions: those that were registered before the core was imported are called
+// after it, and must not wait for a daemon thread that is in here.
 #pragma once
 
 #include <nanobind/nanobind.h>
