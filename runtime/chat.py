@@ -21,7 +21,7 @@ from .control_marks import ControlMarks, ControlSpellings, unused_mark
 from .conversation import TOO_DEEP, Arguments, Message, conversation, joined, plain, tool_schemas
 from .errors import ChatTemplateError, OptionError
 from .prefill import cut, tagged, to_continue
-from .template_forms import TemplateForms
+from .template_forms import TemplateForms, with_new_ids
 from .template_sandbox import (
     TemplateStopped,
     compile_template,
@@ -321,16 +321,25 @@ class ChatTemplate:
     def _attempts(self, request: _Request) -> Iterator[list[dict[str, Any]]]:
         """The messages as the template takes them; then, for what few places of it want, as text.
 
-        Either also with ids for calls, where they lack.
+        Either also with ids for calls, where they lack, and with others than the client's.
         """
         forms, turns = self._forms[request.name], request.turns
+        results = [turn for turn in turns if turn["role"] == "tool"]
         lacking = any("id" not in call for call in request.calls) or any(
-            turn["role"] == "tool" and "tool_call_id" not in turn for turn in turns
+            "tool_call_id" not in turn for turn in results
+        )
+        named = any("id" in call for call in request.calls) or any(
+            "tool_call_id" in turn for turn in results
         )
         lists = any(isinstance(turn.get("content"), list) for turn in turns)
-        for ids in (False, True) if lacking else (False,):
+        variants = [(turns, False)]
+        if lacking:
+            variants.append((turns, True))
+        if named:
+            variants.append((with_new_ids(turns), True))
+        for messages, ids in variants:
             for parts in (True, False) if lists else (True,):
-                yield forms.apply(turns, ids=ids, parts=parts)
+                yield forms.apply(messages, ids=ids, parts=parts)
 
     def _printed(
         self,

@@ -243,6 +243,30 @@ class TemplateForms:
                     break
 
 
+def with_new_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of `conversation` with other ids of calls, the same for a call and its result.
+
+    Templates of Mistral take nine letters or digits; OpenAI's are longer, others are numbers.
+    """
+    known: dict[str, str] = {}
+
+    def new(sent: object) -> str:
+        return known.setdefault(str(sent), f"sent{len(known):05d}")
+
+    out = []
+    for message in messages:
+        changed = dict(message)
+        if "tool_calls" in message:
+            changed["tool_calls"] = [
+                {**call, "id": new(call["id"])} if "id" in call else call
+                for call in message["tool_calls"]
+            ]
+        if "tool_call_id" in message:
+            changed["tool_call_id"] = new(message["tool_call_id"])
+        out.append(changed)
+    return out
+
+
 def _kind(message: dict[str, Any], *, first: bool) -> str:
     """The role, or "calls" of an assistant's, or "later system" of one inside a conversation."""
     if "tool_calls" in message:

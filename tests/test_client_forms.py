@@ -171,3 +171,28 @@ def test_results_that_are_mappings_as_transformers_prints_them(vocab_dir: Path) 
             printed += 1
             assert chat.render(messages, tools=tools) == expected, path.name
     assert printed > 3
+
+
+def test_ids_of_calls_that_a_template_refuses(vocab_dir: Path) -> None:
+    """Mistral's take nine letters or digits; OpenAI's clients send longer ones."""
+    source = (vocab_dir / "templates/mistralai-Mistral-Nemo-Instruct-2407.jinja").read_text()
+    template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+
+    def conversation(one: Any, two: Any) -> list[dict[str, Any]]:
+        def call(i: Any, city: str) -> dict[str, Any]:
+            function = {"name": "weather", "arguments": {"city": city}}
+            return {"id": i, "type": "function", "function": function}
+
+        return [
+            {"role": "user", "content": "Compare."},
+            {"role": "assistant", "tool_calls": [call(one, "Lima"), call(two, "Cusco")]},
+            {"role": "tool", "tool_call_id": one, "content": "19"},
+            {"role": "tool", "tool_call_id": two, "content": "11"},
+        ]
+
+    expected = template.render(conversation("sent00000", "sent00001"))
+    assert expected.count("sent00000") == expected.count("sent00001") == 2
+    for ids in (("call_9pw1qnYScqvGrCH58HWCvFH6", "call_x"), ("a", "b"), ("0", "1")):
+        assert template.render(conversation(*ids)) == expected
+    kept = template.render(conversation("abcdefghi", "123456789"))
+    assert kept.count("abcdefghi") == kept.count("123456789") == 2

@@ -37,13 +37,22 @@ class FixedDay(datetime):
 
 
 @pytest.fixture
-def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
+def transformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Its sandbox forbids append and pop, which two templates need for all that has tools."""
     reference = pytest.importorskip("transformers.utils.chat_template_utils")
     monkeypatch.setattr(reference, "ImmutableSandboxedEnvironment", SandboxedEnvironment)
     monkeypatch.setattr(reference, "datetime", FixedDay)
     monkeypatch.setattr(template_sandbox, "datetime", FixedDay)
-    return reference
+    _forget_templates(reference)
+    yield reference
+    _forget_templates(reference)
+
+
+def _forget_templates(reference: Any) -> None:
+    """It keeps compiled templates with their sandbox, which another test may have made."""
+    for part in vars(reference).values():
+        if hasattr(part, "cache_clear"):
+            part.cache_clear()
 
 
 @lru_cache(maxsize=1)
