@@ -40,4 +40,4 @@ def check_output(
         if not force:
             raise OptionError(f"{out} exists: choose another name, or replace it with --force")
     if not out.absolute().parent.is_dir():
-        raise OptionError(f"{out.absolute().parent}: no such directory")
+        raise OptionError(f"{out}: no such directory: {out.absolute().parent}")

@@ -494,7 +494,7 @@ def test_what_cannot_be_recorded(mixture: Path, dense: Path, tmp_path: Path) -> 
             pass
     model = tight(mixture)
     with (
-        pytest.raises(stoker.OptionError, match=r"cannot write .*: No such file"),
+        pytest.raises(stoker.OptionError, match="no such directory"),
         model.record(tmp_path / "none" / "a.csv"),
     ):
         pass

@@ -409,9 +409,12 @@ def test_command(
 def test_bad_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["probe", "--path", str(tmp_path / "none")]) == 2
     assert "expected a folder" in capsys.readouterr().err
-    for out in (tmp_path, tmp_path / "none" / "device.json"):
+    for out, said in (
+        (tmp_path, "expected the name of a file, found a directory"),
+        (tmp_path / "none" / "device.json", "device.json: no such directory"),
+    ):
         assert cli.main(["probe", "--quick", "--out", str(out)]) == 2
-        assert "expected the name of a file" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
 
 
 @POSIX

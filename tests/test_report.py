@@ -295,7 +295,7 @@ def test_command_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["good.jsonl", "--against", "empty.jsonl"], "empty.jsonl: expected earlier runs"),
         (["good.jsonl", "--against", "good.jsonl", "--threshold", "-3"], "expected 0 to 100 %"),
         (["good.jsonl", "--fail-on-regression"], "needs --against"),
-        (["good.jsonl", "--out", "no/folder.html"], "no/folder.html: expected the name of a file"),
+        (["good.jsonl", "--out", "no/folder.html"], "no/folder.html: no such directory: "),
         (["good.jsonl", "--out", "a.html", "--markdown", "a.html"], "different files"),
     ],
 )
