@@ -348,9 +348,7 @@ def latency_plot(model: ModelResults, name: str) -> Plot | None:
                 va="center_baseline",
             )
         last = text
-    axes.set_xlabel(
-        "a token; bar p25\N{EN DASH}p75, line p5\N{EN DASH}p95, | p99, \N{BULLET} longest"
-    )
+    axes.set_xlabel("bar p25\N{EN DASH}p75, line p5\N{EN DASH}p95, | p99, \N{BULLET} longest")
     caption = "Latency of single tokens"
     alt = "; ".join(
         f"{budget(one.setup.room)}, {one.label}: median {quantity(_quantile(times, 50), SECONDS)}, "

@@ -172,7 +172,7 @@ def test_a_sparse_tensor_is_no_larger_than_its_file_before_it_is_checked(tmp_pat
         path = write(tmp_path / "net.tflite", m)
         error, peak = peak_of_reading(path)
         assert isinstance(error, ModelFileError)
-        assert peak < 2 * path.stat().st_size
+        assert peak < 2 * path.stat().st_size + (64 << 10)
 
 
 # MediaPipe's operators that the interpreter does not have: numpy, after MediaPipe's own kernels

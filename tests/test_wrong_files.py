@@ -377,7 +377,7 @@ def test_profiles_with_other_values(mixture: tuple[Path, Path], tmp_path: Path) 
 
         def speak(predictor: str = predictor) -> None:
             model = stoker.load(
-                model_path, threads=1, context=32, memory="1GiB", predictor=predictor,
+                model_path, threads=1, context=32, memory="64GiB", predictor=predictor,
                 profile=path, prefetch="on",
             )  # fmt: skip
             model.generate("the cat", max_tokens=2, seed=1).read()

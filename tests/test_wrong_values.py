@@ -178,7 +178,7 @@ def test_refused_load_options(path: Path, option: str, value: object, message: s
 
 def test_numbers_of_other_types_mean_what_they_say(path: Path) -> None:
     """A numpy integer of 8 bits is the integer: nothing is computed in its type."""
-    model = stoker.load(path, threads=np.int8(1), context=np.uint8(32), memory=np.int64(1 << 30))
+    model = stoker.load(path, threads=np.int8(1), context=np.uint8(32), memory=np.int64(1 << 36))
     assert model.config["context"] == 32
     options = stoker.GenerationOptions(
         temperature=np.float16(0.5), top_k=np.array(3, ">i4"), max_tokens=np.uint8(3), seed=True + 1
