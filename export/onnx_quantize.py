@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.backends.onnx_tensors import said
 from ..runtime.checked_call import checked
 from ..runtime.errors import DeviceError, ModelFileError, OptionError
 from ..runtime.output_file import check_output
@@ -22,7 +23,7 @@ from .onnx_attempts import Attempts, Progress, disk_error
 from .onnx_outputs import far_outputs
 from .onnx_samples import Preprocessing, Samples
 from .onnx_source import read
-from .onnx_trial import first_run, run_once, said
+from .onnx_trial import first_run, run_once
 
 # onnxruntime has an entropy method, too: with its histograms of 128 bins for 128 levels it always
 # takes the whole range, as minmax does.

@@ -6,15 +6,15 @@ a run: what a quantizer, a tracer or a converter has made is proved by running i
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.errors import OptionError, UnsupportedModelError, one_line
+from ..runtime.backends.onnx_tensors import TENSOR_TYPES, said
+from ..runtime.errors import OptionError, UnsupportedModelError
 from ..runtime.memory import available_memory
 
 if TYPE_CHECKING:
@@ -29,21 +29,6 @@ _COPIES = 4
 _CACHE = "past_key_values."  # inputs of decoders as optimum names them: empty at the first token
 # Sizes that free dimensions get: one first, more where windows do not fit into that.
 _LENGTHS = (1, 8, 32, 224)
-_TYPES: Mapping[str, type[Any]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int16)": np.int16,
-    "tensor(int8)": np.int8,
-    "tensor(uint64)": np.uint64,
-    "tensor(uint32)": np.uint32,
-    "tensor(uint16)": np.uint16,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-}
-_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 def require_onnxruntime() -> None:
@@ -138,11 +123,11 @@ def _invented(inputs: Sequence[Any]) -> Iterator[Feed]:
 
 
 def _values(given: Any, one: int, length: int) -> Array:
-    if given.type not in _TYPES:
+    if given.type not in TENSOR_TYPES:
         raise UnsupportedModelError(f"input {given.name}: expected numbers, found {given.type}")
     free = 0 if given.name.startswith(_CACHE) else length
     shape = [n if isinstance(n, int) else free if axis else 1 for axis, n in enumerate(given.shape)]
-    dtype = np.dtype(_TYPES[given.type])
+    dtype = np.dtype(TENSOR_TYPES[given.type])
     nbytes = dtype.itemsize
     for n in shape:  # Python's integers: a product that cannot overflow
         nbytes *= n
@@ -173,8 +158,3 @@ def _check(
                 f"{path}: output {node.name}: expected finite values as of the float model, found"
                 f" NaN or infinity; {advice}"
             )
-
-
-def said(error: BaseException) -> str:
-    """onnxruntime's message on one line, without its prefix of codes."""
-    return _PREFIX.sub("", one_line(error)) or type(error).__name__

@@ -25,9 +25,10 @@ def check_output(
     """
     mode = None
     try:
-        for asked in (out.with_name(_PART.format(out.name)), out):
-            with suppress(FileNotFoundError):
-                mode = asked.stat().st_mode
+        with suppress(FileNotFoundError):
+            out.with_name(_PART.format(out.name)).stat()  # whether the name is too long
+        with suppress(FileNotFoundError):
+            mode = out.stat().st_mode
     except (OSError, ValueError) as error:
         raise OptionError(f"{out}: {getattr(error, 'strerror', None) or error}") from None
     if mode is not None:

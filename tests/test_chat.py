@@ -199,7 +199,7 @@ def test_parts_reach_templates_that_take_them() -> None:
     # Only users' messages: a system message is printed as Python prints it.
     users = both.replace("m.content is string", "m.content is string or m.role == 'system'")
     assert render(users, {"role": "system", "content": ["a", "b"]}, parts) == "ab;a|b;"
-    # Of the user's messages only the first.
+    # Only the first message of the user.
     first = both.replace("m.content is string", "m.content is string or not loop.first")
     assert render(first, parts) == "a|b;"
     assert render(first, parts, parts) == "ab;ab;"

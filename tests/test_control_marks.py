@@ -191,7 +191,7 @@ def test_roles_spell_no_control_token() -> None:
     ]
 
 
-# Of m, what a client has written, in which control tokens are.
+# Each takes m, a client's text with control tokens in it.
 EXPRESSIONS = (
     "m.split('</think>')[-1]",
     "m.split('</think>', 1)[1]",

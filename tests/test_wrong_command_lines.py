@@ -18,7 +18,7 @@ from stoker.runtime import cli
 from stoker.runtime.cli import main
 from tiny_models import make
 
-# Of each option that takes a value; what a shell cannot pass (NUL) comes from other programs.
+# Each option that takes a value is given these; NUL, which no shell passes, other programs give.
 VALUES = (
     "", "-1", "3.5", "nan", "inf", "9" * 30, "9" * 5000, "x", "\0", "\udcff\udcfe", "\ud800", "٣",
     " 1 ", "1,,2", "{0}", "[/red]", "a\nb", "\x1b[31m", "x" * 300, "loop", "folder", "missing/x",

@@ -77,7 +77,7 @@ def refusal(option: str = "") -> Iterator[None]:
 
 
 def label(value: Any) -> str:
-    """Of a test: not every value has a name that pytest can write."""
+    """The name of a test's value: pytest cannot write every value."""
     return value if isinstance(value, str) and value.isidentifier() and value.isascii() else "-"
 
 

@@ -13,7 +13,7 @@ NONE, RELU, RELU_N1_TO_1, RELU6 = range(4)
 
 # Versions of the operators that take int8, where it is not 2.
 _INT8_VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 4, "RESHAPE": 1}
-# Of operators whose options came later, for any type; those of MediaPipe say how pixels lie.
+# Some options came with later versions, whatever the type; MediaPipe's say how pixels lie.
 _VERSIONS = {
     "PRELU": 1,
     "RESIZE_BILINEAR": 3,

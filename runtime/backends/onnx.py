@@ -33,6 +33,7 @@ from ..memory import budget, process_bytes
 from ..model import Model
 from ..options import LoadOptions
 from . import ONNX_LOGITS_FROM, ONNX_METADATA
+from .onnx_tensors import TENSOR_TYPES, said
 from .timeline import Array, BackendEngine, BackendTimeline, Ids, Metadata, Wanted, default_plan
 
 if TYPE_CHECKING:
@@ -40,24 +41,9 @@ if TYPE_CHECKING:
     from ..tokenizer import Tokenizer
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
-_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 _DEFAULT_CONTEXT = 4096
 _FIRST_CAPACITY = 256  # tokens that a fresh cache has room for
 _LONG_CHUNK = 512  # tokens of one run without logits of all of them
-_TYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(int16)": np.int16,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-    "tensor(uint16)": np.uint16,
-    "tensor(uint32)": np.uint32,
-    "tensor(uint64)": np.uint64,
-    "tensor(bool)": np.bool_,
-}
 _LEVELS = ("disable", "basic", "extended", "all")
 
 
@@ -171,7 +157,7 @@ class OnnxModel(Model):
 
 def _short(type: str) -> str:
     """ "tensor(float)" -> "float32"."""
-    return np.dtype(_TYPES[type]).name if type in _TYPES else type
+    return np.dtype(TENSOR_TYPES[type]).name if type in TENSOR_TYPES else type
 
 
 def _open(path: Path, threads: int, o: OnnxOptions, limit: int | None) -> Any:
@@ -199,7 +185,7 @@ def _open(path: Path, threads: int, o: OnnxOptions, limit: int | None) -> Any:
         try:
             chosen.add_session_config_entry(key, value)
         except Exception as error:
-            raise OptionError(f"config: {key}: {_line(error)}") from None
+            raise OptionError(f"config: {key}: {said(error)}") from None
     if path.stat().st_size == 0:
         raise ModelFileError(f"{path}: expected an ONNX model, found an empty file")
     try:
@@ -207,7 +193,7 @@ def _open(path: Path, threads: int, o: OnnxOptions, limit: int | None) -> Any:
             os.fspath(path), sess_options=chosen, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # onnxruntime's own exceptions have no common base but this
-        text = _line(error)
+        text = said(error)
         if type(error).__name__ in ("NotImplemented", "InvalidGraph") or "opset" in text:
             raise UnsupportedModelError(f"{path}: onnxruntime does not run it: {text}") from None
         raise ModelFileError(f"{path}: expected an ONNX model: {text}") from None
@@ -215,12 +201,6 @@ def _open(path: Path, threads: int, o: OnnxOptions, limit: int | None) -> Any:
 
 def _level(name: str) -> str:
     return {"disable": "DISABLE_ALL", "all": "ENABLE_ALL"}.get(name, f"ENABLE_{name.upper()}")
-
-
-def _line(error: BaseException) -> str:
-    """One line of an error of onnxruntime, without its prefix."""
-    text = " ".join(str(error).split())
-    return _PREFIX.sub("", text)[:300] or type(error).__name__
 
 
 def _files_bytes(path: Path) -> int:
@@ -257,7 +237,7 @@ def _fitting(expected: Any, value: Any) -> npt.NDArray[Any]:
     except Exception:  # of lists of unequal lengths, or of the value's own methods
         found = arguments.shown(value)
         raise OptionError(f"input {expected.name}: expected an array, found {found}") from None
-    dtype = _TYPES.get(expected.type)
+    dtype = TENSOR_TYPES.get(expected.type)
     if dtype is not None and array.dtype != dtype:
         wanted, kind = np.dtype(dtype), array.dtype
         floats = wanted.kind == "f" and kind.kind in "fiub"
@@ -285,7 +265,7 @@ def _run(
     try:
         return list(graph.run(names, feed, options))
     except Exception as error:
-        raise DeviceError(f"{path}: onnxruntime failed: {_line(error)}") from None
+        raise DeviceError(f"{path}: onnxruntime failed: {said(error)}") from None
 
 
 def _no_decoder(path: Path, graph: Any) -> UnsupportedModelError:
@@ -341,7 +321,7 @@ class OnnxEngine(BackendEngine):
                 f"{path}: {one.name}: expected the shape [batch, KV heads, tokens, width of a "
                 f"head], found {one.shape}"
             )
-        self.kv_dtype = np.dtype(_TYPES.get(one.type, np.float32))
+        self.kv_dtype = np.dtype(TENSOR_TYPES.get(one.type, np.float32))
         self.kv_heads, self.head_dim = int(one.shape[1]), int(one.shape[3])
         self.shares_buffer = properties.get("stoker.kv") == "buffer"
         trained = int(properties.get("stoker.context", 0)) or _beside(path)
@@ -417,7 +397,7 @@ class OnnxEngine(BackendEngine):
                     f"{self.path}: input {name}: expected input_ids, attention_mask, position_ids "
                     "and past_key_values of a decoder: use run(inputs)"
                 )
-            fed[name] = values[name].astype(_TYPES[expected.type])
+            fed[name] = values[name].astype(TENSOR_TYPES[expected.type])
         if self.chooses_logits:
             fed[ONNX_LOGITS_FROM] = np.array([first], np.int64)
         return fed
@@ -516,7 +496,7 @@ class OnnxTimeline(BackendTimeline):
         try:
             e.graph.run_with_iobinding(binding, self._options)
         except Exception as error:
-            raise DeviceError(f"{e.path}: onnxruntime failed: {_line(error)}") from None
+            raise DeviceError(f"{e.path}: onnxruntime failed: {said(error)}") from None
         found: npt.NDArray[Any] = binding.get_outputs()[-1].numpy()
         return found
 

@@ -107,7 +107,7 @@ struct Partition {
   // and that of the embeddings, of which it uses a row.
   std::vector<StreamTensor> walk;
   StreamTensor lookup;
-  // Of `kept` those that stay as a whole under a plan (all, where it is not active).
+  // The tensors of `kept` that stay as a whole under a plan (all, where it is not active).
   std::vector<const GgufTensor*> staying(const GgufFile& file, const StreamPlan& plan) const;
 };
 // Throws Error(kUnsupported) for tensors that the family does not know.

@@ -1,0 +1,34 @@
+"""Words of onnxruntime: its names of tensors' types, and its messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import one_line
+
+# The type of a graph's input or output as onnxruntime writes it, and numpy's.
+TENSOR_TYPES: Mapping[str, type[Any]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+def said(error: BaseException) -> str:
+    """onnxruntime's message on one line, without its prefix of codes."""
+    return _PREFIX.sub("", one_line(error)) or type(error).__name__
