@@ -56,3 +56,19 @@ def vocab_dir(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
                 assert content is not None
                 target.write_bytes(content.read())
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of a few kilobytes, with a context of 4096."""
+    from tiny_models import make
+
+    return make(tmp_path_factory.mktemp("tiny") / "tiny.gguf", "llama", context=4096)
+
+
+@pytest.fixture(scope="session")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral, whose experts a budget leaves on flash."""
+    from offload_models import TinyMixture
+
+    return TinyMixture("mixtral").write(tmp_path_factory.mktemp("mixture"))

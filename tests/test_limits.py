@@ -11,24 +11,13 @@ from pathlib import Path
 import pytest
 import stoker
 from control_groups import group, inside
-from offload_models import MEBIBYTE, TinyMixture, named_minimum
+from offload_models import MEBIBYTE, named_minimum
 from stoker.mobile_bench.cgroup_run import memory_group
 from stoker.runtime import _core, memory
 from stoker.runtime.cgroup import Headroom
-from tiny_models import make
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="control groups of Linux")
 PROMPT = "the cat sat"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("tiny") / "tiny.gguf", "llama", context=4096)
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TinyMixture("mixtral").write(tmp_path_factory.mktemp("mixture"))
 
 
 def answer(model: stoker.Model) -> str:

@@ -16,21 +16,10 @@ from typing import Any
 
 import pytest
 import stoker
-from offload_models import MEBIBYTE, TinyMixture, named_minimum
-from tiny_models import make
+from offload_models import MEBIBYTE, named_minimum
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="forks, groups and streams of POSIX")
 PROMPT = "the cat sat"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("tiny") / "tiny.gguf", "llama", context=4096)
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TinyMixture("mixtral").write(tmp_path_factory.mktemp("mixture"))
 
 
 def load(path: Path, budget: bool) -> stoker.Model:

@@ -14,14 +14,8 @@ from typing import Any
 import pytest
 import typer
 from stoker.runtime import cli
-from tiny_models import make
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="streams and devices of POSIX")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("tiny") / "tiny.gguf", "llama", context=4096)
 
 
 # Closed streams.
