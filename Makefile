@@ -59,24 +59,24 @@ neon:
 	bash tests/native/run_neon.sh
 
 arm:
-	bash mobile_bench/build_arm.sh
+	bash mobile_bench/native/build_arm.sh
 
 arm-wheel:
-	bash mobile_bench/build_arm.sh wheel
+	bash mobile_bench/native/build_arm.sh wheel
 
 instruction-counts:
-	$(PYTHON) mobile_bench/instruction_counts.py
+	$(PYTHON) mobile_bench/checks/instruction_counts.py
 
 lint: $(VENV)/.dev
 	bash tests/lint.sh $(BIN)
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m stoker.mobile_bench.compare --install-baseline $(MODEL)
+	$(BIN)/python -m stoker.mobile_bench.checks.compare --install-baseline $(MODEL)
 
 bench-offload: $(VENV)/.dev
 	$(BIN)/stoker pull $(MODEL)
 	test -f "$(UP64)" || $(BIN)/stoker export upcycle $(MODEL) "$(UP64)" --experts 64 --used 4
-	$(BIN)/python -m stoker.mobile_bench.offload "$(UP64)"
+	$(BIN)/python -m stoker.mobile_bench.checks.offload "$(UP64)"
 
 sanitize: $(VENV)/.dev
 	bash tests/sanitize.sh $(BIN)

@@ -28,22 +28,22 @@ import numpy as np
 import numpy.typing as npt
 
 from ..runtime._core import GgufFile
-from ..runtime.checked_call import checked
-from ..runtime.errors import Cancelled, OptionError, StokerError
-from ..runtime.output_file import check_output
-from . import gguf_writer, mixes
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import Cancelled, OptionError, StokerError
+from ..runtime.base.progress import Progress
+from ..runtime.files.output_file import check_output
 from . import imatrix as importances
-from .allotment import Allotment, Choice
-from .dense_base import format_row
-from .expert_matrices import PARTS, ExpertMatrix, expert_matrices, joined_name
-from .expert_quantizer import ExpertQuantizer
-from .gguf_writer import Tensor
-from .hidden_states import Progress
-from .imatrix import Imatrix
-from .judge import Judge, Measurement, cut_text
-from .model_writer import write_model
-from .palette import Palette, copied, matrix_bytes, model_metadata, rest_of, single_tensor
+from .mixture.allotment import Allotment, Choice
+from .mixture.expert_matrices import PARTS, ExpertMatrix, expert_matrices, joined_name
+from .mixture.expert_quantizer import ExpertQuantizer
+from .mixture.judge import Judge, Measurement, cut_text
+from .mixture.palette import Palette, copied, matrix_bytes, model_metadata, rest_of, single_tensor
 from .quantize import source_digest
+from .writer import gguf_writer, mixes
+from .writer.gguf_writer import Tensor
+from .writer.imatrix_file import Imatrix
+from .writer.model_writer import write_model
+from .writer.tensor_types import format_row
 
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 

@@ -13,20 +13,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.checked_call import checked
-from ..runtime.errors import ModelFileError, UnsupportedModelError
-from ..runtime.output_file import check_output
-from . import mixes
-from .gguf_values import Value, encode
-from .hf_config import HfConfig
-from .hf_embedding import add_embedding
-from .hf_tokenizer import read_tokenizer
-from .hf_weights import HfWeights, Weight, plan
-from .hidden_states import Progress
-from .model_writer import resumable_part, write_model
-from .names import family_of
-from .names.table import Family, Model
-from .safetensors_folder import SafetensorsFolder
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import ModelFileError, UnsupportedModelError
+from ..runtime.base.progress import Progress
+from ..runtime.files.output_file import check_output
+from .hf.embedding import add_embedding
+from .hf.folder.config import HfConfig
+from .hf.folder.safetensors_folder import SafetensorsFolder
+from .hf.names import family_of
+from .hf.names.table import Family, Model
+from .hf.tokenizer import read_tokenizer
+from .hf.weights import HfWeights, Weight, plan
+from .writer import mixes
+from .writer.gguf_values import Value, encode
+from .writer.model_writer import resumable_part, write_model
 
 __all__ = ["Converted", "convert", "resumable_part"]
 

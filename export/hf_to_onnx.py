@@ -14,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runtime.backends import ONNX_METADATA
-from ..runtime.checked_call import checked
-from ..runtime.errors import ModelFileError, OptionError, StokerError, UnsupportedModelError
-from ..runtime.json_text import parse
-from ..runtime.output_file import check_output
-from .hidden_states import Progress
-from .onnx_trial import run_once
+from ..runtime.backends.onnx_tensors import ONNX_METADATA
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import ModelFileError, OptionError, StokerError, UnsupportedModelError
+from ..runtime.base.progress import Progress
+from ..runtime.files.json_text import parse
+from ..runtime.files.output_file import check_output
+from .onnx.trial import run_once
 from .to_onnx import Exported, check_options, gguf_to_onnx, relocate
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def _context_of(root: Path) -> int:
 
 def _tokenizer(root: Path, model: ModelProto) -> str:
     """The GGUF metadata of the folder's tokenizer, as JSON; none where it has none."""
-    from .hf_config import HfConfig
-    from .hf_tokenizer import read_tokenizer
+    from .hf.folder.config import HfConfig
+    from .hf.tokenizer import read_tokenizer
 
     entries: dict[str, object] = {
         "general.architecture": "onnx",

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.backends.onnx_tensors import said
-from ..runtime.checked_call import checked
-from ..runtime.errors import DeviceError, ModelFileError, OptionError
-from ..runtime.output_file import check_output
-from .measurement import Measured, OnnxRunner, compare
-from .onnx_attempts import Attempts, Progress, disk_error
-from .onnx_outputs import far_outputs
-from .onnx_samples import Preprocessing, Samples
-from .onnx_source import read
-from .onnx_trial import first_run, run_once
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import DeviceError, ModelFileError, OptionError
+from ..runtime.base.progress import Progress
+from ..runtime.files.output_file import check_output
+from .onnx.attempts import Attempts, disk_error
+from .onnx.measurement import Measured, OnnxRunner, compare
+from .onnx.outputs import far_outputs
+from .onnx.samples import Preprocessing, Samples
+from .onnx.source import read
+from .onnx.trial import first_run, run_once
 
 # onnxruntime has an entropy method, too: with its histograms of 128 bins for 128 levels it always
 # takes the whole range, as minmax does.

@@ -25,16 +25,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.checked_call import checked
-from ..runtime.errors import ModelFileError, OptionError, UnsupportedModelError
-from ..runtime.output_file import check_output
-from . import gguf_writer
-from .dense_base import format_row
-from .gates import Agreement, Floats, Gate, Routing, agreement, fit_gates, record
-from .gguf_writer import Layout, PartFile, Tensor
-from .hidden_states import Progress, own_text
-from .model_writer import Piece, making, read_bytes, resumable_part, write_pieces
+from ..offload.profile.hidden_states import own_text
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import ModelFileError, OptionError, UnsupportedModelError
+from ..runtime.base.progress import Progress
+from ..runtime.files.output_file import check_output
+from .mixture.gates import Agreement, Floats, Gate, Routing, agreement, fit_gates, record
 from .quantize import source_digest
+from .writer import gguf_writer
+from .writer.gguf_writer import Layout, PartFile, Tensor
+from .writer.model_writer import Piece, making, read_bytes, resumable_part, write_pieces
+from .writer.tensor_types import format_row
 
 if TYPE_CHECKING:
     from ..runtime._core import GgufFile, TensorInfo
@@ -333,7 +334,7 @@ class _Pregating:
         return nll, found
 
     def _nll(self, model: Model) -> float:
-        timeline = model._engine.timeline()
+        timeline = model.engine.timeline()
         total, count = 0.0, 0
         for done, tokens in enumerate(self.held_out, 1):
             timeline.truncate(0)
@@ -356,7 +357,7 @@ class _Pregating:
 def _windows(model: Model, text: str, n: int) -> list[list[int]]:
     """The first n tokens of a text in windows."""
     ids = model.tokenizer.encode(text, add_special=False, parse_special=False)[:n]
-    window = model._engine.timeline().context
+    window = model.engine.timeline().context
     return [ids[i : i + window] for i in range(0, len(ids), window)]
 
 

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.checked_call import checked
-from ..runtime.errors import ModelFileError, UnsupportedModelError
-from . import gguf_writer, mixes
-from .dense_base import format_row
-from .gguf_writer import Tensor
-from .hidden_states import Progress
-from .imatrix import Imatrix
-from .model_writer import piece_rows, read_ahead, read_bytes, resumable_part, write_model
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import ModelFileError, UnsupportedModelError
+from ..runtime.base.progress import Progress
+from .writer import gguf_writer, mixes
+from .writer.gguf_writer import Tensor
+from .writer.imatrix_file import Imatrix
+from .writer.model_writer import piece_rows, read_ahead, read_bytes, resumable_part, write_model
+from .writer.tensor_types import format_row
 
 if TYPE_CHECKING:
     from ..runtime._core import GgufFile, TensorInfo

@@ -23,18 +23,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.checked_call import checked
-from ..runtime.errors import OptionError, UnsupportedModelError
-from ..runtime.output_file import check_output
-from .channel_fit import ChannelFit
-from .channel_split import Split, choose
-from .dense_base import DenseBase
-from .hidden_states import Progress, own_text
-from .kmeans import spherical_kmeans, unit
-from .llama_layers import Floats, Indices, LlamaLayer, LlamaLayers, rms_norm
-from .refactor_recipe import Recipe, recipe
-from .refactored_file import ARCHITECTURE, RefactoredFile
-from .token_router import agreement, train
+from ..offload.profile.hidden_states import own_text
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import OptionError, UnsupportedModelError
+from ..runtime.base.progress import Progress
+from ..runtime.files.output_file import check_output
+from .mixture.channel_fit import ChannelFit
+from .mixture.channel_split import Split, choose
+from .mixture.dense_base import DenseBase
+from .mixture.kmeans import spherical_kmeans, unit
+from .mixture.llama_layers import Floats, Indices, LlamaLayer, LlamaLayers, rms_norm
+from .mixture.refactor_recipe import Recipe, recipe
+from .mixture.refactored_file import ARCHITECTURE, RefactoredFile
+from .mixture.token_router import agreement, train
 
 if TYPE_CHECKING:
     from ..runtime.model import Model
@@ -211,7 +212,7 @@ class _Refactoring:
 
     def _tokens(self, model: Model, text: Sequence[str] | None) -> tuple[Indices, list[int]]:
         """Tokens to fit on, [sequences, window], and those to measure on."""
-        window = model._engine.timeline().context
+        window = model.engine.timeline().context
         if text is None:
             written = own_text(model, _OWN_TOKENS, self._recipe.seed, self._progress)
             texts = [[t for sequence in written for t in sequence]]
@@ -247,14 +248,14 @@ class _Refactoring:
         return mixed, measured
 
     def _stage(self, model: Model, tokens: list[int]) -> Stage:
-        window = model._engine.timeline().context
+        window = model.engine.timeline().context
         total = len(tokens) // window
 
         def report(done: int, _total: int, _ppl: float) -> None:
             self._report("perplexity", done, total)
 
         found = model.perplexity(tokens, context=window, progress=report)
-        return Stage(found.ppl, int(model._engine.plan["token_bytes"]))
+        return Stage(found.ppl, int(model.engine.plan["token_bytes"]))
 
     def _after_first_layer(self, tokens: Indices) -> Floats:
         x = self._layers.embeddings(tokens)

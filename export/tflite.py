@@ -8,23 +8,21 @@ quantization, and of ONNX opset 17.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..runtime.checked_call import checked
-from ..runtime.errors import ModelFileError, OptionError, UnsupportedModelError
-from ..runtime.output_file import check_output
-from .onnx_samples import Preprocessing, Samples
-from .onnx_trial import require_onnxruntime, run_once
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import ModelFileError, OptionError, UnsupportedModelError
+from ..runtime.base.progress import Progress
+from ..runtime.files.output_file import check_output
+from .onnx.samples import Preprocessing, Samples
+from .onnx.trial import require_onnxruntime, run_once
 
 if TYPE_CHECKING:
     import onnx
 
-    from .measurement import Measured
-
-Progress = Callable[[str, int, "int | None"], None]
+    from .onnx.measurement import Measured
 
 
 HYBRIDS = ("dynamic", "float")
@@ -78,7 +76,7 @@ def convert(
     where it holds an operator or type that is not converted (named, with its index), OptionError
     where `out` cannot be written or a package is missing, DeviceError where the disk is full.
     """
-    from .gguf_writer import PartFile
+    from .writer.gguf_writer import PartFile
 
     path, origin = Path(out), Path(source)
     check_output(path, [origin], force=force)
@@ -90,8 +88,8 @@ def convert(
     run_once(path, data, advice="a newer onnxruntime may run it")
     rows: tuple[Measured, Measured] | tuple[()] = ()
     if evaluation is not None:
-        from .measurement import OnnxRunner, compare
-        from .tflite_interpreter import TfliteRunner
+        from .onnx.measurement import OnnxRunner, compare
+        from .tflite_ops.interpreter import TfliteRunner
 
         converted = OnnxRunner("onnx", path, threads, data)
         by = None if labels is None else os.fspath(labels)

@@ -1,7 +1,7 @@
 """GGUF models as ONNX decoders with a KV cache, for onnxruntime.
 
 OUT holds the graph, the tokenizer and the chat template; OUT.data beside it the weights. The graph
-(export/onnx_graph/decoder.py) has the inputs and outputs that optimum and onnxruntime-genai name.
+(export/onnx/graph/decoder.py) has the inputs and outputs that optimum and onnxruntime-genai name.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from ..runtime.backends import ONNX_METADATA
-from ..runtime.checked_call import checked
-from ..runtime.errors import ModelFileError, OptionError
-from ..runtime.output_file import check_output
+from ..runtime.backends.onnx_tensors import ONNX_METADATA
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import ModelFileError, OptionError
+from ..runtime.base.progress import Progress
+from ..runtime.files.output_file import check_output
 from ..runtime.pooling import pooling_of_file
-from .hidden_states import Progress
-from .model_writer import COMMIT_BYTES, making, resumable_part
-from .onnx_graph.config import DecoderConfig, read_config
-from .onnx_graph.decoder import Decoder
-from .onnx_graph.graph import Graph
-from .onnx_graph.weights import Weights, Width
-from .onnx_trial import require_onnxruntime, run_once
+from .onnx.graph.config import DecoderConfig, read_config
+from .onnx.graph.decoder import Decoder
+from .onnx.graph.graph import Graph
+from .onnx.graph.weights import Weights, Width
+from .onnx.trial import require_onnxruntime, run_once
+from .writer.model_writer import COMMIT_BYTES, making, resumable_part
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
     from ..runtime._core import GgufFile
-    from .gguf_writer import PartFile
+    from .writer.gguf_writer import PartFile
 
 WIDTHS: tuple[Width, ...] = get_args(Width)
 LONGEST_CONTEXT = 8192  # tokens, unless a longer one is asked for: the rotary tables take memory

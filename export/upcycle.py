@@ -21,21 +21,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.checked_call import checked
-from ..runtime.errors import ModelFileError, OptionError
-from ..runtime.output_file import check_output
-from . import gguf_writer
-from .dense_base import PARTS, DenseBase, feed_forward_part, format_row
-from .gguf_writer import Layout, PartFile, Tensor
-from .hidden_states import Progress, feed_forward_inputs, of_text, own_text
-from .model_writer import (
-    COMMIT_BYTES,
-    Piece,
-    making,
-    resumable_part,
-    write_pieces,
-)
-from .routers import kmeans_router, random_router
+from ..offload.profile.hidden_states import feed_forward_inputs, of_text, own_text
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import ModelFileError, OptionError
+from ..runtime.base.progress import Progress
+from ..runtime.files.output_file import check_output
+from .mixture.dense_base import PARTS, DenseBase, feed_forward_part
+from .mixture.routers import kmeans_router, random_router
+from .writer import gguf_writer
+from .writer.gguf_writer import Layout, PartFile, Tensor
+from .writer.model_writer import COMMIT_BYTES, Piece, making, resumable_part, write_pieces
+from .writer.tensor_types import format_row
 
 if TYPE_CHECKING:
     from ..runtime._core import GgufFile

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,12 +20,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..runtime.checked_call import checked
-from ..runtime.errors import ModelFileError, OptionError
-from .divergence import Floats, divergence, token_nll
-
-# Called with (what is done, how much of it, of how much).
-Progress = Callable[[str, int, int], None]
+from ..runtime.base.checked_call import checked
+from ..runtime.base.errors import ModelFileError, OptionError
+from ..runtime.base.progress import Progress
+from ..runtime.divergence import Floats, divergence, token_nll
 
 _SPEED_PROMPT, _SPEED_TOKENS = 16, 32
 _BAD = 99  # the percentile of the divergence that is shown beside the mean
@@ -201,7 +199,7 @@ def verify(
             f"expected at least 2 tokens and a context of 2, found {tokens}, {context}"
         )
     if text is None:
-        text = files("stoker.mobile_bench").joinpath("prompt.txt").read_text(encoding="utf-8")
+        text = files("stoker.models").joinpath("prompt.txt").read_text(encoding="utf-8")
     paths = [_located(p) for p in (a, b)]
     with tempfile.TemporaryFile(prefix="stoker-verify-") as spool:
         with _loaded(paths[0], context, threads, precision) as first:

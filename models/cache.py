@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from ..runtime.errors import OptionError
+from ..runtime.base.errors import OptionError
 from .catalogue import Entry
 
 # Called with what is being done, bytes done and bytes in all (None: unknown).
-Progress = Callable[[str, int, "int | None"], None]
 
 
 def directory() -> Path:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..runtime.arguments import shown
-from ..runtime.errors import DownloadError, OptionError
-from .cache import Progress, directory, locked
+from ..runtime.base.arguments import shown
+from ..runtime.base.errors import DownloadError, OptionError
+from ..runtime.base.progress import Progress
+from .cache import directory, locked
 
 _SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?")
 _MOST_NAME = 200  # bytes of a file's name, with what is put behind it while it is downloaded

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from ..runtime import arguments
-from ..runtime.errors import DownloadError, ModelFileError, OptionError
+from ..runtime.base import arguments
+from ..runtime.base.errors import DownloadError, ModelFileError, OptionError
+from ..runtime.base.progress import Progress
 from . import cache, catalogue, hub
-from .cache import Progress
 
 
 def locate(

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from ..runtime.errors import DownloadError
-from .cache import Progress, cached, directory, locked
+from ..runtime.base.errors import DownloadError
+from ..runtime.base.progress import Progress
+from .cache import cached, directory, locked
 from .catalogue import Entry, Wheel
 
 _BLOCK = 1 << 20

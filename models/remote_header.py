@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from ..runtime.errors import DownloadError, OptionError, StokerError
+from ..runtime.base.errors import DownloadError, OptionError, StokerError
 from . import hub
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@
 #include <random>
 #include <utility>
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

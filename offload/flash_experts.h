@@ -9,12 +9,12 @@
 #include <string>
 #include <vector>
 
-#include "offload/cache.h"
+#include "offload/pools/cache.h"
 #include "offload/controller.h"
-#include "offload/expert_store.h"
+#include "offload/units/expert_store.h"
 #include "offload/flash_reader.h"
 #include "offload/predict/predictor.h"
-#include "offload/token_history.h"
+#include "offload/predict/token_history.h"
 
 namespace stoker {
 

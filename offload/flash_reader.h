@@ -9,7 +9,7 @@
 #include <span>
 
 #include "offload/io/io.h"
-#include "offload/unit.h"
+#include "offload/units/unit.h"
 
 namespace stoker {
 

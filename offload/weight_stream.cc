@@ -4,7 +4,7 @@
 #include <chrono>
 #include <random>
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "offload/flash_reader.h"
-#include "offload/stream_plan.h"
-#include "runtime/core/memory.h"
+#include "offload/plan/stream_plan.h"
+#include "runtime/base/memory.h"
 
 namespace stoker {
 

@@ -362,7 +362,7 @@ def simulate(
     or one of replayed_predictors.
 
     evaluation, layer [visits], offset [visits + 1], expert, weight [uses], token [visits] or empty
-    (offload/simulate.h).
+    (offload/trace/simulate.h).
     Returns uses, misses and layer_uses, layer_misses [n_layer], counted from evaluation
     `count_from` on. Raises OptionError for slots < 1, unknown policies and inconsistent arrays.
     """

@@ -7,21 +7,21 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from .errors import Cancelled, OptionError
+from .base.errors import Cancelled, OptionError
 from .options import GenerationOptions
 from .statistics import Counter, ExpertStatistics, Statistics, StreamStatistics, peak_memory
-from .stop import StopMatcher
+from .text.stop import StopMatcher
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from ._core import Sampler
-    from .session import Session
-    from .tokenizer import TokenStream
+    from .backends.engine import LoadedModel, Timeline
+    from .text.tokenizer import TokenStream
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -52,6 +52,25 @@ class _Steps:
     matcher: StopMatcher
 
 
+class AnswerSession(Protocol):
+    """What an answer needs of its session."""
+
+    _model: LoadedModel
+    _timeline: Timeline
+    _tokens: list[int]
+    _lock: threading.Lock
+
+    @property
+    def context(self) -> int:
+        """Tokens that the session can hold."""
+
+    def _exclusive(self, caller: Generation | None = None) -> AbstractContextManager[None]: ...
+    def _cancel(self, generation: Generation | None) -> None: ...
+    def _advance_to(self, target: list[int]) -> int: ...
+    def _evaluate(self, *, decode: bool = False) -> None: ...
+    def _decode_bytes(self) -> int: ...
+
+
 class Generation:
     """Iterates over the chunks of one answer; nothing is computed before the first `next`.
 
@@ -65,7 +84,7 @@ class Generation:
 
     def __init__(
         self,
-        session: Session,
+        session: AnswerSession,
         target: list[int],
         options: GenerationOptions,
         *,
@@ -82,7 +101,7 @@ class Generation:
         self.finish_reason: FinishReason | None = None
         self.stop_string: str | None = None  # the one that ended the text
         self.tokens: list[int] = []  # generated, without an end-of-generation token
-        self._session: Session | None = session  # None once the session is free again
+        self._session: AnswerSession | None = session  # None once the session is free again
         self._target = target
         self._begins_text = begins_text
         self._on_end = on_end
@@ -220,7 +239,7 @@ class Generation:
         if release is not None:
             release(self)
 
-    def _sampler(self, session: Session) -> Sampler:
+    def _sampler(self, session: AnswerSession) -> Sampler:
         from ._core import Sampler
 
         o = self.options
@@ -247,7 +266,7 @@ class Generation:
                 sampler.accept(token)
         return sampler
 
-    def _step(self, session: Session) -> Chunk | None:
+    def _step(self, session: AnswerSession) -> Chunk | None:
         """The next chunk, the last one with `finish_reason` already set; None at the end."""
         begin = time.perf_counter()
         if self._steps is None:
@@ -270,7 +289,7 @@ class Generation:
             return None
         return self._choose(session, steps, begin)
 
-    def _begin(self, session: Session) -> _Steps:
+    def _begin(self, session: AnswerSession) -> _Steps:
         """Evaluates the prompt."""
         begin = time.perf_counter()
         sampler = self._sampler(session)
@@ -285,7 +304,7 @@ class Generation:
             StopMatcher(self.options.stop),
         )
 
-    def _choose(self, session: Session, steps: _Steps, begin: float) -> Chunk | None:
+    def _choose(self, session: AnswerSession, steps: _Steps, begin: float) -> Chunk | None:
         """Takes a token; begin: when the step began, by perf_counter()."""
         token = session._timeline.sample(steps.sampler)
         seconds = time.perf_counter() - begin
@@ -323,7 +342,7 @@ class Generation:
         return self._chunk(text, token, steps.sampler)
 
     @contextmanager
-    def _counting(self, session: Session) -> Iterator[None]:
+    def _counting(self, session: AnswerSession) -> Iterator[None]:
         """Counts what the evaluations inside read from flash."""
         engine = session._model._engine
         experts = self._experts.counting(lambda: engine.offload)

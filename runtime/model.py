@@ -20,28 +20,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import arguments
-from .conversation import Message
-from .errors import (
+from .backends.engine import Tokens
+from .base import arguments
+from .base.errors import (
     BudgetError,
     ChatTemplateError,
     OptionError,
     TokenizerError,
     UnsupportedModelError,
 )
-from .memory import available_memory, budget, check_memory, process_bytes, resident_bytes
+from .base.memory import available_memory, budget, check_memory, process_bytes, resident_bytes
 from .options import GenerationOptions, LoadOptions
 from .perplexity import Perplexity, measure
 from .pooling import check_pooling, pool, pooling_of_file
-from .session import Evaluated, Session, Tokens
+from .session import Evaluated, Session
+from .text.conversation import Message
 
 if TYPE_CHECKING:
-    from ..offload.record import RoutingRecorder
-    from ._core import Engine, GgufFile
-    from .chat import ChatTemplate
+    from ..offload.trace.record import RoutingRecorder
+    from . import _core
+    from .backends.engine import Engine, ModelFile
     from .generate import Generation
     from .plan import PlanReport
-    from .tokenizer import Tokenizer
+    from .text.chat import ChatTemplate
+    from .text.tokenizer import Tokenizer
 
 
 _LOG = logging.getLogger("stoker")
@@ -56,7 +58,7 @@ _STEP_GRACE_S = 2.0
 class Model:
     """Weights, configuration, tokenizer and chat template of one file. Made by `load`."""
 
-    _file: GgufFile
+    _file: ModelFile
     _engine: Engine
 
     def __init__(self, path: Path, options: LoadOptions | None = None) -> None:
@@ -64,17 +66,18 @@ class Model:
 
         started = time.perf_counter()
         options = options or LoadOptions()
-        self._set_up(path, options, GgufFile(str(path)))
+        file = GgufFile(str(path))
+        self._set_up(path, options, file)
         _check_names(options)
         self._engine = Engine(
-            self._file,
+            file,
             threads=options.threads or 0,
             context=options.context or 0,
             kv_type=options.kv_type,
             precision=options.precision,
-            **self._offload_arguments(),
+            **self._offload_arguments(file),
         )
-        unknown = self._file.unknown_metadata
+        unknown = file.unknown_metadata
         if unknown:
             names = ", ".join(map(ascii, unknown[:_NAMED_KEYS])) + ", ..." * (
                 len(unknown) > _NAMED_KEYS
@@ -88,7 +91,7 @@ class Model:
         self._load_bandwidth = self._read_bandwidth()  # of the weights that stay
         self.load_s = time.perf_counter() - started  # seconds that loading took
 
-    def _set_up(self, path: Path, options: LoadOptions, file: GgufFile) -> None:
+    def _set_up(self, path: Path, options: LoadOptions, file: ModelFile) -> None:
         """All fields but the engine, which a backend (backends/) makes in its own way."""
         self.path = path
         self.options = options
@@ -103,12 +106,12 @@ class Model:
         self._memory_bandwidth = self._load_bandwidth = 0.0  # bytes a second; 0: not measured
         self._file = file
 
-    def _offload_arguments(self) -> dict[str, Any]:
+    def _offload_arguments(self, file: _core.GgufFile) -> dict[str, Any]:
         """Of the engine, for the memory that the options name; none where everything fits."""
         o = self.options
         if check_memory(o.memory) is None:
             limit = available_memory()
-            if limit is None or resident_bytes(self._file, o.context, o.kv_type) <= limit:
+            if limit is None or resident_bytes(file, o.context, o.kv_type) <= limit:
                 return {}
         else:
             limit = budget(o.memory)
@@ -117,9 +120,9 @@ class Model:
             _ = self.chat_template
         learnt = b""
         if o.profile is not None:
-            from ..offload.profile import predictor_state
+            from ..offload.profile.profile import predictor_state
 
-            learnt = predictor_state(o.profile, o.predictor, self._file)
+            learnt = predictor_state(o.profile, o.predictor, file)
         gc.collect()
         named = {"policy": o.policy, "predictor": o.predictor, "io": o.io, "readers": o.readers}
         return {
@@ -134,6 +137,24 @@ class Model:
     def config(self) -> Mapping[str, Any]:
         """Architecture and sizes: architecture, n_layer, n_embd, n_vocab, context, ..."""
         return MappingProxyType(dict(self._engine.config))
+
+    @property
+    def engine(self) -> _core.Engine:
+        """The native engine, for what only it can do. Raises UnsupportedModelError on another."""
+        from ._core import Engine
+
+        if not isinstance(self._engine, Engine):
+            raise UnsupportedModelError(f"{self.path.name}: this needs the native engine")
+        return self._engine
+
+    @property
+    def file(self) -> _core.GgufFile:
+        """The GGUF file. Raises UnsupportedModelError for a model that is none."""
+        from ._core import GgufFile
+
+        if not isinstance(self._file, GgufFile):
+            raise UnsupportedModelError(f"{self.path.name}: this needs a GGUF file")
+        return self._file
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -193,7 +214,7 @@ class Model:
         The file appears when the block ends, by an exception (Ctrl-C) too; `stoker simulate` reads
         it. Raises OptionError where all experts are in memory, or the file cannot be written.
         """
-        from ..offload.record import RoutingRecorder
+        from ..offload.trace.record import RoutingRecorder
 
         with self._lazy:
             if self._recorder is not None:
@@ -204,7 +225,7 @@ class Model:
                     "give a mixture of experts a memory budget (--memory)"
                 )
             file = arguments.path("path", path)
-            recorder = self._recorder = RoutingRecorder(self._engine, self._file, file)
+            recorder = self._recorder = RoutingRecorder(self.engine, self.file, file)
         try:
             yield
         finally:
@@ -235,7 +256,7 @@ class Model:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        from .tokenizer import Tokenizer
+        from .text.tokenizer import Tokenizer
 
         return Tokenizer.from_metadata(self._file.get)
 
@@ -248,8 +269,8 @@ class Model:
 
     @cached_property
     def _chat_template(self) -> ChatTemplate | None:
-        from .chat import ChatTemplate
-        from .template_sources import template_sources
+        from .text.chat import ChatTemplate
+        from .text.template_sources import template_sources
 
         try:
             return ChatTemplate.from_metadata(self._file.get, self.tokenizer)

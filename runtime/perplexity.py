@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OptionError
+from .base.errors import OptionError
 
 if TYPE_CHECKING:
-    from ._core import Timeline
+    from .backends.engine import Timeline
 
 
 @dataclass(frozen=True)

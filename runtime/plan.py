@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from .memory import process_bytes
-from .terminal import size
+from .base.display import size
+from .base.memory import process_bytes
 
 if TYPE_CHECKING:
-    from .model import Model
+    from .backends.engine import LoadedModel
 
 _MOST_READ = 256 << 20  # bytes read to measure the memory's bandwidth, at most
 _LEAST_READ = 16 << 20  # below it caches would answer
@@ -144,7 +144,7 @@ class PlanReport:
         return text + " a token"
 
 
-def report(model: Model) -> PlanReport:
+def report(model: LoadedModel) -> PlanReport:
     """The plan of a loaded model; the first of a process measures the memory's bandwidth."""
     plan, reads = model.plan, model.offload or model.stream
     limit = int(plan.get("memory", 0)) if reads is not None else 0
@@ -201,12 +201,12 @@ def report(model: Model) -> PlanReport:
     )
 
 
-def expected_hit_rate(model: Model) -> float:
+def expected_hit_rate(model: LoadedModel) -> float:
     """Share of a token's experts that the cache answers, from recorded routing; 1 where all do.
 
     0 below one token's working set, where hits depend on the model more than on the size.
     """
-    from ..mobile_bench.hit_curves import miss_rate, origin_of
+    from ..offload.plan.hit_curves import miss_rate, origin_of
 
     plan, config = model.plan, model.config
     slots, experts = int(plan.get("slots", 0)), int(plan.get("experts", 0))

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import arguments
-from .errors import ModelFileError, UnsupportedModelError
+from .base import arguments
+from .base.errors import ModelFileError, UnsupportedModelError
 
 # By the value of <arch>.pooling_type, from llama.cpp's enumeration.
 _OF_FILE = ("none", "mean", "cls", "last", "rank")

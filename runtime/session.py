@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import arguments
-from .conversation import Message
-from .errors import Cancelled, ChatTemplateError, ContextLengthError, OptionError
+from .backends.engine import Tokens
+from .base import arguments
+from .base.errors import Cancelled, ChatTemplateError, ContextLengthError, OptionError
 from .generate import Generation
 from .options import GenerationOptions, merge
+from .text.conversation import Message
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from ._core import Timeline
-    from .model import Model
+    from .backends.engine import LoadedModel, Timeline
 
-Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 _BUSY = "this session is in use by another thread: make one session for each (Model.session())"
 
@@ -52,7 +51,7 @@ class Session:
     """
 
     def __init__(
-        self, model: Model, *, system: str | None = None, evaluated: Evaluated | None = None
+        self, model: LoadedModel, *, system: str | None = None, evaluated: Evaluated | None = None
     ) -> None:
         """evaluated: what another session has left, None makes a timeline."""
         start = evaluated or Evaluated(model._engine.timeline())
@@ -67,7 +66,7 @@ class Session:
         self._messages: list[dict[str, Any]] = []
 
     @property
-    def model(self) -> Model:
+    def model(self) -> LoadedModel:
         """The shared model."""
         return self._model
 

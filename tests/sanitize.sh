@@ -51,13 +51,13 @@ case "${2:-all}" in
     build asan address,undefined -DSTOKER_NATIVE_TESTS=ON
     native asan
     # Left out: what runs programs of its own (qemu, Ray, a browser) and none of this core.
-    python asan libasan.so tests --ignore=tests/test_arm_bench.py --ignore=tests/test_sweep.py \
-      --ignore=tests/test_report_browser.py
+    python asan libasan.so tests --ignore=tests/bench/test_arm_bench.py --ignore=tests/bench/test_sweep.py \
+      --ignore=tests/bench/test_report_browser.py
     ;;&
   all | tsan)
     build tsan thread -DSTOKER_NATIVE_TESTS=ON
     native tsan -R 'io_|flash_experts|weight_stream'
-    python tsan libtsan.so tests/test_families.py tests/test_threads.py tests/test_offload.py \
-      tests/test_offload_faults.py tests/test_stream.py
+    python tsan libtsan.so tests/core/test_families.py tests/api/test_threads.py tests/offload/test_offload.py \
+      tests/offload/test_offload_faults.py tests/offload/test_stream.py
     ;;
 esac

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.errors import ModelFileError, UnsupportedModelError
+from ...runtime.base.errors import ModelFileError, UnsupportedModelError
 from . import hybrid
 from .file import Array, Operator, Tensor, is_hybrid
 from .graph import Graph, Layout

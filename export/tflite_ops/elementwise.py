@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...runtime.errors import UnsupportedModelError
+from ...runtime.base.errors import UnsupportedModelError
 from .file import Operator
 from .graph import Graph
 

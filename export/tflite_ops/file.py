@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.errors import ModelFileError, OptionError, UnsupportedModelError
-from ...runtime.whole_file import read_whole
+from ...runtime.base.errors import ModelFileError, OptionError, UnsupportedModelError
+from ...runtime.files.whole_file import read_whole
 from .options import Options
 from .sparse import SparseTensor
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ...runtime.errors import ModelFileError, UnsupportedModelError
+from ...runtime.base.errors import ModelFileError, UnsupportedModelError
 from .file import MAX_RANK, Array, Operator, Tensor, TfliteFile, is_hybrid
 
 Layout = Literal["file", "nchw"]

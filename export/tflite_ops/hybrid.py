@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from ...runtime.errors import UnsupportedModelError
+from ...runtime.base.errors import UnsupportedModelError
 from .file import Array, Operator, Tensor
 from .graph import Graph
 

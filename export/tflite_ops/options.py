@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...runtime.errors import ModelFileError
+from ...runtime.base.errors import ModelFileError
 
 _POOL = ("Padding", "StrideH", "StrideW", "FilterHeight", "FilterWidth", "FusedActivationFunction")
 _CONVOLUTION = (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from ...runtime.errors import ModelFileError
+from ...runtime.base.errors import ModelFileError
 from .convolution import shape_nhwc, window
 from .file import Operator
 from .graph import Graph, Layout

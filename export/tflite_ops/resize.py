@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ...runtime.errors import ModelFileError
+from ...runtime.base.errors import ModelFileError
 from .convolution import shape_nhwc
 from .file import Array, Operator
 from .graph import Graph

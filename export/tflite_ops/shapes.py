@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.errors import ModelFileError, UnsupportedModelError
+from ...runtime.base.errors import ModelFileError, UnsupportedModelError
 from .convolution import flat_source
 from .file import MAX_RANK, Operator
 from .graph import NHWC_TO_NCHW, Graph, Layout

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ...runtime.errors import ModelFileError, UnsupportedModelError
+from ...runtime.base.errors import ModelFileError, UnsupportedModelError
 from .file import MAX_RANK, Operator
 from .graph import NHWC_TO_NCHW, Graph
 from .shapes import move, reshape_to_output

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ...runtime.errors import ModelFileError
+from ...runtime.base.errors import ModelFileError
 
 Array = npt.NDArray[Any]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...runtime.errors import ModelFileError, UnsupportedModelError
+from ...runtime.base.errors import ModelFileError, UnsupportedModelError
 from .convolution import SAME, bias_of, check_axis, constant_weights, shape_nhwc
 from .file import Operator
 from .graph import Graph

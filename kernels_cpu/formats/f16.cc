@@ -1,7 +1,7 @@
 // F16: IEEE binary16, one weight a block.
-#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/format_table.h"
 #include "kernels_cpu/fp16.h"
-#include "kernels_cpu/tile_float.h"
+#include "kernels_cpu/isa/tile_float.h"
 
 namespace stoker {
 namespace {

@@ -1,8 +1,8 @@
 // F32: IEEE binary32, one weight a block.
 #include <cstring>
 
-#include "kernels_cpu/format_table.h"
-#include "kernels_cpu/tile_float.h"
+#include "kernels_cpu/formats/format_table.h"
+#include "kernels_cpu/isa/tile_float.h"
 
 namespace stoker {
 namespace {

@@ -1,14 +1,14 @@
 // IQ4_XS: 256 weights of 4 bits that index the table of IQ4_NL, in 8 groups of 32 with 6-bit
 // scales. w = d * (sc - 32) * kIq4Codes[v].
-#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/format_table.h"
 #include "kernels_cpu/formats/packing.h"
 #include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
-#include "kernels_cpu/tile_scalar.h"
+#include "kernels_cpu/isa/tile_scalar.h"
 
 #define STOKER_UNPACKER "kernels_cpu/formats/unpack/iq4_xs.h"
-#include "kernels_cpu/tile_arm64.h"
-#include "kernels_cpu/tile_x86.h"
+#include "kernels_cpu/isa/tile_arm64.h"
+#include "kernels_cpu/isa/tile_x86.h"
 
 namespace stoker {
 namespace {

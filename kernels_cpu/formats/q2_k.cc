@@ -1,13 +1,13 @@
 // Q2_K: 256 weights of 2 bits in 16 groups of 16, whose 4-bit scales and minima are themselves
 // scaled. w = d * sc * v - dmin * mn.
-#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/format_table.h"
 #include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
-#include "kernels_cpu/tile_scalar.h"
+#include "kernels_cpu/isa/tile_scalar.h"
 
 #define STOKER_UNPACKER "kernels_cpu/formats/unpack/q2_k.h"
-#include "kernels_cpu/tile_arm64.h"
-#include "kernels_cpu/tile_x86.h"
+#include "kernels_cpu/isa/tile_arm64.h"
+#include "kernels_cpu/isa/tile_x86.h"
 
 namespace stoker {
 namespace {

@@ -1,12 +1,12 @@
 // Q3_K: 256 weights of 3 bits in 16 groups of 16 with 6-bit scales. w = d * (sc - 32) * (v - 4).
-#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/format_table.h"
 #include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
-#include "kernels_cpu/tile_scalar.h"
+#include "kernels_cpu/isa/tile_scalar.h"
 
 #define STOKER_UNPACKER "kernels_cpu/formats/unpack/q3_k.h"
-#include "kernels_cpu/tile_arm64.h"
-#include "kernels_cpu/tile_x86.h"
+#include "kernels_cpu/isa/tile_arm64.h"
+#include "kernels_cpu/isa/tile_x86.h"
 
 namespace stoker {
 namespace {

@@ -1,13 +1,13 @@
 // Q4_1: 32 weights of 4 bits. w = d * v + m.
-#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/format_table.h"
 #include "kernels_cpu/formats/packing.h"
 #include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
-#include "kernels_cpu/tile_scalar.h"
+#include "kernels_cpu/isa/tile_scalar.h"
 
 #define STOKER_UNPACKER "kernels_cpu/formats/unpack/q4_1.h"
-#include "kernels_cpu/tile_arm64.h"
-#include "kernels_cpu/tile_x86.h"
+#include "kernels_cpu/isa/tile_arm64.h"
+#include "kernels_cpu/isa/tile_x86.h"
 
 namespace stoker {
 namespace {

@@ -1,13 +1,13 @@
 // Q6_K: 256 weights of 6 bits in 16 groups of 16 with 8-bit scales. w = d * sc * (v - 32).
 // Weight 128 * h + 32 * c + l (l < 32) is column c of half h.
-#include "kernels_cpu/format_table.h"
+#include "kernels_cpu/formats/format_table.h"
 #include "kernels_cpu/formats/search.h"
 #include "kernels_cpu/fp16.h"
-#include "kernels_cpu/tile_scalar.h"
+#include "kernels_cpu/isa/tile_scalar.h"
 
 #define STOKER_UNPACKER "kernels_cpu/formats/unpack/q6_k.h"
-#include "kernels_cpu/tile_arm64.h"
-#include "kernels_cpu/tile_x86.h"
+#include "kernels_cpu/isa/tile_arm64.h"
+#include "kernels_cpu/isa/tile_x86.h"
 
 namespace stoker {
 namespace {

@@ -9,14 +9,14 @@
 #include <set>
 #include <vector>
 
-#include "kernels_cpu/cpu.h"
+#include "kernels_cpu/isa/cpu.h"
 #include "kernels_cpu/kernel.h"
-#include "kernels_cpu/kernel_speed.h"
-#include "kernels_cpu/peak.h"
+#include "mobile_bench/native/kernel_speed.h"
+#include "mobile_bench/native/peak.h"
 #include "mobile_bench/native/sha256.h"
 #include "mobile_bench/native/storage_file.h"
 #include "mobile_bench/native/system_facts.h"
-#include "runtime/core/system_file.h"
+#include "runtime/base/system_file.h"
 
 namespace stoker::bench {
 

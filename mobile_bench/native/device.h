@@ -1,11 +1,11 @@
-// The device that results belong to: the profile line of mobile_bench/device_profile.py.
+// The device that results belong to: the profile line of offload/plan/device_profile.py.
 #pragma once
 
 #include <string>
 
 #include "mobile_bench/native/json.h"
 #include "mobile_bench/native/options.h"
-#include "runtime/core/gguf.h"
+#include "runtime/gguf/gguf.h"
 
 namespace stoker::bench {
 

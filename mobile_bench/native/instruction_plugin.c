@@ -1,5 +1,5 @@
 /* A plugin of qemu-user that counts the instructions a program executes and writes their number to
- * standard error at the end: for mobile_bench/instruction_counts.py, which compiles it.
+ * standard error at the end: for mobile_bench/checks/instruction_counts.py, which compiles it.
  *
  * The declarations below are those of QEMU's plugin interface (qemu-plugin.h, which distributions
  * do not ship); STOKER_QEMU_PLUGIN is the version of it that the emulator wants.

@@ -1,6 +1,6 @@
 // One matrix product, repeated, and nothing else: the program whose instructions
-// mobile_bench/instruction_counts.py counts. The difference between two numbers of repetitions is
-// the kernel's alone.
+// mobile_bench/checks/instruction_counts.py counts. The difference between two numbers of
+// repetitions is the kernel's alone.
 //
 //   kernel_instructions FORMAT ISA ROWS COLS TOKENS REPETITIONS
 //   kernel_instructions --isas       the instruction sets that execute here
@@ -13,8 +13,8 @@
 #include <exception>
 #include <string>
 
-#include "kernels_cpu/kernel_speed.h"
-#include "runtime/core/errors.h"
+#include "mobile_bench/native/kernel_speed.h"
+#include "runtime/base/errors.h"
 
 namespace {
 

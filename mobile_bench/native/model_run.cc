@@ -10,11 +10,11 @@
 #include <random>
 #include <vector>
 
-#include "kernels_cpu/kernel_speed.h"
+#include "mobile_bench/native/kernel_speed.h"
 #include "mobile_bench/native/device.h"
 #include "mobile_bench/native/sha256.h"
 #include "mobile_bench/native/system_facts.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 #include "runtime/core/timeline.h"
 
 namespace stoker::bench {
@@ -55,7 +55,7 @@ void drop_page_cache(const GgufFile& file) {
   }
 }
 
-// runtime/core/bind_engine.cc: Engine.plan
+// runtime/bind/bind_engine.cc: Engine.plan
 Json plan_json(const Engine& engine) {
   const Plan& p = engine.plan();
   constexpr const char* kPrecisions[] = {"fast", "balanced", "high"};
@@ -90,7 +90,7 @@ double reference_seconds(Isa isa) {
   return kernel_speed(*find_format(FormatId::Q4_0), isa, 256, 1024, 1, 1, 0.02);
 }
 
-// mobile_bench/noise.py: what else the machine did, and why to distrust the run.
+// mobile_bench/probe/noise.py: what else the machine did, and why to distrust the run.
 Json noise_json(const CpuTime& began, const CpuTime& ended, const std::vector<double>& reference,
                 const std::vector<double>& celsius) {
   constexpr double kSteal = 0.02, kBusy = 0.05, kReference = 0.15, kSlowClock = 0.8;

@@ -1,4 +1,4 @@
-// One repeat of one configuration: the run line of mobile_bench/records.py.
+// One repeat of one configuration: the run line of mobile_bench/run/records.py.
 #pragma once
 
 #include <memory>
@@ -6,7 +6,7 @@
 
 #include "mobile_bench/native/json.h"
 #include "mobile_bench/native/options.h"
-#include "runtime/core/gguf.h"
+#include "runtime/gguf/gguf.h"
 
 namespace stoker::bench {
 

@@ -8,8 +8,8 @@
 #include <fstream>
 #include <iterator>
 
-#include "runtime/core/errors.h"
-#include "runtime/core/printable.h"
+#include "runtime/base/errors.h"
+#include "runtime/base/printable.h"
 
 namespace stoker::bench {
 

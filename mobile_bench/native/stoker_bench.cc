@@ -16,8 +16,8 @@
 #include "mobile_bench/native/model_run.h"
 #include "mobile_bench/native/options.h"
 #include "mobile_bench/native/system_facts.h"
-#include "runtime/core/errors.h"
-#include "runtime/core/printable.h"
+#include "runtime/base/errors.h"
+#include "runtime/base/printable.h"
 
 namespace {
 

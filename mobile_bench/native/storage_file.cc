@@ -24,9 +24,9 @@
 #endif
 
 #include "offload/io/files.h"
-#include "runtime/core/errors.h"
-#include "runtime/core/memory.h"
-#include "runtime/core/start_threads.h"
+#include "runtime/base/errors.h"
+#include "runtime/base/memory.h"
+#include "runtime/base/start_threads.h"
 
 namespace stoker {
 

@@ -11,8 +11,8 @@
 #include <fstream>
 #include <sstream>
 
-#include "runtime/core/control_groups.h"
-#include "runtime/core/system_file.h"
+#include "runtime/base/control_groups.h"
+#include "runtime/base/system_file.h"
 
 namespace stoker::bench {
 

@@ -19,7 +19,7 @@
 #define STOKER_POSIX 1
 #endif
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 #if STOKER_POSIX
 

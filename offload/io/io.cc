@@ -7,7 +7,7 @@
 #include "offload/io/backends.h"
 #include "offload/io/files.h"
 #include "offload/io/measure.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

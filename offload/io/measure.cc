@@ -12,7 +12,7 @@
 
 #include "offload/io/backends.h"
 #include "offload/io/job_queue.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

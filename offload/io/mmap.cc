@@ -18,7 +18,7 @@
 
 #include "offload/io/backends.h"
 #include "offload/io/reader_pool.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

@@ -7,7 +7,7 @@
 #include <thread>
 #include <utility>
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <csignal>

@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "offload/io/backends.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
 #include <linux/io_uring.h>

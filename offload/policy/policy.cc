@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

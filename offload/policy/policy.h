@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "offload/unit.h"
+#include "offload/units/unit.h"
 
 namespace stoker {
 

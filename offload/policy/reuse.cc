@@ -24,7 +24,7 @@
 #include "offload/policy/path_memory.h"
 #include "offload/policy/policy.h"
 #include "offload/policy/token_clock.h"
-#include "offload/token_history.h"
+#include "offload/predict/token_history.h"
 
 namespace stoker {
 

@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "offload/predict/predictor.h"
-#include "offload/token_history.h"
+#include "offload/predict/token_history.h"
 
 namespace stoker {
 

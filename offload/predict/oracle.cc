@@ -7,7 +7,7 @@
 #include "offload/predict/horizon.h"
 #include "offload/predict/predictor.h"
 #include "offload/predict/state.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

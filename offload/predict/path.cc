@@ -1,7 +1,7 @@
 // One small network that foresees a token's whole path before the first layer: from its embedding
 // and the experts of the token before, the experts of every layer. After ExpertFlow's routing path
 // predictor (He et al., 2024), with one hidden layer in place of a transformer; trained by
-// offload/profile_path.py.
+// offload/profile/profile_path.py.
 //
 //     h = relu(W1 (factor * embedding / rms(embedding)) + sum of Wp's rows of the experts + b1)
 //     score = W2 h + b2, a row for each expert of each layer

@@ -1,6 +1,6 @@
 #include "offload/predict/predictor.h"
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

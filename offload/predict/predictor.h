@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "offload/expert_store.h"
+#include "offload/units/expert_store.h"
 
 namespace stoker {
 

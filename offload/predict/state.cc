@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

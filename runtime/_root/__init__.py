@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .runtime.errors import (
+from .runtime.base.errors import (
     BudgetError,
     Cancelled,
     ChatTemplateError,

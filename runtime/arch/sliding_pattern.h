@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "runtime/core/config.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

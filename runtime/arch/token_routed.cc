@@ -3,7 +3,7 @@
 // all reads are known before the second layer. Experts count in full, beside a shared expert of the
 // common channels.
 #include "runtime/arch/families.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
 import weakref
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .._core import GgufFile
-from ..errors import Cancelled, DeviceError, UnsupportedModelError
-from ..model import Model
+from ..base.errors import Cancelled, DeviceError, UnsupportedModelError
 from ..options import LoadOptions
+from .engine import ModelFile
 from .timeline import Array, BackendEngine, BackendTimeline, Ids, Wanted, default_plan
 
 _DEFAULT_CONTEXT = 4096
@@ -40,21 +38,10 @@ def _library() -> Any:
     return llama_cpp
 
 
-class LlamaCppModel(Model):
-    """A GGUF file on llama.cpp; made by `stoker.load` where the native engine declines it."""
-
-    def __init__(self, path: Path, options: LoadOptions | None = None) -> None:
-        started = time.perf_counter()
-        options = options or LoadOptions()
-        self._set_up(path, options, GgufFile(str(path)))
-        self._engine = LlamaCppEngine(path, self._file, options).native()
-        self.load_s = time.perf_counter() - started
-
-
 class LlamaCppEngine(BackendEngine):
     """llama.cpp's model, shared by its timelines."""
 
-    def __init__(self, path: Path, file: GgufFile, options: LoadOptions) -> None:
+    def __init__(self, path: Path, file: ModelFile, options: LoadOptions) -> None:
         from .._core import cpu
 
         self.api = _library()

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .. import arguments
-from ..errors import (
+from ..base import arguments
+from ..base.errors import (
     BudgetError,
     Cancelled,
     DeviceError,
@@ -28,17 +27,11 @@ from ..errors import (
     OptionError,
     UnsupportedModelError,
 )
-from ..json_text import parse
-from ..memory import budget, process_bytes
-from ..model import Model
+from ..base.memory import process_bytes
+from ..files.json_text import parse
 from ..options import LoadOptions
-from . import ONNX_LOGITS_FROM, ONNX_METADATA
-from .onnx_tensors import TENSOR_TYPES, said
-from .timeline import Array, BackendEngine, BackendTimeline, Ids, Metadata, Wanted, default_plan
-
-if TYPE_CHECKING:
-    from ..session import Tokens
-    from ..tokenizer import Tokenizer
+from .onnx_tensors import ONNX_LOGITS_FROM, ONNX_METADATA, TENSOR_TYPES, said
+from .timeline import Array, BackendEngine, BackendTimeline, Ids, Wanted, default_plan
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _DEFAULT_CONTEXT = 4096
@@ -82,85 +75,20 @@ def _runtime() -> Any:
     return onnxruntime
 
 
-def _physical_cores() -> int:
+def physical_cores() -> int:
+    """Cores that compute: the performance ones, else all."""
     from .._core import cpu
 
     found = cpu()
     return int(found.get("performance") or found.get("physical") or os.cpu_count() or 1)
 
 
-class OnnxModel(Model):
-    """An ONNX file. `run` evaluates any graph; the rest of the API is for decoders."""
-
-    def __init__(
-        self, path: Path, options: LoadOptions | None = None, onnx: OnnxOptions | None = None
-    ) -> None:
-        started = time.perf_counter()
-        options, onnx = options or LoadOptions(), onnx or OnnxOptions()
-        limit = None if options.memory == "auto" else budget(options.memory)
-        threads = options.threads or _physical_cores()
-        self._graph = _open(path, threads, onnx, limit)
-        metadata = _metadata(path, self._graph.get_modelmeta().custom_metadata_map)
-        self.decodes = _decodes(self._graph)
-        self._set_up(path, options, Metadata(metadata).native())
-        if self.decodes:
-            engine = OnnxEngine(path, self._graph, metadata, options, threads)
-            if limit is not None:
-                engine.check(limit)
-            self._engine = engine.native()
-        else:
-            self._engine = GraphEngine(path, self._graph, threads).native()
-        self.load_s = time.perf_counter() - started
-
-    @property
-    def inputs(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
-        """Name -> (type, shape) of each input; a dimension that may vary has a name or None."""
-        return {i.name: (_short(i.type), tuple(i.shape)) for i in self._graph.get_inputs()}
-
-    @property
-    def outputs(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
-        """As inputs."""
-        return {o.name: (_short(o.type), tuple(o.shape)) for o in self._graph.get_outputs()}
-
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-        """Evaluates the graph once: arrays by the inputs' names -> arrays by the outputs' names.
-
-        Integers and floats are converted to the input's own type. Raises OptionError for a name,
-        type or shape that the graph does not take.
-        """
-        inputs = arguments.mapping("inputs", inputs, "names to arrays")
-        known = {i.name: i for i in self._graph.get_inputs()}
-        for name in inputs:
-            if name not in known:
-                raise OptionError(f"input {name!r}: expected {', '.join(known)}")
-        missing = [name for name in known if name not in inputs]
-        if missing:
-            raise OptionError(f"inputs: expected {', '.join(known)}, {missing[0]} is missing")
-        feed = {name: _fitting(known[name], value) for name, value in inputs.items()}
-        names = [o.name for o in self._graph.get_outputs()]
-        return dict(zip(names, _run(self._graph, self.path, names, feed), strict=True))
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """As Model.tokenizer; UnsupportedModelError where the graph is no decoder."""
-        self._require_decoder()
-        return super().tokenizer
-
-    def _encode(self, text: str | Tokens, *, add_special: bool, parse_special: bool) -> list[int]:
-        self._require_decoder()
-        return super()._encode(text, add_special=add_special, parse_special=parse_special)
-
-    def _require_decoder(self) -> None:
-        if not self.decodes:
-            raise _no_decoder(self.path, self._graph)
-
-
-def _short(type: str) -> str:
+def type_name(type: str) -> str:
     """ "tensor(float)" -> "float32"."""
     return np.dtype(TENSOR_TYPES[type]).name if type in TENSOR_TYPES else type
 
 
-def _open(path: Path, threads: int, o: OnnxOptions, limit: int | None) -> Any:
+def open_graph(path: Path, threads: int, o: OnnxOptions, limit: int | None) -> Any:
     """A session of onnxruntime. Raises ModelFileError, UnsupportedModelError, OptionError."""
     ort = _runtime()
     if limit is not None:
@@ -209,7 +137,7 @@ def _files_bytes(path: Path) -> int:
     return sum(name.stat().st_size for name in names if name.exists())
 
 
-def _metadata(path: Path, properties: Mapping[str, str]) -> dict[str, Any]:
+def metadata_of(path: Path, properties: Mapping[str, str]) -> dict[str, Any]:
     """GGUF metadata that came with the model; of a foreign one that of the files beside it."""
     if ONNX_METADATA in properties:
         try:
@@ -222,7 +150,8 @@ def _metadata(path: Path, properties: Mapping[str, str]) -> dict[str, Any]:
     return {}
 
 
-def _decodes(graph: Any) -> bool:
+def is_decoder(graph: Any) -> bool:
+    """Whether a graph takes tokens and a past, and gives logits and a present."""
     inputs = {i.name for i in graph.get_inputs()}
     outputs = {o.name for o in graph.get_outputs()}
     past = [m for m in map(_PAST.fullmatch, inputs) if m]
@@ -230,7 +159,7 @@ def _decodes(graph: Any) -> bool:
     return "input_ids" in inputs and "logits" in outputs and bool(past) and presents <= outputs
 
 
-def _fitting(expected: Any, value: Any) -> npt.NDArray[Any]:
+def fitting(expected: Any, value: Any) -> npt.NDArray[Any]:
     """`value` as an array of the input's type and rank."""
     try:
         array = np.asarray(value)
@@ -259,16 +188,18 @@ def _fitting(expected: Any, value: Any) -> npt.NDArray[Any]:
     return np.ascontiguousarray(array)
 
 
-def _run(
+def run_graph(
     graph: Any, path: Path, names: list[str], feed: Mapping[str, Any], options: Any = None
 ) -> list[Any]:
+    """One run of a graph; the outputs of these names. Raises DeviceError."""
     try:
         return list(graph.run(names, feed, options))
     except Exception as error:
         raise DeviceError(f"{path}: onnxruntime failed: {said(error)}") from None
 
 
-def _no_decoder(path: Path, graph: Any) -> UnsupportedModelError:
+def no_decoder(path: Path, graph: Any) -> UnsupportedModelError:
+    """What to raise where a graph is asked for what only decoders do."""
     found = ", ".join(i.name for i in graph.get_inputs())
     return UnsupportedModelError(
         f"{path}: expected a decoder with input_ids, past_key_values and logits, found inputs "
@@ -294,7 +225,7 @@ class GraphEngine(BackendEngine):
 
     def timeline(self) -> BackendTimeline:
         """Raises UnsupportedModelError."""
-        raise _no_decoder(self._path, self._graph)
+        raise no_decoder(self._path, self._graph)
 
 
 class OnnxEngine(BackendEngine):
@@ -411,7 +342,9 @@ class OnnxEngine(BackendEngine):
         options: Any = None,
     ) -> list[Any]:
         """One run of the graph; the outputs of these names."""
-        return _run(self.graph, self.path, names, {**self.feed(ids, position), **past}, options)
+        return run_graph(
+            self.graph, self.path, names, {**self.feed(ids, position), **past}, options
+        )
 
     def timeline(self) -> OnnxTimeline:
         """A new, empty sequence."""
@@ -476,7 +409,7 @@ class OnnxTimeline(BackendTimeline):
         e = self._engine
         presents = [past.replace("past_key_values", "present") for past in e.past]
         feed = {**e.feed(ids, self.position, first), **self._past}
-        found = _run(e.graph, e.path, [name, *presents], feed, self._options)
+        found = run_graph(e.graph, e.path, [name, *presents], feed, self._options)
         self._past = dict(zip(e.past, found[1:], strict=True))
         wanted: npt.NDArray[Any] = found[0]
         return wanted

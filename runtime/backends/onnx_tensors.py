@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import one_line
+from ..base.errors import one_line
+
+# Property of an ONNX model: the GGUF metadata of its tokenizer and chat template, as JSON.
+ONNX_METADATA = "stoker.metadata"
+# Input of an ONNX decoder, int64 [1], 0 where it is not given: the first token with logits.
+ONNX_LOGITS_FROM = "logits_from"
 
 # The type of a graph's input or output as onnxruntime writes it, and numpy's.
 TENSOR_TYPES: Mapping[str, type[Any]] = {

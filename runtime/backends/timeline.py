@@ -5,15 +5,15 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import Cancelled, ContextLengthError, OptionError, UnsupportedModelError
+from ..base.errors import Cancelled, ContextLengthError, OptionError
 
 if TYPE_CHECKING:
-    from .._core import Engine, GgufFile, Sampler
+    from .._core import Sampler
 
 Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
@@ -183,14 +183,6 @@ class BackendEngine(ABC):
     def timeline(self) -> BackendTimeline:
         """A new, empty sequence."""
 
-    def record_routing(self, on: bool) -> None:
-        """There is no routing to record."""
-        raise UnsupportedModelError("this backend reads no experts from flash")
-
-    def native(self) -> Engine:
-        """Itself, typed as what Model holds."""
-        return cast("Engine", self)
-
 
 class Metadata:
     """GGUF metadata without tensors, read as GgufFile is."""
@@ -202,10 +194,6 @@ class Metadata:
     def get(self, key: str) -> Any:
         """One value, None where absent."""
         return self.metadata.get(key)
-
-    def native(self) -> GgufFile:
-        """Itself, typed as what Model holds."""
-        return cast("GgufFile", self)
 
 
 def default_plan(

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <string_view>
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 

@@ -6,8 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "runtime/core/gguf.h"
-#include "runtime/core/ops.h"
+#include "runtime/gguf/gguf.h"
+#include "kernels_cpu/ops/ops.h"
+#include "runtime/kv/kv_cache.h"
 
 namespace stoker {
 
@@ -76,6 +77,10 @@ struct ModelConfig {
 
   bool is_mixture() const { return n_expert > 0; }
 };
+
+inline KvShape kv_shape(const ModelConfig& c) {
+  return {c.n_layer, c.n_head_kv, c.head_dim, c.head_dim_v};
+}
 
 // Reads the keys that every family shares; throws Error(kModelFile) where one is missing or
 // makes no sense.

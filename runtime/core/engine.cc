@@ -4,13 +4,12 @@
 #include <cmath>
 #include <cstdlib>
 
-#include "kernels_cpu/cpu.h"
-#include "runtime/arch/families.h"
-#include "runtime/core/errors.h"
-#include "runtime/core/metadata_keys.h"
+#include "kernels_cpu/isa/cpu.h"
+#include "runtime/base/errors.h"
+#include "runtime/gguf/metadata_keys.h"
 #include "runtime/core/forward.h"
-#include "runtime/core/kv_cache.h"
-#include "runtime/core/printable.h"
+#include "runtime/kv/kv_cache.h"
+#include "runtime/base/printable.h"
 
 namespace stoker {
 
@@ -35,11 +34,10 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 const Family& find_family(const GgufFile& file, const std::string& architecture) {
   std::string known;
-#define STOKER_ARCH(name, family)                    \
-  if (architecture == name) return kFamily_##family; \
-  known += std::string(known.empty() ? "" : " ") + (name);
-#include "runtime/arch/archs.inc"
-#undef STOKER_ARCH
+  for (const NamedFamily& row : families()) {
+    if (architecture == row.architecture) return *row.family;
+    known += (known.empty() ? "" : " ") + std::string(row.architecture);
+  }
   throw Error(ErrorKind::kUnsupported, file.path() + ": general.architecture: expected one of " +
                                            known + ", found " + printable(architecture));
 }
@@ -193,7 +191,7 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   if (o.memory < 0) {
     throw Error(ErrorKind::kOption, "memory: expected bytes, found " + std::to_string(o.memory));
   }
-  p.kv_bytes = KvCache::nbytes(c, p.context, options.kv_f16);
+  p.kv_bytes = KvCache::nbytes(kv_shape(c), p.context, options.kv_f16);
   Partition parts = partition(file, c);
   for (const Work& w : parts.work) {
     p.token_bytes += w.bytes;

@@ -11,25 +11,16 @@
 #include <vector>
 
 #include "offload/flash_experts.h"
-#include "offload/planner.h"
+#include "offload/plan/planner.h"
 #include "runtime/core/config.h"
-#include "runtime/core/gguf.h"
-#include "runtime/core/ops.h"
+#include "runtime/core/family.h"
+#include "runtime/gguf/gguf.h"
+#include "kernels_cpu/ops/ops.h"
 #include "runtime/core/rope.h"
-#include "runtime/core/threads.h"
+#include "runtime/base/threads.h"
 #include "runtime/core/weights.h"
 
 namespace stoker {
-
-class Forward;
-
-// A model family: what runtime/arch/*.cc define, one row of archs.inc each.
-struct Family {
-  // Completes what read_config() has read.
-  void (*configure)(const GgufFile& file, ModelConfig& config);
-  // Runs layer `il` on the residual stream.
-  void (*layer)(Forward& forward, int64_t il);
-};
 
 // Which products take their activations in two int8 terms (forward.h) instead of one.
 enum class Precision {

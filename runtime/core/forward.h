@@ -9,7 +9,7 @@
 
 #include "runtime/core/activation_sums.h"
 #include "runtime/core/engine.h"
-#include "runtime/core/kv_cache.h"
+#include "runtime/kv/kv_cache.h"
 
 namespace stoker {
 

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <utility>
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 #include "runtime/core/forward.h"
 
 namespace stoker {

@@ -5,7 +5,7 @@
 #include <chrono>
 #include <cmath>
 
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace stoker {
 
@@ -53,7 +53,7 @@ Timeline::Timeline(std::shared_ptr<const Engine> engine, std::function<void()> p
       opened_(*engine_),
       poll_(std::move(poll)),
       interrupt_([this] { interrupt_if_asked(); }),
-      kv_(engine_->config(), engine_->plan().context, engine_->kv_f16()),
+      kv_(kv_shape(engine_->config()), engine_->plan().context, engine_->kv_f16()),
       hidden_(static_cast<size_t>(engine_->config().n_embd)),
       logits_(static_cast<size_t>(engine_->config().n_vocab)),
       id_(timelines.fetch_add(1)) {}

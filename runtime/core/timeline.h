@@ -11,8 +11,8 @@
 
 #include "runtime/core/engine.h"
 #include "runtime/core/forward.h"
-#include "runtime/core/kv_cache.h"
-#include "runtime/core/sampler.h"
+#include "runtime/kv/kv_cache.h"
+#include "runtime/sampling/sampler.h"
 
 namespace stoker {
 

@@ -15,8 +15,8 @@
 #define STOKER_POSIX 1
 #endif
 
-#include "runtime/core/errors.h"
-#include "runtime/core/start_threads.h"
+#include "runtime/base/errors.h"
+#include "runtime/base/start_threads.h"
 
 namespace stoker {
 

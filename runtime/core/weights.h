@@ -8,12 +8,12 @@
 #include <unordered_map>
 #include <vector>
 
-#include "offload/expert_store.h"
+#include "offload/units/expert_store.h"
 #include "offload/flash_experts.h"
 #include "offload/weight_stream.h"
 #include "runtime/core/config.h"
-#include "runtime/core/gguf.h"
-#include "runtime/core/memory.h"
+#include "runtime/gguf/gguf.h"
+#include "runtime/base/memory.h"
 
 namespace stoker {
 

@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "runtime/core/errors.h"
-#include "runtime/core/gguf.h"
+#include "runtime/base/errors.h"
+#include "runtime/gguf/gguf.h"
 
 namespace {
 

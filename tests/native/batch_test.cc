@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "kernels_cpu/kernel.h"
-#include "kernels_cpu/tile_blocking.h"
+#include "kernels_cpu/isa/tile_blocking.h"
 
 namespace {
 

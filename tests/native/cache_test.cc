@@ -1,5 +1,5 @@
 // Where experts lie in files and slots, and which slots there are.
-#include "offload/cache.h"
+#include "offload/pools/cache.h"
 
 #include <algorithm>
 #include <array>

@@ -8,9 +8,9 @@
 #include <thread>
 #include <vector>
 
-#include "kernels_cpu/cpu.h"
+#include "kernels_cpu/isa/cpu.h"
 #include "kernels_cpu/kernel.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace {
 

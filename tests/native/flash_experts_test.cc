@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "offload/cache.h"
+#include "offload/pools/cache.h"
 #include "offload/policy/policy.h"
 #include "offload/predict/predictor.h"
 #include "tests/native/io_fixture.h"

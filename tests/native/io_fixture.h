@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "offload/io/io.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace io_fixture {
 

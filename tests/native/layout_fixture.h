@@ -1,7 +1,7 @@
 // Parts of experts in the test files: a matrix of `rows` rows of `stride` bytes at an offset.
 #pragma once
 
-#include "offload/layout.h"
+#include "offload/units/layout.h"
 
 namespace layout_fixture {
 

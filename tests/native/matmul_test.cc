@@ -18,7 +18,7 @@
 
 #include "kernels_cpu/fp16.h"
 #include "kernels_cpu/kernel.h"
-#include "runtime/core/errors.h"
+#include "runtime/base/errors.h"
 
 namespace {
 

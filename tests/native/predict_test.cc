@@ -11,8 +11,8 @@
 #include "offload/predict/map.h"
 #include "offload/predict/predictor.h"
 #include "offload/predict/state.h"
-#include "offload/token_history.h"
-#include "runtime/core/errors.h"
+#include "offload/predict/token_history.h"
+#include "runtime/base/errors.h"
 
 using namespace stoker;
 

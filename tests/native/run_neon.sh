@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 command -v qemu-aarch64 >/dev/null || { echo "run_neon: needs qemu-aarch64 (apt-get install qemu-user)" >&2; exit 2; }
 export STOKER_TEST_QUICK=1  # emulation is slow: fewer sizes
-bash mobile_bench/build_arm.sh all
+bash mobile_bench/native/build_arm.sh all
 ctest --test-dir "${STOKER_ARM_BUILD:-build/aarch64}" --output-on-failure

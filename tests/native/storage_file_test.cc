@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels_cpu/peak.h"
+#include "mobile_bench/native/peak.h"
 #include "tests/native/io_fixture.h"
 
 namespace {

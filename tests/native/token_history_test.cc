@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "offload/token_history.h"
+#include "offload/predict/token_history.h"
 
 using stoker::Routes;
 using stoker::TokenHistory;

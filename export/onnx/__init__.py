@@ -1,0 +1,1 @@
+"""ONNX files: graphs that are built, samples that calibrate, trials that prove they run."""

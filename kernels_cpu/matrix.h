@@ -1,0 +1,26 @@
+// The type of every weight.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels_cpu/kernel.h"
+
+namespace stoker {
+
+// A weight matrix in its file's layout; without data where it is not (all) in memory.
+struct Matrix {
+  const Format* format = nullptr;
+  const uint8_t* data = nullptr;  // [rows][row_bytes]
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t stride = 0;  // bytes a row
+  // Where it comes from: the tensor's number in its file, and the slice where it holds several.
+  int32_t tensor = -1;
+  int32_t slice = 0;
+  int64_t first_row = 0;  // of the tensor's
+
+  explicit operator bool() const { return format != nullptr; }
+  int64_t nbytes() const { return rows * stride; }
+};
+
+}  // namespace stoker

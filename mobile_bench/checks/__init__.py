@@ -1,0 +1,1 @@
+"""Programs that measure a claim of the README; each prints its command line and figures."""

@@ -1,0 +1,1 @@
+"""One measurement: a case, the process it runs in, and the record of what came out."""

@@ -1,0 +1,1 @@
+"""Many measurements and exports, resumable, on this machine or on a cluster."""

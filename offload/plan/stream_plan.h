@@ -1,0 +1,54 @@
+// Which of the weights that every token uses stay in memory where not all of them fit, and how the
+// others are cut into reads that pass through a ring.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "offload/units/unit.h"
+
+namespace stoker {
+
+// A matrix of the file that every walk uses.
+struct StreamTensor {
+  int32_t tensor = 0;  // its number in the file
+  int64_t rows = 0;
+  Extent extent;
+  int64_t row_bytes() const { return rows > 0 ? static_cast<int64_t>(extent.bytes) / rows : 0; }
+};
+
+// Rows of a tensor that are in one read.
+struct StreamPiece {
+  int32_t tensor = 0;
+  int32_t read = 0;  // index into the plan's reads
+  int64_t row_begin = 0, row_end = 0;
+  Extent extent;
+};
+
+// Some rows of a large tensor, or neighbours in the file that are used one after the other.
+struct StreamRead {
+  int32_t first = 0, last = 0;  // pieces [first, last)
+  Extent extent;                // of all of them, and what lies between
+  bool stays = false;           // in memory
+};
+
+struct StreamPlan {
+  bool active = false;              // else all weights that every token uses stay
+  std::vector<int32_t> whole;       // tensors that stay as a whole, ascending
+  std::vector<StreamPiece> pieces;  // of the others, in the order of use
+  std::vector<StreamRead> reads;    // of these pieces, in the order of their first use
+  int64_t kept_bytes = 0;           // memory of the reads that stay
+  int64_t ring_bytes = 0;           // memory that the others pass through
+  int64_t walk_bytes = 0;           // bytes of these others: what each walk reads
+};
+
+// walk: the matrices in the order in which a walk uses them; room: memory for what of them stays
+// and for the ring, bytes. What stays is spread evenly over the walk, so that reads and computation
+// overlap everywhere. Where `room` is too small for that, nothing stays and the ring is the
+// smallest that works.
+StreamPlan plan_stream(const std::vector<StreamTensor>& walk, int64_t room);
+
+// Bytes of memory that an extent takes, as direct reads deliver it: whole pages.
+int64_t page_span(const Extent& extent);
+
+}  // namespace stoker

@@ -1,0 +1,1 @@
+"""What predictors learn from a model's own text."""

@@ -1,0 +1,96 @@
+"""What the layers of a model see: text, and the input of every layer's feed-forward on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ...runtime.base.progress import Progress
+
+if TYPE_CHECKING:
+    from ...runtime.backends.engine import LoadedModel
+
+
+_WINDOW = 256  # tokens that see each other
+# What the model is asked, where it has a chat template, to have conversations among its text.
+_TOPICS = (
+    "What is the capital of France?",
+    "Explain how a steam engine works.",
+    "Write a short story about a lighthouse.",
+    "How do I sort a list in Python?",
+    "Give me a recipe for vegetable soup.",
+    "What causes the seasons?",
+    "Translate 'good morning' into Spanish and German.",
+    "Summarize the plot of Romeo and Juliet.",
+    "If a train travels 60 miles in 90 minutes, how fast is it?",
+    "List five tips for a job interview.",
+    "What is the difference between a virus and a bacterium?",
+    "Write a polite email that declines an invitation.",
+    "Who invented the telephone?",
+    "Describe the rules of chess.",
+    "Why is the sky blue?",
+    "Name three rivers in Asia.",
+)
+
+
+def own_text(model: LoadedModel, n: int, seed: int, progress: Progress | None) -> list[list[int]]:
+    """About n tokens (never fewer) that the model writes, in sequences of at most 256 tokens.
+
+    Half of the sequences start from nothing, half answer a question where there is a chat
+    template. Sampled at temperature 1, top-p 0.95; the seed decides the text.
+    """
+    from ...runtime._core import Sampler
+
+    tokenizer, n_vocab = model.tokenizer, model.n_vocab
+    rng = np.random.default_rng([seed, 0])
+    timeline = model.engine.timeline()
+    window = min(_WINDOW, timeline.context)
+    sequences: list[list[int]] = []
+    total = 0
+    while total < n:
+        i = len(sequences)
+        tokens = [int(rng.integers(n_vocab)) if tokenizer.bos_id is None else tokenizer.bos_id]
+        if model.chat_template is not None and i % 2:
+            question = {"role": "user", "content": _TOPICS[i // 2 % len(_TOPICS)]}
+            tokens = model._render([question], None)[: window // 2]
+        timeline.truncate(0)
+        timeline.eval(tokens)
+        sampler = Sampler(n_vocab, temperature=1.0, top_p=0.95, seed=seed * 65_537 + i)
+        while len(tokens) < min(window, n - total):
+            token = timeline.step(sampler)
+            tokens.append(token)
+            if token in tokenizer.eog_ids:
+                break
+            if progress is not None and len(tokens) % 16 == 0:
+                progress("writing text", min(total + len(tokens), n), n)
+        sequences.append(tokens)
+        total += len(tokens)
+    return sequences
+
+
+def of_text(model: LoadedModel, text: str, n: int) -> list[list[int]]:
+    """The first n tokens of a text, in sequences of at most 256 tokens."""
+    ids = model.tokenizer.encode(text, add_special=False, parse_special=False)[:n]
+    window = min(_WINDOW, model.engine.timeline().context)
+    return [ids[i : i + window] for i in range(0, len(ids), window)]
+
+
+def feed_forward_inputs(
+    model: LoadedModel, sequences: list[list[int]], progress: Progress | None
+) -> npt.NDArray[np.float16]:
+    """The input of every layer's feed-forward, [n_layer, tokens of all sequences, n_embd]."""
+    timeline = model.engine.timeline()
+    n = sum(map(len, sequences))
+    states = np.empty((model.config["n_layer"], n, model.config["n_embd"]), dtype=np.float16)
+    done = 0
+    for tokens in sequences:
+        timeline.truncate(0)
+        taps = timeline.eval_taps(tokens)
+        # Halves hold 65504 at most; only the direction of such a state matters.
+        states[:, done : done + len(tokens)] = np.clip(taps, -65504, 65504)
+        done += len(tokens)
+        if progress is not None:
+            progress("hidden states", done, n)
+    return states

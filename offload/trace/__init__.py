@@ -1,0 +1,1 @@
+"""Recorded routing, and its replay through every cache policy."""

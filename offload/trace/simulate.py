@@ -1,0 +1,182 @@
+"""Replays recorded routing through every cache policy, without a model.
+
+Conventions: the cache is global (any layer's expert in any slot), cold, and read on demand only. A
+token, or a prompt's chunk, asks for each distinct expert of a layer once; that is one use. The
+policy sees the token's choice before victims are asked for, and what the chunk needs cannot be a
+victim. Belady's line evicts what is used again last: no policy that reads on demand misses less. It
+is also the oracle bound: with every miss foreseen and prefetched these bytes must still be read.
+
+Predictors that recorded routing suffices for (`predictor_names`) watch each replay: which of its
+misses they would have named in time, and what they would have read in vain. Those that look at
+hidden states are measured where there are some, by `stoker profile`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...runtime import _core
+from ...runtime.base.errors import OptionError
+from .trace import Trace
+
+BELADY = "belady"
+
+
+@dataclass(frozen=True)
+class PolicyResult:
+    """One policy's replay at one cache size, over the counted tokens."""
+
+    policy: str
+    uses: int
+    misses: int
+    layer_misses: tuple[int, ...]  # [n_layer]
+    hit_rate: float
+    misses_per_token: float
+    # Of a decoded token's misses the share that each predictor named before the layer was reached,
+    # and the experts a token that it named in vain though they were not in the cache.
+    foreseen: dict[str, float]
+    needless_per_token: dict[str, float]
+    bytes_per_token: float | None  # read; None where no size of an expert is known
+    gap_closed: float | None  # of the misses between LRU and Belady; None where there are none
+    tokens_per_s: float | None  # that the bandwidth allows, were computing free
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Every policy at one cache size."""
+
+    slots: int
+    share: float  # of all experts
+    nbytes: int | None  # of the slots
+    policies: tuple[PolicyResult, ...]  # the last one is Belady
+
+
+def predictor_names() -> list[str]:
+    """Predictors that recorded routing suffices for; the others need hidden states."""
+    return list(_core.replayed_predictors)
+
+
+def policy_names() -> list[str]:
+    """The online policies and Belady's."""
+    return [*(name for name, _ in _core.policies()), BELADY]
+
+
+def slots_of_share(trace: Trace, share: float) -> int:
+    """Slots that hold this share (0 to 1] of all experts, at least one."""
+    if not 0 < share <= 1:
+        raise OptionError(f"share: expected above 0 and at most 100%, found {share * 100:g}%")
+    return max(1, round(share * trace.n_layer * trace.n_expert))
+
+
+def slots_of_memory(expert_bytes: Sequence[int], nbytes: int) -> int:
+    """Slots in `nbytes` bytes, each for the largest expert. Raises OptionError for none."""
+    largest = max(expert_bytes)
+    if nbytes < largest:
+        raise OptionError(
+            f"memory: expected at least one expert of {largest} bytes, found {nbytes} bytes"
+        )
+    return nbytes // largest
+
+
+def expert_sizes(trace: Trace, expert_bytes: int | None = None) -> tuple[int, ...] | None:
+    """Bytes of an expert of each layer [n_layer]: as given, else as recorded, else None."""
+    if expert_bytes is not None:
+        if expert_bytes < 1:
+            raise OptionError(f"expert bytes: expected at least 1, found {expert_bytes}")
+        return (expert_bytes,) * trace.n_layer
+    return None if trace.expert_bytes is None else tuple(trace.expert_bytes.tolist())
+
+
+def counted_from(trace: Trace, skip: float) -> int:
+    """The first evaluation that begins after the share `skip` of all tokens."""
+    if not 0 <= skip < 1:
+        raise OptionError(f"skip: expected from 0 to below 1, found {skip:g}")
+    begin = np.concatenate([[0], np.cumsum(trace.tokens)[:-1]])
+    later = np.nonzero(begin >= math.ceil(skip * trace.n_tokens))[0]
+    if later.size == 0:
+        raise OptionError(f"skip: no evaluation begins after {skip:g} of {trace.n_tokens} tokens")
+    return int(later[0])
+
+
+def simulate(
+    trace: Trace,
+    slots: int,
+    *,
+    policies: Sequence[str] | None = None,
+    skip: float = 0.25,
+    expert_bytes: Sequence[int] | None = None,
+    bandwidth: float | None = None,
+) -> CacheSize:
+    """Replays `trace` through `slots` slots.
+
+    Args:
+        trace: the routing.
+        slots: experts that the cache holds, more than all are as good as all.
+        policies: names of policy_names(), default all. LRU and Belady are replayed in any case.
+        skip: share of the tokens that fill the cache before counting begins.
+        expert_bytes: [n_layer] bytes of an expert, where bytes are wanted.
+        bandwidth: measured bytes a second, for the bound on tokens a second.
+
+    Raises OptionError for slots < 1, an unknown policy, or a bandwidth that is not positive.
+    """
+    if bandwidth is not None and not 0 < bandwidth < math.inf:
+        raise OptionError(f"bandwidth: expected a positive number, found {bandwidth:g}")
+    names = list(dict.fromkeys([*(policies or policy_names()), BELADY]))
+    names.remove(BELADY)
+    names.append(BELADY)
+    first = counted_from(trace, skip)
+    tokens = int(trace.tokens[first:].sum())
+    decoded = max(1, int(trace.tokens[first:][trace.decode[first:]].sum()))
+
+    def replay(name: str, predictor: str) -> dict[str, Any]:
+        return _core.simulate(
+            evaluation=trace.evaluation,
+            layer=trace.layer,
+            offset=trace.offset,
+            expert=trace.expert,
+            weight=trace.weight,
+            token=np.zeros(0, np.int32) if trace.token is None else trace.token,
+            n_layer=trace.n_layer,
+            n_expert=trace.n_expert,
+            n_expert_used=trace.n_expert_used,
+            policy=name,
+            slots=slots,
+            count_from=first,
+            predictor=predictor,
+        )
+
+    replays = {name: replay(name, "") for name in dict.fromkeys([*names, "lru"])}
+    least, lru = replays[BELADY]["misses"], replays["lru"]["misses"]
+
+    def result(name: str) -> PolicyResult:
+        found = replays[name]
+        uses, misses = found["uses"], found["misses"]
+        read: float | None = None
+        if expert_bytes is not None:
+            read = float(np.dot(found["layer_misses"], expert_bytes)) / tokens
+        foresight = {p: replay(name, p) for p in predictor_names() if trace.decode[first:].any()}
+        return PolicyResult(
+            policy=name,
+            uses=uses,
+            misses=misses,
+            layer_misses=tuple(found["layer_misses"]),
+            hit_rate=1 - misses / uses if uses else 1.0,
+            misses_per_token=misses / tokens,
+            foreseen={p: r["foreseen"] / max(1, r["decode_misses"]) for p, r in foresight.items()},
+            needless_per_token={p: r["needless"] / decoded for p, r in foresight.items()},
+            bytes_per_token=read,
+            gap_closed=None if lru == least else (lru - misses) / (lru - least),
+            tokens_per_s=bandwidth / read if bandwidth is not None and read else None,
+        )
+
+    return CacheSize(
+        slots=slots,
+        share=slots / (trace.n_layer * trace.n_expert),
+        nbytes=None if expert_bytes is None else slots * max(expert_bytes),
+        policies=tuple(result(name) for name in names),
+    )

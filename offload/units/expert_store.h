@@ -1,0 +1,87 @@
+// The only door to expert weights. A layer asks for experts by number and gets leases of them in
+// the order in which they are ready: at once where everything is resident, as reads complete where
+// experts live on flash.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels_cpu/matrix.h"
+
+namespace stoker {
+
+struct Expert {
+  Matrix gate;  // [n_ff][n_embd]
+  Matrix up;    // [n_ff][n_embd]
+  Matrix down;  // [n_embd][n_ff]
+};
+
+// Experts of one layer. Those that next_ready() gave are pinned until it is called again or the
+// lease is destroyed, so that a layer may need more experts than there is room for.
+class ExpertLease {
+ public:
+  virtual ~ExpertLease() = default;
+  // Indices into the experts asked for that have become ready since the last call; waits until at
+  // least one is. Empty when all have been given. Throws Error(kDevice) where a read failed.
+  virtual std::span<const int32_t> next_ready() = 0;
+  // Valid for the indices that the last next_ready() gave.
+  virtual const Expert& expert(int32_t index) const = 0;
+};
+
+// What the router of a layer chose for a chunk of tokens.
+struct Routes {
+  std::vector<int32_t> expert;  // [tokens][n_expert_used], best first
+  std::vector<float> weight;    // [tokens][n_expert_used]
+};
+
+// The routers of later layers, applied to what is known now. For predictors.
+class RouterAhead {
+ public:
+  // logits [tokens][n_expert] of `layer`'s router for the present hidden states of the chunk.
+  virtual void logits(int64_t layer, float* out) = 0;
+  // The present hidden states [tokens][n_embd] (the residual stream).
+  virtual const float* hidden() const = 0;
+
+ protected:
+  ~RouterAhead() = default;
+};
+
+// Called between the layers of a walk, in this order: begin() a chunk; for each mixture layer
+// announce() where its experts are known before its attention, acquire(), look_ahead(); end().
+class ExpertStore {
+ public:
+  virtual ~ExpertStore() = default;
+  // A chunk of tokens begins its walk through the layers; timeline: a number that those have in
+  // common that follow each other. poll is called every 20 ms of waiting and may throw to interrupt
+  // it; it must live until the walk ends.
+  virtual void begin(std::span<const int32_t> tokens, int64_t timeline,
+                     const std::function<void()>* poll) {
+    (void)tokens, (void)timeline, (void)poll;
+  }
+  virtual void end() {}  // of the chunk's last layer
+  // The experts that `layer` will certainly use; for any number of layers ahead, once each.
+  virtual void announce(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
+  // experts: the distinct numbers of routes.expert, ascending. One lease at a time.
+  virtual std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
+                                               const Routes& routes) = 0;
+  // Time to guess what comes after `layer`, whose reads are under way; -1: before layer 0, when the
+  // hidden states are the tokens' embeddings.
+  virtual void look_ahead(int64_t layer, RouterAhead& ahead) { (void)layer, (void)ahead; }
+};
+
+// Every expert in memory.
+class ResidentExperts : public ExpertStore {
+ public:
+  explicit ResidentExperts(int64_t n_layer) : layers_(static_cast<size_t>(n_layer)) {}
+  void add(int64_t layer, Expert expert) { layers_[static_cast<size_t>(layer)].push_back(expert); }
+  std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
+                                       const Routes& routes) override;
+
+ private:
+  std::vector<std::vector<Expert>> layers_;  // [n_layer][n_expert]
+};
+
+}  // namespace stoker

@@ -1,0 +1,184 @@
+"""What the API needs of an engine, of its sequences, of a file and of a loaded model.
+
+_core.Engine, _core.Timeline and _core.GgufFile have all of it; so has what the other backends make
+(timeline.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from ...offload.trace.record import RoutingRecorder
+    from .. import _core
+    from ..text.chat import ChatTemplate
+    from ..text.conversation import Message
+    from ..text.tokenizer import Tokenizer
+
+Ids = Sequence[int] | npt.NDArray[np.int32]
+Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
+Floats = npt.NDArray[np.float32]
+
+
+class Timeline(Protocol):
+    """One sequence on an engine; _core.pyi says what the methods do."""
+
+    @property
+    def position(self) -> int:
+        """Tokens evaluated."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that it can hold."""
+
+    @property
+    def stats(self) -> Mapping[str, float]:
+        """Bytes, seconds and tokens so far."""
+
+    def eval(self, tokens: Ids) -> None:
+        """Appends tokens."""
+
+    def eval_all(self, tokens: Ids) -> Floats:
+        """Appends tokens; the logits after each."""
+
+    def eval_nll(self, tokens: Ids) -> npt.NDArray[np.float64]:
+        """Appends tokens; how unlikely each was."""
+
+    def eval_hidden(self, tokens: Ids) -> Floats:
+        """Appends tokens; their final hidden states."""
+
+    def logits(self) -> Floats:
+        """After the last token."""
+
+    def sample(self, sampler: _core.Sampler) -> int:
+        """Chooses a token from the logits."""
+
+    def truncate(self, position: int) -> None:
+        """Forgets everything from `position` on."""
+
+    def cancel(self) -> None:
+        """Ends an evaluation, from any thread."""
+
+    def forget_cancel(self) -> None:
+        """Takes back a cancel() that came too late."""
+
+
+class Engine(Protocol):
+    """A loaded model's weights, configuration and plan."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Architecture and sizes."""
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """Where the memory goes."""
+
+    @property
+    def offload(self) -> Mapping[str, Any] | None:
+        """Counters of the expert cache."""
+
+    @property
+    def stream(self) -> Mapping[str, Any] | None:
+        """Counters of streamed weights."""
+
+    @property
+    def survives_fork(self) -> bool:
+        """Whether it works in a process that is forked after the load."""
+
+    def timeline(self) -> Timeline:
+        """A new, empty sequence."""
+
+
+class ModelFile(Protocol):
+    """The metadata of a model, and its tensors where it is a GGUF file."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """All of it."""
+
+    @property
+    def tensors(self) -> Sequence[_core.TensorInfo]:
+        """The directory."""
+
+    def get(self, key: str) -> Any:
+        """One value, None where absent."""
+
+
+class LoadedModel(Protocol):
+    """What sessions, recordings and exports need of a `Model`."""
+
+    path: Path
+    _recorder: RoutingRecorder | None
+    _memory_bandwidth: float
+
+    @property
+    def name(self) -> str:
+        """Of the model, for people."""
+
+    @property
+    def plan(self) -> Mapping[str, Any]:
+        """Where the memory goes."""
+
+    @property
+    def offload(self) -> Mapping[str, Any] | None:
+        """Counters of the expert cache."""
+
+    @property
+    def stream(self) -> Mapping[str, Any] | None:
+        """Counters of streamed weights."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Architecture and sizes."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Size of the vocabulary."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back."""
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """Conversations to text."""
+
+    @property
+    def memory_bandwidth(self) -> float:
+        """Bytes a second, 0: not measured."""
+
+    @property
+    def flash_bandwidth(self) -> float:
+        """Bytes a second, 0: nothing is read."""
+
+    @property
+    def engine(self) -> _core.Engine:
+        """The native engine. Raises UnsupportedModelError on another backend."""
+
+    @property
+    def file(self) -> _core.GgufFile:
+        """The GGUF file. Raises UnsupportedModelError where it is none."""
+
+    @property
+    def _engine(self) -> Engine: ...
+    @property
+    def _file(self) -> ModelFile: ...
+    @property
+    def _never_chosen(self) -> Mapping[int, float]: ...
+    def _check_process(self) -> None: ...
+    def _require_causal(self, what: str) -> None: ...
+    def _encode(
+        self, text: str | Tokens, *, add_special: bool, parse_special: bool
+    ) -> list[int]: ...
+    def _prompt(
+        self, messages: Sequence[Message], **given: Any
+    ) -> tuple[list[int], str | None]: ...
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[int]: ...

@@ -1,0 +1,104 @@
+// A pool of compute threads that spin briefly for the next phase and then park. One phase runs at
+// a time; the caller is thread 0. Sessions on several Python threads share a pool: each takes it
+// for one evaluation through Lease.
+//
+// A pool may have fewer threads than it was asked for, where the system gives no more. In a process
+// that is forked from its own it starts new threads with the first lease.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "runtime/base/own_process.h"
+
+namespace stoker {
+
+class ThreadPool {
+ public:
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return size_; }
+
+  // How long workers spin for the next phase. Briefly: about 100 microseconds, longer than the
+  // serial code between two phases of a token, shorter than a person would notice in a battery.
+  // Patiently: about a millisecond, for tokens that wait for reads between phases; waking a parked
+  // worker costs such a token a tenth of its time.
+  void be_patient(bool patient) { spins_.store(patient ? 60000 : 4000); }
+
+  // The process whose threads these are.
+  const OwnProcess& process() const { return process_; }
+  // What uses the pool has other threads too, which a forked process lacks: no leases there.
+  void stay_in_process() { stays_ = true; }
+
+  // Exclusive use of the pool. Workers spin while a lease is held and park soon after. Throws
+  // Error(kOption) in a process that was forked while somebody had a lease, or from one whose pool
+  // is to stay there.
+  class Lease {
+   public:
+    explicit Lease(ThreadPool& pool) : lock_(pool.use()) {}
+
+   private:
+    std::unique_lock<std::mutex> lock_;
+  };
+
+  // f(begin, end, thread) over [0, n) in pieces of `grain`, handed out as threads become free.
+  // f must not throw. Returns when all pieces are done.
+  template <class F>
+  void parallel_for(int64_t n, int64_t grain, F&& f) {
+    if (n <= 0) return;
+    if (size_ == 1 || n <= grain) {
+      f(int64_t{0}, n, 0);
+      return;
+    }
+    next_.store(0, std::memory_order_relaxed);
+    struct Loop {
+      ThreadPool* pool;
+      int64_t n, grain;
+      std::remove_reference_t<F>* f;
+    } loop{this, n, grain, &f};
+    run(
+        [](void* context, int thread) {
+          auto* l = static_cast<Loop*>(context);
+          for (;;) {
+            int64_t begin = l->pool->next_.fetch_add(l->grain, std::memory_order_relaxed);
+            if (begin >= l->n) return;
+            int64_t end = begin + l->grain < l->n ? begin + l->grain : l->n;
+            (*l->f)(begin, end, thread);
+          }
+        },
+        &loop);
+  }
+
+ private:
+  using Body = void (*)(void* context, int thread);
+  void run(Body body, void* context);
+  void work(int thread);
+  std::mutex& use() {
+    if (!process_.here()) move_here();
+    return use_;
+  }
+  void move_here();
+
+  OwnProcess process_;
+  bool stays_ = false;
+  int size_ = 1;
+  std::mutex use_, moving_;
+  // Written by the caller before generation_ is released to the workers.
+  Body body_ = nullptr;
+  void* context_ = nullptr;
+  alignas(64) std::atomic<uint32_t> generation_{0};  // one more per phase; odd bits mean nothing
+  alignas(64) std::atomic<int> running_{0};          // workers still in the phase
+  alignas(64) std::atomic<int64_t> next_{0};         // next item of parallel_for
+  alignas(64) std::atomic<bool> stop_{false};
+  std::atomic<int> spins_{4000};
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace stoker

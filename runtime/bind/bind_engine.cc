@@ -1,0 +1,446 @@
+// Engine and Timeline for Python (runtime/_core.pyi). The GIL is released around everything that
+// computes or reads; a long evaluation takes it every 20 ms to see Ctrl-C.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/bind/bind.h"
+#include "runtime/base/errors.h"
+#include "runtime/core/timeline.h"
+#include "runtime/bind/unlocked.h"
+
+namespace nb = nanobind;
+using stoker::Engine;
+using stoker::Error;
+using stoker::ErrorKind;
+using stoker::Timeline;
+
+namespace {
+
+// Tokens from a list or an integer array of one dimension.
+std::vector<int32_t> to_tokens(nb::handle object) {
+  std::vector<int32_t> tokens;
+  nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> array;
+  if (nb::try_cast(object, array, false)) {
+    tokens.assign(array.data(), array.data() + array.shape(0));
+    return tokens;
+  }
+  for (nb::handle item : nb::borrow<nb::iterable>(object)) {
+    const long long value = nb::cast<long long>(nb::int_(item));
+    if (value < INT32_MIN || value > INT32_MAX) {
+      throw Error(ErrorKind::kOption,
+                  "token: expected a 32-bit integer, found " + std::to_string(value));
+    }
+    tokens.push_back(static_cast<int32_t>(value));
+  }
+  return tokens;
+}
+
+// An array that owns its memory, filled by f without the GIL.
+template <class T, class F>
+nb::object filled(std::initializer_list<size_t> shape, F&& f) {
+  size_t n = 1;
+  for (size_t s : shape) n *= s;
+  auto* data = new T[n > 0 ? n : 1];
+  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  {
+    const stoker::Unlocked unlocked;
+    f(data);
+  }
+  return nb::cast(nb::ndarray<nb::numpy, T>(data, shape, owner));
+}
+
+nb::object copy_of(const std::vector<float>& v) {
+  return filled<float>({v.size()}, [&](float* out) { std::copy(v.begin(), v.end(), out); });
+}
+
+void poll_signals() {
+  const stoker::Relocked relocked;
+  if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
+constexpr const char* kPrecisions[] = {"fast", "balanced", "high"};
+
+stoker::Precision to_precision(const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name == kPrecisions[i]) return static_cast<stoker::Precision>(i);
+  }
+  throw Error(ErrorKind::kOption, "precision: expected fast, balanced or high, found " + name);
+}
+
+nb::dict to_dict(const stoker::ModelConfig& c, int64_t context) {
+  nb::dict d;
+  d["architecture"] = decoded(c.architecture);
+  d["name"] = decoded(c.name);
+  d["n_layer"] = c.n_layer;
+  d["n_embd"] = c.n_embd;
+  d["n_vocab"] = c.n_vocab;
+  d["n_head"] = c.n_head;
+  d["n_head_kv"] = c.n_head_kv;
+  d["head_dim"] = c.head_dim;
+  d["n_ff"] = c.n_ff;
+  d["n_expert"] = c.n_expert;
+  d["n_expert_used"] = c.n_expert_used;
+  d["n_ff_expert"] = c.n_ff_expert;
+  d["sliding_window"] = c.sliding_window;
+  d["causal"] = c.causal;
+  d["routes_early"] = c.routes_early;
+  d["pregated"] = c.pregated;
+  d["context_train"] = c.context_train;
+  d["context"] = context;
+  return d;
+}
+
+nb::list to_list(const std::vector<stoker::Work>& work) {
+  constexpr const char* kParts[] = {"layers", "experts", "output"};
+  nb::list list;
+  for (const stoker::Work& w : work) {
+    nb::dict d;
+    d["part"] = kParts[static_cast<int>(w.part)];
+    d["format"] = w.format->name;
+    d["balanced"] = w.balanced;
+    d["products"] = w.products;
+    d["weights"] = w.weights;
+    d["bytes"] = w.bytes;
+    list.append(d);
+  }
+  return list;
+}
+
+nb::dict to_dict(const stoker::Plan& p, bool kv_f16, stoker::Precision precision) {
+  nb::dict d;
+  d["isa"] = stoker::isa_name(p.isa);
+  d["threads"] = p.threads;
+  d["context"] = p.context;
+  d["chunk"] = p.chunk;
+  d["kv_type"] = kv_f16 ? "f16" : "f32";
+  d["precision"] = kPrecisions[static_cast<int>(precision)];
+  d["weight_bytes"] = p.weight_bytes;
+  d["kv_bytes"] = p.kv_bytes;
+  d["scratch_bytes"] = p.scratch_bytes;
+  d["token_bytes"] = p.token_bytes;
+  d["layer_macs"] = p.layer_macs;
+  d["walk_bytes"] = p.walk_bytes;
+  d["least_memory"] = p.least_memory;
+  d["work"] = to_list(p.work);
+  const stoker::MemoryPlan& m = p.memory;
+  d["memory"] = m.budget;
+  if (m.budget == 0) return d;
+  d["process_bytes"] = m.process;
+  d["ring_bytes"] = m.ring;
+  d["margin_bytes"] = m.margin;
+  d["slot_bytes"] = m.slot_bytes;
+  d["expert_bytes"] = m.expert_bytes;
+  d["slots"] = m.n_slots;
+  d["experts"] = m.n_units;
+  d["working_set"] = m.working_set;
+  d["streams"] = m.streams();
+  return d;
+}
+
+nb::dict config_of(const Engine& e) { return to_dict(e.config(), e.plan().context); }
+
+nb::dict plan_of(const Engine& e) { return to_dict(e.plan(), e.kv_f16(), e.precision()); }
+
+void set_shape(stoker::EngineOptions& options, int threads, int64_t context,
+               const std::string& kv_type, const std::string& precision, int64_t memory,
+               int64_t process_bytes) {
+  if (kv_type != "f16" && kv_type != "f32") {
+    throw Error(ErrorKind::kOption, "kv_type: expected f16 or f32, found " + kv_type);
+  }
+  options.threads = threads;
+  options.context = context;
+  options.kv_f16 = kv_type == "f16";
+  options.precision = to_precision(precision);
+  options.offload.memory = memory;
+  options.offload.process_bytes = process_bytes;
+}
+
+// What an Engine of these options would have as its config and plan, from the header alone.
+nb::tuple plan_without_load(const stoker::GgufFile& file, int threads, int64_t context,
+                            const std::string& kv_type, const std::string& precision,
+                            int64_t memory, int64_t process_bytes) {
+  stoker::EngineOptions options;
+  set_shape(options, threads, context, kv_type, precision, memory, process_bytes);
+  stoker::LoadPlan load;
+  {
+    const stoker::Unlocked unlocked;
+    load = stoker::plan_load(file, options);
+  }
+  return nb::make_tuple(to_dict(load.config, load.plan.context),
+                        to_dict(load.plan, options.kv_f16, options.precision));
+}
+
+constexpr const char* kPrefetchModes[] = {"off", "on", "auto"};
+
+stoker::PrefetchMode to_prefetch(const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name == kPrefetchModes[i]) return static_cast<stoker::PrefetchMode>(i);
+  }
+  throw Error(ErrorKind::kOption, "prefetch: expected auto, on or off, found " + name);
+}
+
+// Left as it is in a process that was forked since: to take it apart, it would wait for threads
+// that are not there.
+std::shared_ptr<Engine> shared(std::unique_ptr<Engine> engine) {
+  return std::shared_ptr<Engine>(engine.release(), [](Engine* e) {
+    if (e->pool().process().here()) delete e;
+  });
+}
+
+// Counters of the expert store since the load; None where every expert is resident.
+nb::object offload_of(const Engine& e) {
+  const stoker::FlashExperts* flash = e.flash();
+  if (!flash) return nb::none();
+  e.pool().process().require();
+  const stoker::StoreStatistics s = flash->statistics();
+  const stoker::IoStatistics io = flash->reader().io().statistics();
+  nb::dict d;
+  d["hits"] = s.hits;
+  d["late"] = s.late;
+  d["misses"] = s.misses;
+  d["prefetches"] = s.prefetches;
+  d["prefetches_used"] = s.prefetches_used;
+  d["cancelled"] = s.cancelled;
+  d["demand_bytes"] = s.demand_bytes;
+  d["prefetch_bytes"] = s.prefetch_bytes;
+  d["evictions"] = s.evictions;
+  d["stall_s"] = s.stall_s;
+  d["decode_hits"] = s.decode_hits;
+  d["decode_late"] = s.decode_late;
+  d["decode_misses"] = s.decode_misses;
+  d["decode_bytes"] = s.decode_bytes;
+  d["decode_stall_s"] = s.decode_stall_s;
+  d["layer_uses"] = nb::cast(s.layer_uses);
+  d["layer_hits"] = nb::cast(s.layer_hits);
+  d["read_bytes"] = io.bytes;
+  d["read_s"] = io.busy_s;
+  d["io"] = flash->reader().io().description();
+  d["prefetch"] = flash->prefetch_description();
+  return d;
+}
+
+// Counters of the weights that pass, since the load; None where there are none.
+nb::object stream_of(const Engine& e) {
+  const stoker::WeightStream* stream = e.stream();
+  if (!stream) return nb::none();
+  e.pool().process().require();
+  const stoker::StreamStatistics s = stream->statistics();
+  const stoker::IoStatistics io = stream->reader().io().statistics();
+  nb::dict d;
+  d["bytes"] = s.bytes;
+  d["stall_s"] = s.stall_s;
+  d["decode_bytes"] = s.decode_bytes;
+  d["decode_stall_s"] = s.decode_stall_s;
+  d["read_bytes"] = io.bytes;
+  d["read_s"] = io.busy_s;
+  d["io"] = stream->reader().io().description();
+  return d;
+}
+
+// The store under the pool's lease, between evaluations. Throws where there is none.
+template <class F>
+void with_flash(const Engine& e, F&& f) {
+  stoker::FlashExperts* flash = e.flash();
+  if (!flash) throw Error(ErrorKind::kOption, "every expert of this model is resident");
+  const stoker::Unlocked unlocked;
+  const stoker::ThreadPool::Lease lease(e.pool());
+  f(*flash);
+}
+
+void record_routing(const Engine& e, bool on) {
+  with_flash(e, [&](stoker::FlashExperts& flash) { flash.record(on); });
+}
+
+void empty_cache(const Engine& e) {
+  with_flash(e, [](stoker::FlashExperts& flash) { flash.forget(); });
+}
+
+double flash_bandwidth(const Engine& e, int64_t nbytes, uint64_t seed) {
+  double bandwidth = 0;
+  if (!e.flash() && e.stream()) {
+    const stoker::Unlocked unlocked;
+    const stoker::ThreadPool::Lease lease(e.pool());
+    return e.stream()->flash_bandwidth(nbytes, seed);
+  }
+  with_flash(e, [&](stoker::FlashExperts& f) { bandwidth = f.flash_bandwidth(nbytes, seed); });
+  return bandwidth;
+}
+
+// What the predictor has learnt.
+nb::bytes predictor_state(const Engine& e) {
+  std::string state;
+  with_flash(e, [&](stoker::FlashExperts& flash) {
+    if (flash.predictor()) state = flash.predictor()->state();
+  });
+  return nb::bytes(state.data(), state.size());
+}
+
+// Columns of what was recorded since the last call, each an array [n].
+nb::dict take_routing(const Engine& e) {
+  std::vector<stoker::Access> trace;
+  with_flash(e, [&](stoker::FlashExperts& flash) { trace = flash.take_trace(); });
+  const auto column = [&](auto value) {
+    using T = decltype(value(trace[0]));
+    return filled<T>({trace.size()}, [&](T* out) {
+      for (size_t i = 0; i < trace.size(); ++i) out[i] = value(trace[i]);
+    });
+  };
+  nb::dict d;
+  d["evaluation"] = column([](const stoker::Access& a) { return a.evaluation; });
+  d["tokens"] = column([](const stoker::Access& a) { return a.tokens; });
+  d["token"] = column([](const stoker::Access& a) { return a.token; });
+  d["id"] = column([](const stoker::Access& a) { return a.id; });
+  d["layer"] = column([](const stoker::Access& a) { return a.layer; });
+  d["rank"] = column([](const stoker::Access& a) { return a.rank; });
+  d["expert"] = column([](const stoker::Access& a) { return a.expert; });
+  d["weight"] = column([](const stoker::Access& a) { return a.weight; });
+  d["source"] = column([](const stoker::Access& a) { return a.source; });
+  d["wait_us"] = column([](const stoker::Access& a) { return a.wait_us; });
+  return d;
+}
+
+nb::dict stats_of(const Timeline& t) {
+  const stoker::TimelineStats& s = t.stats();
+  nb::dict d;
+  d["prompt_tokens"] = s.prompt_tokens;
+  d["prompt_seconds"] = s.prompt_seconds;
+  d["decode_tokens"] = s.decode_tokens;
+  d["decode_seconds"] = s.decode_seconds;
+  d["decode_bytes"] = s.decode_bytes;
+  return d;
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  nb::class_<Engine>(m, "Engine")
+      .def(nb::new_([](std::shared_ptr<const stoker::GgufFile> file, int threads, int64_t context,
+                       const std::string& kv_type, const std::string& precision, int64_t memory,
+                       int64_t process_bytes, const std::string& policy,
+                       const std::string& predictor, nb::bytes predictor_state,
+                       const std::string& prefetch, const std::string& io, int readers, bool direct,
+                       bool cache, bool overlap) {
+             stoker::EngineOptions options;
+             set_shape(options, threads, context, kv_type, precision, memory, process_bytes);
+             stoker::OffloadOptions& offload = options.offload;
+             offload.policy = policy;
+             offload.predictor = predictor;
+             offload.predictor_state.assign(predictor_state.c_str(), predictor_state.size());
+             offload.prefetch = to_prefetch(prefetch);
+             offload.io = {io, readers, direct};
+             offload.cache = cache;
+             offload.overlap = overlap;
+             const stoker::Unlocked unlocked;
+             return shared(std::make_unique<Engine>(std::move(file), options, poll_signals));
+           }),
+           nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("context") = 0,
+           nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced", nb::arg("memory") = 0,
+           nb::arg("process_bytes") = 0, nb::arg("policy") = std::string(stoker::kDefaultPolicy),
+           nb::arg("predictor") = std::string(stoker::kDefaultPredictor),
+           nb::arg("predictor_state") = nb::bytes("", 0), nb::arg("prefetch") = "auto",
+           nb::arg("io") = "pread_pool", nb::arg("readers") = 4, nb::arg("direct") = true,
+           nb::arg("cache") = true, nb::arg("overlap") = true)
+      .def_prop_ro("config", config_of)
+      .def_prop_ro("plan", plan_of)
+      .def_prop_ro("offload", offload_of)
+      .def_prop_ro("stream", stream_of)
+      .def_prop_ro("sessions",
+                   [](const Engine& e) {
+                     const Engine::Sessions s = e.sessions();
+                     return nb::make_tuple(s.open, s.lent_bytes);
+                   })
+      .def_prop_ro("survives_fork", [](const Engine& e) { return !e.flash() && !e.stream(); })
+      .def("record_routing", record_routing, nb::arg("on"))
+      .def("take_routing", take_routing)
+      .def("predictor_state", predictor_state)
+      .def("empty_cache", empty_cache)
+      .def("flash_bandwidth", flash_bandwidth, nb::arg("nbytes"), nb::arg("seed") = 1)
+      .def("timeline", [](std::shared_ptr<Engine> e) {
+        const stoker::Unlocked unlocked;  // it may wait for another session's evaluation
+        return std::make_unique<Timeline>(std::move(e), poll_signals);
+      });
+
+  m.def("plan", plan_without_load, nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0,
+        nb::arg("context") = 0, nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced",
+        nb::arg("memory") = 0, nb::arg("process_bytes") = 0,
+        "(Engine.config, Engine.plan) of a load with these options, from the header alone.");
+
+  nb::class_<Timeline>(m, "Timeline")
+      .def_prop_ro("position", &Timeline::position)
+      .def_prop_ro("context", &Timeline::context)
+      .def("eval",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             const stoker::Unlocked unlocked;
+             t.eval(ids);
+           })
+      .def("logits", [](const Timeline& t) { return copy_of(t.logits()); })
+      .def("hidden", [](const Timeline& t) { return copy_of(t.hidden()); })
+      .def("eval_all",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             const auto n_vocab = static_cast<size_t>(t.engine().config().n_vocab);
+             return filled<float>({ids.size(), n_vocab}, [&](float* out) { t.eval_all(ids, out); });
+           })
+      .def("eval_hidden",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             const auto n_embd = static_cast<size_t>(t.engine().config().n_embd);
+             return filled<float>({ids.size(), n_embd},
+                                  [&](float* out) { t.eval_hidden(ids, out); });
+           })
+      .def("eval_taps",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             const stoker::ModelConfig& c = t.engine().config();
+             const auto n_layer = static_cast<size_t>(c.n_layer);
+             const auto n_embd = static_cast<size_t>(c.n_embd);
+             return filled<float>({n_layer, ids.size(), n_embd},
+                                  [&](float* out) { t.eval_taps(ids, out); });
+           })
+      .def("eval_hidden_taps",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             const stoker::ModelConfig& c = t.engine().config();
+             const auto n_layer = static_cast<size_t>(c.n_layer);
+             const size_t row = ids.size() * static_cast<size_t>(c.n_embd);
+             std::vector<float> taps(n_layer * row);
+             nb::object hidden = filled<float>(
+                 {n_layer + 1, ids.size(), row / std::max<size_t>(ids.size(), 1)}, [&](float* out) {
+                   std::fill_n(out, (n_layer + 1) * row, 0.0f);
+                   t.eval_hidden_taps(ids, taps.data(), out);
+                 });
+             nb::object inputs =
+                 filled<float>({n_layer, ids.size(), row / std::max<size_t>(ids.size(), 1)},
+                               [&](float* out) { std::copy(taps.begin(), taps.end(), out); });
+             return nb::make_tuple(inputs, hidden);
+           })
+      .def("eval_nll",
+           [](Timeline& t, nb::handle tokens) {
+             const std::vector<int32_t> ids = to_tokens(tokens);
+             return filled<double>({ids.empty() ? 0 : ids.size() - 1},
+                                   [&](double* out) { t.eval_nll(ids, out); });
+           })
+      .def("sample",
+           [](Timeline& t, stoker::Sampler& sampler) {
+             const stoker::Unlocked unlocked;
+             return t.sample(sampler);
+           })
+      .def("step",
+           [](Timeline& t, stoker::Sampler& sampler) {
+             const stoker::Unlocked unlocked;
+             return t.step(sampler);
+           })
+      .def("truncate", &Timeline::truncate)
+      .def("cancel", &Timeline::cancel)
+      .def("forget_cancel", &Timeline::forget_cancel)
+      .def_prop_ro("stats", stats_of);
+}

@@ -1,0 +1,1 @@
+"""The commands of `stoker export`: a file a verb; main.py joins them."""

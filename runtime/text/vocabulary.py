@@ -1,0 +1,143 @@
+"""The vocabulary of a GGUF file: spellings, types and ids from its tokenizer.ggml.* metadata.
+
+A file's strings reach Python as UTF-8 with "surrogateescape": a byte that is not UTF-8 becomes one
+of U+DC80 to U+DCFF, and `spelled_bytes` gives the bytes back as they stand in the file.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..base.errors import TokenizerError
+
+# tokenizer.ggml.token_type, from the GGUF specification.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+Metadata = Callable[[str], Any]  # a metadata key to its value, None where absent
+
+
+class Vocabulary:
+    """tokens: spellings by id. ids: ids by spelling (of equal spellings the last).
+
+    types: by id, of the tokens that are not NORMAL. typed: whether the file gives types at all.
+    """
+
+    def __init__(self, get: Metadata) -> None:
+        """TokenizerError where tokenizer.ggml.tokens or token_type are missing or malformed."""
+        self.tokens = _tokens(get)
+        self.ids = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
+        found = _types(get, len(self.tokens))
+        self.typed = found is not None
+        self.types: dict[int, int] = found or {}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def known(self, token: int | None) -> int | None:
+        """The id itself, None for one outside the vocabulary."""
+        return token if token is not None and 0 <= token < len(self.tokens) else None
+
+    def named(self, get: Metadata, key: str, default: int | None = None) -> int | None:
+        """The id in tokenizer.ggml.`key`; one outside the vocabulary (often -1) is None."""
+        value = get(f"tokenizer.ggml.{key}")
+        if value is None:
+            return default
+        try:
+            token = int(value)
+        except (TypeError, ValueError, OverflowError):
+            raise TokenizerError(
+                f"tokenizer.ggml.{key}: expected a token id, found {value!r:.40}"
+            ) from None
+        return self.known(token)
+
+    def scores(self, get: Metadata) -> Sequence[float]:
+        """The scores by id, float32. TokenizerError where they are missing or too few."""
+        scores = get("tokenizer.ggml.scores")
+        if not is_list(scores) or len(scores) < len(self):
+            raise TokenizerError(
+                f"tokenizer.ggml.scores: expected {len(self)} values, "
+                f"found {len(scores) if is_list(scores) else 'none'}"
+            )
+        try:
+            return array("f", scores[: len(self)])
+        except TypeError:
+            raise TokenizerError(
+                "tokenizer.ggml.scores: expected numbers, found other values"
+            ) from None
+
+
+def merges(get: Metadata) -> Sequence[str]:
+    """tokenizer.ggml.merges, "left right" by rank; TokenizerError where there are none."""
+    ranks = get("tokenizer.ggml.merges")
+    if not is_list(ranks):
+        raise TokenizerError("tokenizer.ggml.merges: expected a list of merges, found none")
+    if set(map(type, ranks)) - {str}:
+        raise TokenizerError("tokenizer.ggml.merges: expected strings, found other values")
+    found: Sequence[str] = ranks
+    return found
+
+
+def string(get: Metadata, key: str, default: str) -> str:
+    """A string of the metadata, `default` where absent."""
+    value = get(key)
+    if value is None:
+        return default
+    if not isinstance(value, str):
+        raise TokenizerError(f"{key}: expected a string, found {value!r:.40}")
+    return value
+
+
+def flag(get: Metadata, key: str, default: bool) -> bool:
+    """A boolean of the metadata, `default` where absent."""
+    value = get(key)
+    return default if value is None else bool(value)
+
+
+def is_list(value: object) -> bool:
+    """Whether a metadata value is an array."""
+    return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
+
+
+def spelled_bytes(spelling: str) -> bytes:
+    """The bytes of a spelling as they stand in the file, which need not be UTF-8."""
+    return spelling.encode("utf-8", "surrogateescape")
+
+
+def _tokens(get: Metadata) -> list[str]:
+    tokens = get("tokenizer.ggml.tokens")
+    if not is_list(tokens) or not len(tokens):
+        raise TokenizerError("tokenizer.ggml.tokens: expected a list of tokens, found none")
+    tokens = list(tokens)
+    if set(map(type, tokens)) != {str}:
+        raise TokenizerError("tokenizer.ggml.tokens: expected strings, found other values")
+    try:
+        spelled_bytes("".join(tokens))
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            "tokenizer.ggml.tokens: expected text or bytes, found half of a surrogate pair "
+            f"(U+{ord(error.object[error.start]):04X})"
+        ) from None
+    if "" in tokens:
+        tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+    return tokens
+
+
+def _types(get: Metadata, count: int) -> dict[int, int] | None:
+    types = get("tokenizer.ggml.token_type")
+    if types is None:
+        return None
+    if not is_list(types) or len(types) < count:
+        raise TokenizerError(
+            f"tokenizer.ggml.token_type: expected {count} values, "
+            f"found {len(types) if is_list(types) else type(types).__name__}"
+        )
+    try:
+        packed = bytes(types[:count])
+    except (TypeError, ValueError):
+        raise TokenizerError(
+            "tokenizer.ggml.token_type: expected small integers, found other values"
+        ) from None
+    return {found.start(): found[0][0] for found in re.finditer(b"[^\1]", packed, re.DOTALL)}
