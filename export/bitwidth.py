@@ -10,8 +10,9 @@ divergence). In three steps:
 3. Evolution: the weights of the layers are changed at random, the types allotted anew for the same
    size, and the change is kept where the divergence fell.
 
-The divergence is measured on a palette (palette.py) by the engine itself, offloaded, so that the
-model may be larger than memory; what is reported comes from text that the search never saw.
+The divergence is measured on a mixed-precision store (mixed_precision_store.py) by the engine
+itself, offloaded, so that the model may be larger than memory; what is reported comes from text
+that the search never saw.
 """
 
 from __future__ import annotations
@@ -33,11 +34,18 @@ from ..runtime.base.errors import Cancelled, OptionError, StokerError
 from ..runtime.base.progress import Progress
 from ..runtime.files.output_file import check_output
 from . import imatrix as importances
-from .mixture.allotment import Allotment, Choice
+from .mixture.bit_allocation import BitAllocation, Choice
 from .mixture.expert_matrices import PARTS, ExpertMatrix, expert_matrices, joined_name
 from .mixture.expert_quantizer import ExpertQuantizer
 from .mixture.judge import Judge, Measurement, cut_text
-from .mixture.palette import Palette, copied, matrix_bytes, model_metadata, rest_of, single_tensor
+from .mixture.mixed_precision_store import (
+    MixedPrecisionStore,
+    copied,
+    matrix_bytes,
+    model_metadata,
+    rest_of,
+    single_tensor,
+)
 from .quantize import source_digest
 from .writer import gguf_writer, mixes
 from .writer.gguf_writer import Tensor
@@ -58,7 +66,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Point:
-    """One allotment. uniform: the type that all experts have as far as their rows allow, "" where
+    """One allocation. uniform: the type that all experts have as far as their rows allow, "" where
     they differ. nbytes: of the model; bits: of a weight of an expert.
 
     kl: mean divergence from the source, nats; ppl: perplexity; both on text that the search never
@@ -189,7 +197,7 @@ def _beside(source: Path, out: str | os.PathLike[str] | None) -> Path:
 
 
 def _hidden(beside: Path) -> dict[str, Path]:
-    kinds = ("imatrix", "palette", "found")
+    kinds = ("imatrix", "store", "found")
     return {kind: beside.with_name(f".{beside.name}.{kind}") for kind in kinds}
 
 
@@ -261,15 +269,15 @@ class _Adapting:
         self._quantizer = ExpertQuantizer(self._file, found, self._threads)
 
     def prepare(self, text: str) -> None:
-        """The proxy's costs, the palette, and the weights of layers that measurement gives."""
+        """The proxy's costs, the store, and the weights of layers that measurement gives."""
         self._cost = self._proxy()
         texts = cut_text(self._path, text, tokens=self._search.tokens, window=self._search.window)
         recipe = repr((_RECIPE_VERSION, source_digest(self._file), self._digest, self._search))
         self._judge = Judge(self._path, texts, memory=self._search.memory, threads=self._threads)
-        self._palette = Palette(
-            self._hidden["palette"], self._file, self._matrices, self._types, recipe=recipe
+        self._store = MixedPrecisionStore(
+            self._hidden["store"], self._file, self._matrices, self._types, recipe=recipe
         )
-        self._palette.make(self._quantizer.convert, self._progress)
+        self._store.make(self._quantizer.convert, self._progress)
         asked = repr((recipe, self._types, texts))
         self._judge.resume(self._hidden["found"], hashlib.sha256(asked.encode()).hexdigest())
         self._weight = np.zeros(int(self._group.max()) + 1)  # logarithms, by group
@@ -314,8 +322,8 @@ class _Adapting:
 
     # ---- choices
 
-    def _allotment(self, weight: Floats) -> Allotment:
-        return Allotment(self._cost * np.exp(weight)[self._group][:, None], self._nbytes)
+    def _allocation(self, weight: Floats) -> BitAllocation:
+        return BitAllocation(self._cost * np.exp(weight)[self._group][:, None], self._nbytes)
 
     def _source_choice(self) -> Choice:
         return np.array(
@@ -345,9 +353,9 @@ class _Adapting:
     def _best(self, budget: int, label: str) -> Choice:
         """The least divergence that the search finds for at most `budget` bytes of experts."""
         proxy = np.zeros_like(self._weight)
-        starts = [self._allotment(self._weight).choose(budget)]
+        starts = [self._allocation(self._weight).choose(budget)]
         if self._search.steps:
-            starts.append(self._allotment(proxy).choose(budget))
+            starts.append(self._allocation(proxy).choose(budget))
             starts += [c for c in map(self._uniform, self._asked) if self._bytes(c) <= budget]
         else:
             return starts[0]
@@ -359,7 +367,7 @@ class _Adapting:
         for step in range(self._search.steps):
             changed = rng.random(len(weight)) < _CHANGED
             offspring = weight + np.where(changed, rng.normal(0, _STEP, len(weight)), 0.0)
-            choice = self._allotment(offspring).choose(budget)
+            choice = self._allocation(offspring).choose(budget)
             found = self._measure(choice, "search").kl
             if found < kl:
                 best, kl, weight = choice, found, offspring
@@ -367,7 +375,7 @@ class _Adapting:
         return best
 
     def curve(self, n: int) -> list[Point]:
-        """Every uniform type, an adapted allotment of the same size, and n sizes between."""
+        """Every uniform type, an adapted allocation of the same size, and n sizes between."""
         if n < 1:
             return []
         points = []
@@ -406,13 +414,13 @@ class _Adapting:
     def _within(self, loss: float, low: int, high: int) -> tuple[Choice, Point]:
         """The smallest choice whose perplexity on the search's text is within the loss."""
         limit = self._judge.source["search"].nll + math.log1p(loss)
-        allotment = self._allotment(self._weight)
-        least = allotment.choose(low)
+        allocation = self._allocation(self._weight)
+        least = allocation.choose(low)
         if self._measure(least, "search").nll <= limit:
             return least, self._point(least, "")
         for i in range(_BISECTIONS):
             middle = (low + high) // 2
-            if self._measure(allotment.choose(middle), "search").nll <= limit:
+            if self._measure(allocation.choose(middle), "search").nll <= limit:
                 high = middle
             else:
                 low = middle
@@ -446,8 +454,8 @@ class _Adapting:
         known = self._judge.known(key, text)
         if known is not None:
             return known
-        self._palette.select(choice)
-        return self._judge.measure(key, self._palette.path, text)
+        self._store.select(choice)
+        return self._judge.measure(key, self._store.path, text)
 
     # ---- the file
 

@@ -57,15 +57,15 @@ def collect(
     bos = model.tokenizer.bos_id if model.tokenizer.add_bos else None
     begins = list(range(0, len(tokens) - chunk + 1, chunk)) or [0]
     begins = begins[:max_chunks]
-    timeline = model.engine.timeline()
+    sequence = model.engine.sequence()
     sums = ActivationSums(model.engine)
     total, count = 0.0, 0
     for done, begin in enumerate(begins, 1):
         window = tokens[begin : begin + chunk].copy()
         if bos is not None:
             window[0] = bos
-        timeline.truncate(0)
-        nll = sums.eval(timeline, window)
+        sequence.truncate(0)
+        nll = sums.eval(sequence, window)
         total, count = total + float(nll.sum()), count + len(nll)
         if progress is not None:
             progress("text", done, len(begins))

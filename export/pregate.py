@@ -334,11 +334,11 @@ class _Pregating:
         return nll, found
 
     def _nll(self, model: Model) -> float:
-        timeline = model.engine.timeline()
+        sequence = model.engine.sequence()
         total, count = 0.0, 0
         for done, tokens in enumerate(self.held_out, 1):
-            timeline.truncate(0)
-            nll = timeline.eval_nll(np.asarray(tokens, dtype=np.int32))
+            sequence.truncate(0)
+            nll = sequence.eval_nll(np.asarray(tokens, dtype=np.int32))
             total, count = total + float(nll.sum()), count + len(nll)
             if self._progress is not None:
                 self._progress("perplexity", done, len(self.held_out))
@@ -357,7 +357,7 @@ class _Pregating:
 def _windows(model: Model, text: str, n: int) -> list[list[int]]:
     """The first n tokens of a text in windows."""
     ids = model.tokenizer.encode(text, add_special=False, parse_special=False)[:n]
-    window = model.engine.timeline().context
+    window = model.engine.sequence().context
     return [ids[i : i + window] for i in range(0, len(ids), window)]
 
 

@@ -212,7 +212,7 @@ class _Refactoring:
 
     def _tokens(self, model: Model, text: Sequence[str] | None) -> tuple[Indices, list[int]]:
         """Tokens to fit on, [sequences, window], and those to measure on."""
-        window = model.engine.timeline().context
+        window = model.engine.sequence().context
         if text is None:
             written = own_text(model, _OWN_TOKENS, self._recipe.seed, self._progress)
             texts = [[t for sequence in written for t in sequence]]
@@ -248,7 +248,7 @@ class _Refactoring:
         return mixed, measured
 
     def _stage(self, model: Model, tokens: list[int]) -> Stage:
-        window = model.engine.timeline().context
+        window = model.engine.sequence().context
         total = len(tokens) // window
 
         def report(done: int, _total: int, _ppl: float) -> None:

@@ -13,10 +13,10 @@ namespace {
 
 // Reads under way at once, guesses included: enough to keep the disk busy until the next look, and
 // no more, because a later guess is a better one.
-constexpr int64_t kDecodeFlights = 3;
-constexpr int64_t kPromptFlights = 64;
-// What was announced cannot turn out wrong: enough reads that the disk has always the next one.
-constexpr int64_t kAnnouncedFlights = 8;
+constexpr int64_t kDecodeReads = 3;
+constexpr int64_t kPromptReads = 64;
+// A certain prefetch cannot turn out wrong: enough reads that the disk has always the next one.
+constexpr int64_t kCertainReads = 8;
 // Least probability of a guess that is read into an empty slot.
 constexpr float kFillThreshold = 0.2f;
 
@@ -178,7 +178,7 @@ class FlashLease : public ExpertLease {
       const int32_t e = routes_.expert[p];
       const auto at = std::lower_bound(experts_.begin(), experts_.end(), e) - experts_.begin();
       store_.trace_.push_back(
-          {static_cast<int32_t>(store_.walk_), static_cast<int32_t>(tokens),
+          {static_cast<int32_t>(store_.pass_), static_cast<int32_t>(tokens),
            static_cast<int32_t>(p / used), store_.history_.token(static_cast<int64_t>(p / used)),
            static_cast<int16_t>(layer_), static_cast<int16_t>(p % used), e, routes_.weight[p],
            source_[static_cast<size_t>(at)], wait_[static_cast<size_t>(at)]});
@@ -225,27 +225,28 @@ FlashExperts::FlashExperts(Layout layout, std::shared_ptr<FlashReader> reader,
 FlashExperts::~FlashExperts() {
   // Reads end before their slots go.
   std::vector<IoJob*> jobs;
-  for (const Flight& f : flights_) jobs.push_back(&f.slot->job);
+  for (const ReadInFlight& f : reads_) jobs.push_back(&f.slot->job);
   reader_->end(jobs);
 }
 
-void FlashExperts::begin(std::span<const int32_t> tokens, int64_t timeline,
+void FlashExperts::begin(std::span<const int32_t> tokens, int64_t sequence,
                          const std::function<void()>* poll) {
-  ++walk_;
+  ++pass_;
   tokens_ = static_cast<int64_t>(tokens.size());
   layer_ = -1;
   poll_ = poll;
   reap();
-  history_.begin(timeline, tokens);
+  history_.begin(sequence, tokens);
   cache_.policy().foresee();
-  announced_.clear();
-  announced_wished_ = 0;
+  certain_.clear();
+  certain_queued_ = 0;
   if (history_.as_foretold()) {
-    std::erase_if(wishes_, [](const Wish& w) { return w.announced; });  // of an interrupted walk
+    std::erase_if(candidates_,
+                  [](const Candidate& w) { return w.certain; });  // of an interrupted forward pass
   } else {
-    wishes_.clear();
+    candidates_.clear();
   }
-  publish();  // of a walk that was interrupted
+  publish();  // of a forward pass that was interrupted
   controller_.begin(tokens_, now(), reader_->io().statistics().busy_s);
   if (predictor_) predictor_->begin(tokens_);
 }
@@ -255,42 +256,42 @@ void FlashExperts::end() {
   publish();
 }
 
-void FlashExperts::announce(int64_t layer, const Routes& routes) {
+void FlashExperts::prefetch_certain(int64_t layer, const Routes& routes) {
   if (!predictor_ || !controller_.predicts()) return;  // demand only
   reap();
   units_.clear();
   for (int32_t e : routes.expert) units_.push_back(layout_.unit(layer, e));
   std::sort(units_.begin(), units_.end());
   units_.erase(std::unique(units_.begin(), units_.end()), units_.end());
-  for (UnitId unit : units_) announced_.push_back({unit, step(layer), 1.0f, true});
-  std::stable_sort(announced_.begin() + static_cast<int64_t>(announced_wished_), announced_.end(),
-                   [](const Wish& a, const Wish& b) { return a.step < b.step; });
-  wish_announced();
+  for (UnitId unit : units_) certain_.push_back({unit, step(layer), 1.0f, true});
+  std::stable_sort(certain_.begin() + static_cast<int64_t>(certain_queued_), certain_.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.step < b.step; });
+  queue_certain();
   pump();
 }
 
-void FlashExperts::wish_announced() {
-  if (announced_wished_ == announced_.size()) return;
-  // What is wished for stays in its slot until its layer comes. The layer that computes and the
-  // policy keep the rest; the next layer always gets its wishes.
+void FlashExperts::queue_certain() {
+  if (certain_queued_ == certain_.size()) return;
+  // What is queued for stays in its slot until its layer comes. The layer that computes and the
+  // policy keep the rest; the next layer always gets its candidates.
   std::vector<int64_t> room(layout_.class_units().size());
   for (size_t c = 0; c < room.size(); ++c) {
     room[c] = cache_.n_slots(static_cast<int>(c)) - 2 * used_;
   }
-  const auto later = std::find_if(announced_.begin(), announced_.end(),
-                                  [&](const Wish& w) { return w.step > step(layer_); });
-  const int64_t next_layer = later == announced_.end() ? 0 : later->step;
-  const size_t before = announced_wished_;
-  for (size_t i = 0; i < announced_.size(); ++i) {
-    const Wish& next = announced_[i];
+  const auto later = std::find_if(certain_.begin(), certain_.end(),
+                                  [&](const Candidate& w) { return w.step > step(layer_); });
+  const int64_t next_layer = later == certain_.end() ? 0 : later->step;
+  const size_t before = certain_queued_;
+  for (size_t i = 0; i < certain_.size(); ++i) {
+    const Candidate& next = certain_[i];
     int64_t& left = room[static_cast<size_t>(layout_.size_class(next.unit))];
     --left;
-    if (i < announced_wished_) continue;
+    if (i < certain_queued_) continue;
     if (left < 0 && next.step > next_layer) break;
-    wish(next);
-    ++announced_wished_;
+    add_candidate(next);
+    ++certain_queued_;
   }
-  if (announced_wished_ > before) sort_wishes();
+  if (certain_queued_ > before) sort_candidates();
 }
 
 std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<const int32_t> experts,
@@ -308,17 +309,18 @@ std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<cons
   history_.take(layer, routes);
   controller_.judge(layer, experts);
   if (predictor_) predictor_->observe(layer, routes);
-  // Wishes for this layer are moot now; the rest of them wait until its misses are on their way.
-  const auto past = [&](const Wish& w) { return w.step <= step(layer); };
-  std::erase_if(wishes_, past);
-  const auto wished = announced_.begin() + static_cast<int64_t>(announced_wished_);
-  announced_wished_ -= static_cast<size_t>(std::count_if(announced_.begin(), wished, past));
-  std::erase_if(announced_, past);
-  wish_announced();
+  // Candidates for this layer are moot now; the rest of them wait until its misses are on their
+  // way.
+  const auto past = [&](const Candidate& w) { return w.step <= step(layer); };
+  std::erase_if(candidates_, past);
+  const auto queued = certain_.begin() + static_cast<int64_t>(certain_queued_);
+  certain_queued_ -= static_cast<size_t>(std::count_if(certain_.begin(), queued, past));
+  std::erase_if(certain_, past);
+  queue_certain();
   return std::make_unique<FlashLease>(*this, layer, experts, routes);
 }
 
-void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
+void FlashExperts::look_ahead(int64_t layer, RouterProbe& ahead) {
   if (!predictor_ || !controller_.predicts()) return;
   const size_t n =
       predictor_->predict(layer, controller_.distance(), controller_.width(), ahead, guesses_);
@@ -337,25 +339,26 @@ void FlashExperts::look_ahead(int64_t layer, RouterAhead& ahead) {
     for (size_t i = 0; i < units_.size(); ++i) {
       // While the cache fills, an idle disk may as well fetch what is likely at some later time.
       if (probabilities_[i] < (cache_.has_free(units_[i]) ? kFillThreshold : threshold)) continue;
-      wish({units_[i], step(guess.layer), probabilities_[i]});
+      add_candidate({units_[i], step(guess.layer), probabilities_[i]});
     }
   }
-  sort_wishes();
+  sort_candidates();
   pump();
 }
 
-void FlashExperts::wish(const Wish& wish) {
-  if (Slot* slot = cache_.find(wish.unit)) {
-    slot->keep = std::max(slot->keep, wish.step);
+void FlashExperts::add_candidate(const Candidate& candidate) {
+  if (Slot* slot = cache_.find(candidate.unit)) {
+    slot->keep = std::max(slot->keep, candidate.step);
   } else {
-    wishes_.push_back(wish);
+    candidates_.push_back(candidate);
   }
 }
 
-void FlashExperts::sort_wishes() {
-  std::stable_sort(wishes_.begin(), wishes_.end(), [](const Wish& a, const Wish& b) {
-    return a.step != b.step ? a.step < b.step : a.probability > b.probability;
-  });
+void FlashExperts::sort_candidates() {
+  std::stable_sort(candidates_.begin(), candidates_.end(),
+                   [](const Candidate& a, const Candidate& b) {
+                     return a.step != b.step ? a.step < b.step : a.probability > b.probability;
+                   });
 }
 
 void FlashExperts::publish() {
@@ -394,12 +397,12 @@ void FlashExperts::submit(Slot& slot, bool demand) {
   ++slot.pins;
   slot.prefetched = !demand;
   reader_->io().submit(slot.job, demand);
-  flights_.push_back({&slot, step(layer_), demand});
+  reads_.push_back({&slot, step(layer_), demand});
 }
 
 void FlashExperts::reap() {
-  for (size_t i = 0; i < flights_.size();) {
-    const IoJob& job = flights_[i].slot->job;
+  for (size_t i = 0; i < reads_.size();) {
+    const IoJob& job = reads_[i].slot->job;
     if (job.status.load(std::memory_order_acquire) == IoStatus::kPending) {
       ++i;
     } else {
@@ -408,8 +411,8 @@ void FlashExperts::reap() {
   }
 }
 
-void FlashExperts::land(size_t flight) {
-  const Flight f = flights_[flight];
+void FlashExperts::land(size_t read_index) {
+  const ReadInFlight f = reads_[read_index];
   Slot& slot = *f.slot;
   --slot.pins;
   if (slot.job.status.load(std::memory_order_acquire) == IoStatus::kDone) {
@@ -420,28 +423,28 @@ void FlashExperts::land(size_t flight) {
   } else {
     cache_.drop(slot);
   }
-  flights_[flight] = flights_.back();
-  flights_.pop_back();
+  reads_[read_index] = reads_.back();
+  reads_.pop_back();
 }
 
 void FlashExperts::land(const Slot& slot) {
-  for (size_t i = 0; i < flights_.size(); ++i) {
-    if (flights_[i].slot == &slot) return land(i);
+  for (size_t i = 0; i < reads_.size(); ++i) {
+    if (reads_[i].slot == &slot) return land(i);
   }
 }
 
-void FlashExperts::land_cancelled(size_t flight) {
-  Slot& slot = *flights_[flight].slot;
+void FlashExperts::land_cancelled(size_t read_index) {
+  Slot& slot = *reads_[read_index].slot;
   ++statistics_.cancelled;
   --slot.pins;
   cache_.drop(slot);
-  flights_[flight] = flights_.back();
-  flights_.pop_back();
+  reads_[read_index] = reads_.back();
+  reads_.pop_back();
 }
 
 void FlashExperts::cancel_stale() {
-  for (size_t i = 0; i < flights_.size();) {
-    const Flight& f = flights_[i];
+  for (size_t i = 0; i < reads_.size();) {
+    const ReadInFlight& f = reads_[i];
     const bool wanted = f.demand || f.slot->pins > 1 || f.step > step(layer_);
     if (!wanted && reader_->io().cancel(f.slot->job)) {
       land_cancelled(i);
@@ -452,8 +455,8 @@ void FlashExperts::cancel_stale() {
 }
 
 bool FlashExperts::cancel_one() {
-  for (size_t i = flights_.size(); i-- > 0;) {
-    const Flight& f = flights_[i];
+  for (size_t i = reads_.size(); i-- > 0;) {
+    const ReadInFlight& f = reads_[i];
     if (f.demand || f.slot->pins > 1 || !reader_->io().cancel(f.slot->job)) continue;
     land_cancelled(i);
     return true;
@@ -462,14 +465,14 @@ bool FlashExperts::cancel_one() {
 }
 
 void FlashExperts::pump() {
-  if (wishes_.empty()) return;
+  if (candidates_.empty()) return;
   const int64_t most = cache_.n_slots() / 3;
-  const int64_t guesses = std::min(tokens_ == 1 ? kDecodeFlights : kPromptFlights, most);
-  const int64_t announced = std::min(std::max(kAnnouncedFlights, guesses), most);
+  const int64_t guesses = std::min(tokens_ == 1 ? kDecodeReads : kPromptReads, most);
+  const int64_t certain = std::min(std::max(kCertainReads, guesses), most);
   size_t granted = 0, waiting = 0;
-  while (granted < wishes_.size()) {
-    const Wish w = wishes_[granted];
-    if (static_cast<int64_t>(flights_.size()) >= (w.announced ? announced : guesses)) break;
+  while (granted < candidates_.size()) {
+    const Candidate w = candidates_[granted];
+    if (static_cast<int64_t>(reads_.size()) >= (w.certain ? certain : guesses)) break;
     ++granted;
     if (Slot* there = cache_.find(w.unit)) {
       there->keep = std::max(there->keep, w.step);
@@ -477,16 +480,16 @@ void FlashExperts::pump() {
     }
     Slot* slot = cache_.take(w.unit, step(layer_), false);
     if (!slot) {
-      if (w.announced) wishes_[waiting++] = w;
+      if (w.certain) candidates_[waiting++] = w;
       continue;
     }
     slot->keep = w.step;
     submit(*slot, false);
-    flights_.back().step = w.step;
+    reads_.back().step = w.step;
     ++statistics_.prefetches;
   }
-  wishes_.erase(wishes_.begin() + static_cast<int64_t>(waiting),
-                wishes_.begin() + static_cast<int64_t>(granted));
+  candidates_.erase(candidates_.begin() + static_cast<int64_t>(waiting),
+                    candidates_.begin() + static_cast<int64_t>(granted));
 }
 
 void FlashExperts::record(bool on) {

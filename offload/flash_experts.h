@@ -22,10 +22,11 @@ namespace stoker {
 // was on the way) or a miss.
 struct StoreStatistics {
   int64_t hits = 0, late = 0, misses = 0;
-  int64_t prefetches = 0;       // submitted
-  int64_t prefetches_used = 0;  // acquired by the walk that they were made for, late ones included
-  int64_t cancelled = 0;        // prefetches that never began
-  int64_t demand_bytes = 0;     // read from flash
+  int64_t prefetches = 0;  // submitted
+  int64_t prefetches_used =
+      0;  // acquired by the forward pass that they were made for, late ones included
+  int64_t cancelled = 0;     // prefetches that never began
+  int64_t demand_bytes = 0;  // read from flash
   int64_t prefetch_bytes = 0;
   int64_t evictions = 0;
   double stall_s = 0;  // compute waited for reads
@@ -66,13 +67,13 @@ class FlashExperts : public ExpertStore {
                const Options& options);
   ~FlashExperts() override;
 
-  void begin(std::span<const int32_t> tokens, int64_t timeline,
+  void begin(std::span<const int32_t> tokens, int64_t sequence,
              const std::function<void()>* poll) override;
   void end() override;
-  void announce(int64_t layer, const Routes& routes) override;
+  void prefetch_certain(int64_t layer, const Routes& routes) override;
   std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
                                        const Routes& routes) override;
-  void look_ahead(int64_t layer, RouterAhead& ahead) override;
+  void look_ahead(int64_t layer, RouterProbe& ahead) override;
 
   const Layout& layout() const { return layout_; }
   const Cache& cache() const { return cache_; }
@@ -98,30 +99,30 @@ class FlashExperts : public ExpertStore {
   friend class FlashLease;
   using Slot = Cache::Slot;
   // A unit that may be prefetched.
-  struct Wish {
+  struct Candidate {
     UnitId unit;
     int64_t step;
     float probability;
-    bool announced = false;  // it will be used: it waits for a slot where a guess is given up
+    bool certain = false;  // it will be used: it waits for a slot where a guess is given up
   };
 
-  int64_t step(int64_t layer) const { return walk_ * layout_.n_layer() + layer; }
+  int64_t step(int64_t layer) const { return pass_ * layout_.n_layer() + layer; }
   void submit(Slot& slot, bool demand);
   // Books the reads that have ended; land(): one of them.
   void reap();
-  void land(size_t flight);
+  void land(size_t read_index);
   void land(const Slot& slot);
   // Cancels prefetches whose layer has come without them.
   void cancel_stale();
   // Cancels the latest prefetch that has not begun, for its slot. False where there is none.
   bool cancel_one();
-  void land_cancelled(size_t flight);
+  void land_cancelled(size_t read_index);
   void publish();
-  void wish(const Wish& wish);
-  // Wishes for what was announced, as many layers ahead as there is room for in the cache.
-  void wish_announced();
-  void sort_wishes();
-  // Submits wishes while there is room.
+  void add_candidate(const Candidate& candidate);
+  // Queues certain prefetches, as many layers ahead as there is room for in the cache.
+  void queue_certain();
+  void sort_candidates();
+  // Submits candidates while there is room.
   void pump();
 
   Layout layout_;
@@ -131,19 +132,19 @@ class FlashExperts : public ExpertStore {
   Controller controller_;
   const bool overlap_;
   const int64_t used_;  // experts of a layer that one token uses
-  int64_t walk_ = 0;    // chunks so far
+  int64_t pass_ = 0;    // chunks so far
   int64_t tokens_ = 1;  // of this chunk
   int64_t layer_ = -1;  // acquired last
   const std::function<void()>* poll_ = nullptr;
-  struct Flight {
+  struct ReadInFlight {
     Slot* slot;
     int64_t step;  // that a prefetch is for
     bool demand;
   };
-  std::vector<Flight> flights_;
-  std::vector<Wish> wishes_;     // by step, then the likeliest first
-  std::vector<Wish> announced_;  // of later layers, by step
-  size_t announced_wished_ = 0;  // of them, from the first: those that are wishes or in the cache
+  std::vector<ReadInFlight> reads_;
+  std::vector<Candidate> candidates_;  // by step, then the likeliest first
+  std::vector<Candidate> certain_;     // of later layers, by step
+  size_t certain_queued_ = 0;  // of them, from the first: those that are candidates or in the cache
   std::vector<Guess> guesses_;
   std::vector<UnitId> units_;
   std::vector<uint8_t> resident_;

@@ -35,9 +35,9 @@ WeightStream::WeightStream(std::shared_ptr<FlashReader> reader, StreamPlan plan,
     : reader_(std::move(reader)),
       plan_(std::move(plan)),
       lookup_(lookup),
-      kept_(static_cast<uint64_t>(plan_.kept_bytes), "weights"),
-      arena_(static_cast<uint64_t>(plan_.ring_bytes), "weights that pass"),
-      stays_(plan_.reads.size()),
+      kept_(static_cast<uint64_t>(plan_.pinned_bytes), "weights"),
+      arena_(static_cast<uint64_t>(plan_.ring_bytes), "streamed weights"),
+      pinned_(plan_.reads.size()),
       row_memory_(static_cast<uint64_t>(lookup_bytes(lookup)), "embeddings") {
   for (size_t i = 0; i < plan_.pieces.size(); ++i) {
     const auto number = static_cast<int32_t>(i);
@@ -50,17 +50,17 @@ WeightStream::WeightStream(std::shared_ptr<FlashReader> reader, StreamPlan plan,
   uint8_t* at = kept_.data();
   for (size_t i = 0; i < plan_.reads.size(); ++i) {
     const StreamRead& r = plan_.reads[i];
-    if (!r.stays) {
-      passing_.push_back(static_cast<int32_t>(i));
+    if (!r.pinned) {
+      streamed_.push_back(static_cast<int32_t>(i));
       continue;
     }
     reads.push_back({r.extent, at});
-    stays_[i] = at;
+    pinned_[i] = at;
     at += page_span(r.extent);
   }
   reader_->read_all(reads, poll);
   kept_.protect();
-  if (!passing_.empty()) next_ = passing_.front();
+  if (!streamed_.empty()) next_ = streamed_.front();
   pump();
 }
 
@@ -69,7 +69,7 @@ WeightStream::~WeightStream() { drop(ring_.size()); }
 void WeightStream::begin(int64_t tokens, const std::function<void()>* poll) {
   decode_ = tokens == 1;
   poll_ = poll;
-  release();  // what a walk that failed has left
+  release();  // what a forward pass that failed has left
 }
 
 const uint8_t* WeightStream::weights(int32_t i, const uint8_t* data) const {
@@ -80,7 +80,7 @@ const uint8_t* WeightStream::weights(int32_t i, const uint8_t* data) const {
 
 const uint8_t* WeightStream::get(int32_t i, bool wait) {
   const int32_t wanted = piece(i).read;
-  if (const uint8_t* data = stays_[static_cast<size_t>(wanted)]) return weights(i, data);
+  if (const uint8_t* data = pinned_[static_cast<size_t>(wanted)]) return weights(i, data);
   const auto find = [&] {
     return std::find_if(ring_.begin(), ring_.end(),
                         [&](const Passing& p) { return p.read == wanted; });
@@ -89,7 +89,7 @@ const uint8_t* WeightStream::get(int32_t i, bool wait) {
   auto it = find();
   if (it == ring_.end()) {
     if (!first) return nullptr;
-    // Not what was expected: a walk was broken off, or leaves out the output.
+    // Not what was expected: a forward pass was broken off, or leaves out the output.
     drop(ring_.size());
     next_ = wanted;
     pump();
@@ -139,15 +139,15 @@ std::span<const uint8_t* const> WeightStream::rows(std::span<const int32_t> numb
   std::vector<FlashReader::Piece> reads;
   uint8_t* at = row_memory_.data();
   for (const int32_t number : numbers) {
-    const uint8_t* stays = nullptr;
-    for (int32_t i = range.first; i < range.last && !stays; ++i) {
+    const uint8_t* pinned = nullptr;
+    for (int32_t i = range.first; i < range.last && !pinned; ++i) {
       const StreamPiece& p = piece(i);
-      const uint8_t* data = stays_[static_cast<size_t>(p.read)];
+      const uint8_t* data = pinned_[static_cast<size_t>(p.read)];
       if (!data || number < p.row_begin || number >= p.row_end) continue;
-      stays = weights(i, data) + (number - p.row_begin) * lookup_.row_bytes();
+      pinned = weights(i, data) + (number - p.row_begin) * lookup_.row_bytes();
     }
-    if (stays) {
-      rows_.push_back(stays);
+    if (pinned) {
+      rows_.push_back(pinned);
       continue;
     }
     const Extent extent = row_extent(lookup_, number);
@@ -173,16 +173,16 @@ StreamStatistics WeightStream::statistics() const {
 }
 
 double WeightStream::flash_bandwidth(int64_t bytes, uint64_t seed) {
-  if (passing_.empty()) return 0;
+  if (streamed_.empty()) return 0;
   begin(0, nullptr);
   drop(ring_.size());
-  size_t i = std::mt19937_64(seed)() % passing_.size();
-  next_ = passing_[i];
+  size_t i = std::mt19937_64(seed)() % streamed_.size();
+  next_ = streamed_[i];
   int64_t total = 0;
   const double began = now();
   pump();
-  for (; total < bytes; i = (i + 1) % passing_.size()) {
-    const StreamRead& r = read(passing_[i]);
+  for (; total < bytes; i = (i + 1) % streamed_.size()) {
+    const StreamRead& r = read(streamed_[i]);
     get(r.last - 1, true);
     release();
     total += page_span(r.extent);
@@ -190,13 +190,13 @@ double WeightStream::flash_bandwidth(int64_t bytes, uint64_t seed) {
   return static_cast<double>(total) / (now() - began);
 }
 
-int32_t WeightStream::passing_after(int32_t i) const {
-  const auto it = std::upper_bound(passing_.begin(), passing_.end(), i);
-  return it == passing_.end() ? passing_.front() : *it;
+int32_t WeightStream::streamed_after(int32_t i) const {
+  const auto it = std::upper_bound(streamed_.begin(), streamed_.end(), i);
+  return it == streamed_.end() ? streamed_.front() : *it;
 }
 
 void WeightStream::pump() {
-  while (ring_.size() < passing_.size()) {
+  while (ring_.size() < streamed_.size()) {
     const Extent& extent = read(next_).extent;
     const auto span = static_cast<uint64_t>(page_span(extent));
     // A read lies in one part; what the arena's end is too short for is skipped.
@@ -218,7 +218,7 @@ void WeightStream::pump() {
     reader_->io().submit(entry.job, false);
     head_ += span;
     used_ += entry.taken;
-    next_ = passing_after(next_);
+    next_ = streamed_after(next_);
   }
 }
 

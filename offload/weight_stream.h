@@ -28,16 +28,16 @@ struct StreamStatistics {
 // Used by one thread at a time: the evaluating one, under the pool's lease.
 class WeightStream {
  public:
-  // lookup: a matrix of which walks look up single rows, the embeddings; it may be one of the
-  // plan's tensors as well. Reads what stays. poll: as FlashReader::read_all.
+  // lookup: a matrix of which forward passes look up single rows, the embeddings; it may be one of
+  // the plan's tensors as well. Reads the pinned weights. poll: as FlashReader::read_all.
   WeightStream(std::shared_ptr<FlashReader> reader, StreamPlan plan, const StreamTensor& lookup,
                const std::function<void()>& poll);
   ~WeightStream();
   WeightStream(const WeightStream&) = delete;
   WeightStream& operator=(const WeightStream&) = delete;
 
-  // A chunk of tokens begins its walk. poll is called every 20 ms of waiting and may throw; it must
-  // live until the walk ends.
+  // A chunk of tokens begins its forward pass. poll is called every 20 ms of waiting and may throw;
+  // it must live until the forward pass ends.
   void begin(int64_t tokens, const std::function<void()>* poll);
 
   // The pieces of a tensor, by number: [first, last), ascending rows; empty: it is in memory.
@@ -67,7 +67,7 @@ class WeightStream {
   const FlashReader& reader() const { return *reader_; }
   // For any thread.
   StreamStatistics statistics() const;
-  // Bytes a second of reading `bytes` of the pieces that pass, as many reads under way as the
+  // Bytes a second of reading `bytes` of the streamed pieces, as many reads under way as the
   // reader takes, from a random one on.
   double flash_bandwidth(int64_t bytes, uint64_t seed);
 
@@ -83,7 +83,7 @@ class WeightStream {
   const StreamRead& read(int32_t i) const { return plan_.reads[static_cast<size_t>(i)]; }
   // Where a piece lies in its read at `data`.
   const uint8_t* weights(int32_t piece, const uint8_t* data) const;
-  int32_t passing_after(int32_t read) const;
+  int32_t streamed_after(int32_t read) const;
   // Submits reads while the ring has room.
   void pump();
   // Ends the reads of the first `count` of ring_, or throws them away where they have not begun.
@@ -95,15 +95,15 @@ class WeightStream {
   const StreamPlan plan_;
   const StreamTensor lookup_;
   HugeMemory kept_, arena_;
-  std::vector<Range> ranges_;     // by tensor
-  std::vector<uint8_t*> stays_;   // [reads], of those that stay, else null
-  std::vector<int32_t> passing_;  // reads that pass, ascending
-  std::deque<Passing> ring_;      // in the order of use
-  size_t given_ = 0;              // of it, from the first, up to the last that get() gave from
-  int32_t last_given_ = -1;       // piece; -1: none since release()
-  uint64_t given_bytes_ = 0;      // of the ring, since release()
-  int32_t next_ = 0;              // read that comes next
-  uint64_t head_ = 0, used_ = 0;  // where in the arena the next piece goes; bytes taken
+  std::vector<Range> ranges_;      // by tensor
+  std::vector<uint8_t*> pinned_;   // [reads], of the pinned ones, else null
+  std::vector<int32_t> streamed_;  // streamed reads, ascending
+  std::deque<Passing> ring_;       // in the order of use
+  size_t given_ = 0;               // of it, from the first, up to the last that get() gave from
+  int32_t last_given_ = -1;        // piece; -1: none since release()
+  uint64_t given_bytes_ = 0;       // of the ring, since release()
+  int32_t next_ = 0;               // read that comes next
+  uint64_t head_ = 0, used_ = 0;   // where in the arena the next piece goes; bytes taken
   std::vector<const uint8_t*> rows_;
   HugeMemory row_memory_;
   bool decode_ = false;

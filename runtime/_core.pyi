@@ -1,6 +1,6 @@
 """The C++ core. One process-wide kernel table; immutable Engine; one mutable Timeline a session."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def metadata_key_use(key: str, architecture: str) -> str | None:
     """What a key of a file is to the engine: used, harmless, refused, no model; None: unknown."""
 
 class Engine:
-    """An immutable model: configuration, weights, plan. Shared by any number of timelines."""
+    """An immutable model: configuration, weights, plan. Shared by any number of sequences."""
 
     # threads 0: physical performance cores. context 0: the model's limit, at most 4096.
     # kv_type: "f16" or "f32". precision: "fast", "balanced" or "high" (engine.h, Precision).
@@ -95,9 +95,9 @@ class Engine:
         """Counters of the expert store since the load, None where all experts are in memory."""
     @property
     def stream(self) -> dict[str, Any] | None:
-        """Counters of the weights that pass through memory, None where all of them stay."""
+        """Counters of the streamed weights, None where all are pinned."""
     @property
-    def sessions(self) -> tuple[int, int]: ...  # open timelines, bytes that the cache lent them
+    def sessions(self) -> tuple[int, int]: ...  # open sequences, bytes that the cache lent them
     @property
     def survives_fork(self) -> bool: ...  # works in a process that is forked after the load
     def record_routing(self, on: bool) -> None: ...  # OptionError where everything is in memory
@@ -107,7 +107,7 @@ class Engine:
     def predictor_state(self) -> bytes: ...  # what the predictor has learnt; b"": nothing
     def empty_cache(self) -> None: ...  # for measurements from cold
     def flash_bandwidth(self, nbytes: int, seed: int = 1) -> float: ...  # bytes/s
-    def timeline(self) -> Timeline: ...
+    def sequence(self) -> Sequence: ...
 
 def plan(
     file: GgufFile,
@@ -126,30 +126,32 @@ def plan(
     products, weights, bytes. Raises what the load would, BudgetError included.
     """
 
-class Timeline:
+class Sequence:
     """KV cache and position of one sequence. Not for two threads at once (raises OptionError)."""
 
     @property
     def position(self) -> int: ...  # tokens evaluated
     @property
     def context(self) -> int: ...
-    def eval(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> None:
+    def eval(self, tokens: SequenceOf[int] | npt.NDArray[np.int32]) -> None:
         """Appends tokens (n >= 1); afterwards logits() are those after the last one."""
     def logits(self) -> npt.NDArray[np.float32]: ...  # [n_vocab], a copy
-    def eval_all(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    def eval_all(self, tokens: SequenceOf[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Appends tokens; returns the logits after each, [n, n_vocab]."""
-    def eval_nll(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+    def eval_nll(self, tokens: SequenceOf[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         """Appends n tokens; returns -log p(tokens[i + 1] | ...) for i < n - 1, [n - 1], in nats."""
     def hidden(self) -> npt.NDArray[np.float32]: ...  # [n_embd]: final norm of the last token
-    def eval_hidden(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    def eval_hidden(
+        self, tokens: SequenceOf[int] | npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
         """Appends tokens; returns the final-norm hidden state of each, [n, n_embd]."""
-    def eval_taps(self, tokens: Sequence[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    def eval_taps(self, tokens: SequenceOf[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Appends tokens; returns the (normalised) input of each layer's feed-forward or router.
 
         float32 [n_layer, n, n_embd].
         """
     def eval_hidden_taps(
-        self, tokens: Sequence[int] | npt.NDArray[np.int32]
+        self, tokens: SequenceOf[int] | npt.NDArray[np.int32]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Appends tokens; returns eval_taps and what predictors see.
 
@@ -170,8 +172,8 @@ class ActivationSums:
     """Sums of the squares of what every matrix of an engine multiplies with."""
 
     def __init__(self, engine: Engine) -> None: ...
-    def eval(self, timeline: Timeline, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-        """Timeline.eval_nll(tokens), and adds the inputs of all its products."""
+    def eval(self, sequence: Sequence, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
+        """Sequence.eval_nll(tokens), and adds the inputs of all its products."""
     @property
     def tensors(self) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]]:
         """Tensor -> (sums [experts or 1, cols], tokens [experts or 1]); a copy."""

@@ -22,7 +22,7 @@ from .backends.onnx import (
     run_graph,
     type_name,
 )
-from .backends.timeline import Metadata
+from .backends.sequence import Metadata
 from .base import arguments
 from .base.errors import OptionError
 from .base.memory import budget

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ._core import Sampler
-    from .backends.engine import LoadedModel, Timeline
+    from .backends.engine import EngineSequence, LoadedModel
     from .text.tokenizer import TokenStream
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -56,7 +56,7 @@ class AnswerSession(Protocol):
     """What an answer needs of its session."""
 
     _model: LoadedModel
-    _timeline: Timeline
+    _sequence: EngineSequence
     _tokens: list[int]
     _lock: threading.Lock
 
@@ -92,7 +92,7 @@ class Generation:
         begins_text: bool = False,
         on_end: Callable[[Generation], None] | None = None,
     ) -> None:
-        """target: all tokens the timeline shall hold before the first choice; started: the
+        """target: all tokens the sequence shall hold before the first choice; started: the
         perf_counter() of the call, from which the time to first token counts; begins_text: the
         answer is a text of its own, not a continuation.
         """
@@ -306,7 +306,7 @@ class Generation:
 
     def _choose(self, session: AnswerSession, steps: _Steps, begin: float) -> Chunk | None:
         """Takes a token; begin: when the step began, by perf_counter()."""
-        token = session._timeline.sample(steps.sampler)
+        token = session._sequence.sample(steps.sampler)
         seconds = time.perf_counter() - begin
         if not self.tokens:
             self._ttft_s = self._prepare_s + seconds

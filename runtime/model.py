@@ -88,7 +88,7 @@ class Model:
             _LOG.warning(
                 "stoker: %s: the system gives %d threads of %d", path.name, threads, options.threads
             )
-        self._load_bandwidth = self._read_bandwidth()  # of the weights that stay
+        self._load_bandwidth = self._read_bandwidth()  # of the pinned weights
         self.load_s = time.perf_counter() - started  # seconds that loading took
 
     def _set_up(self, path: Path, options: LoadOptions, file: ModelFile) -> None:
@@ -178,7 +178,7 @@ class Model:
 
     @property
     def stream(self) -> Mapping[str, Any] | None:
-        """Counters of weights that pass through memory since the load; None where all of them stay.
+        """Counters of streamed weights since the load; None where all are pinned.
 
         Of the weights that every token uses: bytes and decode_bytes read from flash, stall_s and
         decode_stall_s waited for them.
@@ -355,7 +355,7 @@ class Model:
         """The logits after each token, [n, n_vocab]; a string is tokenized first."""
         ids = self._encode(tokens, add_special=True, parse_special=True)
         with self._scratch(ids) as session:
-            return session._timeline.eval_all(ids)
+            return session._sequence.eval_all(ids)
 
     def embed(
         self, text: str | Tokens, *, pooling: str | None = None, normalize: bool = False
@@ -370,7 +370,7 @@ class Model:
         normalize = arguments.flag("normalize", normalize)
         ids = self._encode(text, add_special=True, parse_special=False)
         with self._scratch(ids) as session:
-            pooled = pool(session._timeline.eval_hidden(ids), kind)
+            pooled = pool(session._sequence.eval_hidden(ids), kind)
         if normalize:
             norms = np.linalg.norm(pooled, axis=-1, keepdims=True)
             pooled = pooled / np.maximum(norms, 1e-30)
@@ -421,7 +421,7 @@ class Model:
 
         with self._scratch(None) as session:
             return measure(
-                session._timeline,
+                session._sequence,
                 np.asarray(ids, dtype=np.int32),
                 context=min(512, session.context) if context is None else context,
                 stride=stride,
@@ -544,7 +544,7 @@ class Model:
 
     @contextmanager
     def _scratch(self, ids: list[int] | None) -> Iterator[Session]:
-        """An empty session; its timeline may be used directly, and is emptied afterwards."""
+        """An empty session; its sequence may be used directly, and is emptied afterwards."""
         if ids is not None and not ids:
             raise OptionError("there are no tokens to evaluate")
         session = self._take()
@@ -555,7 +555,7 @@ class Model:
             yield session
             self._drain()
         finally:
-            session._timeline.truncate(0)
+            session._sequence.truncate(0)
             session._logits_at = -1
             self._give_back(session)
 

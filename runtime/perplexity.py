@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .base.errors import OptionError
 
 if TYPE_CHECKING:
-    from .backends.engine import Timeline
+    from .backends.engine import EngineSequence
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def windows(n: int, context: int, stride: int | None) -> Iterator[tuple[int, int
 
 
 def measure(
-    timeline: Timeline,
+    sequence: EngineSequence,
     tokens: npt.NDArray[np.int32],
     *,
     context: int,
@@ -58,7 +58,7 @@ def measure(
     max_chunks: int | None,
     progress: Callable[[int, int, float], None] | None,
 ) -> Perplexity:
-    """Perplexity of tokens [n] on an otherwise unused timeline.
+    """Perplexity of tokens [n] on an otherwise unused sequence.
 
     bos: put in place of each window's first token (None where the model has none).
     progress: called after each window with (windows done, windows in all, ppl so far).
@@ -66,9 +66,9 @@ def measure(
     least = 2 if stride is not None else 3  # the second half of two tokens is none
     if context < least:
         raise OptionError(f"context must be at least {least}, not {context}")
-    if context > timeline.context:
+    if context > sequence.context:
         raise OptionError(
-            f"context must be at most the {timeline.context} tokens that the model was loaded "
+            f"context must be at most the {sequence.context} tokens that the model was loaded "
             f"with, not {context}"
         )
     if stride is not None and not 1 <= stride < context:
@@ -83,9 +83,9 @@ def measure(
         window = tokens[begin:end].copy()
         if bos is not None:
             window[0] = bos
-        timeline.truncate(0)
+        sequence.truncate(0)
         # nll[i] is that of the window's token i + 1.
-        nll = timeline.eval_nll(window)[first - begin - 1 :]
+        nll = sequence.eval_nll(window)[first - begin - 1 :]
         count += len(nll)
         total += float(nll.sum())
         squares += float((nll * nll).sum())

@@ -33,7 +33,7 @@ class PlanReport:
     """Where the memory of one loaded model goes, bytes, and what speed to expect of decode.
 
     budget: of the whole process; 0: none, everything is in memory.
-    pinned: weights that stay, by kind; where not all fit that every token uses, `passing` bytes of
+    pinned: weights in memory, by kind; where not all fit that every token uses, `streamed` bytes of
     them are read anew with every token, through `ring` bytes. kv: of one session at its full
     context.
     slots: experts that the cache holds of all `experts`; working_set: experts that one token uses.
@@ -50,7 +50,7 @@ class PlanReport:
     budget: int
     process: int
     pinned: dict[str, int]
-    passing: int
+    streamed: int
     ring: int
     kv: int
     scratch: int
@@ -104,10 +104,10 @@ class PlanReport:
             rows.append(("budget", "none needed: everything is in memory"))
         total = sum(self.pinned.values())
         kinds = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in self.pinned.items())
-        rows.append(("weights that stay", f"{size(total)}: {kinds}"))
-        if self.passing:
-            through = f"{size(self.passing)} with every token, through {size(self.ring)}"
-            rows.append(("weights that pass", through))
+        rows.append(("pinned weights", f"{size(total)}: {kinds}"))
+        if self.streamed:
+            through = f"{size(self.streamed)} with every token, through {size(self.ring)}"
+            rows.append(("streamed weights", through))
         rows.append(
             ("KV cache", f"{size(self.kv)}: {self.context} tokens of a session, {self.kv_type}")
         )
@@ -157,7 +157,7 @@ def report(model: LoadedModel) -> PlanReport:
     one = int(plan.get("expert_bytes", 0)) // experts if experts else 0
     hits = expected_hit_rate(model) if limit else 1.0
     if model.stream is not None:
-        pinned = {"as many as fit": int(plan["weight_bytes"])}
+        pinned = {"of every kind, evenly": int(plan["weight_bytes"])}
     else:
         pinned = pinned_by_kind(model._file.tensors, with_experts=not limit)
     padding = int(plan["weight_bytes"]) - sum(pinned.values())
@@ -165,8 +165,8 @@ def report(model: LoadedModel) -> PlanReport:
         pinned["padding"] = padding  # tensors begin where direct reads may
     flash_bandwidth = model.flash_bandwidth
     flash_s: float | None = 0.0
-    passing = int(plan.get("walk_bytes", 0))
-    if read := (1 - hits) * working_set * one + passing:
+    streamed = int(plan.get("streamed_bytes", 0))
+    if read := (1 - hits) * working_set * one + streamed:
         flash_s = read / flash_bandwidth if flash_bandwidth else None
     return PlanReport(
         model=model.name,
@@ -177,7 +177,7 @@ def report(model: LoadedModel) -> PlanReport:
         budget=limit,
         process=int(plan.get("process_bytes", 0)),
         pinned=pinned,
-        passing=passing,
+        streamed=streamed,
         ring=int(plan.get("ring_bytes", 0)),
         kv=int(plan["kv_bytes"]),
         scratch=int(plan["scratch_bytes"]),

@@ -23,7 +23,7 @@ from .text.conversation import Message
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .backends.engine import LoadedModel, Timeline
+    from .backends.engine import EngineSequence, LoadedModel
 
 
 _BUSY = "this session is in use by another thread: make one session for each (Model.session())"
@@ -31,14 +31,14 @@ _BUSY = "this session is in use by another thread: make one session for each (Mo
 
 @dataclass
 class Evaluated:
-    """A timeline and what it holds: all of a session that another one can go on with.
+    """A sequence and what it holds: all of a session that another one can go on with.
 
-    tokens: what the timeline shall hold. Its tail may not be evaluated yet: the timeline's own
+    tokens: what the sequence shall hold. Its tail may not be evaluated yet: the sequence's own
     position says how far it is, so that an interrupt at any point leaves no contradiction.
-    logits_at: the position whose logits the timeline holds.
+    logits_at: the position whose logits the sequence holds.
     """
 
-    timeline: Timeline
+    sequence: EngineSequence
     tokens: list[int] = field(default_factory=list)
     logits_at: int = -1
 
@@ -53,10 +53,10 @@ class Session:
     def __init__(
         self, model: LoadedModel, *, system: str | None = None, evaluated: Evaluated | None = None
     ) -> None:
-        """evaluated: what another session has left, None makes a timeline."""
-        start = evaluated or Evaluated(model._engine.timeline())
+        """evaluated: what another session has left, None makes a sequence."""
+        start = evaluated or Evaluated(model._engine.sequence())
         self._model = model
-        self._timeline = start.timeline
+        self._sequence = start.sequence
         self._tokens = start.tokens
         self._logits_at = start.logits_at
         self._lock = threading.Lock()
@@ -78,7 +78,7 @@ class Session:
     @property
     def context(self) -> int:
         """Tokens that the session can hold."""
-        return int(self._timeline.context)
+        return int(self._sequence.context)
 
     @property
     def tokens(self) -> list[int]:
@@ -128,7 +128,7 @@ class Session:
             if not self._tokens:
                 raise OptionError("the session is empty: append something before asking for logits")
             self._evaluate()
-            return self._timeline.logits()
+            return self._sequence.logits()
 
     def generate(
         self,
@@ -223,9 +223,9 @@ class Session:
 
         Whoever still refers to it (the frames of a traceback, say) holds no KV cache.
         """
-        evaluated = Evaluated(self._timeline, self._tokens, self._logits_at)
-        del self._timeline
-        evaluated.timeline.forget_cancel()  # was meant for this session
+        evaluated = Evaluated(self._sequence, self._tokens, self._logits_at)
+        del self._sequence
+        evaluated.sequence.forget_cancel()  # was meant for this session
         return evaluated
 
     def _with_system(self, turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -298,10 +298,10 @@ class Session:
     def _cancel(self, generation: Generation | None) -> None:
         if generation is not None:
             generation._cancel.set()
-        timeline = self.__dict__.get("_timeline")  # it may be handed over this moment
-        if timeline is not None and self._lock.locked():
+        sequence = self.__dict__.get("_sequence")  # it may be handed over this moment
+        if sequence is not None and self._lock.locked():
             self._stop.set()
-            timeline.cancel()
+            sequence.cancel()
 
     def _check_length(self, target: list[int]) -> None:
         if len(target) > self.context:
@@ -311,13 +311,13 @@ class Session:
             )
 
     def _advance_to(self, target: list[int]) -> int:
-        """Makes the timeline hold `target`; returns how many of its tokens were evaluated before.
+        """Makes the sequence hold `target`; returns how many of its tokens were evaluated before.
 
         On any exception the session keeps the part that it had in common with `target`.
         """
         self._check_length(target)
         keep = _common_prefix(self._tokens, target)
-        reused = min(keep, self._timeline.position)
+        reused = min(keep, self._sequence.position)
         self._truncate(keep)
         try:
             self._tokens.extend(target[keep:])
@@ -329,27 +329,27 @@ class Session:
 
     def _truncate(self, position: int) -> None:
         del self._tokens[position:]
-        if self._timeline.position > position:
+        if self._sequence.position > position:
             self._logits_at = -1
-            self._timeline.truncate(position)
+            self._sequence.truncate(position)
 
     def _evaluate(self, *, decode: bool = False) -> None:
-        """Evaluates what is pending, so that the timeline has the logits of the last token.
+        """Evaluates what is pending, so that the sequence has the logits of the last token.
 
         decode: it is a token that was generated, not a prompt.
         """
         end = len(self._tokens)
-        if end > 0 and self._timeline.position == end and self._logits_at != end:
+        if end > 0 and self._sequence.position == end and self._logits_at != end:
             # Truncated: the last token's logits are gone, compute them again.
-            self._timeline.truncate(end - 1)
-        while self._timeline.position < end:
+            self._sequence.truncate(end - 1)
+        while self._sequence.position < end:
             self._logits_at = -1
-            begin = self._timeline.position
+            begin = self._sequence.position
             recorder = self._model._recorder
             # Recorded chunk by chunk, so that the recording of a long prompt needs no more memory.
             stop = end if recorder is None else min(end, begin + recorder.chunk)
             try:
-                self._timeline.eval(self._tokens[begin:stop])
+                self._sequence.eval(self._tokens[begin:stop])
             except Cancelled:
                 if recorder is not None:
                     recorder.drop()
@@ -366,7 +366,7 @@ class Session:
         self._logits_at = end
 
     def _decode_bytes(self) -> int:
-        return int(self._timeline.stats["decode_bytes"])
+        return int(self._sequence.stats["decode_bytes"])
 
 
 def _copied(messages: object) -> list[Any]:

@@ -15,8 +15,8 @@ class ExpertStatistics:
     """What one generation asked of the expert cache; prompt included unless named decode.
 
     Every use of an expert is a hit (it was in memory), late (its prefetch was under way) or a miss.
-    prefetches: submitted; prefetches_used: needed by the walk that they were made for, late ones
-    included; cancelled: prefetches that never began.
+    prefetches: submitted; prefetches_used: needed by the forward pass that they were made
+    for, late ones included; cancelled: prefetches that never began.
     demand_bytes, prefetch_bytes, decode_bytes: read from flash.
     stall_s, decode_stall_s: seconds that computation waited for reads.
     """
@@ -235,12 +235,12 @@ class Statistics:
         return " | ".join(parts)
 
     def stream_line(self) -> str | None:
-        """One line for people about weights that pass, None where all of them stay."""
+        """One line for people about streamed weights, None where all are pinned."""
         s = self.stream
         if s is None:
             return None
         read = s.decode_bytes if self.decode_tokens else s.bytes
-        parts = ["weights that pass", self._flash_text(read), self._stall_text(s)]
+        parts = ["streamed weights", self._flash_text(read), self._stall_text(s)]
         if self.experts is None and self.limit_share is not None:
             parts.append(f"{self.limit_share:.0%} of the memory and flash limit")
         return " | ".join(parts)

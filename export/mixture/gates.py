@@ -111,11 +111,11 @@ def record(
     path = os.path.join(folder, "states")
     _allocate(path, math.prod(shape) * np.dtype(np.float16).itemsize)
     states: Halves = np.memmap(path, np.float16, "r+", shape=shape)
-    timeline = model.engine.timeline()
+    sequence = model.engine.sequence()
     done = 0
     for tokens in sequences:
-        timeline.truncate(0)
-        taps = timeline.eval_taps(tokens)
+        sequence.truncate(0)
+        taps = sequence.eval_taps(tokens)
         if not np.isfinite(taps).all():
             raise ModelFileError(f"{model.path}: the model computes values that are not finite")
         states[:, done : done + len(tokens)] = np.clip(taps, -_MOST_HALF, _MOST_HALF)

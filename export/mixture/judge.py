@@ -1,4 +1,4 @@
-"""What an allotment of types costs: the engine runs the file and is compared with the source."""
+"""What an allocation of types costs: the engine runs the file and is compared with the source."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ...offload.plan.device_profile import DeviceProfile
-from ...offload.plan.forecast import READERS, Device, Forecast, Subject, Turn, forecast
+from ...offload.plan.forecast import READERS, Device, Forecast, ModelHeader, Workload, forecast
 from ..run.case import BUDGET_SHARE, DECODE_PROMPT, Case
 from ..run.measure import groups_allowed, run_case
 from ..run.preparation import drop_page_cache, read_directly
@@ -81,7 +81,9 @@ def budgets(path: Path, wanted: Sequence[int], context: int, threads: int) -> li
     """As many as `wanted`: those of them that make a difference, others between these bounds."""
     from ...runtime._core import GgufFile
 
-    subject = Subject(GgufFile(str(path)), path.name, context=context, process_bytes=PROCESS_BYTES)
+    subject = ModelHeader(
+        GgufFile(str(path)), path.name, context=context, process_bytes=PROCESS_BYTES
+    )
     plan = subject.plan(0, threads)[1]
     # Room for what the worker may be larger than is assumed here.
     least = int(plan["least_memory"] * 1.1) + (8 << 20)
@@ -136,14 +138,14 @@ def expect(checked: Checked, device: Device, context: int, tokens: int) -> Forec
     memory = checked.memory
     if memory is not None and groups_allowed():
         memory = int(memory * BUDGET_SHARE)
-    subject = Subject(
+    subject = ModelHeader(
         GgufFile(str(checked.model)),
         checked.model.stem,
         context=context,
         process_bytes=PROCESS_BYTES,
     )
-    decode = forecast(subject, device, memory, Turn(DECODE_PROMPT, tokens))
-    prompt = forecast(subject, device, memory, Turn(PROMPT, 1, first=False))
+    decode = forecast(subject, device, memory, Workload(DECODE_PROMPT, tokens))
+    prompt = forecast(subject, device, memory, Workload(PROMPT, 1, first=False))
     return replace(
         decode,
         prompt_tokens=PROMPT,

@@ -15,7 +15,7 @@
 #include "mobile_bench/native/sha256.h"
 #include "mobile_bench/native/system_facts.h"
 #include "runtime/base/errors.h"
-#include "runtime/core/timeline.h"
+#include "runtime/core/sequence.h"
 
 namespace stoker::bench {
 
@@ -65,10 +65,10 @@ Json plan_json(const Engine& engine) {
   o.set("precision", kPrecisions[static_cast<int>(engine.precision())]);
   o.set("weight_bytes", p.weight_bytes).set("kv_bytes", p.kv_bytes);
   o.set("scratch_bytes", p.scratch_bytes).set("token_bytes", p.token_bytes);
-  o.set("layer_macs", p.layer_macs).set("walk_bytes", p.walk_bytes);
+  o.set("layer_macs", p.layer_macs).set("streamed_bytes", p.streamed_bytes);
   o.set("least_memory", p.least_memory);
   std::vector<Json> work;
-  for (const Work& w : p.work) {
+  for (const OpCost& w : p.work) {
     constexpr const char* kParts[] = {"layers", "experts", "output"};
     JsonObject part;
     part.set("part", kParts[static_cast<int>(w.part)]).set("format", w.format->name);
@@ -133,7 +133,7 @@ class Measurement {
     drop_page_cache(*file_);
     load_cold_ = load_once();
     if (!options_.load_twice) return;
-    timeline_.reset();
+    sequence_.reset();
     engine_.reset();
     load_warm_ = load_once();
   }
@@ -172,8 +172,8 @@ class Measurement {
     // The pages of a long prompt's chunk have been touched: what comes now is the same each token.
     for (int64_t i = 0; i < n; ++i) {
       const double start = now();
-      timeline_->eval({&next, 1});
-      next = timeline_->sample(greedy);
+      sequence_->eval({&next, 1});
+      next = sequence_->sample(greedy);
       token_s_.push_back(now() - start);
       tokens_.push_back(next);
     }
@@ -223,7 +223,7 @@ class Measurement {
 
  private:
   double seconds() const { return std::accumulate(token_s_.begin(), token_s_.end(), 0.0); }
-  // Of the expert store, and what other weights cost that pass.
+  // Of the expert store, and of the streamed weights.
   StoreStatistics statistics() const {
     StoreStatistics s = engine_->flash() ? engine_->flash()->statistics() : StoreStatistics();
     if (!engine_->stream()) return s;
@@ -236,12 +236,12 @@ class Measurement {
     engine_options_.offload.process_bytes = resident_bytes() + kGrowth;
     const double start = now();
     engine_ = std::make_shared<Engine>(file_, engine_options_);
-    timeline_ = std::make_unique<Timeline>(engine_, std::function<void()>());
+    sequence_ = std::make_unique<Sequence>(engine_, std::function<void()>());
     return now() - start;
   }
   // No sequence, and nothing in the expert cache.
   void restart() {
-    timeline_->truncate(0);
+    sequence_->truncate(0);
     if (!engine_->flash()) return;
     const ThreadPool::Lease lease(engine_->pool());
     engine_->flash()->forget();
@@ -250,8 +250,8 @@ class Measurement {
     const std::vector<int32_t> ids = prompt_ids(options_.ids, n, engine_->config().n_vocab);
     Sampler greedy(static_cast<int>(engine_->config().n_vocab), {});
     const double start = now();
-    timeline_->eval(ids);
-    *next = timeline_->sample(greedy);
+    sequence_->eval(ids);
+    *next = sequence_->sample(greedy);
     return now() - start;
   }
 
@@ -259,7 +259,7 @@ class Measurement {
   const std::shared_ptr<const GgufFile> file_;
   EngineOptions engine_options_;
   std::shared_ptr<Engine> engine_;
-  std::unique_ptr<Timeline> timeline_;
+  std::unique_ptr<Sequence> sequence_;
   double load_cold_ = 0, load_warm_ = std::nan("");
   std::vector<Json> prompts_;
   std::vector<double> token_s_;     // [decoded]

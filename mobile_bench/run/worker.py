@@ -77,7 +77,7 @@ class Stoker:
             options["process_bytes"] = resident_bytes() + (4 << 20)
         self.file = GgufFile(path)
         self.engine = Engine(self.file, threads=threads, context=context, **options)
-        self.timeline = self.engine.timeline()
+        self.sequence = self.engine.sequence()
         self.config = {k: v for k, v in self.engine.config.items() if isinstance(v, (int, str))}
         self.greedy = Sampler(self.engine.config["n_vocab"])
         self.plan = dict(self.engine.plan)
@@ -91,21 +91,21 @@ class Stoker:
 
     def restart(self, cold: bool) -> None:
         """Forgets the sequence; cold: empties the expert cache."""
-        self.timeline.truncate(0)
+        self.sequence.truncate(0)
         if cold and self.engine.offload is not None:
             self.engine.empty_cache()
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Appends tokens."""
-        self.timeline.eval(tokens)
+        self.sequence.eval(tokens)
 
     def best(self) -> int:
         """The most likely next token."""
-        return self.timeline.sample(self.greedy)
+        return self.sequence.sample(self.greedy)
 
     def eval_all(self, tokens: Sequence[int]) -> Any:
         """Appends tokens; the logits after each."""
-        return self.timeline.eval_all(tokens)
+        return self.sequence.eval_all(tokens)
 
     def counters(self) -> dict[str, Any] | None:
         """Of the expert store since the load, what other weights cost included; None: neither."""
@@ -205,26 +205,26 @@ class Onnx:
         load = LoadOptions(threads=threads, context=context, memory=memory)
         self.model = OnnxModel(Path(path), load, OnnxOptions(**options))
         self.version = str(onnxruntime.__version__)
-        self.timeline = self.model.engine.timeline()
+        self.sequence = self.model.engine.sequence()
         self.config = {k: v for k, v in self.model.config.items() if isinstance(v, (int, str))}
         self.plan = dict(self.model.plan)
         self.greedy = Sampler(self.model.config["n_vocab"])
 
     def restart(self, cold: bool) -> None:
         """Forgets the sequence."""
-        self.timeline.truncate(0)
+        self.sequence.truncate(0)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Appends tokens."""
-        self.timeline.eval(tokens)
+        self.sequence.eval(tokens)
 
     def best(self) -> int:
         """The most likely next token."""
-        return self.timeline.sample(self.greedy)
+        return self.sequence.sample(self.greedy)
 
     def eval_all(self, tokens: Sequence[int]) -> Any:
         """Appends tokens; the logits after each."""
-        return self.timeline.eval_all(tokens)
+        return self.sequence.eval_all(tokens)
 
     def counters(self) -> dict[str, Any] | None:
         """None: it has no expert store."""
@@ -348,7 +348,7 @@ class Worker:
         return {"uses": len(taken["expert"])}
 
     def flash(self, nbytes: int, seeds: int) -> dict[str, Any]:
-        """Bandwidth of reading random experts, or weights that pass; bytes a second."""
+        """Bandwidth of reading random experts, or streamed weights; bytes a second."""
         if self.engine.counters() is None:
             return {"bytes_s": None}
         self.engine.restart(True)

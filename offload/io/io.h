@@ -50,7 +50,7 @@ struct IoJob {
 struct IoStatistics {
   int64_t reads = 0;      // system calls that completed
   int64_t bytes = 0;      // that arrived
-  double busy_s = 0;      // time during which at least one read was in flight
+  double busy_s = 0;      // time during which at least one read was in read_index
   int64_t cancelled = 0;  // jobs
 };
 
@@ -66,7 +66,8 @@ struct IoListener {
 
 class IoBackend {
  public:
-  virtual ~IoBackend() = default;  // waits for what is in flight; pending jobs end as kCancelled
+  virtual ~IoBackend() =
+      default;  // waits for what is in read_index; pending jobs end as kCancelled
   // demand: before every job that is not. Within a priority: first come, first served.
   virtual void submit(IoJob& job, bool demand) = 0;
   // A waiting job becomes a demand; nothing where it is one or has ended.

@@ -45,7 +45,7 @@ class JobQueue {
   // then calls end_job().
   bool end_read(IoJob& job, const std::string& error);
   // For a backend that closes: the next waiting job leaves its list, without the reads that have
-  // not begun. True where none of the others is in flight: the caller ends the job.
+  // not begun. True where none of the others is in read_index: the caller ends the job.
   IoJob* give_up(bool* ended);
   // The status of a job of which no read is left.
   static IoStatus outcome(const IoJob& job);

@@ -180,7 +180,7 @@ class Ring {
 
 class Uring final : public IoBackend {
  public:
-  // depth: reads in flight at most.
+  // depth: reads in read_index at most.
   Uring(std::shared_ptr<const IoFiles> files, int depth, IoListener* listener)
       : files_(std::move(files)),
         listener_(listener),
@@ -249,7 +249,7 @@ class Uring final : public IoBackend {
   }
 
  private:
-  // A read in flight; the number of its slot is the request's user_data.
+  // A read in read_index; the number of its slot is the request's user_data.
   struct Slot {
     TakenRead taken;  // job null: free
     uint64_t got = 0;

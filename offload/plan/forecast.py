@@ -12,7 +12,8 @@ A decoded token takes
                            bandwidth for reads of that size and depth, less what computing hides
 
 and a prompt the same per chunk: an expert is read once a chunk; each matrix costs its unpacking
-once and its operations a token (tile_ops_s). Load is what stays, at the storage's bandwidth.
+once and its operations a token (tile_ops_s). Load is the pinned weights, at the storage's
+bandwidth.
 
 The constants below are the engine's, not the device's: each says where it comes from. They were
 set by hand from records of one machine (2 cores of Zen 5, virtual).
@@ -67,7 +68,7 @@ FORESEEN = 0.38
 HIDING = 0.95
 # Reads that the engine has under way at a time (its default).
 READERS = 4
-# Of weights that pass, reads that the ring holds and their bytes (offload/plan/stream_plan.cc).
+# Streamed weights: reads that the ring holds, and their bytes (offload/plan/stream_plan.cc).
 WALK_READS, WALK_LEAST, WALK_MOST = 8, 128 << 10, 1 << 20
 # Of a prompt's chunk: the smaller one of reading and computing that the larger one does not hide.
 # Assumed; offload-up64-1GB-prompt512.json does not contradict it.
@@ -187,7 +188,7 @@ _BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelHeader:
     """A model's header, and the options that it would be loaded with."""
 
     file: GgufFile
@@ -219,7 +220,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Workload:
     """What the model is asked: tokens of a prompt, and tokens decoded after it.
 
     first: of the process, so that the memory of the (empty) expert cache is fresh.
@@ -278,10 +279,10 @@ class Forecast:
 
 
 def forecast(
-    subject: Subject,
+    subject: ModelHeader,
     device: Device,
     memory: int | None,
-    turn: Turn = Turn(),
+    turn: Workload = Workload(),
 ) -> Forecast:
     """One budget (None: everything in memory). A budget that is too small is a Forecast too.
 
@@ -308,7 +309,7 @@ def forecast(
     alone = _Model(subject, device, turn, config, everything)
     full_s = alone.token_s(alone.token())
     doubles: int | None = None
-    offloads = mixture or plan["walk_bytes"]
+    offloads = mixture or plan["streamed_bytes"]
     if offloads and memory is not None and full_s <= token_s / 2:
         doubles = _budget_for(subject, device, turn, token_s / 2, memory)
     experts = int(plan.get("experts", 0))
@@ -327,7 +328,7 @@ def forecast(
         working_set=int(plan.get("working_set", 0)),
         streams=bool(plan.get("streams", False)),
         hit_rate=1 - model.miss if experts else None,
-        bytes_token=model.flash_bytes + model.walk_bytes,
+        bytes_token=model.flash_bytes + model.streamed_bytes,
         tokens=turn.tokens,
         prompt_tokens=turn.prompt_tokens,
         load_s=load_s,
@@ -345,7 +346,7 @@ def forecast(
 
 
 def _unfit(
-    subject: Subject, device: Device, memory: int | None, plan: Mapping[str, Any]
+    subject: ModelHeader, device: Device, memory: int | None, plan: Mapping[str, Any]
 ) -> Forecast:
     return Forecast(
         model=subject.name,
@@ -380,7 +381,7 @@ def _unfit(
 
 
 def _budget_for(
-    subject: Subject, device: Device, turn: Turn, token_s: float, low: int
+    subject: ModelHeader, device: Device, turn: Workload, token_s: float, low: int
 ) -> int | None:
     """The smallest budget above `low` whose tokens take at most token_s, to a MiB."""
 
@@ -406,14 +407,14 @@ def _resident(plan: Mapping[str, Any], process: int) -> dict[str, int]:
         "weights": int(plan["weight_bytes"]),
         "KV cache": int(plan["kv_bytes"]),
         "scratch": int(plan["scratch_bytes"]),
-        "weights that pass": int(plan.get("ring_bytes", 0)),
+        "streamed weights": int(plan.get("ring_bytes", 0)),
         "expert cache": int(plan.get("slot_bytes", 0)),
         "margin": int(plan.get("margin_bytes", 0)),
     }
     return {kind: nbytes for kind, nbytes in parts.items() if nbytes}
 
 
-def resident_bytes(subject: Subject, device: Device) -> int:
+def resident_bytes(subject: ModelHeader, device: Device) -> int:
     """Of a process that holds the whole model in memory."""
     plan = subject.plan(0, device.threads)[1]
     return sum(_resident(plan, subject.process_bytes).values())
@@ -424,9 +425,9 @@ class _Model:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: ModelHeader,
         device: Device,
-        turn: Turn,
+        turn: Workload,
         config: Mapping[str, Any],
         plan: Mapping[str, Any],
     ) -> None:
@@ -449,12 +450,12 @@ class _Model:
             )
         self.unit = plan["slot_bytes"] / slots if slots else 0.0
         self.flash_bytes = self.uses * self.miss * self.unit * (NEEDLESS if self.miss < 1 else 1.0)
-        # Weights that every walk through the layers reads, and the time of that.
-        self.walk_bytes = int(plan["walk_bytes"])
-        self.walk_s = 0.0
-        if self.walk_bytes:
+        # Weights that every forward pass reads, and the time of that.
+        self.streamed_bytes = int(plan["streamed_bytes"])
+        self.stream_s = 0.0
+        if self.streamed_bytes:
             block = min(max(int(plan["ring_bytes"]) // WALK_READS, WALK_LEAST), WALK_MOST)
-            self.walk_s = self.walk_bytes / device.expert_bytes_s(block)
+            self.stream_s = self.streamed_bytes / device.expert_bytes_s(block)
 
     def _second_s(self, work: Mapping[str, Any]) -> float:
         """Seconds that the second terms of one token's products take; 0 where there are none."""
@@ -487,14 +488,14 @@ class _Model:
         if self.experts:
             overhead += self.uses * STORE_S
             flash = self.flash_bytes / self.device.expert_bytes_s(self.unit / 3)
-        flash += self.walk_s
+        flash += self.stream_s
         return dict(zip(RESOURCES, (memory, arithmetic, flash, overhead), strict=True))
 
     def token_s(self, times: Mapping[str, float]) -> float:
         """Seconds of a token, what overlaps counted once."""
         computing = sum(times[k] for k in RESOURCES if k != "flash")
-        # What passes is known before: all of it is under way in time.
-        foreseen = self.walk_s + FORESEEN * (times["flash"] - self.walk_s)
+        # Streamed weights are known before: all of their reads are under way in time.
+        foreseen = self.stream_s + FORESEEN * (times["flash"] - self.stream_s)
         hidden = min(foreseen, HIDING * computing)
         return computing + times["flash"] - hidden
 
@@ -541,7 +542,7 @@ class _Model:
                 rate = max(device.expert_bytes_s(block), device.expert_bytes_s(block * run))
                 flash += read_bytes / rate
                 overhead += needed * STORE_S
-            flash += self.walk_s
+            flash += self.stream_s
             position += n
         if self.experts and self.turn.first:
             filled = min(self.slots, self._layers() * self._distinct(position))
@@ -568,7 +569,7 @@ class _Model:
         """Seconds of a load with cold caches."""
         nbytes = int(self.plan["weight_bytes"])
         # Everything: in turn through the page cache, in pieces of 4 MiB; else past it, as experts.
-        if self.experts or self.walk_bytes:
+        if self.experts or self.streamed_bytes:
             rate = self.device.flash_bytes_s(4 << 20, READERS)
         else:
             rate = self.device.flash_bytes_s(4 << 20, READERS, "buffered") * READ_AHEAD

@@ -188,11 +188,11 @@ def of_model(model: Path, prompts: Iterable[str], *, tokens: int = WINDOWS[-1][1
         ids = (ids * -(-PROMPT // max(1, len(ids))))[:PROMPT]
         engine.take_routing()
         engine.record_routing(True)
-        timeline = engine.timeline()
+        sequence = engine.sequence()
         greedy = _core.Sampler(config["n_vocab"])
-        timeline.eval(ids)
+        sequence.eval(ids)
         for _ in range(tokens):
-            timeline.step(greedy)
+            sequence.step(greedy)
         found.append(_routing(engine.take_routing(), config))
     return found
 

@@ -82,10 +82,10 @@ MemoryPlan plan_memory(const std::string& path, int64_t budget, const FixedMemor
     throw Error(ErrorKind::kBudget,
                 path + ": memory: expected at least " + std::to_string(minimum) + " bytes (" +
                     mib(minimum) + "), found " + std::to_string(budget) + " (process " +
-                    mib(p.process) + ", weights that stay " + mib(p.pinned) + ", KV cache " +
+                    mib(p.process) + ", pinned weights " + mib(p.pinned) + ", KV cache " +
                     mib(p.kv) + ", scratch " + mib(p.scratch) + ", margin " +
                     mib(memory_margin(minimum)) +
-                    (p.ring > 0 ? ", room for others to pass " + mib(p.ring) : "") +
+                    (p.ring > 0 ? ", a ring for streamed weights " + mib(p.ring) : "") +
                     (least > 0 ? ", experts at least " + mib(least) : "") +
                     "); a smaller context needs less");
   }

@@ -13,7 +13,7 @@ namespace stoker {
 struct MemoryPlan {
   int64_t budget = 0;   // 0: none was named, everything is resident
   int64_t process = 0;  // interpreter and libraries, measured before the load
-  int64_t pinned = 0;   // weights that stay: attention, norms, routers, embeddings, output
+  int64_t pinned = 0;   // attention, norms, routers, embeddings, output
   int64_t ring = 0;     // that the others of them pass through where not all fit
   int64_t kv = 0;       // of one session at its full context
   int64_t scratch = 0;

@@ -29,17 +29,18 @@ int64_t read_rows(const StreamTensor& t, int64_t bytes) {
   return std::min(t.rows, std::max(fit, kRowTile));
 }
 
-// The ring with which a walk reads shortest where `missing` bytes do not fit. It takes memory of
-// weights that would stay: (missing + ring) * (1 + kReadCost / (ring / kRingReads)) is least.
+// The ring with which a forward pass reads shortest where `missing` bytes do not fit. It takes
+// memory of weights that would stay: (missing + ring) * (1 + kReadCost / (ring / kRingReads)) is
+// least.
 int64_t best_ring(int64_t missing) {
   return static_cast<int64_t>(
       std::sqrt(static_cast<double>(missing) * static_cast<double>(kRingReads) * kReadCost));
 }
 
 // Memory of the largest read where reads have about `bytes`.
-int64_t largest_span(const std::vector<StreamTensor>& walk, int64_t bytes) {
+int64_t largest_span(const std::vector<StreamTensor>& order, int64_t bytes) {
   int64_t most = bytes;
-  for (const StreamTensor& t : walk) most = std::max(most, read_rows(t, bytes) * t.row_bytes());
+  for (const StreamTensor& t : order) most = std::max(most, read_rows(t, bytes) * t.row_bytes());
   return most + 2 * static_cast<int64_t>(kIoAlign);
 }
 
@@ -57,9 +58,9 @@ Extent joined(std::vector<Extent> all) {
   return e;
 }
 
-// Cuts the walk into pieces and reads of about `bytes`. Only whole tensors are joined, so that of a
-// read all or nothing stays.
-void cut(const std::vector<StreamTensor>& walk, int64_t bytes, StreamPlan& plan) {
+// Cuts the forward pass into pieces and reads of about `bytes`. Only whole tensors are joined, so
+// all or nothing of a read is pinned.
+void cut(const std::vector<StreamTensor>& order, int64_t bytes, StreamPlan& plan) {
   const auto add = [&](const StreamTensor& t, int64_t begin, int64_t end) {
     StreamPiece p{t.tensor, static_cast<int32_t>(plan.reads.size()), begin, end, t.extent};
     p.extent.offset += static_cast<uint64_t>(begin * t.row_bytes());
@@ -70,8 +71,8 @@ void cut(const std::vector<StreamTensor>& walk, int64_t bytes, StreamPlan& plan)
     plan.reads.push_back(
         {static_cast<int32_t>(first), static_cast<int32_t>(plan.pieces.size()), extent, false});
   };
-  for (size_t i = 0; i < walk.size();) {
-    const StreamTensor& t = walk[i];
+  for (size_t i = 0; i < order.size();) {
+    const StreamTensor& t = order[i];
     if (const int64_t rows = read_rows(t, bytes); rows < t.rows) {
       for (int64_t begin = 0; begin < t.rows; begin += rows) {
         const size_t first = plan.pieces.size();
@@ -86,17 +87,17 @@ void cut(const std::vector<StreamTensor>& walk, int64_t bytes, StreamPlan& plan)
     Extent extent = t.extent;
     size_t last = i + 1;
     int64_t total = static_cast<int64_t>(t.extent.bytes);
-    for (size_t j = i + 1; j < walk.size(); ++j) {
-      total += static_cast<int64_t>(walk[j].extent.bytes);
+    for (size_t j = i + 1; j < order.size(); ++j) {
+      total += static_cast<int64_t>(order[j].extent.bytes);
       if (total > bytes) break;
-      together.push_back(walk[j].extent);
+      together.push_back(order[j].extent);
       const Extent all = joined(together);
       if (all.bytes == 0 || all.bytes > static_cast<uint64_t>(bytes)) continue;
       extent = all;
       last = j + 1;
     }
     const size_t first = plan.pieces.size();
-    for (; i < last; ++i) add(walk[i], 0, walk[i].rows);
+    for (; i < last; ++i) add(order[i], 0, order[i].rows);
     read(first, extent);
   }
 }
@@ -108,24 +109,24 @@ int64_t page_span(const Extent& e) {
   return static_cast<int64_t>((e.offset + e.bytes + kIoAlign - 1) / kIoAlign * kIoAlign - begin);
 }
 
-StreamPlan plan_stream(const std::vector<StreamTensor>& walk, int64_t room) {
+StreamPlan plan_stream(const std::vector<StreamTensor>& order, int64_t room) {
   StreamPlan plan;
   plan.active = true;
   int64_t all = 0;
-  for (const StreamTensor& t : walk) {
+  for (const StreamTensor& t : order) {
     all += page_span(t.extent);
     plan.whole.push_back(t.tensor);
   }
   std::sort(plan.whole.begin(), plan.whole.end());
-  // A ring larger than what passes would be none.
-  const int64_t least = std::max(kLeastRing, 4 * largest_span(walk, kLeastRead));
+  // A ring larger than the streamed weights would be none.
+  const int64_t least = std::max(kLeastRing, 4 * largest_span(order, kLeastRead));
   if (all <= std::max(room, least)) return plan;
 
   const int64_t wanted = std::min(kMostRing, best_ring(all - std::max<int64_t>(room, 0)));
   plan.ring_bytes = std::max(least, std::min(room, wanted));
   StreamPlan cuts;
-  cut(walk, std::clamp(plan.ring_bytes / kRingReads, kLeastRead, kMostRead), cuts);
-  // What stays is read tensor by tensor.
+  cut(order, std::clamp(plan.ring_bytes / kRingReads, kLeastRead, kMostRead), cuts);
+  // Pinned weights are read tensor by tensor.
   const auto memory = [&](const StreamRead& r) {
     int64_t bytes = 0;
     for (int32_t i = r.first; i < r.last; ++i) {
@@ -135,25 +136,25 @@ StreamPlan plan_stream(const std::vector<StreamTensor>& walk, int64_t room) {
   };
   int64_t total = 0;
   for (const StreamRead& r : cuts.reads) total += memory(r);
-  // Every read earns its share of the room; one that has earned its size stays, and pays.
+  // Every read earns its share of the room; one that has earned its size is pinned, and pays.
   const double share = static_cast<double>(std::max<int64_t>(0, room - plan.ring_bytes)) /
                        static_cast<double>(total);
   int64_t earned = 0;
-  std::set<int32_t> passing;  // tensors of which something does
+  std::set<int32_t> streamed;  // tensors of which something does
   for (StreamRead& r : cuts.reads) {
     const int64_t span = memory(r);
     earned += static_cast<int64_t>(static_cast<double>(span) * share);
-    r.stays = earned >= span;
-    if (r.stays) earned -= span;
-    for (int32_t i = r.first; i < r.last && !r.stays; ++i) {
-      passing.insert(cuts.pieces[static_cast<size_t>(i)].tensor);
+    r.pinned = earned >= span;
+    if (r.pinned) earned -= span;
+    for (int32_t i = r.first; i < r.last && !r.pinned; ++i) {
+      streamed.insert(cuts.pieces[static_cast<size_t>(i)].tensor);
     }
   }
-  const auto passes = [&](int32_t tensor) { return passing.count(tensor) > 0; };
-  plan.whole.erase(std::remove_if(plan.whole.begin(), plan.whole.end(), passes), plan.whole.end());
+  const auto is_streamed = [&](int32_t tensor) { return streamed.count(tensor) > 0; };
+  plan.whole.erase(std::remove_if(plan.whole.begin(), plan.whole.end(), is_streamed), plan.whole.end());
   for (StreamRead r : cuts.reads) {
-    if (!passes(cuts.pieces[static_cast<size_t>(r.first)].tensor)) continue;
-    (r.stays ? plan.kept_bytes : plan.walk_bytes) += page_span(r.extent);
+    if (!is_streamed(cuts.pieces[static_cast<size_t>(r.first)].tensor)) continue;
+    (r.pinned ? plan.pinned_bytes : plan.streamed_bytes) += page_span(r.extent);
     const auto first = static_cast<int32_t>(plan.pieces.size());
     for (int32_t i = r.first; i < r.last; ++i) {
       plan.pieces.push_back(cuts.pieces[static_cast<size_t>(i)]);

@@ -1,5 +1,5 @@
 // Which of the weights that every token uses stay in memory where not all of them fit, and how the
-// others are cut into reads that pass through a ring.
+// others are cut into reads that are streamed through a ring.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace stoker {
 
-// A matrix of the file that every walk uses.
+// A matrix of the file that every forward pass uses.
 struct StreamTensor {
   int32_t tensor = 0;  // its number in the file
   int64_t rows = 0;
@@ -29,24 +29,24 @@ struct StreamPiece {
 struct StreamRead {
   int32_t first = 0, last = 0;  // pieces [first, last)
   Extent extent;                // of all of them, and what lies between
-  bool stays = false;           // in memory
+  bool pinned = false;          // in memory
 };
 
 struct StreamPlan {
   bool active = false;              // else all weights that every token uses stay
-  std::vector<int32_t> whole;       // tensors that stay as a whole, ascending
+  std::vector<int32_t> whole;       // tensors that are pinned as a whole, ascending
   std::vector<StreamPiece> pieces;  // of the others, in the order of use
   std::vector<StreamRead> reads;    // of these pieces, in the order of their first use
-  int64_t kept_bytes = 0;           // memory of the reads that stay
-  int64_t ring_bytes = 0;           // memory that the others pass through
-  int64_t walk_bytes = 0;           // bytes of these others: what each walk reads
+  int64_t pinned_bytes = 0;         // memory of the pinned reads
+  int64_t ring_bytes = 0;           // memory that the others are streamed through
+  int64_t streamed_bytes = 0;       // bytes of these others: what each forward pass reads
 };
 
-// walk: the matrices in the order in which a walk uses them; room: memory for what of them stays
-// and for the ring, bytes. What stays is spread evenly over the walk, so that reads and computation
-// overlap everywhere. Where `room` is too small for that, nothing stays and the ring is the
-// smallest that works.
-StreamPlan plan_stream(const std::vector<StreamTensor>& walk, int64_t room);
+// order: the matrices in the order in which a forward pass uses them; room: memory for the
+// pinned ones and for the ring, bytes. Pinned reads are spread evenly over the forward pass, so that
+// reads and computation overlap everywhere. Where `room` is too small for that, nothing is pinned
+// and the ring is the smallest that works.
+StreamPlan plan_stream(const std::vector<StreamTensor>& order, int64_t room);
 
 // Bytes of memory that an extent takes, as direct reads deliver it: whole pages.
 int64_t page_span(const Extent& extent);

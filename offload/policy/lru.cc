@@ -1,4 +1,4 @@
-// Least recently used: the unit whose last use lies furthest back in the walk.
+// Least recently used: the unit whose last use lies furthest back in the forward pass.
 #include <cstddef>
 #include <cstdint>
 #include <memory>

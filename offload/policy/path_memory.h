@@ -22,10 +22,11 @@ class PathMemory {
   void take(int64_t token, int64_t layer, std::span<const int32_t> experts);
   // Compares the layer's experts of `token`, the newest, with those of the tokens before it.
   void compare(int64_t token, int64_t layer);
-  // Weighs every remembered token by its likeness to `token`, whose walk has reached `layer`.
+  // Weighs every remembered token by its likeness to `token`, whose forward pass has reached
+  // `layer`.
   void weigh(int64_t token);
   // share [n_expert]: of the weight of tokens that took each expert of `layer`: in the remainder of
-  // this walk where `ahead`, else in the next token's. All 0 while nothing is remembered.
+  // this forward pass where `ahead`, else in the next token's. All 0 while nothing is remembered.
   void foretell(int64_t layer, bool ahead, std::span<float> share) const;
 
  private:

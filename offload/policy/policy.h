@@ -1,4 +1,4 @@
-// Who leaves the cache. A policy sees every use of a unit in the order of the token walk and
+// Who leaves the cache. A policy sees every use of a unit in the order of the forward pass and
 // answers one question: which of these resident units is worth least.
 #pragma once
 

@@ -8,7 +8,7 @@ namespace stoker {
 
 class TokenClock {
  public:
-  // True where an evaluation begins: the walk passes the layers upwards.
+  // True where an evaluation begins: the forward pass passes the layers upwards.
   bool begin_layer(int64_t layer, int64_t tokens) {
     const bool begins = layer <= layer_;
     layer_ = layer;

@@ -25,7 +25,7 @@ class Cache {
   struct Slot {
     UnitId unit = -1;         // -1: free
     int32_t pins = 0;         // in use by a lease, or being read
-    int64_t keep = 0;         // not evicted before the walk's step `keep`, if others can be
+    int64_t keep = 0;         // not evicted before the forward pass's step `keep`, if others can be
     bool prefetched = false;  // and not used since
     uint8_t* data = nullptr;
     int size_class = 0;

@@ -20,7 +20,7 @@ class History : public Predictor {
   void follow(const TokenHistory* history) override { history_ = history; }
   void begin(int64_t tokens) override { routers_->begin(tokens); }
 
-  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
+  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterProbe& ahead,
                  std::vector<Guess>& guesses) override {
     size_t n = routers_->predict(layer, distance, width, ahead, guesses);
     for (size_t i = 0; i < n; ++i) guesses[i].remembered = false;  // storage is reused

@@ -1,4 +1,5 @@
-// Which layers to guess at: each once, `distance` ahead, and where a walk begins those before that.
+// Which layers to guess at: each once, `distance` ahead, and where a forward pass begins those
+// before that.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,7 @@ class Horizon {
   }
 
  private:
-  bool first_ = true;  // no layer has been guessed at in this walk
+  bool first_ = true;  // no layer has been guessed at in this forward pass
 };
 
 }  // namespace stoker

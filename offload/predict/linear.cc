@@ -30,7 +30,7 @@ class Linear : public Predictor {
     horizon_.begin();
   }
 
-  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
+  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterProbe& ahead,
                  std::vector<Guess>& guesses) override {
     const size_t at = static_cast<size_t>(layer + 1);
     if (at >= sources_.size()) return 0;

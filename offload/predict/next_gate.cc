@@ -20,7 +20,7 @@ class NextGate : public Predictor {
     horizon_.begin();
   }
 
-  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
+  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterProbe& ahead,
                  std::vector<Guess>& guesses) override {
     if (layer < 0) return 0;  // an embedding has little in common with what routers read
     size_t n = 0;

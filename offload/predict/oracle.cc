@@ -40,7 +40,7 @@ class Oracle : public Predictor {
                           [](int32_t a, uint16_t b) { return a == b; });
   }
 
-  size_t predict(int64_t layer, int64_t distance, int64_t, RouterAhead&,
+  size_t predict(int64_t layer, int64_t distance, int64_t, RouterProbe&,
                  std::vector<Guess>& guesses) override {
     if (!follows_) return 0;
     size_t n = 0;

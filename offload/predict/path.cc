@@ -43,7 +43,7 @@ class Path : public Predictor {
     }
   }
 
-  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
+  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterProbe& ahead,
                  std::vector<Guess>& guesses) override {
     if (layer < 0) foresee(ahead.hidden());
     if (!ready_) return 0;
@@ -143,8 +143,8 @@ class Path : public Predictor {
   Map from_embedding_;             // [H][cols]
   Map from_experts_;               // [n_layer * n_expert][H]
   Map to_experts_;                 // [n_layer * n_expert][H]
-  int64_t tokens_ = 1;             // of this walk
-  bool ready_ = false;             // h_ is of this walk
+  int64_t tokens_ = 1;             // of this forward pass
+  bool ready_ = false;             // h_ is of this forward pass
   Horizon horizon_;
   std::vector<int64_t> before_;  // layer * n_expert + expert of the token before this chunk
   std::vector<int64_t> chosen_;  // the same of this chunk's last token

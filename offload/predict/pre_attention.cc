@@ -1,6 +1,7 @@
 // Nothing of its own: where an architecture routes before attention, the store reads what that
-// router chose while the attention is computed (announce()), for every predictor but `none`. With
-// this one nothing else is read ahead; where routers come after attention it is demand only.
+// router chose while the attention is computed (prefetch_certain()), for every predictor but
+// `none`. With this one nothing else is read ahead; where routers come after attention it is demand
+// only.
 #include "offload/predict/predictor.h"
 
 namespace stoker {
@@ -9,7 +10,7 @@ namespace {
 
 class PreAttention : public Predictor {
  public:
-  size_t predict(int64_t, int64_t, int64_t, RouterAhead&, std::vector<Guess>&) override {
+  size_t predict(int64_t, int64_t, int64_t, RouterProbe&, std::vector<Guess>&) override {
     return 0;
   }
 };

@@ -42,11 +42,12 @@ class Predictor {
   virtual void begin(int64_t tokens) { (void)tokens; }
   // What a layer's router chose.
   virtual void observe(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
-  // A guess at layer + distance, or (where the walk begins) at all layers up to it (horizon.h), of
-  // those that it can say something about; at most `width` experts a token. What is remembered may
-  // reach further, to one token ahead. guesses [0 .. return value) are filled, storage is reused.
-  // layer -1: before the first layer, when the hidden states are the tokens' embeddings.
-  virtual size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead& ahead,
+  // A guess at layer + distance, or (where the forward pass begins) at all layers up to it
+  // (horizon.h), of those that it can say something about; at most `width` experts a token. What is
+  // remembered may reach further, to one token ahead. guesses [0 .. return value) are filled,
+  // storage is reused. layer -1: before the first layer, when the hidden states are the tokens'
+  // embeddings.
+  virtual size_t predict(int64_t layer, int64_t distance, int64_t width, RouterProbe& ahead,
                          std::vector<Guess>& guesses) = 0;
   // What it has learnt, as bytes to save and load; empty where there is nothing.
   virtual std::string state() const { return {}; }

@@ -55,7 +55,7 @@ class Transition : public Predictor {
     oldest.experts.assign(routes.expert.begin(), routes.expert.end());
   }
 
-  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterAhead&,
+  size_t predict(int64_t layer, int64_t distance, int64_t width, RouterProbe&,
                  std::vector<Guess>& guesses) override {
     // A prompt's tokens choose nearly everything between them: that needs no guess.
     if (tokens_ > 1 || layer < 0) return 0;

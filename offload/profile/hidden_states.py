@@ -45,8 +45,8 @@ def own_text(model: LoadedModel, n: int, seed: int, progress: Progress | None) -
 
     tokenizer, n_vocab = model.tokenizer, model.n_vocab
     rng = np.random.default_rng([seed, 0])
-    timeline = model.engine.timeline()
-    window = min(_WINDOW, timeline.context)
+    sequence = model.engine.sequence()
+    window = min(_WINDOW, sequence.context)
     sequences: list[list[int]] = []
     total = 0
     while total < n:
@@ -55,11 +55,11 @@ def own_text(model: LoadedModel, n: int, seed: int, progress: Progress | None) -
         if model.chat_template is not None and i % 2:
             question = {"role": "user", "content": _TOPICS[i // 2 % len(_TOPICS)]}
             tokens = model._render([question], None)[: window // 2]
-        timeline.truncate(0)
-        timeline.eval(tokens)
+        sequence.truncate(0)
+        sequence.eval(tokens)
         sampler = Sampler(n_vocab, temperature=1.0, top_p=0.95, seed=seed * 65_537 + i)
         while len(tokens) < min(window, n - total):
-            token = timeline.step(sampler)
+            token = sequence.step(sampler)
             tokens.append(token)
             if token in tokenizer.eog_ids:
                 break
@@ -73,7 +73,7 @@ def own_text(model: LoadedModel, n: int, seed: int, progress: Progress | None) -
 def of_text(model: LoadedModel, text: str, n: int) -> list[list[int]]:
     """The first n tokens of a text, in sequences of at most 256 tokens."""
     ids = model.tokenizer.encode(text, add_special=False, parse_special=False)[:n]
-    window = min(_WINDOW, model.engine.timeline().context)
+    window = min(_WINDOW, model.engine.sequence().context)
     return [ids[i : i + window] for i in range(0, len(ids), window)]
 
 
@@ -81,13 +81,13 @@ def feed_forward_inputs(
     model: LoadedModel, sequences: list[list[int]], progress: Progress | None
 ) -> npt.NDArray[np.float16]:
     """The input of every layer's feed-forward, [n_layer, tokens of all sequences, n_embd]."""
-    timeline = model.engine.timeline()
+    sequence = model.engine.sequence()
     n = sum(map(len, sequences))
     states = np.empty((model.config["n_layer"], n, model.config["n_embd"]), dtype=np.float16)
     done = 0
     for tokens in sequences:
-        timeline.truncate(0)
-        taps = timeline.eval_taps(tokens)
+        sequence.truncate(0)
+        taps = sequence.eval_taps(tokens)
         # Halves hold 65504 at most; only the direction of such a state matters.
         states[:, done : done + len(tokens)] = np.clip(taps, -65504, 65504)
         done += len(tokens)

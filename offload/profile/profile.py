@@ -229,11 +229,11 @@ def record(
     )
     logits = np.zeros((n_layer, n, shape.n_expert), dtype=np.float32)
     first = np.zeros(n, dtype=bool)
-    timeline = model.engine.timeline()
+    sequence = model.engine.sequence()
     done = 0
     for tokens in sequences:
-        timeline.truncate(0)
-        taps, states = timeline.eval_hidden_taps(tokens)
+        sequence.truncate(0)
+        taps, states = sequence.eval_hidden_taps(tokens)
         end = done + len(tokens)
         if early:  # only the order of logits matters, not their size
             taps = _unit(taps)
@@ -380,7 +380,7 @@ def make_profile(
         sequences = own_text(model, tokens, seed, progress)
     else:
         ids = model.tokenizer.encode(text, add_special=False, parse_special=False)[:tokens]
-        window = min(_WINDOW, model.engine.timeline().context)
+        window = min(_WINDOW, model.engine.sequence().context)
         sequences = [ids[i : i + window] for i in range(0, len(ids), window)]
     n = sum(map(len, sequences))
     if n < 256:

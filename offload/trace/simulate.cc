@@ -185,8 +185,8 @@ class Slots {
   uint64_t chunk_ = 0;
 };
 
-// A predictor that is told of the walk, and what it has named of each layer.
-class Foresight : RouterAhead {
+// A predictor that is told of the forward pass, and what it has named of each layer.
+class Foresight : RouterProbe {
  public:
   Foresight(std::string_view name, const PolicyShape& shape, const TokenHistory* history)
       : n_expert_(shape.n_expert),

@@ -11,8 +11,8 @@
 
 namespace stoker {
 
-// Routing in the order of the walk. A visit is one token at one layer; consecutive visits of one
-// evaluation and layer are a chunk of a prompt, which asks for each of its experts once.
+// Routing in the order of the forward pass. A visit is one token at one layer; consecutive visits
+// of one evaluation and layer are a chunk of a prompt, which asks for each of its experts once.
 struct RoutingTrace {
   PolicyShape shape;
   std::span<const int64_t> evaluation;  // [visits] ascending

@@ -8,8 +8,8 @@ Formats, by content, compressed with gzip or not:
 * waste's JSON lines: {"tok": 0, "layers": [[expert, ...], ...]}.
 
 Both CSV forms may begin with lines "# key=value ...": n_layer, n_expert, n_expert_used, and
-"# layer=0 expert_bytes=3059712" for each layer. Rows are in the order of the token walk: a prompt's
-chunk passes a layer with all of its tokens before the next layer.
+"# layer=0 expert_bytes=3059712" for each layer. Rows are in the order of the forward
+pass: a prompt's chunk passes a layer with all of its tokens before the next layer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _COLUMNS = ("step", "phase", "layer", "slot", "expert", "weight")
 
 @dataclass(frozen=True)
 class Trace:
-    """Routing in the order of the token walk. A visit is one token at one layer.
+    """Routing in the order of the forward pass. A visit is one token at one layer.
 
     Consecutive visits of one evaluation and layer are one chunk of a prompt.
     """
@@ -295,8 +295,8 @@ class _Rows:
         token: int | None = None,
     ) -> None:
         """One expert of one token at one layer; `part` is the turn and phase it belongs to."""
-        # A walk passes the layers upwards, so that a lower one begins the next evaluation; while
-        # decoding each token is an evaluation of its own.
+        # A forward pass visits the layers upwards, so that a lower one begins the next evaluation;
+        # while decoding each token is an evaluation of its own.
         if part != self._part or layer < self.layer[-1] or (decode and step != self.step[-1]):
             self._part = part
             self.decode.append(decode)

@@ -38,7 +38,7 @@ struct Routes {
 };
 
 // The routers of later layers, applied to what is known now. For predictors.
-class RouterAhead {
+class RouterProbe {
  public:
   // logits [tokens][n_expert] of `layer`'s router for the present hidden states of the chunk.
   virtual void logits(int64_t layer, float* out) = 0;
@@ -46,30 +46,31 @@ class RouterAhead {
   virtual const float* hidden() const = 0;
 
  protected:
-  ~RouterAhead() = default;
+  ~RouterProbe() = default;
 };
 
-// Called between the layers of a walk, in this order: begin() a chunk; for each mixture layer
-// announce() where its experts are known before its attention, acquire(), look_ahead(); end().
+// Called between the layers of a forward pass, in this order: begin() a chunk; for each mixture
+// layer prefetch_certain() where its experts are known before its attention, acquire(),
+// look_ahead(); end().
 class ExpertStore {
  public:
   virtual ~ExpertStore() = default;
-  // A chunk of tokens begins its walk through the layers; timeline: a number that those have in
+  // A chunk of tokens begins its forward pass; sequence: a number that those have in
   // common that follow each other. poll is called every 20 ms of waiting and may throw to interrupt
-  // it; it must live until the walk ends.
-  virtual void begin(std::span<const int32_t> tokens, int64_t timeline,
+  // it; it must live until the forward pass ends.
+  virtual void begin(std::span<const int32_t> tokens, int64_t sequence,
                      const std::function<void()>* poll) {
-    (void)tokens, (void)timeline, (void)poll;
+    (void)tokens, (void)sequence, (void)poll;
   }
   virtual void end() {}  // of the chunk's last layer
   // The experts that `layer` will certainly use; for any number of layers ahead, once each.
-  virtual void announce(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
+  virtual void prefetch_certain(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
   // experts: the distinct numbers of routes.expert, ascending. One lease at a time.
   virtual std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
                                                const Routes& routes) = 0;
   // Time to guess what comes after `layer`, whose reads are under way; -1: before layer 0, when the
   // hidden states are the tokens' embeddings.
-  virtual void look_ahead(int64_t layer, RouterAhead& ahead) { (void)layer, (void)ahead; }
+  virtual void look_ahead(int64_t layer, RouterProbe& ahead) { (void)layer, (void)ahead; }
 };
 
 // Every expert in memory.

@@ -1,7 +1,7 @@
 """What the API needs of an engine, of its sequences, of a file and of a loaded model.
 
-_core.Engine, _core.Timeline and _core.GgufFile have all of it; so has what the other backends make
-(timeline.py).
+_core.Engine, _core.Sequence and _core.GgufFile have all of it; so has what the other backends make
+(sequence.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.float32]
 
 
-class Timeline(Protocol):
+class EngineSequence(Protocol):
     """One sequence on an engine; _core.pyi says what the methods do."""
 
     @property
@@ -91,7 +91,7 @@ class Engine(Protocol):
     def survives_fork(self) -> bool:
         """Whether it works in a process that is forked after the load."""
 
-    def timeline(self) -> Timeline:
+    def sequence(self) -> EngineSequence:
         """A new, empty sequence."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from ..base.errors import Cancelled, DeviceError, UnsupportedModelError
 from ..options import LoadOptions
 from .engine import ModelFile
-from .timeline import Array, BackendEngine, BackendTimeline, Ids, Wanted, default_plan
+from .sequence import Array, BackendEngine, BackendSequence, Ids, Wanted, default_plan
 
 _DEFAULT_CONTEXT = 4096
 _BATCH = 512  # tokens of one evaluation at most
@@ -39,7 +39,7 @@ def _library() -> Any:
 
 
 class LlamaCppEngine(BackendEngine):
-    """llama.cpp's model, shared by its timelines."""
+    """llama.cpp's model, shared by its sequences."""
 
     def __init__(self, path: Path, file: ModelFile, options: LoadOptions) -> None:
         from .._core import cpu
@@ -85,12 +85,12 @@ class LlamaCppEngine(BackendEngine):
             isa="llama.cpp",
         )
 
-    def timeline(self) -> LlamaCppTimeline:
+    def sequence(self) -> LlamaCppSequence:
         """A new, empty sequence."""
-        return LlamaCppTimeline(self)
+        return LlamaCppSequence(self)
 
 
-class LlamaCppTimeline(BackendTimeline):
+class LlamaCppSequence(BackendSequence):
     """One context of llama.cpp: its KV cache and position."""
 
     def __init__(self, engine: LlamaCppEngine) -> None:

@@ -31,7 +31,7 @@ from ..base.memory import process_bytes
 from ..files.json_text import parse
 from ..options import LoadOptions
 from .onnx_tensors import ONNX_LOGITS_FROM, ONNX_METADATA, TENSOR_TYPES, said
-from .timeline import Array, BackendEngine, BackendTimeline, Ids, Wanted, default_plan
+from .sequence import Array, BackendEngine, BackendSequence, Ids, Wanted, default_plan
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _DEFAULT_CONTEXT = 4096
@@ -208,7 +208,7 @@ def no_decoder(path: Path, graph: Any) -> UnsupportedModelError:
 
 
 class GraphEngine(BackendEngine):
-    """Of a graph that is no decoder: it has no timelines."""
+    """Of a graph that is no decoder: it has no sequences."""
 
     def __init__(self, path: Path, graph: Any, threads: int) -> None:
         self._path, self._graph = path, graph
@@ -223,13 +223,13 @@ class GraphEngine(BackendEngine):
             isa="onnxruntime",
         )
 
-    def timeline(self) -> BackendTimeline:
+    def sequence(self) -> BackendSequence:
         """Raises UnsupportedModelError."""
         raise no_decoder(self._path, self._graph)
 
 
 class OnnxEngine(BackendEngine):
-    """A decoder's graph, shared by its timelines."""
+    """A decoder's graph, shared by its sequences."""
 
     def __init__(
         self,
@@ -346,9 +346,9 @@ class OnnxEngine(BackendEngine):
             self.graph, self.path, names, {**self.feed(ids, position), **past}, options
         )
 
-    def timeline(self) -> OnnxTimeline:
+    def sequence(self) -> OnnxSequence:
         """A new, empty sequence."""
-        return OnnxTimeline(self)
+        return OnnxSequence(self)
 
 
 def _beside(path: Path) -> int:
@@ -360,7 +360,7 @@ def _beside(path: Path) -> int:
         return _DEFAULT_CONTEXT
 
 
-class OnnxTimeline(BackendTimeline):
+class OnnxSequence(BackendSequence):
     """A KV cache in arrays: one buffer for past and present where the graph allows that.
 
     Otherwise each run's present becomes the next one's past, which copies the cache at each step.

@@ -1,4 +1,4 @@
-// Engine and Timeline for Python (runtime/_core.pyi). The GIL is released around everything that
+// Engine and Sequence for Python (runtime/_core.pyi). The GIL is released around everything that
 // computes or reads; a long evaluation takes it every 20 ms to see Ctrl-C.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
@@ -13,14 +13,14 @@
 
 #include "runtime/bind/bind.h"
 #include "runtime/base/errors.h"
-#include "runtime/core/timeline.h"
+#include "runtime/core/sequence.h"
 #include "runtime/bind/unlocked.h"
 
 namespace nb = nanobind;
 using stoker::Engine;
 using stoker::Error;
 using stoker::ErrorKind;
-using stoker::Timeline;
+using stoker::Sequence;
 
 namespace {
 
@@ -98,10 +98,10 @@ nb::dict to_dict(const stoker::ModelConfig& c, int64_t context) {
   return d;
 }
 
-nb::list to_list(const std::vector<stoker::Work>& work) {
+nb::list to_list(const std::vector<stoker::OpCost>& work) {
   constexpr const char* kParts[] = {"layers", "experts", "output"};
   nb::list list;
-  for (const stoker::Work& w : work) {
+  for (const stoker::OpCost& w : work) {
     nb::dict d;
     d["part"] = kParts[static_cast<int>(w.part)];
     d["format"] = w.format->name;
@@ -127,7 +127,7 @@ nb::dict to_dict(const stoker::Plan& p, bool kv_f16, stoker::Precision precision
   d["scratch_bytes"] = p.scratch_bytes;
   d["token_bytes"] = p.token_bytes;
   d["layer_macs"] = p.layer_macs;
-  d["walk_bytes"] = p.walk_bytes;
+  d["streamed_bytes"] = p.streamed_bytes;
   d["least_memory"] = p.least_memory;
   d["work"] = to_list(p.work);
   const stoker::MemoryPlan& m = p.memory;
@@ -227,7 +227,7 @@ nb::object offload_of(const Engine& e) {
   return d;
 }
 
-// Counters of the weights that pass, since the load; None where there are none.
+// Counters of the streamed weights since the load; None where there are none.
 nb::object stream_of(const Engine& e) {
   const stoker::WeightStream* stream = e.stream();
   if (!stream) return nb::none();
@@ -307,8 +307,8 @@ nb::dict take_routing(const Engine& e) {
   return d;
 }
 
-nb::dict stats_of(const Timeline& t) {
-  const stoker::TimelineStats& s = t.stats();
+nb::dict stats_of(const Sequence& t) {
+  const stoker::SequenceStats& s = t.stats();
   nb::dict d;
   d["prompt_tokens"] = s.prompt_tokens;
   d["prompt_seconds"] = s.prompt_seconds;
@@ -363,9 +363,9 @@ void bind_engine(nb::module_& m) {
       .def("predictor_state", predictor_state)
       .def("empty_cache", empty_cache)
       .def("flash_bandwidth", flash_bandwidth, nb::arg("nbytes"), nb::arg("seed") = 1)
-      .def("timeline", [](std::shared_ptr<Engine> e) {
+      .def("sequence", [](std::shared_ptr<Engine> e) {
         const stoker::Unlocked unlocked;  // it may wait for another session's evaluation
-        return std::make_unique<Timeline>(std::move(e), poll_signals);
+        return std::make_unique<Sequence>(std::move(e), poll_signals);
       });
 
   m.def("plan", plan_without_load, nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0,
@@ -373,32 +373,32 @@ void bind_engine(nb::module_& m) {
         nb::arg("memory") = 0, nb::arg("process_bytes") = 0,
         "(Engine.config, Engine.plan) of a load with these options, from the header alone.");
 
-  nb::class_<Timeline>(m, "Timeline")
-      .def_prop_ro("position", &Timeline::position)
-      .def_prop_ro("context", &Timeline::context)
+  nb::class_<Sequence>(m, "Sequence")
+      .def_prop_ro("position", &Sequence::position)
+      .def_prop_ro("context", &Sequence::context)
       .def("eval",
-           [](Timeline& t, nb::handle tokens) {
+           [](Sequence& t, nb::handle tokens) {
              const std::vector<int32_t> ids = to_tokens(tokens);
              const stoker::Unlocked unlocked;
              t.eval(ids);
            })
-      .def("logits", [](const Timeline& t) { return copy_of(t.logits()); })
-      .def("hidden", [](const Timeline& t) { return copy_of(t.hidden()); })
+      .def("logits", [](const Sequence& t) { return copy_of(t.logits()); })
+      .def("hidden", [](const Sequence& t) { return copy_of(t.hidden()); })
       .def("eval_all",
-           [](Timeline& t, nb::handle tokens) {
+           [](Sequence& t, nb::handle tokens) {
              const std::vector<int32_t> ids = to_tokens(tokens);
              const auto n_vocab = static_cast<size_t>(t.engine().config().n_vocab);
              return filled<float>({ids.size(), n_vocab}, [&](float* out) { t.eval_all(ids, out); });
            })
       .def("eval_hidden",
-           [](Timeline& t, nb::handle tokens) {
+           [](Sequence& t, nb::handle tokens) {
              const std::vector<int32_t> ids = to_tokens(tokens);
              const auto n_embd = static_cast<size_t>(t.engine().config().n_embd);
              return filled<float>({ids.size(), n_embd},
                                   [&](float* out) { t.eval_hidden(ids, out); });
            })
       .def("eval_taps",
-           [](Timeline& t, nb::handle tokens) {
+           [](Sequence& t, nb::handle tokens) {
              const std::vector<int32_t> ids = to_tokens(tokens);
              const stoker::ModelConfig& c = t.engine().config();
              const auto n_layer = static_cast<size_t>(c.n_layer);
@@ -407,7 +407,7 @@ void bind_engine(nb::module_& m) {
                                   [&](float* out) { t.eval_taps(ids, out); });
            })
       .def("eval_hidden_taps",
-           [](Timeline& t, nb::handle tokens) {
+           [](Sequence& t, nb::handle tokens) {
              const std::vector<int32_t> ids = to_tokens(tokens);
              const stoker::ModelConfig& c = t.engine().config();
              const auto n_layer = static_cast<size_t>(c.n_layer);
@@ -424,23 +424,23 @@ void bind_engine(nb::module_& m) {
              return nb::make_tuple(inputs, hidden);
            })
       .def("eval_nll",
-           [](Timeline& t, nb::handle tokens) {
+           [](Sequence& t, nb::handle tokens) {
              const std::vector<int32_t> ids = to_tokens(tokens);
              return filled<double>({ids.empty() ? 0 : ids.size() - 1},
                                    [&](double* out) { t.eval_nll(ids, out); });
            })
       .def("sample",
-           [](Timeline& t, stoker::Sampler& sampler) {
+           [](Sequence& t, stoker::Sampler& sampler) {
              const stoker::Unlocked unlocked;
              return t.sample(sampler);
            })
       .def("step",
-           [](Timeline& t, stoker::Sampler& sampler) {
+           [](Sequence& t, stoker::Sampler& sampler) {
              const stoker::Unlocked unlocked;
              return t.step(sampler);
            })
-      .def("truncate", &Timeline::truncate)
-      .def("cancel", &Timeline::cancel)
-      .def("forget_cancel", &Timeline::forget_cancel)
+      .def("truncate", &Sequence::truncate)
+      .def("cancel", &Sequence::cancel)
+      .def("forget_cancel", &Sequence::forget_cancel)
       .def_prop_ro("stats", stats_of);
 }

@@ -18,7 +18,7 @@
 #include "runtime/core/activation_sums.h"
 #include "runtime/bind/bind.h"
 #include "runtime/base/errors.h"
-#include "runtime/core/timeline.h"
+#include "runtime/core/sequence.h"
 #include "runtime/bind/unlocked.h"
 
 namespace nb = nanobind;
@@ -174,13 +174,13 @@ nb::object copied(const std::vector<T>& values, std::initializer_list<size_t> sh
   return nb::cast(nb::ndarray<nb::numpy, T>(out, shape, owner));
 }
 
-nb::object eval_sums(stoker::ActivationSums& sums, stoker::Timeline& timeline,
+nb::object eval_sums(stoker::ActivationSums& sums, stoker::Sequence& sequence,
                      const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig>& tokens) {
   const std::span<const int32_t> ids(tokens.data(), tokens.size());
   std::vector<double> nll(tokens.size() > 0 ? tokens.size() - 1 : 0);
   {
     const stoker::Unlocked unlocked;
-    timeline.eval_sums(ids, nll.data(), sums);
+    sequence.eval_sums(ids, nll.data(), sums);
   }
   return copied(nll, {nll.size()});
 }
@@ -210,6 +210,6 @@ void bind_export(nb::module_& m) {
         "[cols] weighs the squared error. ModelFileError where a weight is not finite.");
   nb::class_<stoker::ActivationSums>(m, "ActivationSums")
       .def(nb::init<std::shared_ptr<const stoker::Engine>>(), nb::arg("engine"))
-      .def("eval", eval_sums, nb::arg("timeline"), nb::arg("tokens"))
+      .def("eval", eval_sums, nb::arg("sequence"), nb::arg("tokens"))
       .def_prop_ro("tensors", sums_by_tensor);
 }

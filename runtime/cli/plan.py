@@ -15,7 +15,7 @@ from ..terminal.options import Context, Json, KvType, PrecisionOption, Threads
 
 if TYPE_CHECKING:
     from ...offload.plan.device_profile import DeviceProfile
-    from ...offload.plan.forecast import Device, Forecast, Subject
+    from ...offload.plan.forecast import Device, Forecast, ModelHeader
     from .._core import GgufFile
 
 _FRESH_BYTES = 128 << 20
@@ -70,7 +70,7 @@ def plan(
     as_json: Json = False,
     as_tsv: Annotated[bool, typer.Option("--tsv", help="One line a budget.")] = False,
 ) -> None:
-    """Forecast a model on a device: does it fit, what stays, how fast, what limits it.
+    """Forecast a model on a device: does it fit, what stays in memory, how fast, what limits it.
 
     Reads the header only, also of files that are elsewhere, and no weight. Bytes of the plan are
     exact, times are expected: as good as the profile is recent, and worse for a mixture whose
@@ -81,7 +81,7 @@ def plan(
     stoker plan hf:Qwen/Qwen3-30B-A3B-GGUF/Qwen3-30B-A3B-Q4_K_M.gguf --memory 8GiB
     stoker plan mixture.gguf --memory 3GiB --device phone.json --prompt-tokens 512
     """
-    from ...offload.plan.forecast import Device, Subject, Turn, forecast
+    from ...offload.plan.forecast import Device, ModelHeader, Workload, forecast
     from ..base.memory import process_bytes
 
     if as_json and as_tsv:
@@ -89,7 +89,7 @@ def plan(
     _check_sizes(memory)
     with _header(model) as file:
         machine = Device(_profile(device), threads or 0)
-        subject = Subject(
+        subject = ModelHeader(
             file, model, context or 0, kv_type, precision, process_bytes=process_bytes()
         )
         found = [
@@ -97,7 +97,7 @@ def plan(
                 subject,
                 machine,
                 _budget(text, subject, machine),
-                Turn(prompt_tokens, tokens),
+                Workload(prompt_tokens, tokens),
             )
             for text in memory.split(",")
         ]
@@ -166,7 +166,7 @@ def _check_sizes(memory: str) -> None:
         check_memory(text)
 
 
-def _budget(text: str, subject: Subject, device: Device) -> int | None:
+def _budget(text: str, subject: ModelHeader, device: Device) -> int | None:
     """Bytes of the device; None: auto, and everything fits."""
     from ...offload.plan.forecast import resident_bytes
     from ..base.memory import check_memory

@@ -108,47 +108,48 @@ int64_t scratch_bytes(const ModelConfig& c, int threads, int64_t chunk) {
   return lay_out_scratch(s, c, threads, chunk, nullptr);
 }
 
-// What of the weights that every token uses stays in a budget, what passes, and in chunks of how
-// many tokens.
-class Fit {
+// Splits a budget: which of the weights that every token uses are pinned, which are streamed, and
+// how many tokens a chunk has.
+class BudgetSplit {
  public:
   // all: bytes of these weights; largest: tokens of the largest chunk; scratch: bytes of one.
-  Fit(const GgufFile& file, const Partition& parts, const FixedMemory& others, int64_t all,
-      int64_t experts_used, int64_t largest, std::function<int64_t(int64_t)> scratch)
+  BudgetSplit(const GgufFile& file, const Partition& parts, const FixedMemory& others, int64_t all,
+              int64_t experts_used, int64_t largest, std::function<int64_t(int64_t)> scratch)
       : file_(file),
         parts_(parts),
         experts_used_(experts_used),
-        least_staying_(std::min(kLeastChunk, largest)),
-        least_passing_(std::min(kSmallestChunk, largest)),
+        least_pinned_(std::min(kLeastChunk, largest)),
+        least_streamed_(std::min(kSmallestChunk, largest)),
         scratch_(std::move(scratch)),
-        staying_(others),
-        passing_(with(plan_stream(parts.walk, 0), others)) {
-    staying_.pinned = all;
-    staying_.scratch = scratch_(least_staying_);
-    passing_.scratch = scratch_(least_passing_);
+        pinned_(others),
+        streamed_(with(plan_stream(parts.pass_order, 0), others)) {
+    pinned_.pinned = all;
+    pinned_.scratch = scratch_(least_pinned_);
+    streamed_.scratch = scratch_(least_streamed_);
   }
 
-  // Of the smallest chunk, everything staying or all that can pass passing.
-  int64_t least_memory() const { return std::min(least(staying_), least(passing_)); }
+  // With the smallest chunk, and everything pinned or all streamed that can be.
+  int64_t least_memory() const { return std::min(least(pinned_), least(streamed_)); }
 
-  // Shrinks `chunk` to what goes into the budget, or into the smallest one. stream: what passes.
+  // Shrinks `chunk` to what goes into the budget, or into the smallest one. stream: which weights
+  // are streamed.
   FixedMemory into(int64_t budget, int64_t& chunk, StreamPlan& stream) const {
-    const bool stays = budget >= least(staying_) || least(staying_) <= least(passing_);
-    FixedMemory fixed = stays ? staying_ : passing_;
+    const bool all_pinned = budget >= least(pinned_) || least(pinned_) <= least(streamed_);
+    FixedMemory fixed = all_pinned ? pinned_ : streamed_;
     const int64_t experts = least_slot_bytes(parts_.layout, experts_used_);
     const int64_t room = budget - memory_margin(budget) - experts - fixed.total() + fixed.scratch;
-    const int64_t smallest = stays ? least_staying_ : least_passing_;
+    const int64_t smallest = all_pinned ? least_pinned_ : least_streamed_;
     while (chunk > smallest && scratch_(chunk) > room) chunk = std::max(smallest, chunk / 2);
     fixed.scratch = scratch_(chunk);
-    if (stays) return fixed;
+    if (all_pinned) return fixed;
     const int64_t lookup = WeightStream::lookup_bytes(parts_.lookup);
-    stream = plan_stream(parts_.walk, room - fixed.scratch + fixed.ring - lookup);
+    stream = plan_stream(parts_.pass_order, room - fixed.scratch + fixed.ring - lookup);
     return with(stream, fixed);
   }
 
  private:
   FixedMemory with(const StreamPlan& stream, FixedMemory fixed) const {
-    fixed.pinned = TensorMemory::nbytes(parts_.staying(file_, stream)) + stream.kept_bytes;
+    fixed.pinned = TensorMemory::nbytes(parts_.pinned_under(file_, stream)) + stream.pinned_bytes;
     fixed.ring = stream.ring_bytes + WeightStream::lookup_bytes(parts_.lookup);
     return fixed;
   }
@@ -158,9 +159,9 @@ class Fit {
 
   const GgufFile& file_;
   const Partition& parts_;
-  const int64_t experts_used_, least_staying_, least_passing_;
+  const int64_t experts_used_, least_pinned_, least_streamed_;
   const std::function<int64_t(int64_t)> scratch_;
-  FixedMemory staying_, passing_;  // with the smallest chunk
+  FixedMemory pinned_, streamed_;  // with the smallest chunk
 };
 
 }  // namespace
@@ -193,9 +194,9 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   }
   p.kv_bytes = KvCache::nbytes(kv_shape(c), p.context, options.kv_f16);
   Partition parts = partition(file, c);
-  for (const Work& w : parts.work) {
+  for (const OpCost& w : parts.work) {
     p.token_bytes += w.bytes;
-    if (w.part != Work::Part::kOutput) p.layer_macs += w.weights;
+    if (w.part != OpCost::Part::kOutput) p.layer_macs += w.weights;
   }
   p.work = parts.work;
 
@@ -216,14 +217,14 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   fixed.kv = p.kv_bytes;
   p.weight_bytes = TensorMemory::nbytes(file);
   const int64_t all = c.is_mixture() ? TensorMemory::nbytes(parts.kept) : p.weight_bytes;
-  const Fit fit(file, parts, fixed, all, c.n_expert_used, largest, scratch);
+  const BudgetSplit fit(file, parts, fixed, all, c.n_expert_used, largest, scratch);
   p.least_memory = fit.least_memory();
   StreamPlan stream;
   fixed.scratch = scratch(p.chunk);
   if (o.memory > 0) {
     fixed = fit.into(o.memory, p.chunk, stream);
     p.weight_bytes = fixed.pinned;
-    p.walk_bytes = stream.walk_bytes;
+    p.streamed_bytes = stream.streamed_bytes;
     p.memory =
         plan_memory(file.path(), o.memory, fixed, parts.layout, parts.working_set, c.n_expert_used);
   }

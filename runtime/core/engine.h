@@ -1,5 +1,5 @@
 // An immutable model: file, configuration, weights, plan; and the compute threads and scratch
-// memory that its timelines take turns to use.
+// memory that its sequences take turns to use.
 #pragma once
 
 #include <atomic>
@@ -59,15 +59,15 @@ struct Plan {
   int64_t context = 0;
   int64_t chunk = 0;  // prompt tokens that pass a layer together
   int64_t weight_bytes =
-      0;                 // resident from the start: all, or what neither is an expert nor passes
-  int64_t kv_bytes = 0;  // of one timeline at its full context
+      0;                 // resident from the start: all, or what is neither an expert nor streamed
+  int64_t kv_bytes = 0;  // of one sequence at its full context
   int64_t scratch_bytes = 0;
-  int64_t token_bytes = 0;   // weight bytes that one decoded token reads
-  int64_t layer_macs = 0;    // multiply-adds of one prompt token (the output's excluded)
-  int64_t least_memory = 0;  // the smallest budget that would do
-  std::vector<Work> work;    // of one decoded token
-  int64_t walk_bytes = 0;    // weights that every walk through the layers reads from flash
-  MemoryPlan memory;         // under a budget
+  int64_t token_bytes = 0;     // weight bytes that one decoded token reads
+  int64_t layer_macs = 0;      // multiply-adds of one prompt token (the output's excluded)
+  int64_t least_memory = 0;    // the smallest budget that would do
+  std::vector<OpCost> work;    // of one decoded token
+  int64_t streamed_bytes = 0;  // weights that every forward pass reads from flash
+  MemoryPlan memory;           // under a budget
 };
 
 // What a load will do, from the header alone.

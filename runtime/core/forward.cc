@@ -144,11 +144,11 @@ void Forward::multiply(std::span<const Product> products, const Input& in) {
   if (std::all_of(products.begin(), products.end(), resident)) {
     multiply_resident(products, in);
   } else {
-    multiply_passing(products, in);
+    multiply_streamed(products, in);
   }
 }
 
-void Forward::multiply_passing(std::span<const Product> products, const Input& in) {
+void Forward::multiply_streamed(std::span<const Product> products, const Input& in) {
   WeightStream& stream = *engine_.stream();
   // Rows of a product: all of a matrix in memory, or those of a piece.
   struct Part {

@@ -59,11 +59,11 @@ class Forward {
   void feed_forward(int64_t il, const float* in, float* out);
   // Lets the store's predictor see the embeddings, before the first layer.
   void look_ahead_first();
-  // The experts of every token and their weights, from in [tokens][n_embd]. Announces them where
-  // they are known before attention; of a pre-gated model chooses and announces those of the next
+  // The experts of every token and their weights, from in [tokens][n_embd]. Prefetches them where
+  // they are known before attention; of a pre-gated model chooses and prefetches those of the next
   // mixture layer, too.
   Routes route(int64_t il, const float* in);
-  // The choice of the router of routes_once, from the residual stream after layer 0; announced to
+  // The choice of the router of routes_once, from the residual stream after layer 0; prefetched for
   // the store for all layers that use it, and kept for them.
   void route_once();
   const Routes& routes_kept() const { return routes_kept_; }
@@ -99,10 +99,10 @@ class Forward {
     return std::lower_bound(p.token_list, p.token_list + p.n, in.low_rows) - p.token_list;
   }
   // Runs several products of the same input together, rows spread over the threads; those of
-  // weights that pass as the pieces arrive.
+  // streamed weights as their pieces arrive.
   void multiply(std::span<const Product> products, const Input& in);
   void multiply_resident(std::span<const Product> products, const Input& in);
-  void multiply_passing(std::span<const Product> products, const Input& in);
+  void multiply_streamed(std::span<const Product> products, const Input& in);
   // Quantizes rows x [n][cols] for matrices that want int8; with `rows`, only those. With `token`
   // [n] rows get both terms by their tokens rather than their numbers. Valid until the next call.
   Input input(const float* x, int64_t n, int64_t cols, bool quantize, int64_t low_rows,
@@ -146,7 +146,7 @@ class Forward {
   // [n_expert_used]: the experts, where they are known.
   Routes chosen(const std::vector<int32_t>& among = {});
   // The routers of later layers on the present hidden states, for the store's predictor.
-  class Ahead;
+  class Probe;
   ExpertStore& experts() const { return *engine_.weights().experts; }
   void copy_to_tap(int64_t il, const float* in) const;
   void copy_hidden_to_tap(int64_t il) const;

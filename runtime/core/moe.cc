@@ -71,9 +71,9 @@ void choose(const ModelConfig& c, const float* logits, const int32_t* among, flo
 
 }  // namespace
 
-class Forward::Ahead : public RouterAhead {
+class Forward::Probe : public RouterProbe {
  public:
-  explicit Ahead(Forward& forward) : f_(forward) {}
+  explicit Probe(Forward& forward) : f_(forward) {}
   void logits(int64_t layer, float* out) override {
     ActivationSums* const sums = std::exchange(f_.sums_, nullptr);  // a guess is not counted
     guess(layer, out);
@@ -104,7 +104,7 @@ class Forward::Ahead : public RouterAhead {
 
 void Forward::look_ahead_first() {
   if (config_.routes_once) return;
-  Ahead ahead(*this);
+  Probe ahead(*this);
   experts().look_ahead(-1, ahead);
 }
 
@@ -118,12 +118,12 @@ Routes Forward::route(int64_t il, const float* in) {
   const Product product[] = {{&router, s_.router, c.n_expert, nullptr, 0, n_}};
   multiply(product, x);
   const Routes routes = chosen(pregated_);
-  if (c.routes_early && pregated_.empty()) experts().announce(il, routes);
+  if (c.routes_early && pregated_.empty()) experts().prefetch_certain(il, routes);
   pregated_.clear();
   if (gate) {
     pregate(il, x, s_.router);
     Routes next = chosen();
-    experts().announce(mixture_after(il), next);
+    experts().prefetch_certain(mixture_after(il), next);
     pregated_ = std::move(next.expert);
   }
   return routes;
@@ -165,7 +165,7 @@ void Forward::route_once() {
   const Product down[] = {{&w.router_down, s_.router, c.n_expert, nullptr, 0, n_}};
   multiply(down, h);
   routes_kept_ = chosen();
-  for (int64_t il = 1; il < c.n_layer; ++il) experts().announce(il, routes_kept_);
+  for (int64_t il = 1; il < c.n_layer; ++il) experts().prefetch_certain(il, routes_kept_);
 }
 
 Routes Forward::chosen(const std::vector<int32_t>& among) {
@@ -216,7 +216,7 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
   // s_.pairs, so that the sum below does not depend on that order.
   const std::unique_ptr<ExpertLease> lease = this->experts().acquire(il, experts, routes);
   if (!config_.routes_once) {  // else there is nothing to guess
-    Ahead ahead(*this);
+    Probe ahead(*this);
     this->experts().look_ahead(il, ahead);
   }
   const int64_t low = low_rows(Precision::kHigh);

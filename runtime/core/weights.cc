@@ -304,52 +304,52 @@ class Loader {
 };
 
 // Adds up what one token multiplies with.
-class WorkSum {
+class OpCostSum {
  public:
-  explicit WorkSum(std::vector<Work>& work) : work_(work) {}
+  explicit OpCostSum(std::vector<OpCost>& work) : work_(work) {}
 
-  void add(Work::Part part, const Matrix& m, bool balanced) {
+  void add(OpCost::Part part, const Matrix& m, bool balanced) {
     if (m) add(part, m.format, balanced, 1, m.rows * m.cols, m.nbytes());
   }
 
   void add_layer(const LayerWeights& w) {
     for (const Matrix* m : {&w.q, &w.k, &w.v, &w.router, &w.pregate, &w.shared_router}) {
-      add(Work::Part::kLayers, *m, true);
+      add(OpCost::Part::kLayers, *m, true);
     }
     for (const Matrix* m :
          {&w.o, &w.gate, &w.up, &w.down, &w.shared_gate, &w.shared_up, &w.shared_down}) {
-      add(Work::Part::kLayers, *m, false);
+      add(OpCost::Part::kLayers, *m, false);
     }
   }
 
   // Of a layer's experts a token uses `used`, each as often as any other.
   void add_experts(const Layout& layout, int64_t layer, int64_t used) {
-    std::vector<Work> all;
-    WorkSum sum(all);
+    std::vector<OpCost> all;
+    OpCostSum sum(all);
     for (int64_t e = 0; e < layout.n_expert(); ++e) {
       for (const Matrix& m : layout.matrices(layout.unit(layer, e))) {
-        sum.add(Work::Part::kExperts, m, false);
+        sum.add(OpCost::Part::kExperts, m, false);
       }
     }
     const auto share = [&](int64_t n) { return n * used / layout.n_expert(); };
-    for (const Work& w : all) {
+    for (const OpCost& w : all) {
       add(w.part, w.format, w.balanced, share(w.products), share(w.weights), share(w.bytes));
     }
   }
 
  private:
-  void add(Work::Part part, const Format* format, bool balanced, int64_t products, int64_t weights,
-           int64_t bytes) {
-    auto it = std::find_if(work_.begin(), work_.end(), [&](const Work& w) {
+  void add(OpCost::Part part, const Format* format, bool balanced, int64_t products,
+           int64_t weights, int64_t bytes) {
+    auto it = std::find_if(work_.begin(), work_.end(), [&](const OpCost& w) {
       return w.part == part && w.format == format && w.balanced == balanced;
     });
-    if (it == work_.end()) it = work_.insert(it, Work{part, format, balanced});
+    if (it == work_.end()) it = work_.insert(it, OpCost{part, format, balanced});
     it->products += products;
     it->weights += weights;
     it->bytes += bytes;
   }
 
-  std::vector<Work>& work_;
+  std::vector<OpCost>& work_;
 };
 
 // Everything but the experts.
@@ -393,13 +393,13 @@ StreamTensor stream_tensor(const GgufFile& file, const Matrix& m) {
   return {m.tensor, t.ne[1], extent_of(t)};
 }
 
-// The matrices that a walk uses, in the order of use. Routers and all that is small stay: other
-// layers look at routers ahead of time.
-std::vector<StreamTensor> walk_of(const GgufFile& file, const Weights& w) {
-  std::vector<StreamTensor> walk;
+// The matrices that a forward pass uses, in the order of use. Routers and all that is small are pinned:
+// other layers look at routers ahead of time.
+std::vector<StreamTensor> pass_order(const GgufFile& file, const Weights& w) {
+  std::vector<StreamTensor> order;
   const auto add = [&](const Matrix& m) {
     if (!m || m.nbytes() < kLeastStreamed) return;
-    if (walk.empty() || walk.back().tensor != m.tensor) walk.push_back(stream_tensor(file, m));
+    if (order.empty() || order.back().tensor != m.tensor) order.push_back(stream_tensor(file, m));
   };
   for (const LayerWeights& l : w.layers) {
     for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down, &l.shared_gate,
@@ -408,7 +408,7 @@ std::vector<StreamTensor> walk_of(const GgufFile& file, const Weights& w) {
     }
   }
   add(w.output);
-  return walk;
+  return order;
 }
 
 }  // namespace
@@ -500,24 +500,24 @@ Partition partition(const GgufFile& file, const ModelConfig& c) {
   p.kept = loader.others();
   load_kept(loader, c, none);  // shapes only
   loader.check_all_used();
-  WorkSum work(p.work);
+  OpCostSum work(p.work);
   for (int64_t il = 0; il < c.n_layer; ++il) {
     work.add_layer(none.layers[static_cast<size_t>(il)]);
     if (loader.is_mixture(il)) work.add_experts(p.layout, il, c.n_expert_used);
   }
-  work.add(Work::Part::kLayers, none.router_up, true);
-  work.add(Work::Part::kLayers, none.router_down, true);
-  work.add(Work::Part::kOutput, none.output, true);
-  p.walk = walk_of(file, none);
+  work.add(OpCost::Part::kLayers, none.router_up, true);
+  work.add(OpCost::Part::kLayers, none.router_down, true);
+  work.add(OpCost::Part::kOutput, none.output, true);
+  p.pass_order = pass_order(file, none);
   p.lookup = stream_tensor(file, none.embedding);
   return p;
 }
 
-std::vector<const GgufTensor*> Partition::staying(const GgufFile& file,
-                                                  const StreamPlan& plan) const {
+std::vector<const GgufTensor*> Partition::pinned_under(const GgufFile& file,
+                                                       const StreamPlan& plan) const {
   if (!plan.active) return kept;
   std::set<int32_t> gone{lookup.tensor};
-  for (const StreamTensor& t : walk) gone.insert(t.tensor);
+  for (const StreamTensor& t : pass_order) gone.insert(t.tensor);
   for (const int32_t t : plan.whole) gone.erase(t);
   std::vector<const GgufTensor*> list;
   for (const GgufTensor* t : kept) {
@@ -530,7 +530,7 @@ Weights load_weights(const GgufFile& file, const ModelConfig& c, Partition parti
                      StreamPlan stream, std::shared_ptr<FlashReader> reader,
                      const FlashExperts::Options& options, const std::function<void()>& poll) {
   Weights w;
-  w.memory = std::make_unique<TensorMemory>(partition.staying(file, stream), *reader, poll);
+  w.memory = std::make_unique<TensorMemory>(partition.pinned_under(file, stream), *reader, poll);
   Loader loader(file, c, w);
   load_kept(loader, c, w);
   loader.check_all_used(partition.kept);

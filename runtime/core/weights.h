@@ -1,4 +1,4 @@
-// The weights that stay in memory: matrices as views into loaded shards, norms and biases as f32.
+// The weights: matrices as views into loaded shards, norms and biases as f32.
 #pragma once
 
 #include <cstdint>
@@ -83,7 +83,7 @@ struct Weights {
 };
 
 // Products of one decoded token with weights of one format.
-struct Work {
+struct OpCost {
   enum class Part { kLayers, kExperts, kOutput };  // of mixtures: the experts used, on average
   Part part = Part::kLayers;
   const Format* format = nullptr;
@@ -102,18 +102,18 @@ struct Partition {
   Layout layout{0, 0};
   std::vector<const GgufTensor*> kept;
   int64_t working_set = 0;  // experts that one token uses, all layers
-  std::vector<Work> work;
+  std::vector<OpCost> work;
   // Where not all of `kept` fits: the large matrices that every token uses, in the order of use,
   // and that of the embeddings, of which it uses a row.
-  std::vector<StreamTensor> walk;
+  std::vector<StreamTensor> pass_order;
   StreamTensor lookup;
-  // The tensors of `kept` that stay as a whole under a plan (all, where it is not active).
-  std::vector<const GgufTensor*> staying(const GgufFile& file, const StreamPlan& plan) const;
+  // The tensors of `kept` that are pinned as a whole under a plan (all, where it is not active).
+  std::vector<const GgufTensor*> pinned_under(const GgufFile& file, const StreamPlan& plan) const;
 };
 // Throws Error(kUnsupported) for tensors that the family does not know.
 Partition partition(const GgufFile& file, const ModelConfig& config);
 
-// Experts, and what `stream` lets pass, on flash, behind `reader` (whose files are the shards).
+// Experts, and what `stream` streams, on flash, behind `reader` (whose files are the shards).
 // poll is called every 20 ms.
 Weights load_weights(const GgufFile& file, const ModelConfig& config, Partition partition,
                      StreamPlan stream, std::shared_ptr<FlashReader> reader,

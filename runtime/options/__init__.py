@@ -69,7 +69,7 @@ class LoadOptions:
     memory: budget of the whole process: bytes, "500MB", "2GiB", "60%" (of what the machine can
         give) or "auto". A mixture of experts keeps as many experts in memory as fit and reads the
         others from flash as they are needed. Where not even the weights that every token uses fit,
-        as those of a large dense model, a part of them passes through memory with every token.
+        as those of a large dense model, a part of them is streamed: read with every token.
         "auto" loads everything where that fits, and otherwise takes what the machine can give.
     policy: which expert leaves the cache, a name of `stoker run --help`; None: the default.
     predictor: what foresees the next layers' experts; None: the default.

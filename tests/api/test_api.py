@@ -249,7 +249,7 @@ except KeyboardInterrupt:
     pass
 # Nothing of an interrupted text is left (unless it had just been completed).
 assert session.position in (held, held + more), session.position
-assert session.position == session._timeline.position
+assert session.position == session._sequence.position
 session.truncate(held)
 print(repr(session.generate(" and after", temperature=0, max_tokens=5).read()), flush=True)
 """

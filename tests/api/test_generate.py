@@ -36,7 +36,7 @@ def reciting(
 
 
 def evaluated(session: Any) -> list[int]:
-    return session._timeline.evaluated  # type: ignore[no-any-return]
+    return session._sequence.evaluated  # type: ignore[no-any-return]
 
 
 # Stop strings.
@@ -202,7 +202,7 @@ class StoppedClock:
 
 def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = StoppedClock(monkeypatch)
-    monkeypatch.setattr(fake_core.Timeline, "eval", clock.taking(0.01, fake_core.Timeline.eval))
+    monkeypatch.setattr(fake_core.Sequence, "eval", clock.taking(0.01, fake_core.Sequence.eval))
     generation = reciting(monkeypatch, "abcd").chat("12")
     assert generation.stats.new_tokens == 0
     generation.read()
@@ -352,14 +352,14 @@ def test_interrupt_leaves_a_usable_session(monkeypatch: pytest.MonkeyPatch, fail
     session.chat("earlier", max_tokens=3).read()
     held = session.messages
     calls = itertools.count(1)
-    real = fake_core.Timeline.eval
+    real = fake_core.Sequence.eval
 
     def interrupted(self: Any, tokens: Any) -> None:
         if next(calls) == failing:
             raise KeyboardInterrupt
         real(self, tokens)
 
-    monkeypatch.setattr(fake_core.Timeline, "eval", interrupted)
+    monkeypatch.setattr(fake_core.Sequence, "eval", interrupted)
     generation = session.chat("now")
     with pytest.raises(KeyboardInterrupt):
         generation.read()
@@ -371,24 +371,24 @@ def test_interrupt_leaves_a_usable_session(monkeypatch: pytest.MonkeyPatch, fail
     else:
         assert session.messages == held
     assert session.chat("again").read() == "abcdef"
-    timeline: Any = session._timeline
-    assert session.tokens[: timeline.position] == timeline.tokens
+    sequence: Any = session._sequence
+    assert session.tokens[: sequence.position] == sequence.tokens
 
 
 def test_interrupted_append_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     session = reciting(monkeypatch, "abc").session()
     session.append("before")
-    real = fake_core.Timeline.eval
+    real = fake_core.Sequence.eval
 
     def half(self: Any, tokens: Any) -> None:
         real(self, tokens[: len(tokens) // 2])  # the core ends at a whole chunk
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fake_core.Timeline, "eval", half)
+    monkeypatch.setattr(fake_core.Sequence, "eval", half)
     with pytest.raises(KeyboardInterrupt):
         session.append("a long text")
-    assert session.position == session._timeline.position == len("before")
-    monkeypatch.setattr(fake_core.Timeline, "eval", real)
+    assert session.position == session._sequence.position == len("before")
+    monkeypatch.setattr(fake_core.Sequence, "eval", real)
     session.append([fake_core.ANSWER])
     assert session.generate().read() == "abc"
 
@@ -425,7 +425,7 @@ def test_cancel_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cancelled_append(monkeypatch: pytest.MonkeyPatch) -> None:
     session = reciting(monkeypatch, "abc").session()
-    engine = session._timeline.engine
+    engine = session._sequence.engine
     engine.go_on.clear()
     thread, results = in_thread(lambda: session.append("text"))
     assert engine.evaluating.wait(300)
@@ -440,7 +440,7 @@ def test_cancelled_append(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_late_cancel_does_not_hit_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
     session = reciting(monkeypatch, "abc").session()
-    session._timeline.cancel()  # as if the request had come after the last look of a call
+    session._sequence.cancel()  # as if the request had come after the last look of a call
     assert session.append("text") == 4
 
 
@@ -453,7 +453,7 @@ def test_cancel_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_second_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     session = reciting(monkeypatch, "abc").session()
-    engine = session._timeline.engine
+    engine = session._sequence.engine
     engine.go_on.clear()
     thread, results = in_thread(lambda: session.append("text"))
     assert engine.evaluating.wait(300)
@@ -503,7 +503,7 @@ def test_failing_core_ends_the_generation(monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fake_core.Timeline, "eval", fail)
+        patch.setattr(fake_core.Sequence, "eval", fail)
         with pytest.raises(OSError, match="the disk is gone"):
             generation.read()
     assert generation.finish_reason == "error"

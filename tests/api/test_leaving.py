@@ -328,7 +328,7 @@ def test_a_late_cancel_is_not_the_next_calls(model: stoker.Model) -> None:
         next(generation)
         session = generation._session
         assert session is not None
-        session._timeline.cancel()  # after the last look of the step
+        session._sequence.cancel()  # after the last look of the step
         generation.close()
         del session
         assert model.logits([1, 2, 3]).shape == (3, model.n_vocab)

@@ -89,10 +89,10 @@ def log_softmax(logits: Array) -> Array:
 def evaluate(engine: _core.Engine, golden: dict[str, Any]) -> dict[str, Array]:
     """The record that make_golden.py keeps of a run, from stoker."""
     tokens, top = golden["tokens"], golden["top_ids"]
-    timeline = engine.timeline()
+    sequence = engine.sequence()
     of_top, best, nll = [], [], []
     for start in range(0, len(tokens), CHUNK):
-        logprobs = log_softmax(timeline.eval_all(tokens[start : start + CHUNK]))
+        logprobs = log_softmax(sequence.eval_all(tokens[start : start + CHUNK]))
         of_top.append(np.take_along_axis(logprobs, top[start : start + CHUNK].astype(int), -1))
         best.append(logprobs.argmax(axis=-1))
         following = tokens[start + 1 : start + CHUNK + 1]
@@ -133,9 +133,9 @@ def test_perplexity(golden: dict[str, Any]) -> None:
 def test_greedy_text(golden: dict[str, Any], prompt: int) -> None:
     """At each step of the exact greedy text, stoker chooses the same token where it is decided."""
     start, text = golden[f"prompt_{prompt}_tokens"], golden[f"greedy_{prompt}"]
-    timeline = golden["engine"].timeline()
-    timeline.eval(start[:-1])
-    chosen = timeline.eval_all(np.concatenate([start[-1:], text[:-1]])).argmax(axis=-1)
+    sequence = golden["engine"].sequence()
+    sequence.eval(start[:-1])
+    chosen = sequence.eval_all(np.concatenate([start[-1:], text[:-1]])).argmax(axis=-1)
     differ = chosen != text
     assert not (differ & (golden[f"gap_{prompt}"] > DECIDED[golden["precision"]])).any()
     assert differ.mean() < 0.1
@@ -144,10 +144,10 @@ def test_greedy_text(golden: dict[str, Any], prompt: int) -> None:
 def test_decoding_equals_the_prompt(golden: dict[str, Any]) -> None:
     """Tokens one by one give the bits that they give as a prompt."""
     start, text = golden["prompt_0_tokens"], golden["greedy_0"][:16]
-    prompt = golden["engine"].timeline()
+    prompt = golden["engine"].sequence()
     prompt.eval(start)
     together = prompt.eval_all(text)
-    decode = golden["engine"].timeline()
+    decode = golden["engine"].sequence()
     decode.eval(start)
     for token, expected in zip(text, together, strict=True):
         decode.eval([int(token)])
@@ -177,6 +177,6 @@ def test_tiny_models(tiny_golden: dict[str, Any], variant: str, tmp_path: Path) 
     # llama.cpp's GELU on a CPU is a table of f16.
     bound = 3e-2 if family == "gemma3" else 1e-3
     engine = _core.Engine(_core.GgufFile(str(path)), threads=1, kv_type="f32", context=256)
-    assert np.abs(engine.timeline().eval_all(tokens)[at] - expected).max() < bound
+    assert np.abs(engine.sequence().eval_all(tokens)[at] - expected).max() < bound
     oracle = Oracle(path, half_gelu=True).logits(tokens)[at]
     assert np.abs(oracle - expected).max() < (5e-3 if family == "gemma3" else 1e-3)

@@ -389,7 +389,7 @@ def test_report_adds_up(mixture: Path) -> None:
     assert report.experts == 48 and report.working_set == 6
     assert report.flash_bandwidth > 0
     text = "\n".join(report.lines())
-    for row in ("budget", "process", "weights that stay", "KV cache", "scratch", "expert cache"):
+    for row in ("budget", "process", "pinned weights", "KV cache", "scratch", "expert cache"):
         assert f"\n{row} " in text
     assert json.loads(json.dumps(report.as_dict()))["slots"] == report.slots
     resident = stoker.load(mixture).forecast()

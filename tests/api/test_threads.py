@@ -21,10 +21,10 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def greedy(engine: _core.Engine, n: int) -> list[int]:
-    timeline = engine.timeline()
+    sequence = engine.sequence()
     sampler = _core.Sampler(engine.config["n_vocab"])
-    timeline.eval(TOKENS[:n])
-    return [timeline.step(sampler) for _ in range(24)]
+    sequence.eval(TOKENS[:n])
+    return [sequence.step(sampler) for _ in range(24)]
 
 
 def test_eight_threads_give_what_one_gives(engine: _core.Engine) -> None:
@@ -44,28 +44,28 @@ def test_eight_threads_give_what_one_gives(engine: _core.Engine) -> None:
 
 
 def test_cancel_from_another_thread(engine: _core.Engine) -> None:
-    timeline = engine.timeline()
-    timeline.eval(TOKENS[:4])
-    timeline.cancel()
+    sequence = engine.sequence()
+    sequence.eval(TOKENS[:4])
+    sequence.cancel()
     with pytest.raises(errors.Cancelled):
-        timeline.eval(TOKENS[4:8])
-    assert timeline.position == 4
-    timeline.eval(TOKENS[4:8])
-    expected = engine.timeline()
+        sequence.eval(TOKENS[4:8])
+    assert sequence.position == 4
+    sequence.eval(TOKENS[4:8])
+    expected = engine.sequence()
     expected.eval(TOKENS[:8])
-    np.testing.assert_array_equal(timeline.logits(), expected.logits())
+    np.testing.assert_array_equal(sequence.logits(), expected.logits())
 
 
 def test_a_timeline_serves_one_thread_at_a_time(engine: _core.Engine) -> None:
-    timeline = engine.timeline()
+    sequence = engine.sequence()
     found: list[BaseException] = []
     stop = threading.Event()
 
     def hammer() -> None:
         while not stop.is_set():
             try:
-                timeline.eval(TOKENS[:2])
-                timeline.truncate(0)
+                sequence.eval(TOKENS[:2])
+                sequence.truncate(0)
             except errors.OptionError as e:
                 found.append(e)
                 stop.set()
@@ -84,14 +84,14 @@ def test_reproducible_for_any_number_of_threads(tmp_path: Path) -> None:
     path = make(tmp_path / "model.gguf", "qwen3moe", quant="Q8_0")
     logits = []
     for threads in (1, 2, 3, 5):
-        timeline = _core.Engine(_core.GgufFile(str(path)), threads=threads).timeline()
-        logits.append(timeline.eval_all(TOKENS))
+        sequence = _core.Engine(_core.GgufFile(str(path)), threads=threads).sequence()
+        logits.append(sequence.eval_all(TOKENS))
     for other in logits[1:]:
         np.testing.assert_array_equal(other, logits[0])
 
 
 def test_a_sampler_for_another_vocabulary_is_refused(engine: _core.Engine) -> None:
-    timeline = engine.timeline()
-    timeline.eval(TOKENS[:2])
+    sequence = engine.sequence()
+    sequence.eval(TOKENS[:2])
     with pytest.raises(errors.OptionError, match="sampler"):
-        timeline.sample(_core.Sampler(engine.config["n_vocab"] + 1))
+        sequence.sample(_core.Sampler(engine.config["n_vocab"] + 1))

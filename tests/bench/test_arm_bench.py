@@ -72,13 +72,13 @@ def measured(build: Path, model: Path, tmp_path: Path, *arguments: object) -> re
 def greedy(model: Path, prompt: list[int]) -> list[int]:
     """The same tokens from this machine's build: the one after the prompt and TOKENS more."""
     engine = _core.Engine(_core.GgufFile(str(model)), threads=2, context=len(prompt) + TOKENS + 1)
-    timeline = engine.timeline()
+    sequence = engine.sequence()
     sampler = _core.Sampler(engine.config["n_vocab"])
-    timeline.eval(prompt)
-    tokens = [timeline.sample(sampler)]
+    sequence.eval(prompt)
+    tokens = [sequence.sample(sampler)]
     for _ in range(TOKENS):
-        timeline.eval(tokens[-1:])
-        tokens.append(timeline.sample(sampler))
+        sequence.eval(tokens[-1:])
+        tokens.append(sequence.sample(sampler))
     return tokens
 
 

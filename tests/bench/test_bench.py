@@ -50,7 +50,7 @@ class Llama:
             assert options == {"use_mmap": True}
             assert llama_cpp.llama_model_default_params().use_extra_bufts is False
         self.engine = Engine(GgufFile(path), threads=n_threads, context=n_ctx)
-        self._ctx = SimpleNamespace(ctx=self.engine.timeline())
+        self._ctx = SimpleNamespace(ctx=self.engine.sequence())
     def n_vocab(self):
         return self.engine.config["n_vocab"]
     def reset(self):

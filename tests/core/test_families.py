@@ -71,7 +71,7 @@ def open_engine(
 
 
 def all_logits(path: Path, tokens: Array = TOKENS, **options: Any) -> Array:
-    return open_engine(path, **options).timeline().eval_all(tokens)
+    return open_engine(path, **options).sequence().eval_all(tokens)
 
 
 def same_bits(a: Array, b: Array) -> bool:
@@ -117,7 +117,7 @@ def prompt_errors(path: Path, oracle: Oracle, precision: str, length: int) -> Ar
     engine = open_engine(path, precision=precision)
     prompts = TOKENS[: len(TOKENS) // length * length].reshape(-1, length)
     return np.array(
-        [np.abs(engine.timeline().eval_all(t) - oracle.logits(t)).max() for t in prompts]
+        [np.abs(engine.sequence().eval_all(t) - oracle.logits(t)).max() for t in prompts]
     )
 
 
@@ -182,10 +182,10 @@ def test_half_precision_cache_equals_the_oracle(tiny: BUILD, variant: str) -> No
 @pytest.mark.parametrize("variant", FEW)
 def test_hidden_states_equal_the_oracle(tiny: BUILD, variant: str) -> None:
     path = tiny(variant)
-    timeline = open_engine(path).timeline()
-    actual = timeline.eval_hidden(TOKENS)
+    sequence = open_engine(path).sequence()
+    actual = sequence.eval_hidden(TOKENS)
     assert np.abs(actual - Oracle(path).hidden(TOKENS)).max() < F32_BOUND
-    assert same_bits(timeline.hidden(), actual[-1])
+    assert same_bits(sequence.hidden(), actual[-1])
 
 
 # The oracle itself: an option that changed nothing would make its test worthless.
@@ -236,15 +236,15 @@ INVARIANT = [
 @pytest.mark.parametrize(("variant", "quant"), INVARIANT)
 def test_chunks_give_the_same_bits(tiny: BUILD, variant: str, quant: str, kv_type: str) -> None:
     engine = open_engine(tiny(variant, quant), threads=2, kv_type=kv_type)
-    whole = engine.timeline().eval_all(TOKENS)
-    single = engine.timeline()
+    whole = engine.sequence().eval_all(TOKENS)
+    single = engine.sequence()
     one_by_one = np.concatenate([single.eval_all(TOKENS[i : i + 1]) for i in range(N_TOKENS)])
     assert same_bits(one_by_one, whole)
     rng = np.random.default_rng(7)
     for _ in range(3):
         cuts = np.unique(rng.integers(1, N_TOKENS, rng.integers(1, 12)))
-        timeline = engine.timeline()
-        parts = [timeline.eval_all(part) for part in np.split(TOKENS, cuts)]
+        sequence = engine.sequence()
+        parts = [sequence.eval_all(part) for part in np.split(TOKENS, cuts)]
         assert same_bits(np.concatenate(parts), whole), f"chunks cut at {cuts}"
 
 
@@ -252,10 +252,10 @@ def test_chunks_give_the_same_bits(tiny: BUILD, variant: str, quant: str, kv_typ
 def test_long_chunks_give_the_same_bits(tiny: BUILD, variant: str) -> None:
     engine = open_engine(tiny(variant, "Q4_0", context=1024), threads=2, context=1024)
     tokens = some_tokens(1000, seed=1)
-    whole = engine.timeline().eval_all(tokens)
+    whole = engine.sequence().eval_all(tokens)
     for size in (1, 7, 64, 333):
-        timeline = engine.timeline()
-        parts = [timeline.eval_all(tokens[i : i + size]) for i in range(0, len(tokens), size)]
+        sequence = engine.sequence()
+        parts = [sequence.eval_all(tokens[i : i + size]) for i in range(0, len(tokens), size)]
         assert same_bits(np.concatenate(parts), whole), f"chunks of {size}"
 
 
@@ -269,22 +269,22 @@ def test_threads_give_the_same_bits(tiny: BUILD, variant: str, quant: str) -> No
 
 @pytest.mark.parametrize(("variant", "quant"), INVARIANT)
 def test_truncation_leaves_no_trace(tiny: BUILD, variant: str, quant: str) -> None:
-    timeline = open_engine(tiny(variant, quant), kv_type="f16").timeline()
-    whole = timeline.eval_all(TOKENS)
+    sequence = open_engine(tiny(variant, quant), kv_type="f16").sequence()
+    whole = sequence.eval_all(TOKENS)
     for position in (70, 33, 1, 0):
-        timeline.truncate(position)
-        assert timeline.position == position
-        timeline.eval(some_tokens(20, seed=position + 1))  # something else first
-        timeline.truncate(position)
-        assert same_bits(timeline.eval_all(TOKENS[position:]), whole[position:])
+        sequence.truncate(position)
+        assert sequence.position == position
+        sequence.eval(some_tokens(20, seed=position + 1))  # something else first
+        sequence.truncate(position)
+        assert same_bits(sequence.eval_all(TOKENS[position:]), whole[position:])
 
 
 @pytest.mark.parametrize("variant", FEW)
 def test_timelines_do_not_disturb_each_other(tiny: BUILD, variant: str) -> None:
     engine = open_engine(tiny(variant))
     other = some_tokens(N_TOKENS, seed=3)
-    expected = [engine.timeline().eval_all(t) for t in (TOKENS, other)]
-    a, b = engine.timeline(), engine.timeline()
+    expected = [engine.sequence().eval_all(t) for t in (TOKENS, other)]
+    a, b = engine.sequence(), engine.sequence()
     rows: tuple[list[Array], list[Array]] = ([], [])
     for i in range(0, N_TOKENS, 10):
         rows[0].append(a.eval_all(TOKENS[i : i + 10]))
@@ -296,12 +296,12 @@ def test_timelines_do_not_disturb_each_other(tiny: BUILD, variant: str) -> None:
 @pytest.mark.parametrize("variant", FEW)
 def test_eval_forms_agree(tiny: BUILD, variant: str) -> None:
     engine = open_engine(tiny(variant))
-    whole = engine.timeline().eval_all(TOKENS)
-    timeline = engine.timeline()
-    timeline.eval(TOKENS)
-    assert same_bits(timeline.logits(), whole[-1])
-    assert timeline.position == N_TOKENS
-    nll = engine.timeline().eval_nll(TOKENS)
+    whole = engine.sequence().eval_all(TOKENS)
+    sequence = engine.sequence()
+    sequence.eval(TOKENS)
+    assert same_bits(sequence.logits(), whole[-1])
+    assert sequence.position == N_TOKENS
+    nll = engine.sequence().eval_nll(TOKENS)
     x = whole.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
     logprobs = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
@@ -317,7 +317,7 @@ assert _core.active_isa() == sys.argv[1], _core.active_isa()
 tokens = np.array(json.loads(sys.argv[2]), np.int32)
 for path in sys.argv[3:]:
     engine = _core.Engine(_core.GgufFile(path), threads=2, context=256)
-    engine.timeline().eval_all(tokens).tofile(path + "." + sys.argv[1])
+    engine.sequence().eval_all(tokens).tofile(path + "." + sys.argv[1])
 """
 
 
@@ -341,15 +341,15 @@ def test_instruction_sets_give_the_same_bits(tiny: BUILD) -> None:
 
 
 def test_context_is_a_limit(tiny: BUILD) -> None:
-    timeline = open_engine(tiny("llama"), context=64).timeline()
-    timeline.eval(TOKENS[:60])
-    before = timeline.logits()
+    sequence = open_engine(tiny("llama"), context=64).sequence()
+    sequence.eval(TOKENS[:60])
+    before = sequence.logits()
     with pytest.raises(ContextLengthError):
-        timeline.eval(TOKENS[:5])
-    assert timeline.position == 60, "a refused evaluation must leave the timeline as it was"
-    assert same_bits(timeline.logits(), before)
-    timeline.eval(TOKENS[60:64])
-    assert timeline.position == 64
+        sequence.eval(TOKENS[:5])
+    assert sequence.position == 60, "a refused evaluation must leave the sequence as it was"
+    assert same_bits(sequence.logits(), before)
+    sequence.eval(TOKENS[60:64])
+    assert sequence.position == 64
 
 
 # Models that are not quite the family's: refused in one line, never run without what is missing or

@@ -54,7 +54,7 @@ def test_size_is_kept_and_reported(adapted: Adapted) -> None:
 
 
 def test_file_gives_what_was_reported(adapted: Adapted, mixture: Path) -> None:
-    """The palette's perplexity is that of the file that was written."""
+    """The store's perplexity is that of the file that was written."""
     assert adapted.made is not None and adapted.path is not None
     texts = cut_text(mixture, TEXT, tokens=128, window=64)
     model = stoker.load(adapted.path, context=64)
@@ -121,7 +121,7 @@ def test_offloaded_file_is_the_resident_one(adapted: Adapted) -> None:
         assert run(engine(adapted.path, model.budgets.part(share))) == model.expected()
 
 
-@pytest.mark.parametrize("stage", ["palette", "sensitivity", "search", "tensors"])
+@pytest.mark.parametrize("stage", ["store", "sensitivity", "search", "tensors"])
 def test_interrupted_and_taken_up_again(
     mixture: Path, adapted: Adapted, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,7 +78,7 @@ def test_sums_are_those_of_the_oracle(family: str, tmp_path: Path) -> None:
     expected_nll = listener.logits(tokens)
     engine = _core.Engine(_core.GgufFile(str(path)), threads=2, kv_type="f32", precision="high")
     sums = _core.ActivationSums(engine)
-    nll = sums.eval(engine.timeline(), tokens)
+    nll = sums.eval(engine.sequence(), tokens)
     logp = expected_nll - np.log(np.exp(expected_nll).sum(1, keepdims=True))
     np.testing.assert_allclose(nll, -logp[np.arange(47), tokens[1:]], atol=1e-3)
     found = sums.tensors
@@ -97,11 +97,11 @@ def test_sums_add_up_and_do_not_depend_on_threads(tmp_path: Path) -> None:
     for threads in (1, 2, 3):
         engine = _core.Engine(_core.GgufFile(str(path)), threads=threads, precision="high")
         sums = _core.ActivationSums(engine)
-        timeline = engine.timeline()
+        sequence = engine.sequence()
         for seed in (0, 1):
-            timeline.truncate(0)
-            sums.eval(timeline, some_tokens(40, seed))
-        timeline.eval(some_tokens(9))  # does not count
+            sequence.truncate(0)
+            sums.eval(sequence, some_tokens(40, seed))
+        sequence.eval(some_tokens(9))  # does not count
         found.append(sums.tensors)
     for name, (squares, counts) in found[0].items():
         for other in found[1:]:
@@ -120,11 +120,11 @@ def test_sums_of_an_offloaded_model_are_the_same(tmp_path: Path) -> None:
     for memory in (0, budgets(path).part(0.3)):
         e = offloaded(path, memory, precision="high")
         sums = _core.ActivationSums(e)
-        timeline = e.timeline()
-        sums.eval(timeline, some_tokens(40))
+        sequence = e.sequence()
+        sums.eval(sequence, some_tokens(40))
         for seed in (1, 2):
-            timeline.truncate(0)
-            sums.eval(timeline, some_tokens(2, seed))
+            sequence.truncate(0)
+            sums.eval(sequence, some_tokens(2, seed))
         found.append(sums.tensors)
     assert found[0].keys() == found[1].keys()
     for name, (squares, counts) in found[0].items():
@@ -136,7 +136,7 @@ def test_sums_want_their_own_engine(base: Path) -> None:
     file = _core.GgufFile(str(base))
     one, two = _core.Engine(file, threads=1), _core.Engine(file, threads=1)
     with pytest.raises(OptionError, match="the sums of this session's model, found another's"):
-        _core.ActivationSums(one).eval(two.timeline(), some_tokens(4))
+        _core.ActivationSums(one).eval(two.sequence(), some_tokens(4))
 
 
 def test_a_collected_file(base: Path, measured: tuple[Path, Imatrix]) -> None:

@@ -80,7 +80,7 @@ def test_rows_that_blocks_do_not_divide_fall_back_with_a_note(tmp_path: Path) ->
     assert any("take Q5_0 instead of Q4_K, whose blocks of 256 weights" in n for n in made.notes)
     assert any("take F16 instead of Q" in n for n in made.notes)
     engine = _core.Engine(_core.GgufFile(str(made.path)), threads=1)
-    assert np.isfinite(engine.timeline().eval_all(some_tokens(8))).all()
+    assert np.isfinite(engine.sequence().eval_all(some_tokens(8))).all()
 
 
 def test_overrides_decide_after_the_mixture_the_last_one_last(base: Path, tmp_path: Path) -> None:

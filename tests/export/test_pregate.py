@@ -105,7 +105,7 @@ def random_gate(layer: int, n_expert: int, n_embd: int) -> Gate:
 
 def logits(path: Path, tokens: Array = TOKENS, **options: Any) -> Array:
     options = {"threads": 1, "kv_type": "f32", "context": 256, **options}
-    return _core.Engine(_core.GgufFile(str(path)), **options).timeline().eval_all(tokens)
+    return _core.Engine(_core.GgufFile(str(path)), **options).sequence().eval_all(tokens)
 
 
 # What the engine computes.
@@ -191,7 +191,7 @@ def test_a_constant_gate_chooses_always_the_same(pregated: Build, tmp_path: Path
     with_gates(path, constant)
     e = engine(path, 1 << 30)
     e.record_routing(True)
-    e.timeline().eval(prompt(e))
+    e.sequence().eval(prompt(e))
     routing = e.take_routing()
     for layer in (1, 2):
         chosen = set(routing["expert"][routing["layer"] == layer].tolist())

@@ -58,7 +58,7 @@ def values(tensor: Any) -> npt.NDArray[np.float32]:
 
 def logits(path: Path, n: int = 24) -> npt.NDArray[np.float32]:
     engine = _core.Engine(_core.GgufFile(str(path)), threads=1, kv_type="f32", precision="high")
-    return engine.timeline().eval_all(some_tokens(n))
+    return engine.sequence().eval_all(some_tokens(n))
 
 
 # What is in the file.

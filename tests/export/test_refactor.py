@@ -70,7 +70,7 @@ def engine(path: Path, **options: Any) -> _core.Engine:
 
 
 def logits(path: Path, n: int = 60) -> np.ndarray[Any, Any]:
-    return engine(path).timeline().eval_all(some_tokens(n))
+    return engine(path).sequence().eval_all(some_tokens(n))
 
 
 def tensors(path: Path) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def test_logits_equal_the_oracle(base: Path, tmp_path: Path, options: dict[str, 
     # One token whose router hesitates changes those after it a little.
     until = len(tokens) if sure.all() else int(np.argmin(sure))
     assert until > 10
-    actual = engine(path).timeline().eval_all(tokens)
+    actual = engine(path).sequence().eval_all(tokens)
     assert np.abs(actual - expected)[:until].max() < F32_BOUND
 
 
@@ -120,7 +120,7 @@ def test_fitted_logits_equal_the_oracle(made: Path) -> None:
     tokens = some_tokens(24, seed=3)
     expected = oracle.logits(tokens)
     assert oracle.routes[0].margin.min() > 1e-4, "a router hesitates: choose another seed"
-    assert np.abs(engine(made).timeline().eval_all(tokens) - expected).max() < F32_BOUND
+    assert np.abs(engine(made).sequence().eval_all(tokens) - expected).max() < F32_BOUND
 
 
 def test_prompts_in_pieces_give_the_same_bits(made: Path) -> None:
@@ -133,7 +133,7 @@ def test_fitting_brings_it_nearer_to_its_base(base: Path, tmp_path: Path) -> Non
     tokens = np.array(tokenizer.encode(text(seed=1))[:200], dtype=np.int32)
 
     def away(path: Path) -> float:
-        mine, dense = (engine(p).timeline().eval_all(tokens) for p in (path, base))
+        mine, dense = (engine(p).sequence().eval_all(tokens) for p in (path, base))
         return float(np.square(mine - dense).mean())
 
     split = away(small(base, tmp_path / "split.gguf", minutes=0).path)
@@ -169,9 +169,9 @@ def test_every_expert_of_a_token_is_announced(base: Path, tmp_path: Path) -> Non
     model = Model(path)
     for share in (0.5, 0.7, 1.0):
         e = model.offloaded(share, io="null:delay=0.05ms")
-        timeline = e.timeline()
+        sequence = e.sequence()
         for token in some_tokens(150):
-            timeline.eval([int(token)])
+            sequence.eval([int(token)])
         counts = e.offload
         assert counts["decode_misses"] == 0, share
         assert counts["prefetches_used"] == counts["prefetches"] > 0, share
@@ -276,7 +276,7 @@ def test_layers_in_numpy_equal_the_engine(tmp_path: Path) -> None:
         path = make(tmp_path / f"{i}.gguf", "llama", **options)
         layers = LlamaLayers(DenseBase(_core.GgufFile(str(path)), None, "F32"))
         tokens = np.array(some_tokens(40), dtype=np.int64)
-        taps = engine(path).timeline().eval_taps(tokens)
+        taps = engine(path).sequence().eval_taps(tokens)
         x = layers.embeddings(tokens[None])
         for index in range(layers.dense.n_layer):
             layer = layers.layer(index)

@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(path: Path, n: int = 40) -> np.ndarray[Any, Any]:
     engine = _core.Engine(_core.GgufFile(str(path)), threads=1, kv_type="f32", precision="high")
-    return engine.timeline().eval_all(some_tokens(n))
+    return engine.sequence().eval_all(some_tokens(n))
 
 
 def small(base: Path, out: Path, **options: Any) -> Path:
@@ -249,7 +249,7 @@ def test_random_router_uses_experts_alike() -> None:
 def test_used_experts_carry_nearly_all_weight(base: Path, tmp_path: Path) -> None:
     out = small(base, tmp_path / "out.gguf", experts=16, used=2)
     file = _core.GgufFile(str(base))
-    taps = _core.Engine(file, threads=1).timeline().eval_taps(some_tokens(64))
+    taps = _core.Engine(file, threads=1).sequence().eval_taps(some_tokens(64))
     router = np.array(tensors(out)["blk.1.ffn_gate_inp.weight"].data)
     z = taps[1] @ router.T
     p = np.exp(z - z.max(1, keepdims=True))
@@ -260,15 +260,15 @@ def test_used_experts_carry_nearly_all_weight(base: Path, tmp_path: Path) -> Non
 def test_taps_are_the_inputs_of_the_feed_forward(tmp_path: Path) -> None:
     # With one layer, whose feed-forward's input is known from its output by the residual.
     dense = make(tmp_path / "dense.gguf", "llama", n_layer=2)
-    timeline = _core.Engine(_core.GgufFile(str(dense)), threads=1).timeline()
+    sequence = _core.Engine(_core.GgufFile(str(dense)), threads=1).sequence()
     tokens = some_tokens(20)
-    taps = timeline.eval_taps(tokens)
-    assert taps.shape == (2, 20, 64) and timeline.position == 20
+    taps = sequence.eval_taps(tokens)
+    assert taps.shape == (2, 20, 64) and sequence.position == 20
     weight = np.array(tensors(dense)["blk.0.ffn_norm.weight"].data)
     # An RMS norm leaves rows of unit mean square before its weight.
     np.testing.assert_allclose(((taps[0] / weight) ** 2).mean(1), 1, rtol=1e-3)
-    timeline.truncate(0)
-    one_by_one = np.concatenate([timeline.eval_taps([t]) for t in tokens], axis=1)
+    sequence.truncate(0)
+    one_by_one = np.concatenate([sequence.eval_taps([t]) for t in tokens], axis=1)
     np.testing.assert_array_equal(one_by_one, taps)
 
 

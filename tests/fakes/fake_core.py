@@ -101,11 +101,11 @@ class Engine:
             "token_bytes": 1 << 20,
         }
 
-    def timeline(self) -> Timeline:
-        return Timeline(self)
+    def sequence(self) -> EngineSequence:
+        return EngineSequence(self)
 
 
-class Timeline:
+class EngineSequence:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.context = engine.context

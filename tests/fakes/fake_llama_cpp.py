@@ -22,7 +22,7 @@ ABORTED = 2
 class _Context:
     def __init__(self, model: Any, parameters: Any) -> None:
         self.n_ctx = parameters.n_ctx
-        self.timeline = model.engine.timeline()
+        self.sequence = model.engine.sequence()
         self.tokens: list[int] = []
         self.hidden = False
         self.rows: list[Any] = []
@@ -48,7 +48,7 @@ def _decode(context: _Context, batch: Any) -> int:
     assert positions == list(range(len(context.tokens), len(context.tokens) + n))
     assert [batch.seq_id[i][0] for i in range(n)] == [0] * n
     tokens = np.array(batch.token[:n], np.int32)
-    run = context.timeline.eval_hidden if context.hidden else context.timeline.eval_all
+    run = context.sequence.eval_hidden if context.hidden else context.sequence.eval_all
     found = np.ascontiguousarray(run(tokens))
     context.rows = [found[i] if wanted[i] else None for i in range(n)]
     context.tokens += tokens.tolist()
@@ -61,7 +61,7 @@ def _row(context: _Context, i: int) -> Any:
 
 def _remove(context: _Context, sequence: int, begin: int, end: int) -> bool:
     assert (sequence, end) == (0, -1)
-    context.timeline.truncate(begin)
+    context.sequence.truncate(begin)
     del context.tokens[begin:]
     return True
 

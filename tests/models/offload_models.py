@@ -153,20 +153,20 @@ def named_minimum(error: BaseException) -> int:
 
 
 def greedy(
-    timeline: _core.Timeline, prompt: npt.NDArray[np.int32], decode: int, pieces: int = 1
+    sequence: _core.Sequence, prompt: npt.NDArray[np.int32], decode: int, pieces: int = 1
 ) -> bytes:
     """Logits after each of the prompt's tokens and of `decode` greedy ones, and these tokens."""
-    parts = [timeline.eval_all(p) for p in np.array_split(prompt, pieces)]
+    parts = [sequence.eval_all(p) for p in np.array_split(prompt, pieces)]
     made = [int(parts[-1][-1].argmax())]
     for _ in range(decode):
-        parts.append(timeline.eval_all(made[-1:]))
+        parts.append(sequence.eval_all(made[-1:]))
         made.append(int(parts[-1][0].argmax()))
     return b"".join(p.tobytes() for p in parts) + np.array(made, np.int32).tobytes()
 
 
 def run(e: _core.Engine, *, seed: int = 0, decode: int = DECODE, pieces: int = 1) -> bytes:
-    """greedy() from an empty timeline."""
-    return greedy(e.timeline(), prompt(e, seed), decode, pieces)
+    """greedy() from an empty sequence."""
+    return greedy(e.sequence(), prompt(e, seed), decode, pieces)
 
 
 def prompt(e: _core.Engine, seed: int = 0, n: int = PROMPT) -> npt.NDArray[np.int32]:
@@ -243,8 +243,8 @@ def consistent(counts: dict[str, Any], *, interrupted: bool = False) -> None:
     for kind in ("hits", "late", "misses"):
         assert 0 <= counts[f"decode_{kind}"] <= counts[kind]
     assert max(counts["prefetches_used"], counts["cancelled"]) <= counts["prefetches"]
-    # What an interrupted walk had asked for is late, too, where the next one finds it on the way,
-    # and a prefetch that it used may be cancelled after that.
+    # What an interrupted forward pass had asked for is late, too, where the next one finds it on
+    # the way, and a prefetch that it used may be cancelled after that.
     if not interrupted:
         assert counts["prefetches_used"] + counts["cancelled"] <= counts["prefetches"]
         assert counts["late"] <= counts["prefetches_used"]

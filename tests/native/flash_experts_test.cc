@@ -79,7 +79,7 @@ struct Mixture {
   }
 };
 
-class FakeAhead final : public stoker::RouterAhead {
+class FakeAhead final : public stoker::RouterProbe {
  public:
   FakeAhead(std::mt19937_64& random, int64_t tokens) : random_(random), tokens_(tokens) {
     hidden_.resize(static_cast<size_t>(tokens * 8));
@@ -100,8 +100,8 @@ class FakeAhead final : public stoker::RouterAhead {
   std::vector<float> hidden_;
 };
 
-struct Walker {
-  Walker(const Files& files, const std::string& backend, int readers, const std::string& policy,
+struct Passer {
+  Passer(const Files& files, const std::string& backend, int readers, const std::string& policy,
          const std::string& predictor, PrefetchMode prefetch, double share, uint64_t seed)
       : files(files), random(seed) {
     int64_t all = 0;
@@ -154,33 +154,33 @@ struct Walker {
     }
   }
 
-  // How early the layers' experts are announced.
-  enum class Announce { kNever, kAtTheLayer, kAllAtOnce };
+  // How early the layers' experts are certain.
+  enum class Certain { kNever, kAtTheLayer, kAllAtOnce };
 
   // One chunk through the layers. Returns false where a read failed.
-  bool walk(int64_t tokens, bool announce, const std::function<void()>& poll = {}) {
-    return walk(tokens, announce ? Announce::kAtTheLayer : Announce::kNever, poll);
+  bool forward_pass(int64_t tokens, bool certain, const std::function<void()>& poll = {}) {
+    return forward_pass(tokens, certain ? Certain::kAtTheLayer : Certain::kNever, poll);
   }
-  bool walk(int64_t tokens, Announce announce, const std::function<void()>& poll = {}) {
+  bool forward_pass(int64_t tokens, Certain certain, const std::function<void()>& poll = {}) {
     try {
       std::vector<int32_t> chunk(static_cast<size_t>(tokens));
       for (int32_t& t : chunk) t = static_cast<int32_t>(random() % 4);
       store->begin(chunk, 0, &poll);
-      // One router for all layers where all are announced at once.
+      // One router for all layers where all are certain at once.
       const Routes once = routes(tokens);
-      for (int64_t l = 0; announce == Announce::kAllAtOnce && l < Mixture::kLayers; ++l) {
-        if (mixture.shape.mixture[static_cast<size_t>(l)]) store->announce(l, once);
+      for (int64_t l = 0; certain == Certain::kAllAtOnce && l < Mixture::kLayers; ++l) {
+        if (mixture.shape.mixture[static_cast<size_t>(l)]) store->prefetch_certain(l, once);
       }
       for (int64_t l = 0; l < Mixture::kLayers; ++l) {
         if (!mixture.shape.mixture[static_cast<size_t>(l)]) continue;
-        const Routes r = announce == Announce::kAllAtOnce ? once : routes(tokens);
-        if (announce == Announce::kAtTheLayer) store->announce(l, r);
+        const Routes r = certain == Certain::kAllAtOnce ? once : routes(tokens);
+        if (certain == Certain::kAtTheLayer) store->prefetch_certain(l, r);
         const std::set<int32_t> distinct(r.expert.begin(), r.expert.end());
         const std::vector<int32_t> experts(distinct.begin(), distinct.end());
         const auto lease = store->acquire(l, experts, r);
         acquired += static_cast<int64_t>(experts.size());
         FakeAhead ahead(random, tokens);
-        if (announce != Announce::kAllAtOnce) store->look_ahead(l, ahead);
+        if (certain != Certain::kAllAtOnce) store->look_ahead(l, ahead);
         std::vector<int> times(experts.size());
         for (;;) {
           const std::span<const int32_t> ready = lease->next_ready();
@@ -260,11 +260,11 @@ void test_every_combination(const Files& files) {
       for (const double share : {0.0, 0.3, 1.0}) {
         const std::string what = std::string(policy) + ", " + predictor;
         const PrefetchMode mode = seed % 3 ? PrefetchMode::kOn : PrefetchMode::kAuto;
-        Walker w(files, "null:delay=0..0.05ms,reorder,seed=" + std::to_string(seed), 3,
+        Passer w(files, "null:delay=0..0.05ms,reorder,seed=" + std::to_string(seed), 3,
                  std::string(policy), predictor, mode, share, seed);
         ++seed;
         for (int i = 0; i < 24; ++i) {
-          check(w.walk(i % 6 == 0 ? 9 : 1, i % 2 == 1), what + ": no read fails");
+          check(w.forward_pass(i % 6 == 0 ? 9 : 1, i % 2 == 1), what + ": no read fails");
         }
         const stoker::StoreStatistics s = w.store->statistics();
         check(s.hits + s.late + s.misses == w.acquired, what + ": hits, late and misses");
@@ -277,16 +277,17 @@ void test_every_combination(const Files& files) {
   }
 }
 
-// All layers announced before the first: nothing is read on demand, and nothing twice, as long as
+// All layers certain before the first: nothing is read on demand, and nothing twice, as long as
 // three slots or more are there for each read under way.
-void test_announced(const Files& files) {
+void test_certain(const Files& files) {
   for (uint64_t seed = 0; seed < 24; ++seed) {
     const double share = 0.25 * static_cast<double>(seed % 4);
-    const std::string what = "announced, share " + std::to_string(share);
-    Walker w(files, "null:delay=0..0.3ms,reorder,seed=" + std::to_string(seed), 3,
+    const std::string what = "certain, share " + std::to_string(share);
+    Passer w(files, "null:delay=0..0.3ms,reorder,seed=" + std::to_string(seed), 3,
              seed % 2 ? "lru" : "reuse", "next_gate", PrefetchMode::kOn, share, seed);
     for (int i = 0; i < 40; ++i) {
-      check(w.walk(i % 8 == 7 ? 9 : 1, Walker::Announce::kAllAtOnce), what + ": no read fails");
+      check(w.forward_pass(i % 8 == 7 ? 9 : 1, Passer::Certain::kAllAtOnce),
+            what + ": no read fails");
     }
     const stoker::StoreStatistics s = w.store->statistics();
     check(s.hits + s.late + s.misses == w.acquired, what + ": hits, late and misses");
@@ -301,11 +302,12 @@ void test_announced(const Files& files) {
 void test_failures(const Files& files) {
   for (uint64_t seed = 0; seed < 12; ++seed) {
     const std::string script = "null:eio=0.03,short=0.03,delay=0..0.1ms,reorder,seed=";
-    Walker w(files, script + std::to_string(seed), 1 + static_cast<int>(seed % 4), "reuse",
+    Passer w(files, script + std::to_string(seed), 1 + static_cast<int>(seed % 4), "reuse",
              "next_gate", PrefetchMode::kOn, seed % 2 ? 0.4 : 0.0, seed);
     int passed = 0, failed = 0;
-    for (int i = 0; i < 120; ++i) ++(w.walk(i % 5 == 0 ? 12 : 1, i % 3 == 0) ? passed : failed);
-    check(passed > 0 && failed > 0, "some walks pass and some fail");
+    for (int i = 0; i < 120; ++i)
+      ++(w.forward_pass(i % 5 == 0 ? 12 : 1, i % 3 == 0) ? passed : failed);
+    check(passed > 0 && failed > 0, "some forward passes pass and some fail");
     w.check_settled("failures " + std::to_string(seed));
   }
 }
@@ -313,16 +315,16 @@ void test_failures(const Files& files) {
 // Reads that fail just as a lease looks at their slots.
 void test_failures_as_leases_begin(const Files& files) {
   for (uint64_t seed = 0; seed < 6; ++seed) {
-    Walker w(files, "null:eio=0.3,seed=" + std::to_string(seed), 4, "reuse", "next_gate",
+    Passer w(files, "null:eio=0.3,seed=" + std::to_string(seed), 4, "reuse", "next_gate",
              PrefetchMode::kOn, 0.5, seed);
-    for (int i = 0; i < 400; ++i) w.walk(40, true);
+    for (int i = 0; i < 400; ++i) w.forward_pass(40, true);
     w.check_settled("failures as leases begin");
   }
 }
 
 void test_interruptions(const Files& files) {
   for (uint64_t seed = 0; seed < 8; ++seed) {
-    Walker w(files, "null:delay=0..0.5ms,spike=15ms@0.01,reorder,seed=" + std::to_string(seed), 2,
+    Passer w(files, "null:delay=0..0.5ms,spike=15ms@0.01,reorder,seed=" + std::to_string(seed), 2,
              "lru", seed % 2 ? "next_gate" : "none", PrefetchMode::kOn, 0.1 * double(seed % 3),
              seed);
     int polls = 0, interrupted = 0;
@@ -331,39 +333,39 @@ void test_interruptions(const Files& files) {
     };
     for (int i = 0; i < 40; ++i) {
       if (i % 2 == 0) {
-        interrupted += !w.walk(i % 4 == 0 ? 16 : 1, i % 3 == 0, poll);
+        interrupted += !w.forward_pass(i % 4 == 0 ? 16 : 1, i % 3 == 0, poll);
       } else {
-        check(w.walk(1, false), "a walk after an interrupted one");
+        check(w.forward_pass(1, false), "a forward pass after an interrupted one");
       }
     }
-    check(interrupted > 0, "some walks were interrupted");
+    check(interrupted > 0, "some forward passes were interrupted");
     w.check_settled("interruptions");
   }
 }
 
 void test_cancelled_prefetches(const Files& files) {
-  // One reader, slower than the walk: guesses go stale before their reads begin.
-  Walker w(files, "null:delay=0.01ms", 1, "lru", "next_gate", PrefetchMode::kOn, 0.4, 1);
+  // One reader, slower than the forward pass: guesses go stale before their reads begin.
+  Passer w(files, "null:delay=0.01ms", 1, "lru", "next_gate", PrefetchMode::kOn, 0.4, 1);
   w.samples = 10;
-  int walks = 0;
-  while (w.store->statistics().cancelled < 10'000 && walks < 60'000) {
-    ++walks;
-    if (!w.walk(2, false)) break;
+  int passes = 0;
+  while (w.store->statistics().cancelled < 10'000 && passes < 60'000) {
+    ++passes;
+    if (!w.forward_pass(2, false)) break;
   }
   check(w.store->statistics().cancelled >= 10'000,
         "ten thousand prefetches are cancelled: " +
-            std::to_string(w.store->statistics().cancelled) + " in " + std::to_string(walks));
+            std::to_string(w.store->statistics().cancelled) + " in " + std::to_string(passes));
   w.check_settled("cancelled prefetches");
-  std::printf("%d walks, ", walks);
+  std::printf("%d passes, ", passes);
 }
 
 // Destroyed with reads under way.
 void test_closing(const Files& files) {
   for (uint64_t seed = 0; seed < 30; ++seed) {
-    Walker w(files, "null:delay=0..3ms,seed=" + std::to_string(seed), 2, "lru", "next_gate",
+    Passer w(files, "null:delay=0..3ms,seed=" + std::to_string(seed), 2, "lru", "next_gate",
              PrefetchMode::kOn, 0.3, seed);
     int polls = 0;
-    w.walk(8, true, [&] {
+    w.forward_pass(8, true, [&] {
       if (++polls > static_cast<int>(seed % 3)) throw Interrupted();
     });
   }
@@ -371,7 +373,7 @@ void test_closing(const Files& files) {
 
 // Statistics from another thread; run under TSan.
 void test_watched(const Files& files) {
-  Walker w(files, "null:delay=0..0.02ms", 3, "reuse", "next_gate", PrefetchMode::kAuto, 0.3, 4);
+  Passer w(files, "null:delay=0..0.02ms", 3, "reuse", "next_gate", PrefetchMode::kAuto, 0.3, 4);
   std::atomic<bool> done{false};
   int64_t last = 0;
   bool rises = true;
@@ -385,7 +387,7 @@ void test_watched(const Files& files) {
       rises &= w.store->reader().io().statistics().bytes >= 0;
     }
   });
-  for (int i = 0; i < 200; ++i) w.walk(1, false);
+  for (int i = 0; i < 200; ++i) w.forward_pass(1, false);
   done.store(true);
   watcher.join();
   check(rises, "counters only rise");
@@ -403,7 +405,7 @@ int main() {
       std::printf("%-24s %.2f s\n", name, s.count());
     };
     run("every combination", [&] { test_every_combination(files); });
-    run("announced", [&] { test_announced(files); });
+    run("certain", [&] { test_certain(files); });
     run("failures", [&] { test_failures(files); });
     run("failures as leases begin", [&] { test_failures_as_leases_begin(files); });
     run("interruptions", [&] { test_interruptions(files); });

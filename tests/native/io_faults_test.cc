@@ -223,7 +223,7 @@ void test_closing(const Files& files, const std::string& backend) {
   }
   check(order.tags().size() == 1, backend + ": closing: the cancelled are silent");
 
-  // While reads are in flight: whatever is not cancelled is whole.
+  // While reads are in read_index: whatever is not cancelled is whole.
   for (int round = 0; round < 20; ++round) {
     io = open(files, backend, 3);
     for (size_t i = 0; i < slots.size(); ++i) {

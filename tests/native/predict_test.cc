@@ -95,7 +95,7 @@ std::string oracle_state(Random& random, const PredictorShape& s) {
   return out.take();
 }
 
-class Hidden : public RouterAhead {
+class Hidden : public RouterProbe {
  public:
   Hidden(const float* x, int64_t n_logits) : x_(x), n_logits_(n_logits) {}
   void logits(int64_t, float* out) override { std::fill_n(out, n_logits_, 0.0f); }
@@ -106,9 +106,9 @@ class Hidden : public RouterAhead {
   int64_t n_logits_;
 };
 
-// A walk through the layers; guesses of all layers, in the order of layers.
-std::vector<Guess> walk(Predictor& predictor, const PredictorShape& s, const float* x,
-                        int64_t tokens, Random& random) {
+// A forward pass; guesses of all layers, in the order of layers.
+std::vector<Guess> forward_pass(Predictor& predictor, const PredictorShape& s, const float* x,
+                                int64_t tokens, Random& random) {
   std::vector<Guess> all, guesses;
   Hidden ahead(x, tokens * s.n_expert);
   predictor.begin(tokens);
@@ -144,13 +144,14 @@ void test_chunks(const char* name, const std::string& state, const PredictorShap
   for (int64_t tokens : {2, 31, 32, 33, 70}) {
     const auto predictor = make_predictor(name, s);
     predictor->set_state(state);
-    const std::vector<Guess> chunk = walk(*predictor, s, x.data(), tokens, random);
+    const std::vector<Guess> chunk = forward_pass(*predictor, s, x.data(), tokens, random);
     CHECK(chunk.size() >= 2);
     std::vector<std::set<int32_t>> single(chunk.size());
     for (int64_t i = 0; i < tokens; ++i) {
       const auto alone = make_predictor(name, s);  // with no token before
       alone->set_state(state);
-      const std::vector<Guess> guesses = walk(*alone, s, x.data() + i * s.n_embd, 1, random);
+      const std::vector<Guess> guesses =
+          forward_pass(*alone, s, x.data() + i * s.n_embd, 1, random);
       CHECK(guesses.size() == chunk.size());
       for (size_t g = 0; g < chunk.size(); ++g) {
         CHECK(guesses[g].layer == chunk[g].layer);
@@ -182,16 +183,16 @@ void test_damaged(const char* name, const std::string& state, const PredictorSha
       ++refused;
       continue;
     }
-    walk(*predictor, s, x.data(), 3, random);
-    walk(*predictor, s, x.data(), 1, random);
-    walk(*predictor, s, x.data(), 40, random);
+    forward_pass(*predictor, s, x.data(), 3, random);
+    forward_pass(*predictor, s, x.data(), 1, random);
+    forward_pass(*predictor, s, x.data(), 40, random);
     if (!bytes.empty()) CHECK(predictor->state().size() == bytes.size());
   }
   std::printf("%s: %d refused, %d taken\n", name, refused, taken);
   CHECK(refused > 50 && taken > 5);
 }
 
-class Noise : public RouterAhead {
+class Noise : public RouterProbe {
  public:
   Noise(Random& random, int64_t n_expert) : random_(random), n_expert_(n_expert) {}
   void logits(int64_t, float* out) override {
@@ -279,7 +280,7 @@ int main() {
     const auto transition = make_predictor("transition", s);
     transition->set_state({});
     const std::vector<float> x = normal(random, 40 * n_embd);
-    for (int i = 0; i < 50; ++i) walk(*transition, s, x.data(), 1 + i % 40, random);
+    for (int i = 0; i < 50; ++i) forward_pass(*transition, s, x.data(), 1 + i % 40, random);
     test_damaged("transition", transition->state(), s);
   }
   std::puts("predict_test: passed");

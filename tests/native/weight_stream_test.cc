@@ -1,5 +1,5 @@
-// Plans of weights that pass, and the ring that they pass through: it hands out the bytes of the
-// file whatever the order in which reads end, what fails, and where a walk is broken off.
+// Plans of streamed weights, and the ring that they go through: it hands out the bytes of the
+// file whatever the order in which reads end, what fails, and where a forward pass is broken off.
 #include "offload/weight_stream.h"
 
 #include <algorithm>
@@ -36,15 +36,15 @@ Files two_files() {
   return files;
 }
 
-// Matrices one after the other in each file, in a walk that takes them in groups out of order, as
-// layers do. The last one is the embeddings.
-std::vector<StreamTensor> walk_over(const Files& files, std::mt19937_64& random) {
-  std::vector<StreamTensor> walk;
+// Matrices one after the other in each file, in a forward pass that takes them in groups out of
+// order, as layers do. The last one is the embeddings.
+std::vector<StreamTensor> pass_over(const Files& files, std::mt19937_64& random) {
+  std::vector<StreamTensor> order;
   for (int32_t shard = 0; shard < 2; ++shard) {
     uint64_t at = random() % 300;
     for (;;) {
       StreamTensor t;
-      t.tensor = static_cast<int32_t>(walk.size());
+      t.tensor = static_cast<int32_t>(order.size());
       const uint64_t stride = 100 + random() % 3000;
       t.rows = static_cast<int64_t>(1 + random() % 300);
       if (random() % 8 == 0) t.rows *= 4;
@@ -52,23 +52,23 @@ std::vector<StreamTensor> walk_over(const Files& files, std::mt19937_64& random)
       at += t.extent.bytes;
       if (at > files[static_cast<size_t>(shard)]->size()) break;
       at += random() % 3 == 0 ? random() % 100'000 : random() % 64;
-      walk.push_back(t);
+      order.push_back(t);
     }
   }
-  for (size_t i = 0; i + 4 <= walk.size(); i += 4) {
-    std::shuffle(walk.begin() + static_cast<int64_t>(i), walk.begin() + static_cast<int64_t>(i) + 4,
-                 random);
+  for (size_t i = 0; i + 4 <= order.size(); i += 4) {
+    std::shuffle(order.begin() + static_cast<int64_t>(i),
+                 order.begin() + static_cast<int64_t>(i) + 4, random);
   }
-  return walk;
+  return order;
 }
 
 // What every plan is: the pieces of a tensor are its rows, each in one read; memory within `room`.
-void check_plan(const std::vector<StreamTensor>& walk, const StreamPlan& plan, int64_t room) {
-  const StreamPlan least = plan_stream(walk, 0);
-  check(least.kept_bytes == 0 && least.whole.empty(), "without room nothing stays");
-  int64_t memory = plan.ring_bytes + plan.kept_bytes, kept = 0, passing = 0;
+void check_plan(const std::vector<StreamTensor>& order, const StreamPlan& plan, int64_t room) {
+  const StreamPlan least = plan_stream(order, 0);
+  check(least.pinned_bytes == 0 && least.whole.empty(), "without room nothing is pinned");
+  int64_t memory = plan.ring_bytes + plan.pinned_bytes, kept = 0, passing = 0;
   std::map<int32_t, int64_t> rows;
-  for (const StreamTensor& t : walk) {
+  for (const StreamTensor& t : order) {
     const bool whole = std::binary_search(plan.whole.begin(), plan.whole.end(), t.tensor);
     if (whole) memory += page_span(t.extent);
     rows[t.tensor] = whole ? t.rows : 0;
@@ -76,8 +76,8 @@ void check_plan(const std::vector<StreamTensor>& walk, const StreamPlan& plan, i
   if (room >= least.ring_bytes) check(memory <= room, "a plan is within its room");
   for (size_t i = 0; i < plan.reads.size(); ++i) {
     const auto& r = plan.reads[i];
-    (r.stays ? kept : passing) += page_span(r.extent);
-    if (!r.stays) check(page_span(r.extent) * 2 <= plan.ring_bytes, "a ring holds two reads");
+    (r.pinned ? kept : passing) += page_span(r.extent);
+    if (!r.pinned) check(page_span(r.extent) * 2 <= plan.ring_bytes, "a ring holds two reads");
     for (int32_t p = r.first; p < r.last; ++p) {
       const auto& piece = plan.pieces[static_cast<size_t>(p)];
       check(piece.read == static_cast<int32_t>(i), "a piece knows its read");
@@ -88,34 +88,34 @@ void check_plan(const std::vector<StreamTensor>& walk, const StreamPlan& plan, i
       rows[piece.tensor] = piece.row_end;
     }
   }
-  for (const StreamTensor& t : walk) check(rows[t.tensor] == t.rows, "all rows of a tensor");
-  check(kept == plan.kept_bytes && passing == plan.walk_bytes, "the sums of a plan");
+  for (const StreamTensor& t : order) check(rows[t.tensor] == t.rows, "all rows of a tensor");
+  check(kept == plan.pinned_bytes && passing == plan.streamed_bytes, "the sums of a plan");
 }
 
 void test_plans(const Files& files) {
   std::mt19937_64 random(1);
   for (int i = 0; i < 200; ++i) {
-    const std::vector<StreamTensor> walk = walk_over(files, random);
+    const std::vector<StreamTensor> order = pass_over(files, random);
     int64_t all = 0;
-    for (const StreamTensor& t : walk) all += page_span(t.extent);
+    for (const StreamTensor& t : order) all += page_span(t.extent);
     for (int j = 0; j < 10; ++j) {
       const auto room = static_cast<int64_t>(random() % static_cast<uint64_t>(all));
-      check_plan(walk, plan_stream(walk, room), room);
+      check_plan(order, plan_stream(order, room), room);
     }
-    const StreamPlan whole = plan_stream(walk, all);
-    check(whole.active && whole.pieces.empty() && whole.whole.size() == walk.size() &&
+    const StreamPlan whole = plan_stream(order, all);
+    check(whole.active && whole.pieces.empty() && whole.whole.size() == order.size() &&
               whole.ring_bytes == 0,
           "with room for all of them all stay");
   }
   check(!StreamPlan().active, "a plan is not active unless it is made");
 }
 
-// A stream over the test files, and walks through it.
-struct Walker {
-  Walker(const Files& files, const std::string& backend, int readers, double share, uint64_t seed)
-      : files(files), random(seed), walk(walk_over(files, random)) {
+// A stream over the test files, and forward passes through it.
+struct Passer {
+  Passer(const Files& files, const std::string& backend, int readers, double share, uint64_t seed)
+      : files(files), random(seed), order(pass_over(files, random)) {
     int64_t all = 0;
-    for (const StreamTensor& t : walk) all += page_span(t.extent);
+    for (const StreamTensor& t : order) all += page_span(t.extent);
     const auto room = static_cast<int64_t>(share * static_cast<double>(all));
     std::vector<std::string> paths;
     std::vector<uint64_t> sizes;
@@ -124,7 +124,7 @@ struct Walker {
       sizes.push_back(f->size());
     }
     reader = std::make_shared<FlashReader>(paths, sizes, stoker::IoOptions{backend, readers, true});
-    stream = std::make_unique<WeightStream>(reader, plan_stream(walk, room), walk.back(),
+    stream = std::make_unique<WeightStream>(reader, plan_stream(order, room), order.back(),
                                             std::function<void()>());
   }
 
@@ -136,7 +136,7 @@ struct Walker {
   void take(size_t first, size_t last) {
     std::vector<int32_t> pieces;
     for (size_t i = first; i < last; ++i) {
-      const WeightStream::Range range = stream->pieces(walk[i].tensor);
+      const WeightStream::Range range = stream->pieces(order[i].tensor);
       for (int32_t p = range.first; p < range.last; ++p) pieces.push_back(p);
     }
     std::vector<const uint8_t*> held;
@@ -161,14 +161,14 @@ struct Walker {
   void rows() {
     std::vector<int32_t> numbers;
     for (size_t i = 0; i < WeightStream::kLookupRows; ++i) {
-      numbers.push_back(static_cast<int32_t>(random() % static_cast<uint64_t>(walk.back().rows)));
+      numbers.push_back(static_cast<int32_t>(random() % static_cast<uint64_t>(order.back().rows)));
     }
     numbers.resize(1 + random() % numbers.size());
-    if (!whole(walk.back().tensor)) {
+    if (!whole(order.back().tensor)) {
       const auto found = stream->rows(numbers);
       for (size_t i = 0; i < numbers.size(); ++i) {
-        Extent e = walk.back().extent;
-        e.bytes = static_cast<uint64_t>(walk.back().row_bytes());
+        Extent e = order.back().extent;
+        e.bytes = static_cast<uint64_t>(order.back().row_bytes());
         e.offset += static_cast<uint64_t>(numbers[i]) * e.bytes;
         check(same(e, found[i]), "a row that was looked up");
       }
@@ -180,23 +180,23 @@ struct Walker {
     return std::binary_search(list.begin(), list.end(), tensor);
   }
 
-  // One walk; sometimes not to its end, or with a part left out or twice.
+  // One forward pass; sometimes not to its end, or with a part left out or twice.
   void go(const std::function<void()>* poll, bool orderly) {
     stream->begin(1 + static_cast<int64_t>(random() % 2), poll);
     rows();
-    for (size_t i = 0; i < walk.size();) {
-      const size_t n = std::min<size_t>(1 + random() % 3, walk.size() - i);
+    for (size_t i = 0; i < order.size();) {
+      const size_t n = std::min<size_t>(1 + random() % 3, order.size() - i);
       take(i, i + n);
       i += n;
       if (orderly) continue;
-      if (random() % 40 == 0) i = random() % walk.size();
+      if (random() % 40 == 0) i = random() % order.size();
       if (random() % 60 == 0) return;
     }
   }
 
   const Files& files;
   std::mt19937_64 random;
-  std::vector<StreamTensor> walk;
+  std::vector<StreamTensor> order;
   std::shared_ptr<FlashReader> reader;
   std::unique_ptr<WeightStream> stream;
 };
@@ -208,7 +208,7 @@ void test_walks(const Files& files) {
   for (const char* backend : {"pread_pool", kDisorder}) {
     for (const double share : {0.0, 0.3, 0.6, 0.9}) {
       for (const int readers : {1, 4}) {
-        Walker w(files, backend, readers, share, ++seed);
+        Passer w(files, backend, readers, share, ++seed);
         for (int i = 0; i < 6; ++i) w.go(nullptr, i % 2 == 0);
       }
     }
@@ -216,29 +216,29 @@ void test_walks(const Files& files) {
 }
 
 void test_a_walk_reads_once(const Files& files) {
-  Walker w(files, kDisorder, 4, 0.4, 3);
+  Passer w(files, kDisorder, 4, 0.4, 3);
   w.go(nullptr, true);
   for (int i = 0; i < 3; ++i) {
     const int64_t before = w.stream->statistics().bytes;
     w.stream->begin(2, nullptr);
-    for (size_t t = 0; t < w.walk.size(); ++t) w.take(t, t + 1);
-    check(w.stream->statistics().bytes - before == w.stream->plan().walk_bytes,
-          "a walk in order reads what passes, once");
+    for (size_t t = 0; t < w.order.size(); ++t) w.take(t, t + 1);
+    check(w.stream->statistics().bytes - before == w.stream->plan().streamed_bytes,
+          "a forward pass in order reads the streamed weights, once");
   }
   check(w.stream->statistics().decode_bytes <= w.stream->statistics().bytes, "decode is a part");
 }
 
 void test_failures(const Files& files) {
-  int failed = 0, walks = 0;
+  int failed = 0, passes = 0;
   for (uint64_t seed = 0; seed < 60; ++seed) {
     try {
-      Walker w(files,
+      Passer w(files,
                "null:eio=0.01,short=0.01,delay=0..0.1ms,reorder,seed=" + std::to_string(seed), 3,
                0.3, seed);
       for (int i = 0; i < 10; ++i) {
         try {
           w.go(nullptr, true);
-          ++walks;
+          ++passes;
         } catch (const stoker::Error& error) {
           check(error.kind() == stoker::ErrorKind::kDevice, "a device error");
           check(contains(error.what(), ": expected "), "what was expected");
@@ -246,15 +246,15 @@ void test_failures(const Files& files) {
         }
       }
     } catch (const stoker::Error&) {
-      ++failed;  // while it read what stays
+      ++failed;  // while it read the pinned weights
     }
   }
-  check(failed > 20 && walks > 20,
-        "some walks fail, some do not: " + std::to_string(failed) + ", " + std::to_string(walks));
+  check(failed > 20 && passes > 20, "some forward passes fail, some do not: " +
+                                        std::to_string(failed) + ", " + std::to_string(passes));
 }
 
 void test_interruptions(const Files& files) {
-  Walker w(files, "null:delay=0..30ms,reorder", 2, 0.2, 5);
+  Passer w(files, "null:delay=0..30ms,reorder", 2, 0.2, 5);
   int interrupted = 0;
   const std::function<void()> poll = [&] {
     if (w.random() % 3 == 0) throw Interrupted();
@@ -266,18 +266,18 @@ void test_interruptions(const Files& files) {
       ++interrupted;
     }
   }
-  check(interrupted > 3, "some walks are interrupted");
+  check(interrupted > 3, "some forward passes are interrupted");
 }
 
 void test_closing(const Files& files) {
   for (uint64_t seed = 0; seed < 20; ++seed) {
-    Walker w(files, "null:delay=0..3ms", 4, 0.2, seed);
+    Passer w(files, "null:delay=0..3ms", 4, 0.2, seed);
     if (seed % 2 == 0) w.take(0, 1);
   }
 }
 
 void test_bandwidth_between_walks(const Files& files) {
-  Walker w(files, "pread_pool", 4, 0.3, 8);
+  Passer w(files, "pread_pool", 4, 0.3, 8);
   for (uint64_t i = 0; i < 4; ++i) {
     check(w.stream->flash_bandwidth(8 * kMebi, i) > 0, "a bandwidth");
     w.go(nullptr, true);
@@ -285,7 +285,7 @@ void test_bandwidth_between_walks(const Files& files) {
 }
 
 void test_watched(const Files& files) {
-  Walker w(files, kDisorder, 4, 0.5, 9);
+  Passer w(files, kDisorder, 4, 0.5, 9);
   std::atomic<bool> done{false};
   bool rises = true;
   std::thread watcher([&] {

@@ -19,7 +19,7 @@ from round_device import PROFILE
 from stoker.mobile_bench.checks import forecast_check
 from stoker.offload.plan import device_profile, hit_curves
 from stoker.offload.plan.device_profile import DeviceProfile
-from stoker.offload.plan.forecast import Device, Forecast, Subject, Turn, forecast
+from stoker.offload.plan.forecast import Device, Forecast, ModelHeader, Workload, forecast
 from stoker.offload.trace.trace import Trace
 from stoker.runtime import _core
 from stoker.runtime.base import errors
@@ -104,8 +104,8 @@ def test_plan_refuses_what_a_load_refuses(models: Callable[[str], Path]) -> None
 # Forecasts.
 
 
-def subject_of(path: Path, **options: Any) -> Subject:
-    return Subject(_core.GgufFile(str(path)), path.stem, context=CONTEXT, **options)
+def subject_of(path: Path, **options: Any) -> ModelHeader:
+    return ModelHeader(_core.GgufFile(str(path)), path.stem, context=CONTEXT, **options)
 
 
 def test_more_slots_are_never_slower(models: Callable[[str], Path]) -> None:
@@ -174,8 +174,8 @@ def test_weights_that_pass(tmp_path: Path) -> None:
     for f in found:
         assert f.fits and f.limited_by == "flash" and f.hit_rate is None
         plan = subject.plan(f.memory or 0, 2)[1]
-        assert f.bytes_token == plan["walk_bytes"]
-        assert f.resident["weights that pass"] == plan["ring_bytes"]
+        assert f.bytes_token == plan["streamed_bytes"]
+        assert f.resident["streamed weights"] == plan["ring_bytes"]
         assert f.token_s >= f.times["flash"]
     assert found[0].bytes_token > found[1].bytes_token > found[2].bytes_token
     assert found[0].tokens_per_s < found[2].tokens_per_s < whole.tokens_per_s
@@ -210,16 +210,16 @@ def test_speeds_of_the_profile() -> None:
 def test_turns_that_do_not_fit(models: Callable[[str], Path]) -> None:
     subject, device = subject_of(models("mixtral")), Device(PROFILE)
     with pytest.raises(errors.OptionError, match="prompt: expected 1 to"):
-        forecast(subject, device, None, Turn(CONTEXT + 1))
-    assert forecast(subject, device, None, Turn(CONTEXT - 3, 100)).tokens == 3
+        forecast(subject, device, None, Workload(CONTEXT + 1))
+    assert forecast(subject, device, None, Workload(CONTEXT - 3, 100)).tokens == 3
     slow = Device(changed(memory={**PROFILE["memory"], "fresh_bytes_s": 1e6}))
-    later = forecast(subject, slow, None, Turn(20, 1, first=False))
-    assert later.prompt_s == forecast(subject, device, None, Turn(20, 1)).prompt_s
+    later = forecast(subject, slow, None, Workload(20, 1, first=False))
+    assert later.prompt_s == forecast(subject, device, None, Workload(20, 1)).prompt_s
     budget = later.least_memory
-    first = forecast(subject, slow, budget, Turn(20, 1)).prompt_s
-    assert first > forecast(subject, slow, budget, Turn(20, 1, first=False)).prompt_s
-    longer = forecast(subject, device, None, Turn(150, 1)).prompt_s
-    assert longer > forecast(subject, device, None, Turn(10, 1)).prompt_s
+    first = forecast(subject, slow, budget, Workload(20, 1)).prompt_s
+    assert first > forecast(subject, slow, budget, Workload(20, 1, first=False)).prompt_s
+    longer = forecast(subject, device, None, Workload(150, 1)).prompt_s
+    assert longer > forecast(subject, device, None, Workload(10, 1)).prompt_s
 
 
 # Curves.
@@ -308,10 +308,10 @@ def test_routing_of_a_model(models: Callable[[str], Path]) -> None:
     # A prompt of one token at a time routes as the chunk does.
     plan = _core.plan(_core.GgufFile(str(path)), context=CONTEXT)[1]
     e = engine(path, plan["least_memory"] + 100 * MEBIBYTE)
-    timeline = e.timeline()
+    sequence = e.sequence()
     e.record_routing(True)
     for token in routing.token[:5]:
-        timeline.eval([token])
+        sequence.eval([token])
     columns = e.take_routing()
     for t in range(5):
         for layer in range(routing.n_layer):

@@ -166,16 +166,16 @@ def test_timelines_in_turns(mixtures: Any, name: str) -> None:
     # Two more KV caches come out of the expert cache, in whole slots.
     memory = model.budgets.part(0.2) + 20 * model.resident.plan["kv_bytes"]
     e = engine(model.path, memory, io=DELAYS.format(3), prefetch="on")
-    timelines = [e.timeline() for _ in range(3)]
-    logits: list[list[bytes]] = [[] for _ in timelines]
+    sequences = [e.sequence() for _ in range(3)]
+    logits: list[list[bytes]] = [[] for _ in sequences]
     made = [0] * 3
-    tokens: list[list[int]] = [[] for _ in timelines]
-    for i, t in enumerate(timelines):
+    tokens: list[list[int]] = [[] for _ in sequences]
+    for i, t in enumerate(sequences):
         rows = t.eval_all(prompt(e, seed=i))
         logits[i].append(rows.tobytes())
         made[i] = int(rows[-1].argmax())
     for _ in range(DECODE):
-        for i, t in enumerate(timelines):
+        for i, t in enumerate(sequences):
             tokens[i].append(made[i])
             row = t.eval_all([made[i]])
             logits[i].append(row.tobytes())
@@ -188,15 +188,15 @@ def test_timelines_in_turns(mixtures: Any, name: str) -> None:
 def test_truncate_and_go_on(mixtures: Any) -> None:
     model = mixtures("qwen3moe")
 
-    def walk(e: _core.Engine) -> bytes:
-        t = e.timeline()
+    def routing(e: _core.Engine) -> bytes:
+        t = e.sequence()
         parts = [greedy(t, prompt(e), 8)]
         for position, seed in ((31, 4), (50, 5), (0, 6)):
             t.truncate(position)
             parts.append(greedy(t, prompt(e, seed, 23), 5))
         return b"".join(parts)
 
-    assert walk(model.offloaded(0.1)) == walk(model.resident)
+    assert routing(model.offloaded(0.1)) == routing(model.resident)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -204,7 +204,7 @@ def test_truncate_and_go_on(mixtures: Any) -> None:
 def test_cancel_in_a_slow_prompt_then_go_on(mixtures: Any, prefetch: str, share: float) -> None:
     model = mixtures("mixtral")
     e = model.offloaded(share, io="null:delay=2..8ms,reorder,seed=2", prefetch=prefetch)
-    t = e.timeline()
+    t = e.sequence()
     tokens = prompt(e)
     t.eval(tokens[:7])
     cancelled = 0
@@ -228,7 +228,7 @@ def test_cancel_in_a_slow_prompt_then_go_on(mixtures: Any, prefetch: str, share:
     except errors.Cancelled:
         t.eval(tokens[t.position :])
     rows = [t.logits()]
-    expected = model.resident.timeline()
+    expected = model.resident.sequence()
     expected.eval(tokens)
     np.testing.assert_array_equal(rows[0], expected.logits())
     for _ in range(8):
@@ -251,7 +251,7 @@ def test_emptied_cache(mixtures: Any) -> None:
     assert second["misses"] == 2 * first["misses"]
     e.empty_cache()
     before = e.offload["hits"]
-    t = e.timeline()
+    t = e.sequence()
     t.eval([1])
     assert e.offload["hits"] == before
 
@@ -420,7 +420,7 @@ def test_the_trace_is_the_oracles_routing(mixtures: Any, name: str) -> None:
     oracle = Oracle(model.path)
     oracle.logits(tokens)
     e.record_routing(True)
-    e.timeline().eval(tokens)
+    e.sequence().eval(tokens)
     trace = e.take_routing()
     # Tokens are numbered within their chunk.
     first = {v: i for i, v in enumerate(dict.fromkeys(trace["evaluation"].tolist()))}

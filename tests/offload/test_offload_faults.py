@@ -52,7 +52,7 @@ def check_message(model: Model, error: BaseException) -> None:
 
 
 def persevere(
-    model: Model, t: _core.Timeline, tokens: np.ndarray, pieces: int
+    model: Model, t: _core.Sequence, tokens: np.ndarray, pieces: int
 ) -> tuple[bytes, int]:
     """Logits of the last token of each piece, however often a piece must be tried; and failures."""
     logits, failures = [], 0
@@ -73,7 +73,7 @@ def persevere(
 @pytest.mark.parametrize("prefetch", ["off", "on"])
 def test_failing_reads_never_change_a_token(model: Model, fault: str, prefetch: str) -> None:
     tokens = prompt(model.resident, n=100)
-    expected = [persevere(model, model.resident.timeline(), tokens, n)[0] for n in (4, 50)]
+    expected = [persevere(model, model.resident.sequence(), tokens, n)[0] for n in (4, 50)]
     failures = passed = 0
     for share in (0.0, 0.4):
         script = f"{fault},delay=0..0.2ms,reorder"
@@ -81,7 +81,7 @@ def test_failing_reads_never_change_a_token(model: Model, fault: str, prefetch: 
         for _ in range(4):
             e = next(engines)
             for i, pieces in enumerate((4, 50)):
-                found, failed = persevere(model, e.timeline(), tokens, pieces)
+                found, failed = persevere(model, e.sequence(), tokens, pieces)
                 assert found == expected[i]
                 failures += failed
                 passed += 1
@@ -93,14 +93,14 @@ def test_a_prefetch_that_fails_as_its_layer_comes(model: Model) -> None:
     # Long prompts, a cache of a third, many failures: a prefetch sometimes fails between the moment
     # when the store books ended reads and the one when it hands out what is in the cache.
     tokens = prompt(model.resident, n=150)
-    expected = model.resident.timeline()
+    expected = model.resident.sequence()
     expected.eval(tokens)
     script = "eio=0.03,delay=0..0.4ms"
     engines = opened(model, 0.3, script, prefetch="on", policy="reuse")
     passed = 0
     deadline = time.monotonic() + 4
     for e in engines:
-        t = e.timeline()
+        t = e.sequence()
         for _ in range(20):
             t.truncate(0)
             try:
@@ -117,7 +117,7 @@ def test_a_prefetch_that_fails_as_its_layer_comes(model: Model) -> None:
 def test_every_single_read_may_fail(mixtral: Model) -> None:
     # The load's reads and those of a prompt, one after the other.
     tokens = prompt(mixtral.resident, n=8)
-    expected = mixtral.resident.timeline()
+    expected = mixtral.resident.sequence()
     expected.eval(tokens)
     at_load = in_prompt = 0
     for n in range(1, 500):
@@ -128,7 +128,7 @@ def test_every_single_read_may_fail(mixtral: Model) -> None:
             assert "Input/output error" in str(error)
             at_load += 1
             continue
-        t = e.timeline()
+        t = e.sequence()
         failed = False
         try:
             t.eval(tokens)
@@ -172,7 +172,7 @@ def open_copy(mixtral: Model, path: Path, io: str, share: float = 0.0) -> _core.
 @pytest.mark.parametrize("cut", [1, 4096, 0.5, 1.0])
 def test_truncated_in_place(mixtral: Model, copied: Path, io: str, cut: float) -> None:
     e = open_copy(mixtral, copied, io)
-    t = e.timeline()
+    t = e.sequence()
     tokens = prompt(e)
     t.eval(tokens[:30])
     size = copied.stat().st_size
@@ -186,7 +186,7 @@ def test_truncated_in_place(mixtral: Model, copied: Path, io: str, cut: float) -
 @pytest.mark.parametrize("io", BACKENDS)
 def test_replaced_in_place(mixtral: Model, copied: Path, io: str) -> None:
     e = open_copy(mixtral, copied, io)
-    t = e.timeline()
+    t = e.sequence()
     tokens = prompt(e)
     t.eval(tokens[:30])
     content = bytearray(copied.read_bytes())
@@ -199,7 +199,7 @@ def test_replaced_in_place(mixtral: Model, copied: Path, io: str) -> None:
 @pytest.mark.parametrize("io", BACKENDS)
 def test_a_few_bytes_overwritten(mixtral: Model, copied: Path, io: str) -> None:
     e = open_copy(mixtral, copied, io)
-    t = e.timeline()
+    t = e.sequence()
     tokens = prompt(e)
     t.eval(tokens[:30])
     with copied.open("r+b") as file:
@@ -215,12 +215,12 @@ def test_another_file_at_the_path(mixtral: Model, copied: Path, io: str) -> None
     e = open_copy(mixtral, copied, io)
     other = copied.with_name("other")
     other.write_bytes(b"another")
-    t = e.timeline()
+    t = e.sequence()
     tokens = prompt(e)
     parts = [t.eval_all(tokens[:30])]
     other.replace(copied)
     parts.append(t.eval_all(tokens[30:]))
-    assert np.concatenate(parts).tobytes() == mixtral.resident.timeline().eval_all(tokens).tobytes()
+    assert np.concatenate(parts).tobytes() == mixtral.resident.sequence().eval_all(tokens).tobytes()
     with pytest.raises(errors.ModelFileError):
         engine(copied, mixtral.budgets.whole)
 
@@ -235,7 +235,7 @@ def test_truncated_during_a_slow_prompt(mixtral: Model, copied: Path) -> None:
     e = open_copy(mixtral, copied, "null:delay=2..4ms")
     size = copied.stat().st_size
     timer = threading.Timer(0.03, os.truncate, (copied, size // 3))
-    t = e.timeline()
+    t = e.sequence()
     timer.start()
     # Prompts until it happens, which is in the first where nothing holds the timer up.
     with pytest.raises(errors.DeviceError, match="changed while the model runs"):
@@ -287,9 +287,9 @@ def prompt_ends(work: Any, how: Any, error: Any) -> None:
         took.append(interrupted(work, how, error))
 
 
-def goes_on(mixtral: Model, t: _core.Timeline, tokens: np.ndarray) -> None:
+def goes_on(mixtral: Model, t: _core.Sequence, tokens: np.ndarray) -> None:
     t.eval(tokens[t.position :])
-    expected = mixtral.resident.timeline()
+    expected = mixtral.resident.sequence()
     expected.eval(tokens)
     np.testing.assert_array_equal(t.logits(), expected.logits())
 
@@ -298,7 +298,7 @@ def goes_on(mixtral: Model, t: _core.Timeline, tokens: np.ndarray) -> None:
 PROMPTLY = 1.5 if SANITIZED else 0.25
 
 
-def slow_prompt(t: _core.Timeline, tokens: np.ndarray) -> Any:
+def slow_prompt(t: _core.Sequence, tokens: np.ndarray) -> Any:
     def work() -> None:
         t.truncate(0)
         t.eval(tokens)
@@ -307,7 +307,7 @@ def slow_prompt(t: _core.Timeline, tokens: np.ndarray) -> Any:
 
 
 def test_a_spike_of_two_seconds_can_be_cancelled(mixtral: Model) -> None:
-    t = slow(mixtral, prefetch="on").timeline()
+    t = slow(mixtral, prefetch="on").sequence()
     tokens = prompt(mixtral.resident, n=12)
     prompt_ends(slow_prompt(t, tokens), t.cancel, errors.Cancelled)
     goes_on(mixtral, t, tokens)
@@ -315,7 +315,7 @@ def test_a_spike_of_two_seconds_can_be_cancelled(mixtral: Model) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pthread_kill")
 def test_control_c_in_a_spike(mixtral: Model) -> None:
-    t = slow(mixtral).timeline()
+    t = slow(mixtral).sequence()
     tokens = prompt(mixtral.resident, n=12)
     main = threading.main_thread().ident
     assert main is not None
@@ -345,13 +345,13 @@ def test_control_c_while_loading(mixtral: Model) -> None:
 
 
 def test_hundreds_of_cancelled_prefetches(mixtral: Model) -> None:
-    # One reader that is slower than the walk: guesses pile up and go stale. (Ten thousand, without
-    # the arithmetic of a model, in tests/native/flash_experts_test.cc.)
+    # One reader that is slower than the forward pass: guesses pile up and go stale. (Ten
+    # thousand, without the arithmetic of a model, in tests/native/flash_experts_test.cc.)
     tokens = prompt(mixtral.resident, n=CONTEXT)
-    expected = mixtral.resident.timeline()
+    expected = mixtral.resident.sequence()
     expected.eval(tokens)
     e = mixtral.offloaded(0.5, io="null:delay=0.3ms,reorder", readers=1, prefetch="on")
-    t = e.timeline()
+    t = e.sequence()
     for _ in range(50):  # about 24 each
         if e.offload["cancelled"] >= 100:
             break
@@ -377,7 +377,7 @@ def test_eight_threads_with_a_session_each(model: Model, share: float) -> None:
 
     def work(i: int) -> None:
         try:
-            t = e.timeline()
+            t = e.sequence()
             for _ in range(2):
                 t.truncate(0)
                 found[i] = greedy(t, prompt(e, seed=i % 4), 12, pieces=1 + i % 3)
@@ -407,15 +407,15 @@ def test_eight_threads_of_which_some_fail_and_some_are_cancelled(mixtral: Model)
     tokens = [prompt(e, seed=i, n=60) for i in range(8)]
     expected = []
     for i in range(8):
-        t = mixtral.resident.timeline()
+        t = mixtral.resident.sequence()
         t.eval(tokens[i])
         expected.append(t.logits())
-    timelines = [e.timeline() for _ in range(8)]
+    sequences = [e.sequence() for _ in range(8)]
     wrong: list[Any] = []
     ends = [0] * 8
 
     def work(i: int) -> None:
-        t = timelines[i]
+        t = sequences[i]
         for _ in range(300):
             try:
                 if t.position == 60:
@@ -437,7 +437,7 @@ def test_eight_threads_of_which_some_fail_and_some_are_cancelled(mixtral: Model)
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        for t in timelines[::2]:
+        for t in sequences[::2]:
             t.cancel()
         time.sleep(0.01)
     assert not wrong
@@ -446,13 +446,13 @@ def test_eight_threads_of_which_some_fail_and_some_are_cancelled(mixtral: Model)
 
 def test_more_sessions_than_the_budget_holds(mixtral: Model) -> None:
     e = mixtral.offloaded(0.5)
-    kept = [e.timeline()]
+    kept = [e.sequence()]
     tokens = prompt(e)
-    expected = mixtral.resident.timeline()
+    expected = mixtral.resident.sequence()
     expected.eval(tokens)
     with pytest.raises(errors.BudgetError, match="session"):
         for _ in range(1000):
-            kept.append(e.timeline())
+            kept.append(e.sequence())
     assert len(kept) > 1
     for t in kept:
         t.eval(tokens)
@@ -461,7 +461,7 @@ def test_more_sessions_than_the_budget_holds(mixtral: Model) -> None:
     count = len(kept)
     del kept, t
     gc.collect()
-    again = [e.timeline() for _ in range(count)]
+    again = [e.sequence() for _ in range(count)]
     again[-1].eval(tokens)
     np.testing.assert_array_equal(again[-1].logits(), expected.logits())
 
@@ -487,7 +487,7 @@ def open_and_fail(model: Model, io: str) -> None:
     for n in (1, 5, 40, 60):
         try:
             e = model.offloaded(0.0, io=f"null:fail={n}")
-            t = e.timeline()
+            t = e.sequence()
             t.eval(prompt(e))
         except errors.DeviceError:
             pass
@@ -500,7 +500,7 @@ def open_and_fail(model: Model, io: str) -> None:
 
 def open_and_cancel(model: Model, io: str) -> None:
     e = model.offloaded(0.3, io="null:delay=1ms")
-    t = e.timeline()
+    t = e.sequence()
     t.cancel()
     with pytest.raises(errors.Cancelled):
         t.eval(prompt(e))

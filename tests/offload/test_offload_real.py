@@ -60,7 +60,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     if e.offload is not None:
         pytest.skip(f"this machine has not the memory to hold {path}")
     tokens = prompt(e, n=40)
-    expected = greedy(e.timeline(), tokens, DECODE)
+    expected = greedy(e.sequence(), tokens, DECODE)
     others = [prompt(e, seed, CONTEXT // 2).tolist() for seed in (11, 12)]
     folder = tmp_path_factory.mktemp("profile")
     states = fit(record(model, others, str(folder)), PREDICTORS_OF_PROFILES)
@@ -73,7 +73,7 @@ def with_oracle(real: Real) -> Real:
     """The oracle has seen the very run."""
     e = real.offloaded("none")
     e.record_routing(True)
-    assert greedy(e.timeline(), real.tokens, DECODE) == real.expected
+    assert greedy(e.sequence(), real.tokens, DECODE) == real.expected
     c = e.config
     shape = Shape(*(c[k] for k in ("n_layer", "n_embd", "n_expert", "n_expert_used")))
     state = oracle_state(e.take_routing(), shape)
@@ -90,7 +90,7 @@ def with_oracle(real: Real) -> Real:
 def test_bit_for_bit(with_oracle: Real, policy: str, predictor: str, io: str) -> None:
     e = with_oracle.offloaded(predictor, policy=policy, prefetch="on", io=io)
     assert e.plan["slots"] < e.plan["experts"]
-    t = e.timeline()
+    t = e.sequence()
     for _ in range(2):  # from cold, then with what has stayed
         t.truncate(0)
         assert greedy(t, with_oracle.tokens, DECODE) == with_oracle.expected

@@ -383,8 +383,8 @@ def test_hidden_taps_are_what_routers_read_before_their_norm(mixture: Model, ear
     for model in (mixture, early):
         e = model.resident
         tokens = prompt(e, 3, 70)
-        taps, hidden = e.timeline().eval_hidden_taps(tokens)
-        np.testing.assert_array_equal(taps, e.timeline().eval_taps(tokens))
+        taps, hidden = e.sequence().eval_hidden_taps(tokens)
+        np.testing.assert_array_equal(taps, e.sequence().eval_taps(tokens))
         assert hidden.shape == (taps.shape[0] + 1, *taps.shape[1:])
         if e.config["routes_early"]:
             # The first router reads the embeddings themselves.
@@ -407,7 +407,7 @@ def test_the_recorded_experts_are_those_that_the_engine_uses(mixture: Model, ear
         made = profiles.record(loaded, [tokens.tolist()], str(model.path.parent))
         e = engine(model.path, model.budgets.whole)
         e.record_routing(True)
-        e.timeline().eval(tokens)
+        e.sequence().eval(tokens)
         t = e.take_routing()
         used = np.full(made.experts.shape, -1)
         first = int(t["evaluation"].min())

@@ -52,11 +52,13 @@ class Model:
         with pytest.raises(errors.BudgetError) as refused:
             engine(path, 1)
         self.least = named_minimum(refused.value)
-        # The smallest budget in which nothing passes.
+        # The smallest budget in which nothing is streamed.
         low, high = self.least, self.least + (1 << 30)
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self.plan(middle)["walk_bytes"] == 0 else (middle, high)
+            low, high = (
+                (low, middle) if self.plan(middle)["streamed_bytes"] == 0 else (middle, high)
+            )
         self.whole = high
 
     def plan(self, memory: int) -> dict[str, Any]:
@@ -91,8 +93,8 @@ def test_bit_for_bit(models: Any, name: str, share: float) -> None:
         # The scratch of another thread comes on top.
         e = engine(model.path, model.part(share) + (threads - 1) * MEBIBYTE, io=io, threads=threads)
         if threads == 1:
-            assert e.stream is not None and e.plan["walk_bytes"] > 0
-        t = e.timeline()
+            assert e.stream is not None and e.plan["streamed_bytes"] > 0
+        t = e.sequence()
         for pieces in (1, 5):
             t.truncate(0)
             assert greedy(t, prompt(e), 16, pieces) == (
@@ -116,41 +118,41 @@ def test_plans_add_up(models: Any, name: str) -> None:
         assert total <= memory
         # What is left over is less than what one read takes (and its share of rounding).
         assert memory - total < 3 * MEBIBYTE
-        assert plan["walk_bytes"] > 0 and plan["ring_bytes"] >= MEBIBYTE
+        assert plan["streamed_bytes"] > 0 and plan["ring_bytes"] >= MEBIBYTE
         # But for the rounding to whole reads, and a chunk that has grown.
-        assert last is None or plan["walk_bytes"] < last["walk_bytes"] + MEBIBYTE
+        assert last is None or plan["streamed_bytes"] < last["streamed_bytes"] + MEBIBYTE
         last = plan
-    assert model.plan(model.whole)["walk_bytes"] == 0
-    with pytest.raises(errors.BudgetError, match="room for others to pass"):
+    assert model.plan(model.whole)["streamed_bytes"] == 0
+    with pytest.raises(errors.BudgetError, match="a ring for streamed weights"):
         model.plan(model.least - 1)
 
 
 def test_a_token_reads_what_does_not_stay(models: Any) -> None:
     model = models("llama")
     e = model.engine(0.5)
-    t = e.timeline()
+    t = e.sequence()
     t.eval(prompt(e))
     before = e.stream["decode_bytes"]
     for _ in range(10):
         t.eval([3])
     read = (e.stream["decode_bytes"] - before) / 10
     # And a row of the embeddings, in one page or two.
-    assert e.plan["walk_bytes"] < read <= e.plan["walk_bytes"] + 2 * 4096
+    assert e.plan["streamed_bytes"] < read <= e.plan["streamed_bytes"] + 2 * 4096
 
 
 def test_more_memory_reads_less(models: Any) -> None:
     model = models("llama")
-    walks = [model.plan(model.part(share))["walk_bytes"] for share in (0.2, 0.5, 0.8, 1.0)]
-    assert walks == sorted(walks, reverse=True)
+    streamed = [model.plan(model.part(share))["streamed_bytes"] for share in (0.2, 0.5, 0.8, 1.0)]
+    assert streamed == sorted(streamed, reverse=True)
     weights = sum(t.nbytes for t in _core.GgufFile(str(model.path)).tensors)
-    assert walks[-1] < weights / 4
+    assert streamed[-1] < weights / 4
 
 
 def test_all_evaluations(models: Any) -> None:
     model = models("llama-tied")
     e = model.engine(0.3)
     tokens = prompt(e, n=90)
-    ours, theirs = e.timeline(), model.resident.timeline()
+    ours, theirs = e.sequence(), model.resident.sequence()
     for name in ("eval_nll", "eval_hidden", "eval_all", "eval_taps"):
         ours.truncate(0)
         theirs.truncate(0)
@@ -162,7 +164,7 @@ def test_importance_sums(models: Any) -> None:
     found = []
     for e in (model.engine(0.2), model.resident):
         sums = _core.ActivationSums(e)
-        sums.eval(e.timeline(), prompt(e))
+        sums.eval(e.sequence(), prompt(e))
         found.append(sums.tensors)
     assert found[0].keys() == found[1].keys()
     for key, values in found[1].items():
@@ -177,7 +179,7 @@ def test_importance_sums(models: Any) -> None:
 def test_failing_reads_never_change_a_token(models: Any, name: str) -> None:
     model = models(name)
     tokens = prompt(model.resident, n=60)
-    expected = model.resident.timeline()
+    expected = model.resident.sequence()
     expected.eval(tokens)
     failures = passed = 0
     for seed in range(200):
@@ -185,7 +187,7 @@ def test_failing_reads_never_change_a_token(models: Any, name: str) -> None:
             e = model.engine(0.3, io=f"null:eio=0.01,short=0.005,delay=0..0.1ms,seed={seed}")
         except errors.DeviceError:
             continue
-        t = e.timeline()
+        t = e.sequence()
         while t.position < len(tokens):
             try:
                 t.eval(tokens[t.position : t.position + 12])
@@ -203,7 +205,7 @@ def test_failing_reads_never_change_a_token(models: Any, name: str) -> None:
 def test_cancelled_between_reads(models: Any) -> None:
     model = models("llama")
     e = model.engine(0.0, io="null:delay=2ms")
-    t = e.timeline()
+    t = e.sequence()
     tokens = prompt(e)
     timer = threading.Timer(0.03, t.cancel)
     timer.start()
@@ -219,9 +221,9 @@ def test_cancelled_between_reads(models: Any) -> None:
 def test_one_session_at_a_time(models: Any) -> None:
     model = models("llama")
     e = model.engine(0.5)
-    first = e.timeline()
+    first = e.sequence()
     with pytest.raises(errors.BudgetError, match="one session at a time"):
-        e.timeline()
+        e.sequence()
     first.eval(prompt(e))
     del first
     gc.collect()
@@ -235,7 +237,7 @@ def test_several_sessions_of_a_mixture(models: Any) -> None:
     kept = []
     with pytest.raises(errors.BudgetError):
         for _ in range(1000):
-            kept.append(e.timeline())
+            kept.append(e.sequence())
     assert kept
     assert greedy(kept[-1], prompt(e), 16) == model.expected
 
@@ -246,7 +248,7 @@ def test_gone_while_reading(models: Any) -> None:
         e = model.engine(0.3, io="null:delay=5ms")
         del e
     e = model.engine(0.3, io="null:delay=1ms")
-    t = e.timeline()
+    t = e.sequence()
     t.eval([1, 2])
     del t, e
     gc.collect()
@@ -257,7 +259,7 @@ def test_a_file_that_shrinks(models: Any, tmp_path: Path) -> None:
     path.write_bytes(models("llama").path.read_bytes())
     model = models("llama")
     e = engine(path, model.part(0.0))
-    t = e.timeline()
+    t = e.sequence()
     t.eval([1, 2, 3])
     with path.open("r+b") as f:
         f.truncate(path.stat().st_size // 2)
@@ -268,8 +270,8 @@ def test_a_file_that_shrinks(models: Any, tmp_path: Path) -> None:
 
 def test_bandwidth(models: Any) -> None:
     e = models("llama").engine(0.5)
-    t = e.timeline()
-    expected = models("llama").resident.timeline()
+    t = e.sequence()
+    expected = models("llama").resident.sequence()
     for _ in range(2):
         assert e.flash_bandwidth(4 * MEBIBYTE) > 0
         t.eval([5, 6])
@@ -311,15 +313,15 @@ def test_statistics_and_plan(models: Any) -> None:
     s = generation.stats
     assert s.stream is not None and s.experts is None
     assert 0 < s.stream.decode_bytes < s.stream.bytes
-    assert s.flash_bytes_per_token >= model.plan["walk_bytes"]
+    assert s.flash_bytes_per_token >= model.plan["streamed_bytes"]
     assert s.compute_s == pytest.approx(s.decode_s - s.stream.decode_stall_s)
     assert s.as_dict()["stream"]["bytes"] == s.stream.bytes
-    assert any(line.startswith("weights that pass | flash ") for line in s.lines())
+    assert any(line.startswith("streamed weights | flash ") for line in s.lines())
     plan = model.forecast()
-    assert plan.budget == model.plan["memory"] and plan.passing == model.plan["walk_bytes"]
-    assert plan.flash_s and plan.flash_s == pytest.approx(plan.passing / plan.flash_bandwidth)
+    assert plan.budget == model.plan["memory"] and plan.streamed == model.plan["streamed_bytes"]
+    assert plan.flash_s and plan.flash_s == pytest.approx(plan.streamed / plan.flash_bandwidth)
     rows = "\n".join(plan.lines())
-    assert "weights that pass" in rows and "expert cache" not in rows
+    assert "streamed weights" in rows and "expert cache" not in rows
     used = plan.process + sum(plan.pinned.values()) + plan.ring + plan.kv + plan.scratch
     assert used + plan.margin <= plan.budget
     unread = replace(s, stream=None)

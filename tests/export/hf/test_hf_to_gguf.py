@@ -38,7 +38,7 @@ def stoker_logits(path: Path, tokens: Array = TOKENS) -> Array:
     engine = _core.Engine(
         _core.GgufFile(str(path)), threads=1, kv_type="f32", context=256, precision="high"
     )
-    return engine.timeline().eval_all(tokens)
+    return engine.sequence().eval_all(tokens)
 
 
 # Logits.

@@ -1,6 +1,6 @@
-"""A palette: one file with every expert matrix in several types, of which its header shows one.
+"""One file with every expert matrix in several types, of which its header shows one.
 
-Trying another allotment of types then costs the writing of a header, not of a model.
+Trying another allocation of types then costs the writing of a header, not of a model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..writer import gguf_writer
 from ..writer.gguf_writer import Tensor
 from ..writer.model_writer import read_bytes, write_model
 from ..writer.tensor_types import format_row
-from .allotment import Choice
+from .bit_allocation import Choice
 from .expert_matrices import ExpertMatrix
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def copied(file: GgufFile, name: str, start: int) -> Iterator[npt.NDArray[np.uin
         start += n
 
 
-class Palette:
+class MixedPrecisionStore:
     """The file, beside the model that is to be made; close() removes it."""
 
     def __init__(
@@ -125,15 +125,15 @@ class Palette:
             self._metadata,
             self._tensors,
             source,
-            recipe="palette",
+            recipe="store",
             inputs=self._file.shards,
             force=True,
             progress=progress,
-            what="palette",
+            what="store",
         )
 
     def _made(self) -> bool:
-        with suppress(Exception):  # whatever lies there, it is not this palette
+        with suppress(Exception):  # whatever lies there, it is not this store
             entries = gguf_writer.read_metadata(self.path)
             return entries[_DIGEST_KEY] == self._metadata[_DIGEST_KEY]
         return False

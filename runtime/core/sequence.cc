@@ -1,4 +1,4 @@
-#include "runtime/core/timeline.h"
+#include "runtime/core/sequence.h"
 
 #include <algorithm>
 #include <atomic>
@@ -15,7 +15,7 @@ constexpr double kPollSeconds = 0.02;
 // Rows of logits that are alive at once where only a number of each is kept.
 constexpr int64_t kLogitRows = 16;
 
-std::atomic<int64_t> timelines{0};  // made so far
+std::atomic<int64_t> sequences{0};  // made so far
 
 double now() {
   using Clock = std::chrono::steady_clock;
@@ -48,7 +48,7 @@ class Busy {
 
 }  // namespace
 
-Timeline::Timeline(std::shared_ptr<const Engine> engine, std::function<void()> poll)
+Sequence::Sequence(std::shared_ptr<const Engine> engine, std::function<void()> poll)
     : engine_(std::move(engine)),
       opened_(*engine_),
       poll_(std::move(poll)),
@@ -56,9 +56,9 @@ Timeline::Timeline(std::shared_ptr<const Engine> engine, std::function<void()> p
       kv_(kv_shape(engine_->config()), engine_->plan().context, engine_->kv_f16()),
       hidden_(static_cast<size_t>(engine_->config().n_embd)),
       logits_(static_cast<size_t>(engine_->config().n_vocab)),
-      id_(timelines.fetch_add(1)) {}
+      id_(sequences.fetch_add(1)) {}
 
-void Timeline::interrupt_if_asked() {
+void Sequence::interrupt_if_asked() {
   if (cancelled_.load(std::memory_order_relaxed)) {
     cancelled_.store(false, std::memory_order_relaxed);
     throw Error(ErrorKind::kInterrupted, "the session was cancelled");
@@ -70,7 +70,7 @@ void Timeline::interrupt_if_asked() {
   }
 }
 
-void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* taps, float* hidden) {
+void Sequence::run(std::span<const int32_t> tokens, const Sink& sink, float* taps, float* hidden) {
   const Busy busy(busy_);
   const int64_t n = static_cast<int64_t>(tokens.size());
   if (n == 0) throw Error(ErrorKind::kOption, "expected at least 1 token, found none");
@@ -139,15 +139,15 @@ void Timeline::run(std::span<const int32_t> tokens, const Sink& sink, float* tap
   }
 }
 
-void Timeline::keep_last(Forward& forward, int64_t n) {
+void Sequence::keep_last(Forward& forward, int64_t n) {
   forward.final_norm(n - 1, 1, hidden_.data());
   forward.logits(hidden_.data(), 1, logits_.data());
   has_logits_ = true;
 }
 
-void Timeline::eval(std::span<const int32_t> tokens) { run(tokens, nullptr); }
+void Sequence::eval(std::span<const int32_t> tokens) { run(tokens, nullptr); }
 
-void Timeline::eval_all(std::span<const int32_t> tokens, float* out) {
+void Sequence::eval_all(std::span<const int32_t> tokens, float* out) {
   const int64_t n_vocab = engine_->config().n_vocab;
   run(tokens, [&](Forward& forward, int64_t first, int64_t n) {
     forward.final_norm(0, n, forward.a());
@@ -155,20 +155,20 @@ void Timeline::eval_all(std::span<const int32_t> tokens, float* out) {
   });
 }
 
-void Timeline::eval_hidden(std::span<const int32_t> tokens, float* out) {
+void Sequence::eval_hidden(std::span<const int32_t> tokens, float* out) {
   const int64_t n_embd = engine_->config().n_embd;
   run(tokens, [&](Forward& forward, int64_t first, int64_t n) {
     forward.final_norm(0, n, out + first * n_embd);
   });
 }
 
-void Timeline::eval_taps(std::span<const int32_t> tokens, float* out) { run(tokens, nullptr, out); }
+void Sequence::eval_taps(std::span<const int32_t> tokens, float* out) { run(tokens, nullptr, out); }
 
-void Timeline::eval_hidden_taps(std::span<const int32_t> tokens, float* out, float* hidden) {
+void Sequence::eval_hidden_taps(std::span<const int32_t> tokens, float* out, float* hidden) {
   run(tokens, nullptr, out, hidden);
 }
 
-void Timeline::eval_nll(std::span<const int32_t> tokens, double* out) {
+void Sequence::eval_nll(std::span<const int32_t> tokens, double* out) {
   const int64_t n_vocab = engine_->config().n_vocab, n_embd = engine_->config().n_embd;
   const int64_t total = static_cast<int64_t>(tokens.size());
   std::vector<float> rows(static_cast<size_t>(kLogitRows * n_vocab));
@@ -190,31 +190,31 @@ void Timeline::eval_nll(std::span<const int32_t> tokens, double* out) {
   });
 }
 
-void Timeline::eval_sums(std::span<const int32_t> tokens, double* out, ActivationSums& sums) {
+void Sequence::eval_sums(std::span<const int32_t> tokens, double* out, ActivationSums& sums) {
   if (&sums.engine() != engine_.get()) {
     throw Error(ErrorKind::kOption, "expected the sums of this session's model, found another's");
   }
   struct Collecting {
-    explicit Collecting(Timeline& t, ActivationSums& sums) : t(t) { t.sums_ = &sums; }
+    explicit Collecting(Sequence& t, ActivationSums& sums) : t(t) { t.sums_ = &sums; }
     ~Collecting() { t.sums_ = nullptr; }
-    Timeline& t;
+    Sequence& t;
   } const collecting(*this, sums);
   eval_nll(tokens, out);
 }
 
-const std::vector<float>& Timeline::logits() const {
+const std::vector<float>& Sequence::logits() const {
   if (!has_logits_) {
     throw Error(ErrorKind::kOption, "no logits: evaluate at least one token first");
   }
   return logits_;
 }
 
-const std::vector<float>& Timeline::hidden() const {
+const std::vector<float>& Sequence::hidden() const {
   logits();
   return hidden_;
 }
 
-int32_t Timeline::sample(Sampler& sampler) const {
+int32_t Sequence::sample(Sampler& sampler) const {
   if (sampler.n_vocab() != static_cast<int>(logits_.size())) {
     throw Error(ErrorKind::kOption, "sampler: expected one for " + std::to_string(logits_.size()) +
                                         " tokens, found " + std::to_string(sampler.n_vocab()));
@@ -222,13 +222,13 @@ int32_t Timeline::sample(Sampler& sampler) const {
   return sampler.sample(logits().data());
 }
 
-int32_t Timeline::step(Sampler& sampler) {
+int32_t Sequence::step(Sampler& sampler) {
   const int32_t token = sample(sampler);
   if (position_ < context()) eval(std::span(&token, 1));
   return token;
 }
 
-void Timeline::truncate(int64_t position) {
+void Sequence::truncate(int64_t position) {
   const Busy busy(busy_);
   if (position < 0 || position > position_) {
     throw Error(ErrorKind::kOption, "truncate: expected 0 to " + std::to_string(position_) +

@@ -14,7 +14,7 @@ Floats = npt.NDArray[np.float64]
 Choice = npt.NDArray[np.int64]  # [units] index of the level that each unit has
 
 
-class Allotment:
+class BitAllocation:
     """The best choices for all budgets."""
 
     def __init__(self, cost: Floats, nbytes: npt.NDArray[np.int64]) -> None:

@@ -16,7 +16,7 @@
 
 namespace stoker {
 
-struct TimelineStats {
+struct SequenceStats {
   int64_t prompt_tokens = 0;  // evaluated several at a time
   double prompt_seconds = 0;
   int64_t decode_tokens = 0;  // evaluated one at a time
@@ -24,16 +24,16 @@ struct TimelineStats {
   int64_t decode_bytes = 0;  // weight bytes those read
 };
 
-class Timeline {
+class Sequence {
  public:
   // poll is called on the evaluating thread at least every 20 ms of a long evaluation; it throws
   // to interrupt it. May be empty.
-  Timeline(std::shared_ptr<const Engine> engine, std::function<void()> poll);
+  Sequence(std::shared_ptr<const Engine> engine, std::function<void()> poll);
 
   int64_t position() const { return position_; }
   int64_t context() const { return kv_.context(); }
   const Engine& engine() const { return *engine_; }
-  const TimelineStats& stats() const { return stats_; }
+  const SequenceStats& stats() const { return stats_; }
 
   // Appends tokens [n], n >= 1. An interrupted evaluation leaves position() after the last whole
   // chunk; where that moved it, there are no logits until the next evaluation.
@@ -59,7 +59,7 @@ class Timeline {
   // Throws Error(kOption) where the sampler is for another vocabulary.
   int32_t sample(Sampler& sampler) const;
   // sample(), then eval() of the choice; at the end of the context the token is not evaluated
-  // and the timeline stays as it is.
+  // and the sequence stays as it is.
   int32_t step(Sampler& sampler);
   // Forgets the tokens from `position` on; the logits go with them.
   void truncate(int64_t position);
@@ -75,7 +75,7 @@ class Timeline {
   void interrupt_if_asked();
   void keep_last(Forward& forward, int64_t n);
 
-  // Announces itself to the engine as long as it lives.
+  // Prefetches itself to the engine as long as it lives.
   struct Opened {
     explicit Opened(const Engine& engine) : engine(engine) { engine.open_session(); }
     ~Opened() { engine.close_session(); }
@@ -94,8 +94,8 @@ class Timeline {
   bool has_logits_ = false;
   std::vector<float> hidden_;  // [n_embd]
   std::vector<float> logits_;  // [n_vocab]
-  TimelineStats stats_;
-  const int64_t id_;  // no other timeline of this process has it
+  SequenceStats stats_;
+  const int64_t id_;  // no other sequence of this process has it
   std::atomic<bool> cancelled_{false};
   std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
   double last_poll_ = 0;

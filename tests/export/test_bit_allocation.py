@@ -1,4 +1,4 @@
-"""Allotments against exhaustive search."""
+"""Allocations against exhaustive search."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stoker.export.mixture.allotment import Allotment
+from stoker.export.mixture.bit_allocation import BitAllocation
 
 tables = st.integers(0, 2**31).map(np.random.default_rng)
 
@@ -28,16 +28,16 @@ def test_least_cost_of_hull_budgets(rng: np.random.Generator) -> None:
     """At the sizes that the hull passes through, nothing is cheaper; elsewhere nothing is larger
     than the budget, and nothing cheaper beyond what one step saves."""
     cost, nbytes = rng.random((4, 3)), rng.integers(1, 50, (4, 3))
-    allotment = Allotment(cost, nbytes)
+    allocation = BitAllocation(cost, nbytes)
     rows = np.arange(4)
     largest_step = 0.0
-    for budget in range(allotment.least, int(nbytes.max(axis=1).sum()) + 1):
-        choice = allotment.choose(budget)
-        assert allotment.bytes_of(choice) <= budget
+    for budget in range(allocation.least, int(nbytes.max(axis=1).sum()) + 1):
+        choice = allocation.choose(budget)
+        assert allocation.bytes_of(choice) <= budget
         largest_step = max(largest_step, float((cost.max(axis=1) - cost.min(axis=1)).max()))
         assert cost[rows, choice].sum() <= exhaustive(cost, nbytes, budget) + largest_step
-        if allotment.bytes_of(choice) == budget:
-            hull = allotment.choose(budget)
+        if allocation.bytes_of(choice) == budget:
+            hull = allocation.choose(budget)
             assert np.array_equal(choice, hull)
 
 
@@ -47,29 +47,29 @@ def test_convex_costs_are_solved_exactly() -> None:
     savings = np.sort(rng.random((5, 3)), axis=1)[:, ::-1]
     cost = 4 - np.concatenate([np.zeros((5, 1)), np.cumsum(savings, axis=1)], axis=1)
     nbytes = np.tile(np.arange(1, 5) * 10, (5, 1))
-    allotment = Allotment(cost, nbytes)
+    allocation = BitAllocation(cost, nbytes)
     rows = np.arange(5)
     for budget in range(50, 201, 10):
-        choice = allotment.choose(budget)
+        choice = allocation.choose(budget)
         assert cost[rows, choice].sum() == pytest.approx(exhaustive(cost, nbytes, budget))
 
 
 def test_below_the_smallest() -> None:
-    allotment = Allotment(np.array([[2.0, 1.0]]), np.array([[10, 20]]))
-    assert list(allotment.choose(0)) == [0]
-    assert list(allotment.choose(19)) == [0]
-    assert list(allotment.choose(20)) == [1]
+    allocation = BitAllocation(np.array([[2.0, 1.0]]), np.array([[10, 20]]))
+    assert list(allocation.choose(0)) == [0]
+    assert list(allocation.choose(19)) == [0]
+    assert list(allocation.choose(20)) == [1]
 
 
 def test_missing_levels_and_costs_that_rise_are_not_chosen() -> None:
     cost = np.array([[3.0, 5.0, 1.0], [2.0, 1.0, np.inf]])
     nbytes = np.array([[10, 20, 30], [10, 20, 0]])
-    allotment = Allotment(cost, nbytes)
-    assert allotment.least == 20
-    assert list(allotment.choose(10**6)) == [2, 1]
-    assert list(allotment.choose(30)) == [0, 1]
+    allocation = BitAllocation(cost, nbytes)
+    assert allocation.least == 20
+    assert list(allocation.choose(10**6)) == [2, 1]
+    assert list(allocation.choose(30)) == [0, 1]
 
 
 def test_equal_sizes_take_the_cheaper() -> None:
-    allotment = Allotment(np.array([[2.0, 1.0, 3.0]]), np.array([[10, 10, 10]]))
-    assert list(allotment.choose(10)) == [1]
+    allocation = BitAllocation(np.array([[2.0, 1.0, 3.0]]), np.array([[10, 10, 10]]))
+    assert list(allocation.choose(10)) == [1]

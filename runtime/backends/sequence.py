@@ -1,4 +1,4 @@
-"""What a session needs of a timeline, on top of a backend that appends tokens to its cache."""
+"""What a session needs of a sequence, on top of a backend that appends tokens to its cache."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Wanted = Literal["last", "all", "hidden"]
 _LOGITS_BYTES = 32 << 20  # of one evaluation, which bounds the tokens of a chunk
 
 
-class BackendTimeline(ABC):
-    """One sequence: the same methods as _core.Timeline. Not for two threads at once."""
+class BackendSequence(ABC):
+    """One sequence: the same methods as _core.Sequence. Not for two threads at once."""
 
     def __init__(self, context: int, n_vocab: int, token_bytes: int) -> None:
         """context: tokens it holds; token_bytes: of the weights that one token reads."""
@@ -58,7 +58,7 @@ class BackendTimeline(ABC):
         """Bytes of the cache that one step reads."""
         return 0
 
-    # As _core.Timeline.
+    # As _core.Sequence.
 
     def eval(self, tokens: Sequence[int] | Ids) -> None:
         """Appends tokens (n >= 1); afterwards logits() are those after the last one."""
@@ -143,7 +143,7 @@ class BackendTimeline(ABC):
                 f"{self.position + len(ids)} tokens do not fit a context of {self.context}"
             )
         if not self._in_use.acquire(blocking=False):
-            raise OptionError("this timeline is in use by another thread")
+            raise OptionError("this sequence is in use by another thread")
         try:
             self._cancelled.clear()
             pieces: list[Array] = []
@@ -180,7 +180,7 @@ class BackendEngine(ABC):
     survives_fork = False  # the libraries have threads of their own
 
     @abstractmethod
-    def timeline(self) -> BackendTimeline:
+    def sequence(self) -> BackendSequence:
         """A new, empty sequence."""
 
 
