@@ -18,6 +18,7 @@ struct Matrix {
   int32_t tensor = -1;
   int32_t slice = 0;
   int64_t first_row = 0;  // of the tensor's
+  bool two_term = false;  // its activations have two int8 terms where precision is balanced
 
   explicit operator bool() const { return format != nullptr; }
   int64_t nbytes() const { return rows * stride; }

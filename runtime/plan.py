@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,16 +14,6 @@ if TYPE_CHECKING:
 
 _MOST_READ = 256 << 20  # bytes read to measure the memory's bandwidth, at most
 _LEAST_READ = 16 << 20  # below it caches would answer
-_KINDS = (
-    ("experts", re.compile(r"\.ffn_(gate|up|down)(_exps\.|\.\d+\.)")),
-    ("shared experts", re.compile(r"_shexp\.")),
-    ("routers", re.compile(r"\.(ffn_gate_inp|ffn_pregate|exp_probs_b)\b")),
-    ("norms", re.compile(r"_norm\b")),
-    ("attention", re.compile(r"\.attn_")),
-    ("feed-forward", re.compile(r"\.ffn_")),
-    ("embeddings", re.compile(r"^token_embd\b")),
-    ("output", re.compile(r"^output\b")),
-)
 
 
 @dataclass(frozen=True)
@@ -159,7 +147,9 @@ def report(model: LoadedModel) -> PlanReport:
     if model.stream is not None:
         pinned = {"of every kind, evenly": int(plan["weight_bytes"])}
     else:
-        pinned = pinned_by_kind(model._file.tensors, with_experts=not limit)
+        pinned = {
+            kind: int(n) for kind, n in plan["kinds"].items() if not limit or kind != "experts"
+        }
     padding = int(plan["weight_bytes"]) - sum(pinned.values())
     if padding > 0:
         pinned["padding"] = padding  # tensors begin where direct reads may
@@ -222,17 +212,6 @@ def expected_hit_rate(model: LoadedModel) -> float:
         origin=origin_of(recipe if isinstance(recipe, str) else None),
     )
     return 1 - missed
-
-
-def pinned_by_kind(tensors: Sequence[Any], *, with_experts: bool) -> dict[str, int]:
-    """Bytes of the tensors (name, nbytes) by kind, those there are."""
-    kinds = {kind: 0 for kind, _ in _KINDS} | {"other": 0}
-    for tensor in tensors:
-        found = (kind for kind, pattern in _KINDS if pattern.search(tensor.name))
-        kinds[next(found, "other")] += int(tensor.nbytes)
-    if not with_experts:
-        del kinds["experts"]
-    return {kind: nbytes for kind, nbytes in kinds.items() if nbytes}
 
 
 def _room(token_bytes: int, limit: int) -> int:

@@ -1,6 +1,7 @@
 // The families that archs.inc names.
 #pragma once
 
+#include "runtime/arch/tensors.h"
 #include "runtime/core/family.h"
 #include "runtime/core/forward.h"
 

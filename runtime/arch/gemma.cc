@@ -11,7 +11,6 @@ namespace {
 
 void configure(const GgufFile& file, ModelConfig& c) {
   c.rope.neox = true;
-  c.qk_norm = c.post_norms = true;
   c.n_expert = 0;  // dense: a router in the file is refused as unknown
   if (c.rope.base_sliding == 0) c.rope.base_sliding = 10000.0;
   c.activation = Activation::kGelu;
@@ -34,8 +33,24 @@ void layer(Forward& f, int64_t il) {
   f.add(f.x(), f.b());
 }
 
+using namespace tensors;
+
+constexpr LayerTensor kPostNorms[] = {
+    {.name = "post_attention_norm.weight",
+     .kind = Kind::kNorms,
+     .rows = embd,
+     .vector = &L::post_attn_norm},
+    {.name = "post_ffw_norm.weight",
+     .kind = Kind::kNorms,
+     .rows = embd,
+     .vector = &L::post_ffn_norm},
+};
+constexpr std::span<const LayerTensor> kLayers[] = {
+    kAttention, kHeadNorms, kFeedForwardNorm, kDense, kPostNorms,
+};
+
 }  // namespace
 
-extern const Family kFamily_gemma3 = {configure, layer};
+extern const Family kFamily_gemma3 = {configure, layer, {kModel, kLayers}};
 
 }  // namespace stoker

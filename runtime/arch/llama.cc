@@ -21,12 +21,12 @@ namespace {
 
 void configure(const GgufFile&, ModelConfig& c) {
   c.sliding_window = 0;  // Mistral files carry the key; the models were trained without
-  c.normalize_experts = true;
+  c.routing.normalize = true;
   c.n_ff_expert = c.n_ff;
 }
 
 }  // namespace
 
-extern const Family kFamily_llama = {configure, standard_layer};
+extern const Family kFamily_llama = {configure, standard_layer, tensors::kStandard};
 
 }  // namespace stoker

@@ -8,13 +8,22 @@ namespace {
 void configure(const GgufFile&, ModelConfig& c) {
   c.rope.neox = true;
   c.sliding_window = 0;
-  c.qk_norm = c.qk_norm_full = true;
-  c.normalize_experts = false;
+  c.routing.normalize = false;
   c.n_ff_expert = c.n_ff;
 }
 
+using namespace tensors;
+
+constexpr LayerTensor kFullNorms[] = {
+    {.name = "attn_q_norm.weight", .kind = Kind::kNorms, .rows = q, .vector = &L::q_norm},
+    {.name = "attn_k_norm.weight", .kind = Kind::kNorms, .rows = k, .vector = &L::k_norm},
+};
+constexpr std::span<const LayerTensor> kLayers[] = {
+    kAttention, kFullNorms, kFeedForwardNorm, kDense, kRouter, kExperts,
+};
+
 }  // namespace
 
-extern const Family kFamily_olmoe = {configure, standard_layer};
+extern const Family kFamily_olmoe = {configure, standard_layer, {kModel, kLayers}};
 
 }  // namespace stoker

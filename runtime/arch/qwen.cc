@@ -8,9 +8,8 @@ namespace {
 
 void qwen(const GgufFile& file, ModelConfig& c, bool normalize) {
   c.rope.neox = true;
-  c.qk_norm = c.architecture.find("qwen3") != std::string::npos;  // also where it is pre-gated
   c.sliding_window = 0;  // in the metadata, not in the graph
-  c.normalize_experts = normalize;
+  c.routing.normalize = normalize;
   const std::string key = c.architecture + ".expert_feed_forward_length";
   if (c.is_mixture() && file.get_int(key, 0) == 0) c.n_ff_expert = c.n_ff / c.n_expert_used;
 }
@@ -25,11 +24,27 @@ void configure_qwen2moe(const GgufFile& file, ModelConfig& c) {
 
 void configure_qwen3moe(const GgufFile& file, ModelConfig& c) { qwen(file, c, true); }
 
+using namespace tensors;
+
+constexpr LayerTensor kSharedRouter[] = {
+    // Stored as a vector [n_embd].
+    {.name = "ffn_gate_inp_shexp.weight",
+     .kind = Kind::kRouters,
+     .rows = one_if_shared,
+     .cols = embd,
+     .matrix = &L::shared_router,
+     .layers = Layers::kMixture},
+};
+constexpr std::span<const LayerTensor> kQwen2MoeLayers[] = {
+    kAttention, kFeedForwardNorm, kDense, kRouter, kExperts, kSharedExpert, kSharedRouter,
+};
+
 }  // namespace
 
-extern const Family kFamily_qwen2 = {configure_dense, standard_layer};
-extern const Family kFamily_qwen3 = {configure_dense, standard_layer};
-extern const Family kFamily_qwen2moe = {configure_qwen2moe, standard_layer};
-extern const Family kFamily_qwen3moe = {configure_qwen3moe, standard_layer};
+extern const Family kFamily_qwen2 = {configure_dense, standard_layer, kStandard};
+extern const Family kFamily_qwen3 = {configure_dense, standard_layer, kWithHeadNorms};
+extern const Family kFamily_qwen2moe = {
+    configure_qwen2moe, standard_layer, {kModel, kQwen2MoeLayers}};
+extern const Family kFamily_qwen3moe = {configure_qwen3moe, standard_layer, kWithHeadNorms};
 
 }  // namespace stoker

@@ -12,8 +12,9 @@ constexpr int64_t kPeriod = 4;
 void configure(const GgufFile& file, ModelConfig& c) {
   c.rope.neox = true;
   c.activation = Activation::kRelu;
-  c.normalize_experts = true;
-  c.routed = c.routes_early = true;
+  c.routing.normalize = true;
+  c.only_mixtures = true;
+  c.routing.where = Routing::Where::kLayerInput;
   if (!c.is_mixture()) {
     throw Error(ErrorKind::kModelFile, file.path() + ": " + c.architecture +
                                            ".expert_count: expected at least 1, found 0");
@@ -41,6 +42,6 @@ void layer(Forward& f, int64_t il) {
 
 }  // namespace
 
-extern const Family kFamily_smallthinker = {configure, layer};
+extern const Family kFamily_smallthinker = {configure, layer, tensors::kStandard};
 
 }  // namespace stoker

@@ -11,8 +11,8 @@ namespace {
 
 void configure(const GgufFile& file, ModelConfig& c) {
   c.sliding_window = 0;
-  c.routes_once = true;
-  c.gating = Gating::kUnit;
+  c.routing.where = Routing::Where::kOnce;
+  c.routing.gating = Gating::kUnit;
   const auto size = [&](const char* name, int64_t low, int64_t high) {
     const std::string key = c.architecture + "." + name;
     const int64_t v = file.require_int(key);
@@ -30,7 +30,7 @@ void configure(const GgufFile& file, ModelConfig& c) {
   size("feed_forward_length", 1, kMost);
   c.n_ff_expert = size("expert_feed_forward_length", 1, kMost);
   c.n_ff_shared = size("expert_shared_feed_forward_length", 0, kMost);
-  c.n_router = size("router_length", 1, c.n_ff);
+  c.routing.n_hidden = size("router_length", 1, c.n_ff);
 }
 
 void layer(Forward& f, int64_t il) {
@@ -48,8 +48,32 @@ void layer(Forward& f, int64_t il) {
   if (il == 0) f.route_once();
 }
 
+using namespace tensors;
+
+int64_t hidden(const ModelConfig& c) { return c.routing.n_hidden; }
+
+constexpr ModelTensor kOneRouter[] = {
+    {.name = "router_norm.weight", .kind = Kind::kRouters, .rows = embd, .vector = &M::router_norm},
+    {.name = "router_up.weight",
+     .kind = Kind::kRouters,
+     .rows = hidden,
+     .cols = embd,
+     .matrix = &M::router_up,
+     .two_term = true},
+    {.name = "router_down.weight",
+     .kind = Kind::kRouters,
+     .rows = experts,
+     .cols = hidden,
+     .matrix = &M::router_down,
+     .two_term = true},
+};
+constexpr std::span<const ModelTensor> kModelAndRouter[] = {kModelTensors, kOneRouter};
+constexpr std::span<const LayerTensor> kLayers[] = {
+    kAttention, kFeedForwardNorm, kDense, kExperts, kSharedExpert,
+};
+
 }  // namespace
 
-extern const Family kFamily_token_routed = {configure, layer};
+extern const Family kFamily_token_routed = {configure, layer, {kModelAndRouter, kLayers}};
 
 }  // namespace stoker

@@ -214,6 +214,7 @@ def default_plan(
         "chunk": 0,
         "kv_type": kv_type,
         "weight_bytes": weight_bytes,
+        "kinds": {"weights": weight_bytes},
         "kv_bytes": kv_bytes,
         "scratch_bytes": 0,
         "token_bytes": token_bytes,

@@ -91,8 +91,8 @@ nb::dict to_dict(const stoker::ModelConfig& c, int64_t context) {
   d["n_ff_expert"] = c.n_ff_expert;
   d["sliding_window"] = c.sliding_window;
   d["causal"] = c.causal;
-  d["routes_early"] = c.routes_early;
-  d["pregated"] = c.pregated;
+  d["routes_early"] = c.routing.where == stoker::Routing::Where::kLayerInput;
+  d["pregated"] = c.routing.pregated;
   d["context_train"] = c.context_train;
   d["context"] = context;
   return d;
@@ -130,6 +130,12 @@ nb::dict to_dict(const stoker::Plan& p, bool kv_f16, stoker::Precision precision
   d["streamed_bytes"] = p.streamed_bytes;
   d["least_memory"] = p.least_memory;
   d["work"] = to_list(p.work);
+  nb::dict kinds;
+  for (int i = 0; i < stoker::kTensorKinds; ++i) {
+    const int64_t bytes = p.bytes_by_kind[static_cast<size_t>(i)];
+    if (bytes > 0) kinds[stoker::tensor_kind_name(static_cast<stoker::TensorKind>(i))] = bytes;
+  }
+  d["kinds"] = kinds;
   const stoker::MemoryPlan& m = p.memory;
   d["memory"] = m.budget;
   if (m.budget == 0) return d;

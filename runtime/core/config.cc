@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "runtime/base/errors.h"
+#include "runtime/core/family.h"
 
 namespace stoker {
 
@@ -13,8 +14,6 @@ namespace {
 // Limits that no real model comes near; they keep products of sizes inside 64 bits.
 constexpr int64_t kMaxSize = int64_t{1} << 24;
 constexpr int64_t kMaxLayers = 4096;
-// Of the architecture's name where a layer's experts are chosen a layer ahead (archs.inc).
-constexpr std::string_view kPregatedPrefix = "pregated-";
 
 struct Reader {
   const GgufFile& file;
@@ -96,6 +95,52 @@ void read_rope(const Reader& r, ModelConfig& c) {
   }
 }
 
+void read_routing(const Reader& r, ModelConfig& c) {
+  Routing& routing = c.routing;
+  routing.pregated = c.architecture.starts_with(kPregatedPrefix);
+  routing.scale = static_cast<float>(r.number("expert_weights_scale", 1.0));
+  if (routing.scale == 0) routing.scale = 1;  // as converters write that there is none
+  routing.groups = r.size("expert_group_count", 1, 0, 65536);
+  if (routing.groups < 2) {
+    routing.groups = routing.groups_used = 1;
+    return;
+  }
+  routing.groups_used = r.size("expert_group_used_count", routing.groups, 1, routing.groups);
+  const int64_t reachable = c.n_expert / routing.groups * routing.groups_used;
+  if (c.n_expert % routing.groups != 0 || c.n_expert_used > reachable) {
+    throw Error(ErrorKind::kModelFile,
+                r.file.path() + ": " + r.key("expert_group_count") + ": expected a divisor of " +
+                    std::to_string(c.n_expert) + " experts with room for " +
+                    std::to_string(c.n_expert_used) + " in the groups used, found " +
+                    std::to_string(routing.groups) + " groups, " +
+                    std::to_string(routing.groups_used) + " used");
+  }
+}
+
+// Which layers have experts.
+void find_mixtures(const GgufFile& file, ModelConfig& c) {
+  for (int64_t il = 0; il < c.n_layer; ++il) {
+    bool mixture = c.is_mixture() && il >= c.n_layer_dense;
+    if (c.routing.where == Routing::Where::kOnce) {
+      mixture = il > 0;
+    } else if (mixture && !c.only_mixtures && c.n_layer_dense == 0) {
+      mixture = file.tensor("blk." + std::to_string(il) + ".ffn_gate_inp.weight") != nullptr;
+    }
+    c.mixture.push_back(mixture);
+  }
+}
+
+// A layer's feed-forward has a width that the file names.
+void check_widths(const GgufFile& file, const ModelConfig& c) {
+  for (const bool mixture : c.mixture) {
+    if ((mixture ? c.n_ff_expert : c.n_ff) > 0) continue;
+    const std::string key =
+        c.architecture + (mixture ? ".expert_feed_forward_length" : ".feed_forward_length");
+    throw Error(ErrorKind::kModelFile, file.path() + ": " + key + ": expected at least 1, found " +
+                                           (file.find(key) ? "0" : "none"));
+  }
+}
+
 }  // namespace
 
 ModelConfig read_config(const GgufFile& file) {
@@ -104,6 +149,8 @@ ModelConfig read_config(const GgufFile& file) {
   c.name = std::string(file.get_string("general.name", ""));
   const Reader r{file, c.architecture};
   c.n_layer = r.size("block_count", -1, 1, kMaxLayers);
+  c.n_layer_ignored = r.size("nextn_predict_layers", 0, 0, c.n_layer - 1);
+  c.n_layer -= c.n_layer_ignored;
   c.n_embd = r.size("embedding_length", -1);
   c.n_head = r.size("attention.head_count", -1, 1, 4096);
   c.n_head_kv = r.size("attention.head_count_kv", c.n_head, 1, 4096);
@@ -139,15 +186,16 @@ ModelConfig read_config(const GgufFile& file) {
                                            std::to_string(c.n_expert_used));
   }
   c.n_ff_expert = r.size("expert_feed_forward_length", c.n_ff, 0);
+  if (c.n_expert > 0) c.n_layer_dense = r.size("leading_dense_block_count", 0, 0, c.n_layer);
   const int64_t gating = file.get_int(r.key("expert_gating_func"), 0);
   if (gating < 0 || gating > 2) {
     throw Error(ErrorKind::kUnsupported, file.path() + ": " + r.key("expert_gating_func") +
                                              ": expected 1 (softmax) or 2 (sigmoid), found " +
                                              std::to_string(gating));
   }
-  if (gating == 2) c.gating = Gating::kSigmoid;
-  c.pregated = c.architecture.starts_with(kPregatedPrefix);
-  if (c.pregated && c.n_expert == 0) {
+  if (gating == 2) c.routing.gating = Gating::kSigmoid;
+  read_routing(r, c);
+  if (c.routing.pregated && c.n_expert == 0) {
     throw Error(ErrorKind::kModelFile, file.path() + ": " + r.key("expert_count") +
                                            ": expected at least 1 in a pre-gated model, found 0");
   }
@@ -170,8 +218,16 @@ ModelConfig read_config(const GgufFile& file) {
   return c;
 }
 
+int64_t shared_width(const GgufFile& file, const ModelConfig& c) {
+  const Reader r{file, c.architecture};
+  const int64_t width = r.size("expert_shared_feed_forward_length", 0, 0);
+  return width > 0 ? width : r.size("expert_shared_count", 0, 0, 1024) * c.n_ff_expert;
+}
+
 void finish_config(const GgufFile& file, ModelConfig& c) {
-  c.normalize_experts = file.get_bool(c.architecture + ".expert_weights_norm", c.normalize_experts);
+  c.routing.normalize = file.get_bool(c.architecture + ".expert_weights_norm", c.routing.normalize);
+  find_mixtures(file, c);
+  check_widths(file, c);
   if (!c.causal && std::find(c.sliding.begin(), c.sliding.end(), true) != c.sliding.end()) {
     throw Error(ErrorKind::kUnsupported, file.path() + ": " + c.architecture +
                                              ".attention.causal: expected true in a model with "

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/core/routing.h"
 #include "runtime/gguf/gguf.h"
 #include "kernels_cpu/ops/ops.h"
 #include "runtime/kv/kv_cache.h"
@@ -25,12 +26,6 @@ struct RopeConfig {
   double attention_factor = 1.0;  // multiplies cos and sin
   double beta_fast = 32.0;        // yarn
   double beta_slow = 1.0;
-};
-
-enum class Gating {
-  kSoftmax,
-  kSigmoid,
-  kUnit,  // the used experts count in full
 };
 
 struct ModelConfig {
@@ -54,26 +49,19 @@ struct ModelConfig {
   float final_softcap = 0;
   float embedding_scale = 1;
   Activation activation = Activation::kSilu;
-  int64_t sliding_window = 0;  // 0: none
-  std::vector<bool> sliding;   // [n_layer] layers that use the window
-  std::vector<bool> rotates;   // [n_layer] layers with rotary embedding
-  bool qk_norm = false;        // q and k are normalised
-  bool post_norms = false;     // norms after attention and feed-forward
-  bool routed = false;         // every layer is a mixture
-  bool routes_early = false;   // routers read a layer's raw input, before attention
-  // A layer's experts are chosen at the mixture layer before it, out of what its router reads; the
-  // layer's own router weighs them. The first one's router does both.
-  bool pregated = false;
-  bool routes_once = false;   // one router after the first layer, which is dense, for all others
-  bool qk_norm_full = false;  // q and k normalised over all heads at once, not each head
+  int64_t sliding_window = 0;   // 0: none
+  std::vector<bool> sliding;    // [n_layer] layers that use the window
+  std::vector<bool> rotates;    // [n_layer] layers with rotary embedding
+  int64_t n_layer_ignored = 0;  // of the file, after n_layer: they predict further tokens
+  int64_t n_layer_dense = 0;    // first layers of a mixture that are dense
+  bool only_mixtures = false;   // every layer is a mixture
+  std::vector<bool> mixture;    // [n_layer] layers with experts
 
   int64_t n_expert = 0;  // 0: dense
   int64_t n_expert_used = 0;
   int64_t n_ff_expert = 0;
   int64_t n_ff_shared = 0;  // width of the shared expert; 0: none
-  int64_t n_router = 0;     // hidden width of the router of routes_once
-  Gating gating = Gating::kSoftmax;
-  bool normalize_experts = false;  // used experts' weights divided by their sum
+  Routing routing;
 
   bool is_mixture() const { return n_expert > 0; }
 };
@@ -85,6 +73,8 @@ inline KvShape kv_shape(const ModelConfig& c) {
 // Reads the keys that every family shares; throws Error(kModelFile) where one is missing or
 // makes no sense.
 ModelConfig read_config(const GgufFile& file);
+// Width of the shared experts together, as the file has it in either form; 0: none.
+int64_t shared_width(const GgufFile& file, const ModelConfig& c);
 // What the file says against the family's own; checks of what both together make.
 // Throws Error(kUnsupported).
 void finish_config(const GgufFile& file, ModelConfig& c);

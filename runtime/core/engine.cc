@@ -32,16 +32,6 @@ constexpr int64_t kDefaultContext = 4096;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-const Family& find_family(const GgufFile& file, const std::string& architecture) {
-  std::string known;
-  for (const NamedFamily& row : families()) {
-    if (architecture == row.architecture) return *row.family;
-    known += (known.empty() ? "" : " ") + std::string(row.architecture);
-  }
-  throw Error(ErrorKind::kUnsupported, file.path() + ": general.architecture: expected one of " +
-                                           known + ", found " + printable(architecture));
-}
-
 // Sets the pointers of `s` for a chunk and a memory that begins at `base` (null: none yet); returns
 // the bytes that it needs.
 int64_t lay_out_scratch(Scratch& s, const ModelConfig& c, int threads, int64_t chunk,
@@ -60,11 +50,11 @@ int64_t lay_out_scratch(Scratch& s, const ModelConfig& c, int threads, int64_t c
   const int64_t gate_floats =
       std::max(chunk * std::max(c.n_ff, c.n_ff_shared), pairs * c.n_ff_expert);
   s.rows = rows;
-  s.thread_low =
-      round_up(std::max<int64_t>(
-                   static_cast<int64_t>(matmul_scratch_bytes(widest)),
-                   std::max({attention_scratch_floats(c.head_dim_v), c.n_expert, widest}) * 4 + 64),
-               64);
+  s.thread_low = round_up(
+      std::max<int64_t>(
+          static_cast<int64_t>(matmul_scratch_bytes(widest)),
+          std::max({attention_scratch_floats(c.head_dim_v), 3 * c.n_expert, widest}) * 4 + 64),
+      64);
   s.thread_bytes = s.thread_low + round_up(Forward::max_piece_values(rows) * 4 + 64, 64);
   const int64_t n_rot = std::max<int64_t>(2, c.rope.n_rot);
   // +16 floats each: whole-vector stores may run over the last row's end.
@@ -193,12 +183,13 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
     throw Error(ErrorKind::kOption, "memory: expected bytes, found " + std::to_string(o.memory));
   }
   p.kv_bytes = KvCache::nbytes(kv_shape(c), p.context, options.kv_f16);
-  Partition parts = partition(file, c);
+  Partition parts = partition(file, c, family.tensors);
   for (const OpCost& w : parts.work) {
     p.token_bytes += w.bytes;
     if (w.part != OpCost::Part::kOutput) p.layer_macs += w.weights;
   }
   p.work = parts.work;
+  p.bytes_by_kind = parts.bytes_by_kind;
 
   int64_t scratch_limit = c.is_mixture() ? kMixtureScratch : INT64_MAX;
   if (o.memory > 0) scratch_limit = std::min(scratch_limit, o.memory / kScratchShare);
@@ -261,7 +252,7 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
 void Engine::load(LoadPlan plan, const std::function<void()>& poll) {
   const OffloadOptions& o = options_.offload;
   if (o.memory == 0 || (!config_.is_mixture() && !plan.stream.active)) {
-    weights_ = load_weights(*file_, config_, plan_.threads);
+    weights_ = load_weights(*file_, config_, family_->tensors, plan_.threads);
     return;
   }
   auto reader = std::make_shared<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
@@ -272,8 +263,8 @@ void Engine::load(LoadPlan plan, const std::function<void()>& poll) {
   store.predictor_state = std::move(options_.offload.predictor_state);
   store.prefetch = o.prefetch;
   store.overlap = o.overlap;
-  weights_ = load_weights(*file_, config_, std::move(plan.parts), std::move(plan.stream),
-                          std::move(reader), store, poll);
+  weights_ = load_weights(*file_, config_, family_->tensors, std::move(plan.parts),
+                          std::move(plan.stream), std::move(reader), store, poll);
 }
 
 void Engine::open_session() const {

@@ -2,6 +2,7 @@
 // memory that its sequences take turns to use.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -62,10 +63,11 @@ struct Plan {
       0;                 // resident from the start: all, or what is neither an expert nor streamed
   int64_t kv_bytes = 0;  // of one sequence at its full context
   int64_t scratch_bytes = 0;
-  int64_t token_bytes = 0;     // weight bytes that one decoded token reads
-  int64_t layer_macs = 0;      // multiply-adds of one prompt token (the output's excluded)
-  int64_t least_memory = 0;    // the smallest budget that would do
-  std::vector<OpCost> work;    // of one decoded token
+  int64_t token_bytes = 0;   // weight bytes that one decoded token reads
+  int64_t layer_macs = 0;    // multiply-adds of one prompt token (the output's excluded)
+  int64_t least_memory = 0;  // the smallest budget that would do
+  std::vector<OpCost> work;  // of one decoded token
+  std::array<int64_t, kTensorKinds> bytes_by_kind{};  // of the file's tensors, by TensorKind
   int64_t streamed_bytes = 0;  // weights that every forward pass reads from flash
   MemoryPlan memory;           // under a budget
 };

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "runtime/core/config.h"
+#include "runtime/core/tensor_row.h"
 
 namespace stoker {
 
@@ -17,6 +18,7 @@ struct Family {
   void (*configure)(const GgufFile& file, ModelConfig& config);
   // Runs layer `il` on the residual stream.
   void (*layer)(Forward& forward, int64_t il);
+  TensorTable tensors;
 };
 
 struct NamedFamily {
@@ -26,5 +28,11 @@ struct NamedFamily {
 
 // All of archs.inc, in its order.
 std::span<const NamedFamily> families();
+
+// Before the name of an architecture: its layers' experts are chosen a layer ahead.
+constexpr std::string_view kPregatedPrefix = "pregated-";
+
+// The family of a file. Throws Error(kUnsupported).
+const Family& find_family(const GgufFile& file, std::string_view architecture);
 
 }  // namespace stoker

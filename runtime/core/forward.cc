@@ -278,12 +278,14 @@ void Forward::store_kv(int64_t il) {
     if (!w.k_bias.empty()) ops_.add(k, w.k_bias.data(), k_width);
     if (!w.v_bias.empty()) ops_.add(v, w.v_bias.data(), v_width);
     const auto heads = [&](float* x, int64_t n_head, const Vector& norm_weight) {
-      if (!norm_weight.empty() && c.qk_norm_full) {
+      // Over all heads at once, where the weight has their width.
+      const bool whole = static_cast<int64_t>(norm_weight.size()) > c.head_dim;
+      if (whole) {
         ops_.rms_norm(x, norm_weight.data(), c.norm_eps, x, n_head * c.head_dim);
       }
       for (int64_t h = 0; h < n_head; ++h) {
         float* head = x + h * c.head_dim;
-        if (!norm_weight.empty() && !c.qk_norm_full) {
+        if (!norm_weight.empty() && !whole) {
           ops_.rms_norm(head, norm_weight.data(), c.norm_eps, head, c.head_dim);
         }
         if (c.rotates[l]) ops_.rope(head, angles + i * c.rope.n_rot, c.rope.n_rot, c.rope.neox);
@@ -354,14 +356,14 @@ void Forward::attention(int64_t il, const float* in, float* out) {
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
   const Input x =
-      input(in, n_, c.n_embd, int8(w.q) || int8(w.k) || int8(w.v), low_rows(Precision::kBalanced));
+      input(in, n_, c.n_embd, int8(w.q) || int8(w.k) || int8(w.v), low_rows(least(w.q)));
   const Product qkv[] = {{&w.q, s_.q, w.q.rows, nullptr, 0, n_},
                          {&w.k, s_.k, w.k.rows, nullptr, 0, n_},
                          {&w.v, s_.v, w.v.rows, nullptr, 0, n_}};
   multiply(qkv, x);
   store_kv(il);
   attend(il);
-  const Input o = input(s_.o, n_, w.o.cols, int8(w.o), low_rows(Precision::kHigh));
+  const Input o = input(s_.o, n_, w.o.cols, int8(w.o), low_rows(least(w.o)));
   const Product product[] = {{&w.o, out, c.n_embd, nullptr, 0, n_}};
   multiply(product, o);
   if (!w.o_bias.empty()) {
@@ -395,12 +397,12 @@ void Forward::feed_forward(int64_t il, const float* in, float* out) {
   copy_to_tap(il, in);
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
-  const Input x = input(in, n_, c.n_embd, int8(w.gate) || int8(w.up), low_rows(Precision::kHigh));
+  const Input x = input(in, n_, c.n_embd, int8(w.gate) || int8(w.up), low_rows(least(w.gate)));
   const Product gate_up[] = {{&w.gate, s_.gate, c.n_ff, nullptr, 0, n_},
                              {&w.up, s_.up, c.n_ff, nullptr, 0, n_}};
   multiply(gate_up, x);
   gate_rows(s_.gate, s_.up, n_, c.n_ff);
-  const Input h = input(s_.gate, n_, c.n_ff, int8(w.down), low_rows(Precision::kHigh));
+  const Input h = input(s_.gate, n_, c.n_ff, int8(w.down), low_rows(least(w.down)));
   const Product down[] = {{&w.down, out, c.n_embd, nullptr, 0, n_}};
   multiply(down, h);
 }
@@ -416,8 +418,7 @@ void Forward::final_norm(int64_t first, int64_t n, float* out) {
 void Forward::logits(const float* hidden, int64_t n, float* out) {
   const ModelConfig& c = config_;
   const Weights& w = engine_.weights();
-  const Input x =
-      input(hidden, n, c.n_embd, int8(w.output), two_terms(Precision::kBalanced) ? n : 0);
+  const Input x = input(hidden, n, c.n_embd, int8(w.output), two_terms(least(w.output)) ? n : 0);
   const Product product[] = {{&w.output, out, c.n_vocab, nullptr, 0, n}};
   multiply(product, x);
   if (w.output_bias.empty() && c.final_softcap == 0) return;

@@ -63,8 +63,8 @@ class Forward {
   // they are known before attention; of a pre-gated model chooses and prefetches those of the next
   // mixture layer, too.
   Routes route(int64_t il, const float* in);
-  // The choice of the router of routes_once, from the residual stream after layer 0; prefetched for
-  // the store for all layers that use it, and kept for them.
+  // The choice of the one router (Routing::Where::kOnce), from the residual stream after layer 0;
+  // prefetched for the store for all layers that use it, and kept for them.
   void route_once();
   const Routes& routes_kept() const { return routes_kept_; }
   // Sum of the routed experts (and the shared expert where the layer has one).
@@ -108,6 +108,10 @@ class Forward {
   Input input(const float* x, int64_t n, int64_t cols, bool quantize, int64_t low_rows,
               std::span<const int32_t> rows = {}, const int32_t* token = nullptr);
   bool two_terms(Precision least) const { return engine_.precision() >= least; }
+  // The lowest precision at which the activations of this matrix have two terms.
+  static Precision least(const Matrix& m) {
+    return m.two_term ? Precision::kBalanced : Precision::kHigh;
+  }
   // Rows of the chunk that get both terms where `least` asks for them: all from this precision on,
   // below it the first tokens of the sequence (kSinkTokens).
   int64_t low_rows(Precision least) const {
@@ -142,9 +146,9 @@ class Forward {
   // The next mixture layer before or after `il`; -1 or n_layer: none.
   int64_t mixture_before(int64_t il) const;
   int64_t mixture_after(int64_t il) const;
-  // The used experts and their weights by the router's logits in scratch; among [tokens]
+  // The experts of layer `il` and their weights by the router's logits in scratch; among [tokens]
   // [n_expert_used]: the experts, where they are known.
-  Routes chosen(const std::vector<int32_t>& among = {});
+  Routes chosen(int64_t il, const std::vector<int32_t>& among = {});
   // The routers of later layers on the present hidden states, for the store's predictor.
   class Probe;
   ExpertStore& experts() const { return *engine_.weights().experts; }

@@ -12,62 +12,9 @@ namespace stoker {
 
 namespace {
 
+using Where = Routing::Where;
+
 bool int8(const Matrix& m) { return m.format->act == ActKind::i8; }
-
-// Takes the k largest of p [n] out of it, ties to the lower expert; returns their sum.
-float take_best(float* p, int64_t n, int64_t k, int32_t* expert, float* weight) {
-  float total = 0;
-  for (int64_t j = 0; j < k; ++j) {
-    // A chosen expert's probability is replaced by -1; NaN logits choose the first ones left.
-    int64_t best = -1;
-    for (int64_t e = 0; e < n; ++e) {
-      if (p[e] != -1.0f && (best < 0 || p[e] > p[best])) best = e;
-    }
-    expert[j] = static_cast<int32_t>(best);
-    weight[j] = p[best];
-    total += p[best];
-    p[best] = -1.0f;
-  }
-  return total;
-}
-
-// Chooses the k largest probabilities and their weights. With `among` [k] the choice is made, and
-// these experts' weights have the sum that the k largest would have had.
-void choose(const ModelConfig& c, const float* logits, const int32_t* among, float* p,
-            int32_t* expert, float* weight) {
-  const int64_t n = c.n_expert, k = c.n_expert_used;
-  if (c.gating == Gating::kSigmoid) {
-    for (int64_t e = 0; e < n; ++e) p[e] = 1.0f / (1.0f + std::exp(-logits[e]));
-  } else {
-    const float top = *std::max_element(logits, logits + n);
-    float sum = 0;
-    for (int64_t e = 0; e < n; ++e) sum += p[e] = std::exp(logits[e] - top);
-    for (int64_t e = 0; e < n; ++e) p[e] /= sum;
-  }
-  float total = take_best(p, n, k, expert, weight);
-  const float most = c.normalize_experts ? 1.0f : total;
-  if (among) {
-    for (int64_t j = 0; j < k; ++j) p[expert[j]] = weight[j];
-    for (int64_t e = 0; e < n; ++e) {
-      if (std::find(among, among + k, static_cast<int32_t>(e)) == among + k) p[e] = -1.0f;
-    }
-    total = take_best(p, n, k, expert, weight);
-  }
-  if (c.gating == Gating::kUnit) std::fill_n(weight, k, 1.0f);
-  if (!c.normalize_experts && !among) return;
-  constexpr float kLeast = 6.103515625e-5f;  // the smallest normal f16, as llama.cpp has it
-  if (among && total < kLeast) {
-    // None of them is likely, but they are all there is. Both gatings are exponential down there.
-    std::sort(expert, expert + k, [&](int32_t a, int32_t b) {
-      return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
-    });
-    const float top = logits[expert[0]];
-    total = 0;
-    for (int64_t j = 0; j < k; ++j) total += weight[j] = std::exp(logits[expert[j]] - top);
-  }
-  total = std::max(total, kLeast) / most;
-  for (int64_t j = 0; j < k; ++j) weight[j] /= total;
-}
 
 }  // namespace
 
@@ -85,11 +32,11 @@ class Forward::Probe : public RouterProbe {
   void guess(int64_t layer, float* out) {
     const ModelConfig& c = f_.config_;
     // Where it is decided: at the layer, or at the mixture before.
-    const int64_t before = c.pregated ? f_.mixture_before(layer) : -1;
+    const int64_t before = c.routing.pregated ? f_.mixture_before(layer) : -1;
     const LayerWeights& w = f_.layer(before < 0 ? layer : before);
     const Matrix& router = before < 0 ? w.router : w.pregate;
     const float* in = f_.s_.x;
-    if (!c.routes_early) {
+    if (c.routing.where == Where::kFeedForward) {
       f_.norm(in, w.ffn_norm, f_.s_.ahead);
       in = f_.s_.ahead;
     }
@@ -97,13 +44,17 @@ class Forward::Probe : public RouterProbe {
     if (before >= 0) return f_.pregate(before, x, out);
     const Product product[] = {{&router, out, c.n_expert, nullptr, 0, f_.n_}};
     f_.multiply(product, x);
+    const float* bias = w.router_bias.empty() ? nullptr : w.router_bias.data();
+    for (int64_t i = 0; bias && i < f_.n_; ++i) {
+      selection_scores(c.routing, c.n_expert, bias, out + i * c.n_expert);
+    }
   }
 
   Forward& f_;
 };
 
 void Forward::look_ahead_first() {
-  if (config_.routes_once) return;
+  if (config_.routing.where == Where::kOnce) return;
   Probe ahead(*this);
   experts().look_ahead(-1, ahead);
 }
@@ -114,15 +65,16 @@ Routes Forward::route(int64_t il, const float* in) {
   const Matrix& router = layer(il).router;
   const Matrix& gate = layer(il).pregate;
   const Input x =
-      input(in, n_, c.n_embd, int8(router) || (gate && int8(gate)), low_rows(Precision::kBalanced));
+      input(in, n_, c.n_embd, int8(router) || (gate && int8(gate)), low_rows(least(router)));
   const Product product[] = {{&router, s_.router, c.n_expert, nullptr, 0, n_}};
   multiply(product, x);
-  const Routes routes = chosen(pregated_);
-  if (c.routes_early && pregated_.empty()) experts().prefetch_certain(il, routes);
+  const Routes routes = chosen(il, pregated_);
+  if (c.routing.where == Where::kLayerInput && pregated_.empty())
+    experts().prefetch_certain(il, routes);
   pregated_.clear();
   if (gate) {
     pregate(il, x, s_.router);
-    Routes next = chosen();
+    Routes next = chosen(mixture_after(il));
     experts().prefetch_certain(mixture_after(il), next);
     pregated_ = std::move(next.expert);
   }
@@ -152,39 +104,42 @@ int64_t Forward::mixture_after(int64_t il) const {
 void Forward::route_once() {
   const ModelConfig& c = config_;
   const Weights& w = engine_.weights();
-  const int64_t two = low_rows(Precision::kBalanced);
+  const int64_t two = low_rows(least(w.router_up));
   norm(s_.x, w.router_norm, s_.a);
   const Input x = input(s_.a, n_, c.n_embd, int8(w.router_up), two);
-  const Product up[] = {{&w.router_up, s_.gate, c.n_router, nullptr, 0, n_}};
+  const Product up[] = {{&w.router_up, s_.gate, c.routing.n_hidden, nullptr, 0, n_}};
   multiply(up, x);
-  for_rows(n_, c.n_router, [&](int64_t i, int) {
-    float* row = s_.gate + i * c.n_router;
-    for (int64_t j = 0; j < c.n_router; ++j) row[j] = std::max(row[j], 0.0f);
+  for_rows(n_, c.routing.n_hidden, [&](int64_t i, int) {
+    float* row = s_.gate + i * c.routing.n_hidden;
+    for (int64_t j = 0; j < c.routing.n_hidden; ++j) row[j] = std::max(row[j], 0.0f);
   });
-  const Input h = input(s_.gate, n_, c.n_router, int8(w.router_down), two);
+  const Input h = input(s_.gate, n_, c.routing.n_hidden, int8(w.router_down), two);
   const Product down[] = {{&w.router_down, s_.router, c.n_expert, nullptr, 0, n_}};
   multiply(down, h);
-  routes_kept_ = chosen();
+  routes_kept_ = chosen(1);
   for (int64_t il = 1; il < c.n_layer; ++il) experts().prefetch_certain(il, routes_kept_);
 }
 
-Routes Forward::chosen(const std::vector<int32_t>& among) {
+Routes Forward::chosen(int64_t il, const std::vector<int32_t>& among) {
   const ModelConfig& c = config_;
+  const Vector& bias = layer(il).router_bias;
   Routes r;
   r.expert.resize(static_cast<size_t>(n_ * c.n_expert_used));
   r.weight.resize(r.expert.size());
   for_rows(n_, 8 * c.n_expert, [&](int64_t i, int thread) {
     const int64_t at = i * c.n_expert_used;
-    choose(c, s_.router + i * c.n_expert, among.empty() ? nullptr : among.data() + at,
-           reinterpret_cast<float*>(thread_scratch(thread)), r.expert.data() + at,
-           r.weight.data() + at);
+    choose_experts(c.routing, c.n_expert, c.n_expert_used, s_.router + i * c.n_expert,
+                   bias.empty() ? nullptr : bias.data(),
+                   among.empty() ? nullptr : among.data() + at,
+                   reinterpret_cast<float*>(thread_scratch(thread)), r.expert.data() + at,
+                   r.weight.data() + at);
   });
   return r;
 }
 
 void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* out) {
   copy_hidden_to_tap(il);
-  if (config_.routes_once) copy_to_tap(il, in);
+  if (config_.routing.where == Where::kOnce) copy_to_tap(il, in);
   const ModelConfig& c = config_;
   const int64_t k = c.n_expert_used, pairs = n_ * k, ff = c.n_ff_expert;
 
@@ -215,7 +170,7 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
   // Experts are computed in the order in which they become ready; their outputs wait in
   // s_.pairs, so that the sum below does not depend on that order.
   const std::unique_ptr<ExpertLease> lease = this->experts().acquire(il, experts, routes);
-  if (!config_.routes_once) {  // else there is nothing to guess
+  if (config_.routing.where != Where::kOnce) {  // else there is nothing to guess
     Probe ahead(*this);
     this->experts().look_ahead(il, ahead);
   }

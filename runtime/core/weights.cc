@@ -5,9 +5,11 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <fstream>
 #include <new>
 #include <set>
+#include <string_view>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <fcntl.h>
@@ -23,6 +25,25 @@ namespace stoker {
 namespace {
 
 constexpr uint64_t kReadPiece = uint64_t{4} << 20;
+
+int64_t embd(const ModelConfig& c) { return c.n_embd; }
+int64_t experts(const ModelConfig& c) { return c.n_expert; }
+
+// Of a family that is pre-gated (export/pregate.py): what chooses the next mixture layer's experts.
+constexpr LayerTensor kPregate[] = {
+    {.name = "ffn_pregate.weight",
+     .kind = TensorKind::kRouters,
+     .rows = experts,
+     .cols = embd,
+     .matrix = &LayerWeights::pregate,
+     .layers = TensorLayers::kMixtureBeforeAnother,
+     .two_term = true},
+    {.name = "ffn_pregate.bias",
+     .kind = TensorKind::kRouters,
+     .rows = experts,
+     .vector = &LayerWeights::pregate_bias,
+     .layers = TensorLayers::kMixtureBeforeAnother},
+};
 
 [[noreturn]] void fail(const std::string& path, const std::string& what) {
   throw Error(ErrorKind::kModelFile, path + ": " + what);
@@ -88,8 +109,9 @@ std::string read_pieces(const std::string& path, uint64_t begin, uint64_t size, 
 
 class Loader {
  public:
-  Loader(const GgufFile& file, const ModelConfig& config, Weights& weights)
-      : file_(file), config_(config), weights_(weights) {}
+  Loader(const GgufFile& file, const ModelConfig& config, const TensorTable& table,
+         Weights& weights)
+      : file_(file), config_(config), table_(table), weights_(weights) {}
 
   // Null where nothing has been read (partition()).
   const uint8_t* data(const GgufTensor& t) const {
@@ -152,11 +174,6 @@ class Loader {
     return m;
   }
 
-  Matrix matrix(const std::string& name, int64_t rows, int64_t cols, bool required = true) const {
-    const GgufTensor* t = find(name, required);
-    return t ? view(*t, rows, cols) : Matrix{};
-  }
-
   Vector vector(const std::string& name, int64_t n, bool required = true) const {
     const GgufTensor* t = find(name, required);
     if (!t) return {};
@@ -178,119 +195,160 @@ class Loader {
     return part;
   }
 
+  // Fills what the rows name of `owner`, whose tensors begin with `prefix`.
+  template <class Owner>
+  void fill(std::span<const TensorRow<Owner>> rows, const std::string& prefix, Owner& owner) const {
+    for (const TensorRow<Owner>& row : rows) {
+      const int64_t n = row.rows(config_);
+      if (n == 0 || row.role == TensorRole::kExpert) continue;
+      if (row.vector) {
+        owner.*row.vector = vector(prefix + row.name, n, !row.optional);
+        continue;
+      }
+      Matrix& m = owner.*row.matrix;
+      const std::string joined = row.joined ? prefix + row.joined : "";
+      if (const GgufTensor* t = row.joined ? find(joined) : nullptr) {
+        m = rows_of(view(*t, row.joined_rows(config_), row.cols(config_)),
+                    row.joined_begin(config_), n);
+      } else if (const GgufTensor* t = find(prefix + row.name, !row.optional)) {
+        m = view(*t, n, row.cols(config_));
+      }
+      m.two_term = row.two_term;
+    }
+  }
+
   LayerWeights layer(int64_t il) const {
-    const ModelConfig& c = config_;
-    const std::string p = "blk." + std::to_string(il) + ".";
-    const int64_t q = c.n_head * c.head_dim, k = c.n_head_kv * c.head_dim;
-    const int64_t v = c.n_head_kv * c.head_dim_v, o = c.n_head * c.head_dim_v;
     LayerWeights w;
-    w.attn_norm = vector(p + "attn_norm.weight", c.n_embd);
-    if (const Matrix qkv = matrix(p + "attn_qkv.weight", q + k + v, c.n_embd, false); qkv) {
-      w.q = rows_of(qkv, 0, q);
-      w.k = rows_of(qkv, q, k);
-      w.v = rows_of(qkv, q + k, v);
-    } else {
-      w.q = matrix(p + "attn_q.weight", q, c.n_embd);
-      w.k = matrix(p + "attn_k.weight", k, c.n_embd);
-      w.v = matrix(p + "attn_v.weight", v, c.n_embd);
-    }
-    w.o = matrix(p + "attn_output.weight", c.n_embd, o);
-    w.q_bias = vector(p + "attn_q.bias", q, false);
-    w.k_bias = vector(p + "attn_k.bias", k, false);
-    w.v_bias = vector(p + "attn_v.bias", v, false);
-    w.o_bias = vector(p + "attn_output.bias", c.n_embd, false);
-    if (c.qk_norm) {
-      w.q_norm = vector(p + "attn_q_norm.weight", c.qk_norm_full ? q : c.head_dim);
-      w.k_norm = vector(p + "attn_k_norm.weight", c.qk_norm_full ? k : c.head_dim);
-    }
-    w.ffn_norm = vector(p + "ffn_norm.weight", c.n_embd);
-    if (c.post_norms) {
-      w.post_attn_norm = vector(p + "post_attention_norm.weight", c.n_embd);
-      w.post_ffn_norm = vector(p + "post_ffw_norm.weight", c.n_embd);
-    }
-    w.mixture = is_mixture(il);
-    if (!w.mixture) {
-      require_width(false);
-      w.gate = matrix(p + "ffn_gate.weight", c.n_ff, c.n_embd);
-      w.up = matrix(p + "ffn_up.weight", c.n_ff, c.n_embd);
-      w.down = matrix(p + "ffn_down.weight", c.n_embd, c.n_ff);
-      return w;
-    }
-    if (!c.routes_once) w.router = matrix(p + "ffn_gate_inp.weight", c.n_expert, c.n_embd);
-    if (c.pregated && mixture_after(il) < c.n_layer) {
-      w.pregate = matrix(p + "ffn_pregate.weight", c.n_expert, c.n_embd);
-      w.pregate_bias = vector(p + "ffn_pregate.bias", c.n_expert);
-    }
-    if (c.n_ff_shared > 0) {
-      w.shared_gate = matrix(p + "ffn_gate_shexp.weight", c.n_ff_shared, c.n_embd);
-      w.shared_up = matrix(p + "ffn_up_shexp.weight", c.n_ff_shared, c.n_embd);
-      w.shared_down = matrix(p + "ffn_down_shexp.weight", c.n_embd, c.n_ff_shared);
-      if (c.routes_once) return w;
-      // Stored as a vector [n_embd].
-      w.shared_router = view(*find(p + "ffn_gate_inp_shexp.weight", true), 1, c.n_embd);
-    }
+    w.mixture = config_.mixture[static_cast<size_t>(il)];
+    each_list(il, [&](std::span<const LayerTensor> rows) { fill(rows, prefix(il), w); });
     return w;
   }
 
-  // One tensor of all experts, or (older files) one tensor an expert.
-  Layout::Part expert(const std::string& prefix, const char* which, int64_t e, int64_t rows,
-                      int64_t cols) const {
-    const std::string joined = prefix + which + "_exps.weight";
-    if (const GgufTensor* t = find(joined)) {
-      return part(*t, view(*t, rows, cols, e, config_.n_expert), e);
+  // The parts of an expert: its slices of the tensors of all, or (older files) tensors of its own.
+  Layout::Parts expert(int64_t il, int64_t e) const {
+    std::vector<Layout::Part> parts;
+    each_list(il, [&](std::span<const LayerTensor> rows) {
+      for (const LayerTensor& row : rows) {
+        if (row.role == TensorRole::kExpert) parts.push_back(expert_part(row, il, e));
+      }
+    });
+    Layout::Parts found{};
+    if (parts.size() != found.size()) {
+      fail(file_.path(), "expected experts of " + std::to_string(found.size()) +
+                             " matrices, found " + std::to_string(parts.size()));
     }
-    const std::string single = prefix + which + "." + std::to_string(e) + ".weight";
-    const GgufTensor* t = find(single);
-    if (!t) fail(file_.path(), "expected tensor " + joined + ", found none");
-    return part(*t, view(*t, rows, cols), 0);
+    std::copy(parts.begin(), parts.end(), found.begin());
+    return found;
   }
 
-  Layout::Parts expert(int64_t il, int64_t e) const {
-    const std::string p = "blk." + std::to_string(il) + ".";
-    const ModelConfig& c = config_;
-    require_width(true);
-    return {expert(p, "ffn_gate", e, c.n_ff_expert, c.n_embd),
-            expert(p, "ffn_up", e, c.n_ff_expert, c.n_embd),
-            expert(p, "ffn_down", e, c.n_embd, c.n_ff_expert)};
+  // f(row, its matrix) for every matrix of the layer but experts, in the order of use.
+  template <class F>
+  void each_matrix(int64_t il, const LayerWeights& w, F&& f) const {
+    each_list(il, [&](std::span<const LayerTensor> rows) {
+      for (const LayerTensor& row : rows) {
+        if (row.matrix && w.*row.matrix) f(row, w.*row.matrix);
+      }
+    });
+  }
+
+  // What every tensor of the file is; kOther: it belongs to no row.
+  std::vector<TensorKind> kinds() const {
+    std::unordered_map<std::string_view, TensorKind> by_name;
+    std::deque<std::string> names;
+    const auto add = [&](const std::string& name, TensorKind kind) {
+      names.push_back(name);
+      by_name.emplace(names.back(), kind);
+    };
+    for (const std::span<const ModelTensor> rows : table_.model) {
+      for (const ModelTensor& row : rows) add(row.name, row.kind);
+    }
+    for (int64_t il = 0; il < config_.n_layer; ++il) {
+      each_list(il, [&](std::span<const LayerTensor> rows) {
+        for (const LayerTensor& row : rows) {
+          add(prefix(il) + row.name, row.kind);
+          if (row.joined) add(prefix(il) + row.joined, row.kind);
+          if (row.role != TensorRole::kExpert || file_.tensor(prefix(il) + row.name)) continue;
+          for (int64_t e = 0; e < config_.n_expert; ++e) add(single(row, il, e), row.kind);
+        }
+      });
+    }
+    std::vector<TensorKind> found;
+    for (const GgufTensor& t : file_.tensors()) {
+      const auto it = by_name.find(t.name);
+      found.push_back(it == by_name.end() ? TensorKind::kOther : it->second);
+    }
+    return found;
   }
 
   // Tensors that nobody has asked for yet.
   std::vector<const GgufTensor*> others() const {
     std::vector<const GgufTensor*> list;
     for (const GgufTensor& t : file_.tensors()) {
-      if (!used_.count(&t)) list.push_back(&t);
+      if (!used_.count(&t) && !ignored(t)) list.push_back(&t);
     }
     return list;
   }
 
-  // The first mixture layer after `il`; n_layer: none.
-  int64_t mixture_after(int64_t il) const {
-    while (++il < config_.n_layer && !is_mixture(il)) {
-    }
-    return il;
-  }
-
-  bool is_mixture(int64_t il) const {
-    if (config_.routes_once) return il > 0;
-    return config_.is_mixture() &&
-           (config_.routed || file_.tensor("blk." + std::to_string(il) + ".ffn_gate_inp.weight"));
-  }
-
  private:
-  // A layer's feed-forward has a width that the file names.
-  void require_width(bool mixture) const {
-    const ModelConfig& c = config_;
-    if ((mixture ? c.n_ff_expert : c.n_ff) > 0) return;
-    const std::string key =
-        c.architecture + (mixture ? ".expert_feed_forward_length" : ".feed_forward_length");
-    throw Error(ErrorKind::kModelFile, file_.path() + ": " + key + ": expected at least 1, found " +
-                                           (file_.find(key) ? "0" : "none"));
+  static std::string prefix(int64_t il) { return "blk." + std::to_string(il) + "."; }
+
+  bool has(TensorLayers layers, int64_t il) const {
+    const bool mixture = config_.mixture[static_cast<size_t>(il)];
+    switch (layers) {
+      case TensorLayers::kAll:
+        return true;
+      case TensorLayers::kDense:
+        return !mixture;
+      case TensorLayers::kMixture:
+        return mixture;
+      case TensorLayers::kMixtureBeforeAnother:
+        break;
+    }
+    const auto later = config_.mixture.begin() + il + 1;
+    return mixture && std::find(later, config_.mixture.end(), true) != config_.mixture.end();
   }
+
+  // f(rows) for runs of the layer's rows, in the table's order.
+  template <class F>
+  void each_list(int64_t il, F&& f) const {
+    const auto some = [&](std::span<const LayerTensor> list) {
+      for (size_t i = 0; i < list.size(); ++i) {
+        if (has(list[i].layers, il)) f(list.subspan(i, 1));
+      }
+    };
+    for (const std::span<const LayerTensor> list : table_.layers) some(list);
+    if (config_.routing.pregated) some(kPregate);
+  }
+
+  // "ffn_gate_exps.weight" -> "blk.<layer>.ffn_gate.<expert>.weight"
+  static std::string single(const LayerTensor& row, int64_t il, int64_t e) {
+    const std::string_view name(row.name);
+    return prefix(il) + std::string(name.substr(0, name.find("_exps"))) + "." + std::to_string(e) +
+           ".weight";
+  }
+
+  Layout::Part expert_part(const LayerTensor& row, int64_t il, int64_t e) const {
+    const int64_t rows = row.rows(config_), cols = row.cols(config_);
+    if (const GgufTensor* t = find(prefix(il) + row.name)) {
+      return part(*t, view(*t, rows, cols, e, config_.n_expert), e);
+    }
+    const GgufTensor* t = find(single(row, il, e));
+    if (!t) fail(file_.path(), "expected tensor " + prefix(il) + row.name + ", found none");
+    return part(*t, view(*t, rows, cols), 0);
+  }
+
   void check_used(const GgufTensor& t) const {
-    if (used_.count(&t)) return;
+    if (used_.count(&t) || ignored(t)) return;
     throw Error(ErrorKind::kUnsupported, file_.path() + ": tensor " + t.name +
                                              ": expected none of this name in architecture " +
                                              config_.architecture + ", found " + shape(t));
+  }
+  // Whether it is of a layer that the family leaves out, at the end of the file's.
+  bool ignored(const GgufTensor& t) const {
+    for (int64_t il = config_.n_layer; il < config_.n_layer + config_.n_layer_ignored; ++il) {
+      if (t.name.starts_with(prefix(il))) return true;
+    }
+    return false;
   }
   static Layout::Part part(const GgufTensor& t, const Matrix& m, int64_t slice) {
     const uint64_t bytes = static_cast<uint64_t>(m.nbytes());
@@ -299,6 +357,7 @@ class Loader {
 
   const GgufFile& file_;
   const ModelConfig& config_;
+  const TensorTable& table_;
   Weights& weights_;
   mutable std::set<const GgufTensor*> used_;
 };
@@ -308,27 +367,17 @@ class OpCostSum {
  public:
   explicit OpCostSum(std::vector<OpCost>& work) : work_(work) {}
 
-  void add(OpCost::Part part, const Matrix& m, bool balanced) {
-    if (m) add(part, m.format, balanced, 1, m.rows * m.cols, m.nbytes());
+  void add(OpCost::Part part, const Matrix& m) {
+    if (m) add(part, m.format, m.two_term, 1, m.rows * m.cols, m.nbytes());
   }
 
-  void add_layer(const LayerWeights& w) {
-    for (const Matrix* m : {&w.q, &w.k, &w.v, &w.router, &w.pregate, &w.shared_router}) {
-      add(OpCost::Part::kLayers, *m, true);
-    }
-    for (const Matrix* m :
-         {&w.o, &w.gate, &w.up, &w.down, &w.shared_gate, &w.shared_up, &w.shared_down}) {
-      add(OpCost::Part::kLayers, *m, false);
-    }
-  }
-
-  // Of a layer's experts a token uses `used`, each as often as any other.
+  // Assumes that a token's `used` experts are any of the layer's, equally often.
   void add_experts(const Layout& layout, int64_t layer, int64_t used) {
     std::vector<OpCost> all;
     OpCostSum sum(all);
     for (int64_t e = 0; e < layout.n_expert(); ++e) {
       for (const Matrix& m : layout.matrices(layout.unit(layer, e))) {
-        sum.add(OpCost::Part::kExperts, m, false);
+        sum.add(OpCost::Part::kExperts, m);
       }
     }
     const auto share = [&](int64_t n) { return n * used / layout.n_expert(); };
@@ -353,25 +402,12 @@ class OpCostSum {
 };
 
 // Everything but the experts.
-void load_kept(const Loader& loader, const ModelConfig& c, Weights& w) {
-  w.embedding = loader.matrix("token_embd.weight", c.n_vocab, c.n_embd);
-  w.output = loader.matrix("output.weight", c.n_vocab, c.n_embd, false);
+void load_kept(const Loader& loader, const TensorTable& table, const ModelConfig& c, Weights& w) {
+  for (const std::span<const ModelTensor> rows : table.model) {
+    loader.fill(rows, "", static_cast<ModelWeights&>(w));
+  }
   if (!w.output) w.output = w.embedding;
-  w.output_norm = loader.vector("output_norm.weight", c.n_embd);
-  w.output_bias = loader.vector("output.bias", c.n_vocab, false);
-  w.rope_factors = loader.vector("rope_freqs.weight", c.rope.n_rot / 2, false);
-  if (c.rope.scaling == RopeScaling::kLongRope) {
-    w.rope_factors_long = loader.vector("rope_factors_long.weight", c.rope.n_rot / 2);
-    w.rope_factors_short = loader.vector("rope_factors_short.weight", c.rope.n_rot / 2);
-  }
-  if (c.routes_once) {
-    w.router_norm = loader.vector("router_norm.weight", c.n_embd);
-    w.router_up = loader.matrix("router_up.weight", c.n_router, c.n_embd);
-    w.router_down = loader.matrix("router_down.weight", c.n_expert, c.n_router);
-  }
-  for (int64_t il = 0; il < c.n_layer; ++il) {
-    w.layers.push_back(loader.layer(il));
-  }
+  for (int64_t il = 0; il < c.n_layer; ++il) w.layers.push_back(loader.layer(il));
 }
 
 // Where a shard's first tensor begins; its end where it has none.
@@ -393,19 +429,19 @@ StreamTensor stream_tensor(const GgufFile& file, const Matrix& m) {
   return {m.tensor, t.ne[1], extent_of(t)};
 }
 
-// The matrices that a forward pass uses, in the order of use. Routers and all that is small are pinned:
-// other layers look at routers ahead of time.
-std::vector<StreamTensor> pass_order(const GgufFile& file, const Weights& w) {
+// The matrices that a forward pass uses and that may be streamed, in the order of use; those that
+// are small are pinned.
+std::vector<StreamTensor> pass_order(const GgufFile& file, const Loader& loader, const Weights& w) {
   std::vector<StreamTensor> order;
   const auto add = [&](const Matrix& m) {
     if (!m || m.nbytes() < kLeastStreamed) return;
     if (order.empty() || order.back().tensor != m.tensor) order.push_back(stream_tensor(file, m));
   };
-  for (const LayerWeights& l : w.layers) {
-    for (const Matrix* m : {&l.q, &l.k, &l.v, &l.o, &l.gate, &l.up, &l.down, &l.shared_gate,
-                            &l.shared_up, &l.shared_down}) {
-      add(*m);
-    }
+  for (size_t il = 0; il < w.layers.size(); ++il) {
+    loader.each_matrix(static_cast<int64_t>(il), w.layers[il],
+                       [&](const LayerTensor& row, const Matrix& m) {
+                         if (row.role == TensorRole::kStreamed) add(m);
+                       });
   }
   add(w.output);
   return order;
@@ -465,17 +501,18 @@ const uint8_t* TensorMemory::data(const GgufTensor& t) const {
   return it == at_.end() ? nullptr : it->second;
 }
 
-Weights load_weights(const GgufFile& file, const ModelConfig& c, int threads) {
+Weights load_weights(const GgufFile& file, const ModelConfig& c, const TensorTable& table,
+                     int threads) {
   Weights w;
   // Unsupported tensors are refused before anything large is read.
-  const Loader loader(file, c, w);
+  const Loader loader(file, c, table, w);
   for (const GgufTensor& t : file.tensors()) loader.format(t);
   w.memory = std::make_unique<TensorMemory>(file, threads);
-  load_kept(loader, c, w);
+  load_kept(loader, table, c, w);
   if (c.is_mixture()) {
     auto experts = std::make_unique<ResidentExperts>(c.n_layer);
     for (int64_t il = 0; il < c.n_layer; ++il) {
-      for (int64_t e = 0; loader.is_mixture(il) && e < c.n_expert; ++e) {
+      for (int64_t e = 0; w.layers[static_cast<size_t>(il)].mixture && e < c.n_expert; ++e) {
         const Layout::Parts parts = loader.expert(il, e);
         experts->add(il, {parts[0].matrix, parts[1].matrix, parts[2].matrix});
       }
@@ -486,30 +523,42 @@ Weights load_weights(const GgufFile& file, const ModelConfig& c, int threads) {
   return w;
 }
 
-Partition partition(const GgufFile& file, const ModelConfig& c) {
+Partition partition(const GgufFile& file, const ModelConfig& c, const TensorTable& table) {
   Weights none;
-  const Loader loader(file, c, none);
+  const Loader loader(file, c, table, none);
   for (const GgufTensor& t : file.tensors()) loader.format(t);
-  Partition p{Layout(c.n_layer, c.n_expert), {}, 0, {}, {}, {}};
+  Partition p{Layout(c.n_layer, c.n_expert), {}, 0, {}, {}, {}, {}};
   for (int64_t il = 0; il < c.n_layer; ++il) {
-    if (!loader.is_mixture(il)) continue;
+    if (!c.mixture[static_cast<size_t>(il)]) continue;
     for (int64_t e = 0; e < c.n_expert; ++e) p.layout.add(il, e, loader.expert(il, e));
     p.working_set += c.n_expert_used;
   }
   p.layout.finish();
   p.kept = loader.others();
-  load_kept(loader, c, none);  // shapes only
+  load_kept(loader, table, c, none);  // shapes only
   loader.check_all_used();
   OpCostSum work(p.work);
   for (int64_t il = 0; il < c.n_layer; ++il) {
-    work.add_layer(none.layers[static_cast<size_t>(il)]);
-    if (loader.is_mixture(il)) work.add_experts(p.layout, il, c.n_expert_used);
+    const LayerWeights& w = none.layers[static_cast<size_t>(il)];
+    loader.each_matrix(
+        il, w, [&](const LayerTensor&, const Matrix& m) { work.add(OpCost::Part::kLayers, m); });
+    if (w.mixture) work.add_experts(p.layout, il, c.n_expert_used);
   }
-  work.add(OpCost::Part::kLayers, none.router_up, true);
-  work.add(OpCost::Part::kLayers, none.router_down, true);
-  work.add(OpCost::Part::kOutput, none.output, true);
-  p.pass_order = pass_order(file, none);
+  for (const std::span<const ModelTensor> rows : table.model) {
+    for (const ModelTensor& row : rows) {
+      if (row.matrix && row.kind == TensorKind::kRouters) {
+        work.add(OpCost::Part::kLayers, none.*row.matrix);
+      }
+    }
+  }
+  work.add(OpCost::Part::kOutput, none.output);
+  p.pass_order = pass_order(file, loader, none);
   p.lookup = stream_tensor(file, none.embedding);
+  const std::vector<TensorKind> kinds = loader.kinds();
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    p.bytes_by_kind[static_cast<size_t>(kinds[i])] +=
+        static_cast<int64_t>(file.tensors()[i].nbytes);
+  }
   return p;
 }
 
@@ -526,20 +575,21 @@ std::vector<const GgufTensor*> Partition::pinned_under(const GgufFile& file,
   return list;
 }
 
-Weights load_weights(const GgufFile& file, const ModelConfig& c, Partition partition,
-                     StreamPlan stream, std::shared_ptr<FlashReader> reader,
+Weights load_weights(const GgufFile& file, const ModelConfig& c, const TensorTable& table,
+                     Partition partition, StreamPlan stream, std::shared_ptr<FlashReader> reader,
                      const FlashExperts::Options& options, const std::function<void()>& poll) {
   Weights w;
   w.memory = std::make_unique<TensorMemory>(partition.pinned_under(file, stream), *reader, poll);
-  Loader loader(file, c, w);
-  load_kept(loader, c, w);
+  const Loader loader(file, c, table, w);
+  load_kept(loader, table, c, w);
   loader.check_all_used(partition.kept);
   if (stream.active) {
     w.stream = std::make_unique<WeightStream>(reader, std::move(stream), partition.lookup, poll);
   }
   if (!c.is_mixture()) return w;
   PredictorShape shape{c.n_layer, c.n_embd, c.n_expert, c.n_expert_used, {}};
-  for (int64_t il = 0; il < c.n_layer; ++il) shape.mixture.push_back(loader.is_mixture(il));
+  for (int64_t il = 0; il < c.n_layer; ++il)
+    shape.mixture.push_back(c.mixture[static_cast<size_t>(il)]);
   auto experts = std::make_unique<FlashExperts>(std::move(partition.layout), std::move(reader),
                                                 shape, options);
   w.flash = experts.get();

@@ -71,7 +71,7 @@ def test_no_key_is_listed_twice() -> None:
 
 def test_what_is_used_is_read_and_nothing_else_is() -> None:
     """By the sources: a key that somebody begins or ceases to read changes its row."""
-    folders = ("runtime/core", "runtime/arch", "runtime")
+    folders = ("runtime/gguf", "runtime/core", "runtime/arch", "runtime/text", "runtime")
     sources = "\n".join(
         path.read_text(encoding="utf-8")
         for folder in folders
@@ -113,11 +113,11 @@ def test_what_is_not_computed_is_refused(tmp_path: Path, key: str, neutral: str)
 
 @pytest.mark.parametrize("value", ["text", [1, 2], [0.5], True, math.nan, -3, 1 << 31, 0.999999])
 def test_odd_values_of_a_refused_key(tmp_path: Path, value: Any) -> None:
-    path = make(tmp_path / "odd.gguf", "llama", metadata={"{arch}.expert_group_count": value})
+    path = make(tmp_path / "odd.gguf", "llama", metadata={"{arch}.expert_group_scale": value})
     if value is True:  # as a number it is 1
         stoker.load(path)
         return
-    with pytest.raises(stoker.UnsupportedModelError, match="expert_group_count: expected 0 or 1"):
+    with pytest.raises(stoker.UnsupportedModelError, match="expert_group_scale: expected 0 or 1"):
         stoker.load(path)
 
 
