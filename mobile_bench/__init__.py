@@ -1,1 +1,1 @@
-"""stoker.mobile_bench."""
+"""Measurements: of devices, of models, of claims."""

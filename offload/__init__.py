@@ -1,1 +1,1 @@
-"""stoker.offload."""
+"""Experts and weights that are read from flash while computing."""

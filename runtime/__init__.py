@@ -1,1 +1,1 @@
-"""stoker.runtime."""
+"""The API: load, Model, Session, Generation."""

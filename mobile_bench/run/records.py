@@ -145,7 +145,7 @@ class JobResult(TypedDict):
     key: str  # what decides the result, as 16 hex digits
     run: str
     time: str  # ISO 8601, UTC
-    job: dict[str, Any]  # sweep_jobs.Job
+    job: dict[str, Any]  # jobs.Job (of a sweep)
     node: str  # where it was done
     attempts: int  # 1, or more where a worker died
     seconds: float

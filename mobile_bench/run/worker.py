@@ -205,7 +205,7 @@ class Onnx:
         load = LoadOptions(threads=threads, context=context, memory=memory)
         self.model = OnnxModel(Path(path), load, OnnxOptions(**options))
         self.version = str(onnxruntime.__version__)
-        self.sequence = self.model.engine.sequence()
+        self.sequence = self.model._engine.sequence()
         self.config = {k: v for k, v in self.model.config.items() if isinstance(v, (int, str))}
         self.plan = dict(self.model.plan)
         self.greedy = Sampler(self.model.config["n_vocab"])

@@ -28,7 +28,7 @@ from .jobs import Job, Outcome, Task, failed
 from .spec import Spec
 
 _GRACE_S = 10.0  # that a job has to end itself after Ctrl-C
-_MODULE = f"{__package__}.sweep_jobs"
+_MODULE = f"{__package__}.jobs"
 
 # (index of the task, what came of it, attempts that it took)
 Finished = Callable[[int, Outcome, int], None]

@@ -41,7 +41,7 @@ def build() -> Path:
             pytest.skip(f"no {tool}")
     folder = Path(os.environ.get("STOKER_ARM_BUILD") or ROOT / "build" / "aarch64")
     subprocess.run(
-        ["bash", ROOT / "mobile_bench" / "build_arm.sh", "stoker-bench", "kernel_instructions"],
+        ["bash", ROOT / "mobile_bench" / "native" / "build_arm.sh", "stoker-bench", "kernel_instructions"],
         check=True,
         env={**os.environ, "STOKER_ARM_BUILD": str(folder)},
         stdout=subprocess.DEVNULL,
@@ -277,7 +277,7 @@ def stand_ins(tmp_path: Path) -> dict[str, str]:
 
 def on_device(environment: dict[str, str], *arguments: object) -> Any:
     return subprocess.run(
-        ["bash", ROOT / "mobile_bench" / "run_android.sh", *map(str, arguments)],
+        ["bash", ROOT / "mobile_bench" / "native" / "run_android.sh", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=600,

@@ -421,8 +421,8 @@ def test_interruption_leaves_nothing(tmp_path: Path) -> None:
     out = tmp_path / "device.json"
     code = (
         "import sys\n"
-        "from stoker.mobile_bench import probe, probe_storage\n"
-        "from stoker.runtime import cli\n"
+        "from stoker.mobile_bench.probe import probe, storage as probe_storage\n"
+        "from stoker.runtime.cli import main as cli\n"
         "probe.read_memory = probe.measure_peaks = probe.measure_formats = lambda *a: []\n"
         "real = probe_storage._points\n"
         "def points(*a):\n"

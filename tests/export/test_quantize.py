@@ -200,7 +200,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         file.truncate(plan.size)
     script = (
         "import resource, sys\n"
-        "from stoker.export import model_writer, quantize\n"
+        "from stoker.export import quantize\nfrom stoker.export.writer import model_writer\n"
         "from stoker.runtime import _core\n"
         "model_writer.PIECE_VALUES = 1 << 19\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -314,7 +314,7 @@ def test_a_changed_source_or_option_starts_again(
 
 SLOW = (
     "import os, sys, time\n"
-    "from stoker.export import model_writer\n"
+    "from stoker.export.writer import model_writer\n"
     "from stoker.runtime.cli.main import main\n"
     "model_writer.COMMIT_BYTES = 1\n"
     "model_writer.PIECE_VALUES = 256 * 64\n"

@@ -416,13 +416,13 @@ Options = dict[str, str | int | float]
     ],
 )
 def test_bad_options(options: Options, message: str) -> None:
-    call: Callable[..., object] = simulate_command.simulate
+    call: Callable[..., object] = simulate_command.replay
     with pytest.raises(OptionError, match=message):
         call(EXCERPT, **options)
 
 
 def test_outputs() -> None:
-    trace, found = simulate_command.simulate(EXCERPT, memory="300MB", bandwidth="1.5GB")
+    trace, found = simulate_command.replay(EXCERPT, memory="300MB", bandwidth="1.5GB")
     belady = found[0].policies[-1]
     assert found[0].slots == 300_000_000 // 3059712
     assert belady.bytes_per_token is not None and belady.tokens_per_s is not None
@@ -432,5 +432,5 @@ def test_outputs() -> None:
     lines = simulate_command.as_tsv(found).splitlines()
     assert len(lines) == 1 + len(policy_names())
     assert {len(line.split("\t")) for line in lines} == {10 + 2 * len(predictor_names())}
-    document = json.loads(simulate_command.as_json(trace, found))
+    document = json.loads(simulate_command.json_text(trace, found))
     assert document["sizes"][0]["policies"][-1]["misses"] == belady.misses

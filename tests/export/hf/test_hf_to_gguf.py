@@ -319,7 +319,9 @@ def test_type_that_the_width_does_not_allow(tmp_path: Path) -> None:
 
 PROGRAM = """
 import sys, time
-from stoker.export import hf_to_gguf, hf_weights, model_writer
+from stoker.export import hf_to_gguf
+from stoker.export.hf import weights as hf_weights
+from stoker.export.writer import model_writer
 hf_weights.piece_rows = lambda cols: 16
 model_writer.COMMIT_BYTES = 20_000
 def progress(what, done, total):
@@ -383,7 +385,7 @@ def test_a_changed_shard_starts_again(tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, signal, sys
-from stoker.export import gguf_writer
+from stoker.export.writer import gguf_writer
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = int(sys.argv.pop(1))
 if sys.argv.pop(1) == "late":  # a file system that cannot allocate ahead: it fills up on the way
