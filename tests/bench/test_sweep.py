@@ -124,7 +124,7 @@ def wait_for(found: Callable[[], Any], of: subprocess.Popen[str] | None = None) 
     raise AssertionError("it did not happen")
 
 
-def job_processes(parent: int, words: str = "sweep_jobs") -> list[psutil.Process]:
+def job_processes(parent: int, words: str = "sweep.jobs") -> list[psutil.Process]:
     found = []
     for process in psutil.Process(parent).children(recursive=True):
         try:
