@@ -179,25 +179,16 @@ class ActivationSums:
         """Tensor -> (sums [experts or 1, cols], tokens [experts or 1]); a copy."""
 
 class Sampler:
-    """Sampling chain and its state: logit bias, penalties, top-k, top-p, min-p, temperature."""
+    """The sampling stages and their state (sampling/stages.inc)."""
 
-    def __init__(
-        self,
-        n_vocab: int,
-        *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        frequency_penalty: float = 0.0,
-        presence_penalty: float = 0.0,
-        penalty_window: int = 64,
-        logit_bias: dict[int, float] | None = None,
-        seed: int = 0,
-        logprobs: int = 0,
-    ) -> None: ...
-    def sample(self, logits: npt.NDArray[np.float32]) -> int: ...  # logits [n_vocab], unchanged
+    # Options: temperature, seed, logprobs, logit_bias {token: number}, and those of the stages:
+    # numbers, or lists of tokens. Raises OptionError for one that is out of range or of no stage.
+    def __init__(self, n_vocab: int, **options: Any) -> None: ...
+    def sample(self, logits: npt.NDArray[np.float32]) -> int: ...  # peek(), then commit()
+    def peek(self, logits: npt.NDArray[np.float32]) -> int: ...  # logits [n_vocab], unchanged
+    def commit(self, token: int) -> None: ...  # takes the token that peek() gave
+    def set_mask(self, allowed: npt.NDArray[np.uint32] | None) -> None:
+        """The tokens that may be chosen, a bit each, [(n_vocab + 31) // 32]; None: all."""
     def accept(self, token: int) -> None: ...  # a prompt token, for the penalties
     def reset(self) -> None: ...  # no history, first draw of the seed
     @property

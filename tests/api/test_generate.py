@@ -202,7 +202,7 @@ class StoppedClock:
 
 def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = StoppedClock(monkeypatch)
-    monkeypatch.setattr(fake_core.Sequence, "eval", clock.taking(0.01, fake_core.Sequence.eval))
+    monkeypatch.setattr(fake_core.EngineSequence, "eval", clock.taking(0.01, fake_core.EngineSequence.eval))
     generation = reciting(monkeypatch, "abcd").chat("12")
     assert generation.stats.new_tokens == 0
     generation.read()
@@ -352,14 +352,14 @@ def test_interrupt_leaves_a_usable_session(monkeypatch: pytest.MonkeyPatch, fail
     session.chat("earlier", max_tokens=3).read()
     held = session.messages
     calls = itertools.count(1)
-    real = fake_core.Sequence.eval
+    real = fake_core.EngineSequence.eval
 
     def interrupted(self: Any, tokens: Any) -> None:
         if next(calls) == failing:
             raise KeyboardInterrupt
         real(self, tokens)
 
-    monkeypatch.setattr(fake_core.Sequence, "eval", interrupted)
+    monkeypatch.setattr(fake_core.EngineSequence, "eval", interrupted)
     generation = session.chat("now")
     with pytest.raises(KeyboardInterrupt):
         generation.read()
@@ -378,17 +378,17 @@ def test_interrupt_leaves_a_usable_session(monkeypatch: pytest.MonkeyPatch, fail
 def test_interrupted_append_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     session = reciting(monkeypatch, "abc").session()
     session.append("before")
-    real = fake_core.Sequence.eval
+    real = fake_core.EngineSequence.eval
 
     def half(self: Any, tokens: Any) -> None:
         real(self, tokens[: len(tokens) // 2])  # the core ends at a whole chunk
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fake_core.Sequence, "eval", half)
+    monkeypatch.setattr(fake_core.EngineSequence, "eval", half)
     with pytest.raises(KeyboardInterrupt):
         session.append("a long text")
     assert session.position == session._sequence.position == len("before")
-    monkeypatch.setattr(fake_core.Sequence, "eval", real)
+    monkeypatch.setattr(fake_core.EngineSequence, "eval", real)
     session.append([fake_core.ANSWER])
     assert session.generate().read() == "abc"
 
@@ -503,7 +503,7 @@ def test_failing_core_ends_the_generation(monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fake_core.Sequence, "eval", fail)
+        patch.setattr(fake_core.EngineSequence, "eval", fail)
         with pytest.raises(OSError, match="the disk is gone"):
             generation.read()
     assert generation.finish_reason == "error"

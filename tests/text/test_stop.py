@@ -113,7 +113,7 @@ def reciting(monkeypatch: pytest.MonkeyPatch, *story: str | int) -> Model:
         said += [piece] if isinstance(piece, int) else list(piece.encode())
     monkeypatch.setattr(fake_core.Engine, "story", said)
     monkeypatch.setattr(
-        fake_core.Sequence, "_next", lambda self: said_next(self.tokens, said), raising=True
+        fake_core.EngineSequence, "_next", lambda self: said_next(self.tokens, said), raising=True
     )
     return Model(Path("recital.gguf"), LoadOptions(context=500))
 

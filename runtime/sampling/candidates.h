@@ -1,0 +1,55 @@
+// The tokens of one position that the stages have left: all of the vocabulary, or a list. A stage
+// sees the softmax of what the one before it left. Nothing is sorted before a stage needs it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace stoker {
+
+struct Candidate {
+  float logit;
+  int32_t id;
+};
+
+class Candidates {
+ public:
+  explicit Candidates(int n_vocab) : n_vocab_(n_vocab) {}
+  // Room for lists of k.
+  void reserve(int64_t k);
+
+  // All tokens of logits [n_vocab], which must live on; max: the largest.
+  void begin(const float* logits, float max);
+
+  void keep_best(int64_t k);
+  // The fewest, most probable first, whose probabilities reach p.
+  void keep_mass(double p);
+  // Those whose log-probability is within `log_p` (<= 0) of the largest.
+  void keep_within(double log_p);
+  // As a list, best first (ties: the lower id), for stages that take from it; at least one must be
+  // left.
+  std::vector<Candidate>& sorted();
+
+  // A token in proportion to e^(logit * inverse_temperature); uniform in [0, 1).
+  int32_t draw(double uniform, double inverse_temperature);
+
+  // The k best of logits [n_vocab] that are finite, best first.
+  void select(const float* logits, int64_t k, std::vector<Candidate>* best) const;
+  // cumulative()[b]: weights of all tokens up to and with block b; returns the total.
+  double sum_blocks(const float* logits, float max, double inverse_temperature);
+
+ private:
+  int32_t draw_from_all(double uniform, double inverse_temperature);
+  bool cut_mass(double p, double total);
+  float max() const { return whole_ || !sorted_ ? max_ : list_.front().logit; }
+
+  int n_vocab_;
+  const float* logits_ = nullptr;  // [n_vocab]
+  float max_ = 0;
+  bool whole_ = true;
+  bool sorted_ = false;
+  std::vector<Candidate> list_;
+  std::vector<double> cumulative_;  // running sums of weights: of the list or of blocks
+};
+
+}  // namespace stoker
