@@ -18,6 +18,7 @@ enum class PrefetchMode {
   kOn,    // always, at the threshold that suits the disk
   kAuto,  // as long as it pays
 };
+constexpr const char* kPrefetchModeNames[] = {"off", "on", "auto"};
 
 class Controller {
  public:

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "runtime/bind/bind.h"
+#include "runtime/bind/engine_options.h"
 #include "runtime/base/errors.h"
 #include "runtime/core/sequence.h"
 #include "runtime/bind/unlocked.h"
@@ -66,15 +67,6 @@ void poll_signals() {
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
-constexpr const char* kPrecisions[] = {"fast", "balanced", "high"};
-
-stoker::Precision to_precision(const std::string& name) {
-  for (int i = 0; i < 3; ++i) {
-    if (name == kPrecisions[i]) return static_cast<stoker::Precision>(i);
-  }
-  throw Error(ErrorKind::kOption, "precision: expected fast, balanced or high, found " + name);
-}
-
 nb::dict to_dict(const stoker::ModelConfig& c, int64_t context) {
   nb::dict d;
   d["architecture"] = decoded(c.architecture);
@@ -120,8 +112,8 @@ nb::dict to_dict(const stoker::Plan& p, bool kv_f16, stoker::Precision precision
   d["threads"] = p.threads;
   d["context"] = p.context;
   d["chunk"] = p.chunk;
-  d["kv_type"] = kv_f16 ? "f16" : "f32";
-  d["precision"] = kPrecisions[static_cast<int>(precision)];
+  d["kv_type"] = stoker::kKvTypeNames[kv_f16 ? 0 : 1];
+  d["precision"] = stoker::kPrecisionNames[static_cast<int>(precision)];
   d["weight_bytes"] = p.weight_bytes;
   d["kv_bytes"] = p.kv_bytes;
   d["scratch_bytes"] = p.scratch_bytes;
@@ -155,26 +147,9 @@ nb::dict config_of(const Engine& e) { return to_dict(e.config(), e.plan().contex
 
 nb::dict plan_of(const Engine& e) { return to_dict(e.plan(), e.kv_f16(), e.precision()); }
 
-void set_shape(stoker::EngineOptions& options, int threads, int64_t context,
-               const std::string& kv_type, const std::string& precision, int64_t memory,
-               int64_t process_bytes) {
-  if (kv_type != "f16" && kv_type != "f32") {
-    throw Error(ErrorKind::kOption, "kv_type: expected f16 or f32, found " + kv_type);
-  }
-  options.threads = threads;
-  options.context = context;
-  options.kv_f16 = kv_type == "f16";
-  options.precision = to_precision(precision);
-  options.offload.memory = memory;
-  options.offload.process_bytes = process_bytes;
-}
-
 // What an Engine of these options would have as its config and plan, from the header alone.
-nb::tuple plan_without_load(const stoker::GgufFile& file, int threads, int64_t context,
-                            const std::string& kv_type, const std::string& precision,
-                            int64_t memory, int64_t process_bytes) {
-  stoker::EngineOptions options;
-  set_shape(options, threads, context, kv_type, precision, memory, process_bytes);
+nb::tuple plan_without_load(const stoker::GgufFile& file, const nb::kwargs& given) {
+  const stoker::EngineOptions options = engine_options(given);
   stoker::LoadPlan load;
   {
     const stoker::Unlocked unlocked;
@@ -182,15 +157,6 @@ nb::tuple plan_without_load(const stoker::GgufFile& file, int threads, int64_t c
   }
   return nb::make_tuple(to_dict(load.config, load.plan.context),
                         to_dict(load.plan, options.kv_f16, options.precision));
-}
-
-constexpr const char* kPrefetchModes[] = {"off", "on", "auto"};
-
-stoker::PrefetchMode to_prefetch(const std::string& name) {
-  for (int i = 0; i < 3; ++i) {
-    if (name == kPrefetchModes[i]) return static_cast<stoker::PrefetchMode>(i);
-  }
-  throw Error(ErrorKind::kOption, "prefetch: expected auto, on or off, found " + name);
 }
 
 // Left as it is in a process that was forked since: to take it apart, it would wait for threads
@@ -328,32 +294,12 @@ nb::dict stats_of(const Sequence& t) {
 
 void bind_engine(nb::module_& m) {
   nb::class_<Engine>(m, "Engine")
-      .def(nb::new_([](std::shared_ptr<const stoker::GgufFile> file, int threads, int64_t context,
-                       const std::string& kv_type, const std::string& precision, int64_t memory,
-                       int64_t process_bytes, const std::string& policy,
-                       const std::string& predictor, nb::bytes predictor_state,
-                       const std::string& prefetch, const std::string& io, int readers, bool direct,
-                       bool cache, bool overlap) {
-             stoker::EngineOptions options;
-             set_shape(options, threads, context, kv_type, precision, memory, process_bytes);
-             stoker::OffloadOptions& offload = options.offload;
-             offload.policy = policy;
-             offload.predictor = predictor;
-             offload.predictor_state.assign(predictor_state.c_str(), predictor_state.size());
-             offload.prefetch = to_prefetch(prefetch);
-             offload.io = {io, readers, direct};
-             offload.cache = cache;
-             offload.overlap = overlap;
+      .def(nb::new_([](std::shared_ptr<const stoker::GgufFile> file, const nb::kwargs& given) {
+             const stoker::EngineOptions options = engine_options(given);
              const stoker::Unlocked unlocked;
              return shared(std::make_unique<Engine>(std::move(file), options, poll_signals));
            }),
-           nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("context") = 0,
-           nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced", nb::arg("memory") = 0,
-           nb::arg("process_bytes") = 0, nb::arg("policy") = std::string(stoker::kDefaultPolicy),
-           nb::arg("predictor") = std::string(stoker::kDefaultPredictor),
-           nb::arg("predictor_state") = nb::bytes("", 0), nb::arg("prefetch") = "auto",
-           nb::arg("io") = "pread_pool", nb::arg("readers") = 4, nb::arg("direct") = true,
-           nb::arg("cache") = true, nb::arg("overlap") = true)
+           nb::arg("file"), nb::arg("options"))
       .def_prop_ro("config", config_of)
       .def_prop_ro("plan", plan_of)
       .def_prop_ro("offload", offload_of)
@@ -374,9 +320,7 @@ void bind_engine(nb::module_& m) {
         return std::make_unique<Sequence>(std::move(e), poll_signals);
       });
 
-  m.def("plan", plan_without_load, nb::arg("file"), nb::kw_only(), nb::arg("threads") = 0,
-        nb::arg("context") = 0, nb::arg("kv_type") = "f16", nb::arg("precision") = "balanced",
-        nb::arg("memory") = 0, nb::arg("process_bytes") = 0,
+  m.def("plan", plan_without_load, nb::arg("file"), nb::arg("options"),
         "(Engine.config, Engine.plan) of a load with these options, from the header alone.");
 
   nb::class_<Sequence>(m, "Sequence")

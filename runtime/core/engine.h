@@ -30,6 +30,7 @@ enum class Precision {
               // and all products of a sequence's first two tokens (kSinkTokens, forward.h)
   kHigh,      // all: within float32 rounding of exact activations, at twice the arithmetic
 };
+constexpr const char* kPrecisionNames[] = {"fast", "balanced", "high"};
 
 // How a model runs that may not fit the memory.
 struct OffloadOptions {
@@ -44,6 +45,8 @@ struct OffloadOptions {
   bool cache = true;    // false: as few slots as a layer's experts need
   bool overlap = true;  // false: a layer waits for all its reads before it computes
 };
+
+constexpr const char* kKvTypeNames[] = {"f16", "f32"};
 
 struct EngineOptions {
   int threads = 0;      // 0: the physical performance cores

@@ -45,7 +45,7 @@ enum class TensorLayers {
 using TensorSize = int64_t (*)(const ModelConfig&);
 
 // A tensor of every layer, "blk.<layer>.<name>", or (Owner = ModelWeights) of the model, "<name>".
-// A matrix has the shape [rows][cols], a vector [rows]. Where `rows` gives 0 there is none.
+// A matrix has the shape [rows][cols], a vector [rows]. Where either gives 0 there is none.
 template <class Owner>
 struct TensorRow {
   const char* name;

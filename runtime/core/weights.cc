@@ -201,6 +201,7 @@ class Loader {
     for (const TensorRow<Owner>& row : rows) {
       const int64_t n = row.rows(config_);
       if (n == 0 || row.role == TensorRole::kExpert) continue;
+      if (row.cols && row.cols(config_) == 0) continue;
       if (row.vector) {
         owner.*row.vector = vector(prefix + row.name, n, !row.optional);
         continue;

@@ -98,6 +98,7 @@ class Engine:
             "kv_bytes": 1 << 16,
             "scratch_bytes": 1 << 16,
             "weight_bytes": 1 << 20,
+            "kinds": {"other": 1 << 20},
             "token_bytes": 1 << 20,
         }
 
