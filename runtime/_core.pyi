@@ -187,6 +187,8 @@ class Sampler:
     def sample(self, logits: npt.NDArray[np.float32]) -> int: ...  # peek(), then commit()
     def peek(self, logits: npt.NDArray[np.float32]) -> int: ...  # logits [n_vocab], unchanged
     def commit(self, token: int) -> None: ...  # takes the token that peek() gave
+    @property
+    def history(self) -> int: ...  # tokens before the first choice to accept(), -1: all
     def set_mask(self, allowed: npt.NDArray[np.uint32] | None) -> None:
         """The tokens that may be chosen, a bit each, [(n_vocab + 31) // 32]; None: all."""
     def accept(self, token: int) -> None: ...  # a prompt token, for the penalties

@@ -248,22 +248,15 @@ class Generation:
             bias |= {token: -math.inf for token in session._model.tokenizer.eog_ids}
         sampler = Sampler(
             session._model.n_vocab,
-            temperature=o.temperature,
-            top_k=o.top_k,
-            top_p=o.top_p,
-            min_p=o.min_p,
-            repetition_penalty=o.repetition_penalty,
-            frequency_penalty=o.frequency_penalty,
-            presence_penalty=o.presence_penalty,
-            penalty_window=o.penalty_window,
+            **o.of_sampler,
             logit_bias=bias or None,
             seed=self.seed,
             logprobs=o.logprobs,
         )
-        if o.penalizes:
-            first = 0 if o.penalty_window < 0 else len(self._target) - o.penalty_window
-            for token in self._target[max(first, 0) :]:
-                sampler.accept(token)
+        n = len(self._target)
+        seen = n if sampler.history < 0 else min(sampler.history, n)
+        for token in self._target[n - seen :]:
+            sampler.accept(token)
         return sampler
 
     def _step(self, session: AnswerSession) -> Chunk | None:

@@ -87,6 +87,8 @@ void bind_sampler(nb::module_& m) {
           nb::arg("allowed").none(),
           "The tokens that may be chosen, a bit each: uint32 [(n_vocab + 31) // 32]; None: all.")
       .def("reset", &Sampler::reset, "Back to the state after construction.")
+      .def_prop_ro("history", &Sampler::history,
+                   "Tokens before the first choice to accept(), the last ones; -1: all.")
       .def_prop_ro("n_vocab", &Sampler::n_vocab)
       .def_prop_ro("logprob", &Sampler::logprob,
                    "Of the last choice, from the unmodified logits, in nats; NaN where the option "

@@ -15,16 +15,8 @@ import typer
 
 from ..base.errors import OptionError
 from ..files.output_file import check_output
-from ..terminal.options import (
-    Io,
-    KvType,
-    Model,
-    Policy,
-    PrecisionOption,
-    Predictor,
-    Prefetch,
-    Readers,
-)
+from ..options import LoadOptions
+from ..terminal.options import Model, take, with_tables
 
 if TYPE_CHECKING:
     from ...mobile_bench.run.case import Case
@@ -35,6 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+@with_tables
 def bench(
     model: Model,
     *,
@@ -98,13 +91,10 @@ def bench(
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the runs as CSV.")
     ] = None,
-    kv_type: KvType = "f16",
-    precision: PrecisionOption = "balanced",
-    policy: Policy = None,
-    predictor: Predictor = None,
-    prefetch: Prefetch = "auto",
-    io: Io = None,
-    readers: Readers = None,
+    loading: LoadOptions = take(
+        LoadOptions,
+        only=("kv_type", "precision", "policy", "predictor", "prefetch", "io", "readers"),
+    ),
 ) -> None:
     """Measure a model: load, first token, tokens a second, memory, flash, energy.
 
@@ -138,13 +128,13 @@ def bench(
         tokens=tokens,
         context=context,
         options=options_of(
-            kv_type=None if kv_type == "f16" else kv_type,
-            precision=None if precision == "balanced" else precision,
-            policy=policy,
-            predictor=predictor,
-            prefetch=None if prefetch == "auto" else prefetch,
-            io=io,
-            readers=readers,
+            kv_type=None if loading.kv_type == "f16" else loading.kv_type,
+            precision=None if loading.precision == "balanced" else loading.precision,
+            policy=loading.policy,
+            predictor=loading.predictor,
+            prefetch=None if loading.prefetch == "auto" else loading.prefetch,
+            io=loading.io,
+            readers=loading.readers,
         ),
         time_limit_s=time_limit,
         slow_tokens=slow_tokens,

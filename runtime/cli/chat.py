@@ -8,45 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from ..base.display import printable
 from ..base.errors import ChatTemplateError, ContextLengthError, OptionError
-from ..terminal.options import (
-    Context,
-    FrequencyPenalty,
-    Io,
-    KvType,
-    MaxTokens,
-    Memory,
-    MinP,
-    ParseSpecial,
-    PenaltyWindow,
-    Plan,
-    Policy,
-    PrecisionOption,
-    Predictor,
-    Prefetch,
-    PresencePenalty,
-    ProfileFile,
-    Readers,
-    RepetitionPenalty,
-    Seed,
-    Stop,
-    System,
-    Temperature,
-    TemplateVar,
-    Threads,
-    TopK,
-    TopP,
-    Trace,
-    generation_options,
-    load_options,
-    template_variables,
-)
+from ..options import GenerationOptions, LoadOptions
 from ..terminal.options import Model as ModelName
+from ..terminal.options import (
+    ParseSpecial,
+    Plan,
+    System,
+    TemplateVar,
+    Trace,
+    take,
+    template_variables,
+    with_tables,
+)
 from ..terminal.terminal import StatusLine, WordWrap
 
 if TYPE_CHECKING:
     from ..generate import Generation
     from ..model import Model
-    from ..options import GenerationOptions
     from ..statistics import Statistics
 
 _HELP = '''\
@@ -219,34 +197,15 @@ def _edit_lines() -> None:
         import readline  # noqa: F401
 
 
+@with_tables
 def chat(
     model: ModelName,
     *,
     system: System = None,
     template_var: TemplateVar = None,
     parse_special: ParseSpecial = False,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 40,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.05,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    presence_penalty: PresencePenalty = 0.0,
-    penalty_window: PenaltyWindow = 64,
-    seed: Seed = None,
-    stop: Stop = None,
-    threads: Threads = None,
-    context: Context = None,
-    kv_type: KvType = "f16",
-    precision: PrecisionOption = "balanced",
-    memory: Memory = "auto",
-    policy: Policy = None,
-    predictor: Predictor = None,
-    profile: ProfileFile = None,
-    prefetch: Prefetch = "auto",
-    io: Io = None,
-    readers: Readers = None,
+    answering: GenerationOptions = take(GenerationOptions, without=("ignore_eos", "logprobs")),
+    loading: LoadOptions = take(LoadOptions),
     plan: Plan = False,
     trace: Trace = None,
 ) -> None:
@@ -263,33 +222,9 @@ def chat(
     """
     from ..terminal.opening import open_named, recording
 
-    options = generation_options(
-        stop,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        penalty_window=penalty_window,
-        seed=seed,
-    )
     variables = template_variables(template_var)
-    loading = load_options(
-        threads=threads,
-        context=context,
-        kv_type=kv_type,
-        precision=precision,
-        memory=memory,
-        policy=policy,
-        predictor=predictor,
-        profile=profile,
-        prefetch=prefetch,
-        io=io,
-        readers=readers,
-    )
     loaded = open_named(model, loading, plan=plan, measure=True)
     with recording(loaded, trace):
-        Chat(loaded, options, system=system, template=variables, parse_special=parse_special).loop()
+        Chat(
+            loaded, answering, system=system, template=variables, parse_special=parse_special
+        ).loop()

@@ -5,35 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..terminal.options import (
-    Io,
-    Json,
-    KvType,
-    Memory,
-    Model,
-    Plan,
-    Policy,
-    PrecisionOption,
-    Predictor,
-    Prefetch,
-    ProfileFile,
-    Readers,
-    Threads,
-    Trace,
-    load_options,
-)
+from ..options import LoadOptions
+from ..terminal.options import Json, Model, Plan, Trace, take, with_tables
 from ..terminal.terminal import progress_bars
 
 if TYPE_CHECKING:
     from ..model import Model as LoadedModel
 
 
+@with_tables
 def perplexity(
     model: Model,
     file: Annotated[Path, typer.Argument(help="UTF-8 text; - reads stdin.")],
@@ -49,17 +35,8 @@ def perplexity(
         ),
     ] = None,
     max_chunks: Annotated[int | None, typer.Option(help="Windows to evaluate at most.")] = None,
-    threads: Threads = None,
-    kv_type: KvType = "f16",
-    precision: PrecisionOption = "balanced",
+    loading: LoadOptions = take(LoadOptions, without=("context",)),
     as_json: Json = False,
-    memory: Memory = "auto",
-    policy: Policy = None,
-    predictor: Predictor = None,
-    profile: ProfileFile = None,
-    prefetch: Prefetch = "auto",
-    io: Io = None,
-    readers: Readers = None,
     plan: Plan = False,
     trace: Trace = None,
 ) -> None:
@@ -74,19 +51,7 @@ def perplexity(
     from ..terminal.opening import open_named, read_text
 
     text = read_text(file)
-    options = load_options(
-        threads=threads,
-        context=window,
-        kv_type=kv_type,
-        precision=precision,
-        memory=memory,
-        policy=policy,
-        predictor=predictor,
-        profile=profile,
-        prefetch=prefetch,
-        io=io,
-        readers=readers,
-    )
+    options = loading if window is None else replace(loading, context=window)
     measure(
         open_named(model, options, plan=plan, as_json=as_json),
         text,

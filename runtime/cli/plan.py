@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..base.errors import OptionError
-from ..terminal.options import Context, Json, KvType, PrecisionOption, Threads
+from ..options import LoadOptions
+from ..terminal.options import Json, take, with_tables
 
 if TYPE_CHECKING:
     from ...offload.plan.device_profile import DeviceProfile
@@ -36,6 +37,7 @@ _COLUMNS = (
 )
 
 
+@with_tables
 def plan(
     model: Annotated[
         str,
@@ -63,10 +65,7 @@ def plan(
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Of the prompt.")] = 64,
     tokens: Annotated[int, typer.Option("--tokens", "-n", help="Decoded after it.")] = 256,
-    threads: Threads = None,
-    context: Context = None,
-    kv_type: KvType = "f16",
-    precision: PrecisionOption = "balanced",
+    loading: LoadOptions = take(LoadOptions, only=("threads", "context", "kv_type", "precision")),
     as_json: Json = False,
     as_tsv: Annotated[bool, typer.Option("--tsv", help="One line a budget.")] = False,
 ) -> None:
@@ -88,9 +87,14 @@ def plan(
         raise OptionError("--json and --tsv exclude each other")
     _check_sizes(memory)
     with _header(model) as file:
-        machine = Device(_profile(device), threads or 0)
+        machine = Device(_profile(device), loading.threads or 0)
         subject = ModelHeader(
-            file, model, context or 0, kv_type, precision, process_bytes=process_bytes()
+            file,
+            model,
+            loading.context or 0,
+            loading.kv_type,
+            loading.precision,
+            process_bytes=process_bytes(),
         )
         found = [
             forecast(

@@ -9,7 +9,8 @@ import typer
 
 from ..base.errors import OptionError
 from ..files.output_file import check_output
-from ..terminal.options import Context, Json, Memory, Model, Threads
+from ..options import LoadOptions
+from ..terminal.options import Json, Model, take, with_tables
 from ..terminal.profile_table import as_json_text, as_table
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _MOST_TOKENS = 1 << 20
 
 
+@with_tables
 def profile(
     model: Model,
     *,
@@ -31,9 +33,7 @@ def profile(
         str, typer.Option(help="Predictors to teach: all, or linear, path, transition.")
     ] = "all",
     force: Annotated[bool, typer.Option("--force", help="Replace the profile there is.")] = False,
-    threads: Threads = None,
-    context: Context = None,
-    memory: Memory = "auto",
+    loading: LoadOptions = take(LoadOptions, only=("threads", "context", "memory")),
     as_json: Json = False,
 ) -> None:
     """Teach predictors which experts of a mixture come next.
@@ -49,7 +49,6 @@ def profile(
     stoker run mixture.gguf "Hello" --memory 1GiB --predictor linear --profile mixture.profile
     """
     from ...offload.profile.profile import PREDICTORS, check_predictors, make_profile
-    from ..options import LoadOptions
     from ..terminal.opening import open_named, read_text
     from ..terminal.terminal import stage_progress
 
@@ -59,7 +58,7 @@ def profile(
         raise OptionError(f"tokens: expected 256 to {_MOST_TOKENS}, found {tokens}")
     check_output(out, force=force)
     corpus = None if text is None else read_text(text)
-    opened = open_named(model, LoadOptions(threads=threads, context=context, memory=memory))
+    opened = open_named(model, loading)
     with stage_progress() as progress:
         made = make_profile(
             opened, out, text=corpus, tokens=tokens, predictors=names, progress=progress

@@ -11,46 +11,25 @@ import typer
 
 from ..base.display import printable
 from ..base.errors import OptionError
+from ..options import GenerationOptions, LoadOptions
 from ..terminal.options import (
-    Context,
-    FrequencyPenalty,
-    Io,
-    KvType,
-    MaxTokens,
-    Memory,
-    MinP,
     Model,
     ParseSpecial,
-    PenaltyWindow,
     Plan,
-    Policy,
-    PrecisionOption,
-    Predictor,
-    Prefetch,
-    PresencePenalty,
-    ProfileFile,
-    Readers,
-    RepetitionPenalty,
-    Seed,
-    Stop,
     System,
-    Temperature,
     TemplateVar,
-    Threads,
-    TopK,
-    TopP,
     Trace,
-    generation_options,
-    load_options,
+    take,
     template_variables,
+    with_tables,
 )
 
 if TYPE_CHECKING:
     from ..generate import Generation
     from ..model import Model as LoadedModel
-    from ..options import GenerationOptions
 
 
+@with_tables
 def run(
     model: Model,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads stdin.")] = None,
@@ -73,34 +52,12 @@ def run(
             "[default: the template where the model has one].",
         ),
     ] = None,
-    max_tokens: MaxTokens = None,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 40,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.05,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    presence_penalty: PresencePenalty = 0.0,
-    penalty_window: PenaltyWindow = 64,
-    seed: Seed = None,
-    stop: Stop = None,
-    ignore_eos: Annotated[bool, typer.Option(help="Never end before --max-tokens.")] = False,
-    logprobs: Annotated[int, typer.Option(help="With --json: likeliest tokens to report.")] = 0,
-    threads: Threads = None,
-    context: Context = None,
-    kv_type: KvType = "f16",
-    precision: PrecisionOption = "balanced",
+    answering: GenerationOptions = take(GenerationOptions),
+    loading: LoadOptions = take(LoadOptions),
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON lines: one for each token, then the summary.")
     ] = False,
     stats: Annotated[bool, typer.Option(help="Print speed and memory on stderr.")] = False,
-    memory: Memory = "auto",
-    policy: Policy = None,
-    predictor: Predictor = None,
-    profile: ProfileFile = None,
-    prefetch: Prefetch = "auto",
-    io: Io = None,
-    readers: Readers = None,
     plan: Plan = False,
     trace: Trace = None,
 ) -> None:
@@ -121,39 +78,11 @@ def run(
     """
     from ..terminal.opening import open_named, read_prompt
 
-    options = generation_options(
-        stop,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        penalty_window=penalty_window,
-        seed=seed,
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-    )
-    loading = load_options(
-        threads=threads,
-        context=context,
-        kv_type=kv_type,
-        precision=precision,
-        memory=memory,
-        policy=policy,
-        predictor=predictor,
-        profile=profile,
-        prefetch=prefetch,
-        io=io,
-        readers=readers,
-    )
     text = read_prompt(prompt, file)
     answer(
         open_named(model, loading, plan=plan, as_json=as_json, measure=stats),
         text,
-        options,
+        answering,
         system=system,
         prefill=prefill,
         template=template_variables(template_var),

@@ -26,6 +26,7 @@ class Penalties : public SamplerStage {
   }
 
   bool adjusts() const override { return !distinct_.empty(); }
+  int64_t history() const override { return size_; }
 
   void adjust(float* logits) override {
     for (const int32_t token : distinct_) {

@@ -84,6 +84,15 @@ void Sampler::accept(int32_t token) {
   for (const auto& stage : stages_) stage->accept(token);
 }
 
+int64_t Sampler::history() const {
+  int64_t most = 0;
+  for (const auto& stage : stages_) {
+    const int64_t n = stage->history();
+    most = n < 0 || most < 0 ? -1 : std::max(most, n);
+  }
+  return most;
+}
+
 void Sampler::set_mask(std::span<const uint32_t> allowed) {
   for (const auto& stage : stages_) stage->set_mask(allowed);
   masked_ = !allowed.empty();

@@ -35,6 +35,9 @@ class Sampler {
   // not in the vocabulary.
   void accept(int32_t token);
 
+  // How many tokens before the first choice, the last ones, the stages want accepted; -1: all.
+  int64_t history() const;
+
   // The tokens that may be chosen from now on, a bit each, lowest first [(n_vocab + 31) / 32];
   // empty: all. Throws Error(kOption).
   void set_mask(std::span<const uint32_t> allowed);

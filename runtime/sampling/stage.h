@@ -23,6 +23,8 @@ class SamplerStage {
   // this position. Called where the temperature is above 0.
   virtual void cut(Candidates& candidates, double draw) { (void)candidates, (void)draw; }
   virtual bool cuts() const { return false; }
+  // Tokens before the first choice that it wants to have accepted, the last ones; -1: all.
+  virtual int64_t history() const { return 0; }
   // A token of the sequence, prompt included.
   virtual void accept(int32_t token) { (void)token; }
   // The tokens that may be chosen from now on, a bit each, lowest first; empty: all.

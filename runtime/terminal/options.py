@@ -1,21 +1,30 @@
-"""Options that several commands share, in groups, and what their help says beyond one line."""
+"""Options that several commands share, in groups, and what their help says beyond one line.
+
+A command takes the rows of an option table (runtime/options) as its own options:
+
+    @with_tables
+    def chat(model: Model, *, loading: LoadOptions = take(LoadOptions), ...) -> None:
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Sequence
+import os
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from ..base.errors import OptionError
+from ..options.option import Option, default_of, rows
 
-if TYPE_CHECKING:
-    from ..options import GenerationOptions, LoadOptions
-
-_MEMORY = "Memory and experts on flash"
+_FLASH = "Memory and experts on flash"  # as options/load.py has it
 
 Model = Annotated[
     str,
@@ -24,32 +33,6 @@ Model = Annotated[
         help="GGUF file, name of the catalogue (smollm2), or hf:owner/name/file.gguf.",
     ),
 ]
-Threads = Annotated[
-    int | None,
-    typer.Option("--threads", "-t", help="Compute threads [default: physical performance cores]."),
-]
-Context = Annotated[
-    int | None,
-    typer.Option("--context", "-c", help="Tokens of context [default: the model's, at most 4096]."),
-]
-KvType = Annotated[str, typer.Option(help="Element type of the KV cache: f16 or f32.")]
-PrecisionOption = Annotated[
-    str, typer.Option("--precision", help="Of activations: fast, balanced or high (slower).")
-]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option("--max-tokens", "-n", help="Tokens to generate at most [default: no limit]."),
-]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
-TopK = Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens below this fraction of the likeliest's.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="Of recent tokens; 1 is off.")]
-FrequencyPenalty = Annotated[float, typer.Option(help="Per occurrence of a token; 0 is off.")]
-PresencePenalty = Annotated[float, typer.Option(help="Once for a token seen; 0 is off.")]
-PenaltyWindow = Annotated[int, typer.Option(help="Recent tokens that penalties look at; -1: all.")]
-Seed = Annotated[int | None, typer.Option(help="Of the sampler [default: random].")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
 System = Annotated[str | None, typer.Option("--system", "-s", help="The system message.")]
 TemplateVar = Annotated[
     list[str] | None,
@@ -74,56 +57,15 @@ Memory = Annotated[
         metavar="SIZE",
         help="Budget of the whole process: 500MB, 2GiB, 60% of what the machine can give, or auto: "
         "everything in memory where it fits, else what the machine can give.",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_FLASH,
     ),
-]
-Policy = Annotated[
-    str | None,
-    typer.Option(
-        "--policy", metavar="NAME", help="Which expert leaves the cache.", rich_help_panel=_MEMORY
-    ),
-]
-Predictor = Annotated[
-    str | None,
-    typer.Option(
-        "--predictor",
-        metavar="NAME",
-        help="What foresees the next layers' experts.",
-        rich_help_panel=_MEMORY,
-    ),
-]
-ProfileFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--profile",
-        metavar="FILE",
-        help="What stoker profile has taught the predictor.",
-        rich_help_panel=_MEMORY,
-    ),
-]
-Prefetch = Annotated[
-    str,
-    typer.Option(
-        "--prefetch",
-        metavar="auto|on|off",
-        help="Read foreseen experts ahead; auto: while it measurably pays.",
-        rich_help_panel=_MEMORY,
-    ),
-]
-Io = Annotated[
-    str | None,
-    typer.Option("--io", metavar="NAME", help="What reads flash.", rich_help_panel=_MEMORY),
-]
-Readers = Annotated[
-    int | None,
-    typer.Option("--readers", help="Reads under way at a time.", rich_help_panel=_MEMORY),
 ]
 Plan = Annotated[
     bool,
     typer.Option(
         "--plan",
         help="First print where the memory goes and the speed to expect.",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_FLASH,
     ),
 ]
 Trace = Annotated[
@@ -132,23 +74,102 @@ Trace = Annotated[
         "--trace",
         metavar="FILE",
         help="Record which experts are used (.csv, .csv.gz), for stoker simulate.",
-        rich_help_panel=_MEMORY,
+        rich_help_panel=_FLASH,
     ),
 ]
 
 
-def load_options(**values: Any) -> LoadOptions:
-    """The options of a load. OptionError."""
-    from ..options import LoadOptions
+@dataclass(frozen=True)
+class _Taken:
+    table: type
+    names: frozenset[str]
 
-    return LoadOptions(**values)
+
+def take(table: type, *, only: Collection[str] = (), without: Collection[str] = ()) -> Any:
+    """The default of a parameter that stands for rows of a table: all, `only` some, or others.
+
+    The command gets one object of the table; rows that were left out have their defaults.
+    """
+    names = [row.name for row, about in rows(table) if about.flags is not None]
+    chosen = [name for name in names if (name in only or not only) and name not in without]
+    return _Taken(table, frozenset(chosen))
 
 
-def generation_options(stop: Sequence[str] | None, **values: Any) -> GenerationOptions:
-    """The options of an answer. stop: None where none is given. OptionError."""
-    from ..options import GenerationOptions
+def with_tables(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters that `take` a table are an option a row."""
+    signature = inspect.signature(command)
+    hints = typing.get_type_hints(command, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    taken: dict[str, _Taken] = {}
+    for parameter in signature.parameters.values():
+        if isinstance(parameter.default, _Taken):
+            taken[parameter.name] = parameter.default
+            parameters += _parameters(parameter.default)
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
 
-    return GenerationOptions(stop=tuple(stop or ()), **values)
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, what in taken.items():
+            values[name] = what.table(**_given(what, values))
+        command(**values)
+
+    annotations = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = annotations | {"return": None}
+    return run
+
+
+def _given(what: _Taken, values: dict[str, Any]) -> dict[str, Any]:
+    """Takes the rows of a table out of a command's values."""
+    given = {name: values.pop(name) for name in what.names}
+    # A list that nobody gave is none.
+    return {k: v for k, v in given.items() if v is not None} | {
+        k: tuple(v) for k, v in given.items() if isinstance(v, list)
+    }
+
+
+def _parameters(what: _Taken) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(what.table)
+    found = []
+    for row, about in rows(what.table):
+        if row.name not in what.names:
+            continue
+        kind = _kind(hints[row.name])
+        default = default_of(row)
+        found.append(
+            inspect.Parameter(
+                row.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None if default == () else default,
+                annotation=Annotated[kind, _option(row.name, kind, about)],
+            )
+        )
+    return found
+
+
+def _kind(hint: Any) -> Any:
+    """The type that a command line gives for a field's: of several the text's."""
+    if typing.get_origin(hint) is tuple:
+        return list[str] | None
+    parts = typing.get_args(hint)
+    if not parts or typing.get_origin(hint) is Mapping:
+        return hint
+    optional = type(None) in parts
+    if any(typing.get_origin(part) is os.PathLike or part is os.PathLike for part in parts):
+        kind: Any = Path
+    else:
+        kind = str if str in parts else next(part for part in parts if part is not type(None))
+    return kind | None if optional else kind
+
+
+def _option(name: str, kind: Any, about: Option) -> Any:
+    """The option of a row."""
+    text = about.help
+    if about.default_text is not None:
+        text = f"{text.removesuffix('.')} [default: {about.default_text}]."
+    flags = () if kind is bool else (f"--{name.replace('_', '-')}", *(about.flags or ()))
+    return typer.Option(*flags, metavar=about.metavar, help=text, rich_help_panel=about.panel)
 
 
 def template_variables(given: list[str] | None) -> dict[str, Any] | None:
@@ -179,10 +200,10 @@ class ModelCommand(TyperCommand):
                 kind = "Arguments" if param.param_type_name == "argument" else "Options"
                 group = getattr(param, "rich_help_panel", None) or kind
                 groups.setdefault(group, []).append(row)
-        for group, rows in groups.items():
-            if rows:
+        for group, listed in groups.items():
+            if listed:
                 with formatter.section(group):
-                    formatter.write_dl(rows)
+                    formatter.write_dl(listed)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Writes what the policies, predictors and backends of this build are."""

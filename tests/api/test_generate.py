@@ -202,7 +202,9 @@ class StoppedClock:
 
 def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = StoppedClock(monkeypatch)
-    monkeypatch.setattr(fake_core.EngineSequence, "eval", clock.taking(0.01, fake_core.EngineSequence.eval))
+    monkeypatch.setattr(
+        fake_core.EngineSequence, "eval", clock.taking(0.01, fake_core.EngineSequence.eval)
+    )
     generation = reciting(monkeypatch, "abcd").chat("12")
     assert generation.stats.new_tokens == 0
     generation.read()

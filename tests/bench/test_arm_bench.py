@@ -41,7 +41,12 @@ def build() -> Path:
             pytest.skip(f"no {tool}")
     folder = Path(os.environ.get("STOKER_ARM_BUILD") or ROOT / "build" / "aarch64")
     subprocess.run(
-        ["bash", ROOT / "mobile_bench" / "native" / "build_arm.sh", "stoker-bench", "kernel_instructions"],
+        [
+            "bash",
+            ROOT / "mobile_bench" / "native" / "build_arm.sh",
+            "stoker-bench",
+            "kernel_instructions",
+        ],
         check=True,
         env={**os.environ, "STOKER_ARM_BUILD": str(folder)},
         stdout=subprocess.DEVNULL,

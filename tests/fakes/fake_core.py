@@ -208,6 +208,12 @@ class Sampler:
         self.top_logprobs: list[tuple[int, float]] = []
         self.made.append(self)
 
+    @property
+    def history(self) -> int:
+        penalties = (("repetition", 1.0), ("frequency", 0.0), ("presence", 0.0))
+        on = any(self.options[f"{name}_penalty"] != off for name, off in penalties)
+        return int(self.options["penalty_window"]) if on else 0
+
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
         plain = logits - np.log(np.exp(logits).sum())
         biased = logits.copy()

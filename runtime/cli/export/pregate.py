@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...base.errors import OptionError
-from ...terminal.options import Json, Memory, Threads
+from ...options import LoadOptions
+from ...terminal.options import Json, take, with_tables
 
 if TYPE_CHECKING:
     from ....export.pregate import Pregated
 
 
+@with_tables
 def pregate(
     base: Annotated[
         str,
@@ -51,8 +53,7 @@ def pregate(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the training and of the model's own text.")] = 0,
-    threads: Threads = None,
-    memory: Memory = "auto",
+    loading: LoadOptions = take(LoadOptions, only=("threads", "memory")),
     force: Annotated[bool, typer.Option("--force", help="Replace OUT where it exists.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -71,7 +72,6 @@ def pregate(
     from ....export import pregate as pregating
     from ....offload.profile.profile import make_profile
     from ...files.output_file import check_output
-    from ...options import LoadOptions
     from ...terminal import profile_table
     from ...terminal.opening import find, open_named, read_text
     from ...terminal.terminal import resumable, stage_progress
@@ -85,10 +85,9 @@ def pregate(
         raise OptionError(f"minutes: expected more than 0, found {minutes}")
     if hint_only:
         check_output(out, [path], force=force)
-        options = LoadOptions(threads=threads, memory=memory)
         with stage_progress() as progress:
             hints = make_profile(
-                open_named(str(path), options),
+                open_named(str(path), loading),
                 out,
                 text=corpus,
                 tokens=amount,
@@ -109,8 +108,8 @@ def pregate(
             tokens=amount,
             minutes=minutes,
             seed=seed,
-            threads=threads,
-            memory=memory,
+            threads=loading.threads,
+            memory=loading.memory,
             force=force,
             progress=progress,
         )

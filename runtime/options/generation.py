@@ -1,0 +1,124 @@
+"""The options of an answer, as a table."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..base import arguments
+from ..base.arguments import INT32_MAX
+from ..base.errors import OptionError
+from . import checks
+from .option import check_all, documented, option, rows
+
+_MAX_SEED = 2**64 - 1
+
+
+@documented
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How tokens are chosen and when generation ends.
+
+    Raises OptionError for a value out of range.
+    """
+
+    max_tokens: int | None = option(
+        None,
+        checks.integer(0),
+        "Tokens to generate at most.",
+        long="None ends only at a stop or a full context.",
+        flags=("-n",),
+        default_text="no limit",
+    )
+    temperature: float = option(
+        0.8,
+        checks.number(0.0),
+        "0 always takes the likeliest token.",
+        long="Otherwise logits are divided by it, after the filters.",
+        sampler=True,
+    )
+    top_k: int = option(
+        40, checks.integer(0, INT32_MAX), "Keep the k likeliest tokens; 0 keeps all.", sampler=True
+    )
+    top_p: float = option(
+        0.95,
+        checks.number(0.0, 1.0),
+        "Keep the likeliest tokens of this total probability.",
+        long="1 keeps all.",
+        sampler=True,
+    )
+    min_p: float = option(
+        0.05,
+        checks.number(0.0, 1.0),
+        "Drop tokens below this fraction of the likeliest's.",
+        long="0 keeps all.",
+        sampler=True,
+    )
+    repetition_penalty: float = option(
+        1.0,
+        checks.number(0.01),
+        "Of recent tokens; 1 is off.",
+        long="Divides positive logits, multiplies negative ones.",
+        sampler=True,
+    )
+    frequency_penalty: float = option(
+        0.0, checks.number(-100, 100), "Per occurrence of a token; 0 is off.", sampler=True
+    )
+    presence_penalty: float = option(
+        0.0, checks.number(-100, 100), "Once for a token seen; 0 is off.", sampler=True
+    )
+    penalty_window: int = option(
+        64,
+        checks.integer(-1, INT32_MAX),
+        "Recent tokens that penalties look at; -1: all.",
+        long="The prompt is included.",
+        sampler=True,
+    )
+    logit_bias: Mapping[int, float] = option(
+        {}, checks.biases, "Token id -> number added to its logit (-inf bans it).", flags=None
+    )
+    seed: int | None = option(
+        None,
+        checks.integer(0, _MAX_SEED),
+        "Of the sampler.",
+        long="None draws a fresh one (`Generation.seed` tells which).",
+        default_text="random",
+    )
+    stop: tuple[str, ...] = option(
+        (),
+        checks.strings,
+        "Text that ends the answer; repeatable.",
+        long="It, and any beginning of it, is never part of the text. It may name special tokens, "
+        'such as "<|im_end|>", which print nothing.',
+    )
+    logprobs: int = option(
+        0,
+        checks.integer(0, 1000),
+        "With --json: likeliest tokens to report.",
+        long="n reports each token's log-probability and its n best rivals (nats).",
+    )
+    ignore_eos: bool = option(False, checks.flag, "Never end before --max-tokens.")
+
+    def __post_init__(self) -> None:
+        check_all(self)
+
+    @property
+    def of_sampler(self) -> dict[str, Any]:
+        """What the sampling stages are made with, by name."""
+        return {row.name: getattr(self, row.name) for row, about in rows(self) if about.sampler}
+
+
+def merge(options: GenerationOptions | None, overrides: Mapping[str, Any]) -> GenerationOptions:
+    """`options` (or the defaults) with `overrides` on top; OptionError for an unknown name."""
+    base = GenerationOptions() if options is None else options
+    if not isinstance(base, GenerationOptions):
+        raise OptionError(f"options must be a GenerationOptions, not {arguments.shown(base)}")
+    names = [row.name for row, _ in rows(GenerationOptions)]
+    for name in overrides:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise OptionError(f"unknown generation option {name!r}{hint}")
+    return replace(base, **overrides) if overrides else base
