@@ -77,7 +77,11 @@ class GenerationOptions:
         sampler=True,
     )
     logit_bias: Mapping[int, float] = option(
-        {}, checks.biases, "Token id -> number added to its logit (-inf bans it).", flags=None
+        {},
+        checks.biases,
+        "Token id -> number added to its logit (-inf bans it).",
+        long="Python only.",
+        flags=None,
     )
     seed: int | None = option(
         None,

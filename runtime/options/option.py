@@ -70,3 +70,14 @@ def documented(table: type) -> type:
     ]
     table.__doc__ = f"{(table.__doc__ or '').rstrip()}\n\n" + "\n".join(lines) + "\n"
     return table
+
+
+def as_markdown(table: type) -> str:
+    """The rows as README's table."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for row, about in rows(table):
+        default = default_of(row)
+        shown = about.default_text or ("none" if default in (None, (), {}) else f"{default}")
+        text = f"{about.help} {about.long}".strip().removesuffix(".").replace("|", "\\|")
+        lines.append(f"| {row.name} | {shown} | {text} |")
+    return "\n".join(lines)
