@@ -248,7 +248,7 @@ class Generation:
             bias |= {token: -math.inf for token in session._model.tokenizer.eog_ids}
         sampler = Sampler(
             session._model.n_vocab,
-            **o.of_sampler,
+            **o.of_sampler(session._model.tokenizer.tokens_with),
             logit_bias=bias or None,
             seed=self.seed,
             logprobs=o.logprobs,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..base import arguments
 from ..base.arguments import INT32_MAX
 from ..base.errors import OptionError
 from . import checks
-from .option import check_all, documented, option, rows
+from .option import check_all, default_of, documented, option, rows
 
 _MAX_SEED = 2**64 - 1
 
@@ -37,44 +37,47 @@ class GenerationOptions:
         checks.number(0.0),
         "0 always takes the likeliest token.",
         long="Otherwise logits are divided by it, after the filters.",
-        sampler=True,
+        sampler="number",
     )
     top_k: int = option(
-        40, checks.integer(0, INT32_MAX), "Keep the k likeliest tokens; 0 keeps all.", sampler=True
+        40,
+        checks.integer(0, INT32_MAX),
+        "Keep the k likeliest tokens; 0 keeps all.",
+        sampler="number",
     )
     top_p: float = option(
         0.95,
         checks.number(0.0, 1.0),
         "Keep the likeliest tokens of this total probability.",
         long="1 keeps all.",
-        sampler=True,
+        sampler="number",
     )
     min_p: float = option(
         0.05,
         checks.number(0.0, 1.0),
         "Drop tokens below this fraction of the likeliest's.",
         long="0 keeps all.",
-        sampler=True,
+        sampler="number",
     )
     repetition_penalty: float = option(
         1.0,
         checks.number(0.01),
         "Of recent tokens; 1 is off.",
         long="Divides positive logits, multiplies negative ones.",
-        sampler=True,
+        sampler="number",
     )
     frequency_penalty: float = option(
-        0.0, checks.number(-100, 100), "Per occurrence of a token; 0 is off.", sampler=True
+        0.0, checks.number(-100, 100), "Per occurrence of a token; 0 is off.", sampler="number"
     )
     presence_penalty: float = option(
-        0.0, checks.number(-100, 100), "Once for a token seen; 0 is off.", sampler=True
+        0.0, checks.number(-100, 100), "Once for a token seen; 0 is off.", sampler="number"
     )
     penalty_window: int = option(
         64,
         checks.integer(-1, INT32_MAX),
         "Recent tokens that penalties look at; -1: all.",
         long="The prompt is included.",
-        sampler=True,
+        sampler="number",
     )
     logit_bias: Mapping[int, float] = option(
         {},
@@ -108,10 +111,22 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         check_all(self)
 
-    @property
-    def of_sampler(self) -> dict[str, Any]:
-        """What the sampling stages are made with, by name."""
-        return {row.name: getattr(self, row.name) for row, about in rows(self) if about.sampler}
+    def of_sampler(self, tokens_with: Callable[[str], Iterable[int]]) -> dict[str, Any]:
+        """What the sampling stages are made with, by name.
+
+        tokens_with: the tokens whose text has a string in it.
+        """
+        defaults = {row.name: default_of(row) for row, _ in rows(self)}
+        given: dict[str, Any] = {}
+        for row, about in rows(self):
+            value = getattr(self, row.name)
+            if about.sampler == "number":
+                given[row.name] = value
+            elif about.sampler == "tokens" and (
+                getattr(self, about.only_with) != defaults[about.only_with]
+            ):
+                given[row.name] = sorted({token for text in value for token in tokens_with(text)})
+        return given
 
 
 def merge(options: GenerationOptions | None, overrides: Mapping[str, Any]) -> GenerationOptions:

@@ -22,7 +22,9 @@ class Option:
     help: one line for people. long: what more there is to say, in the class's docstring.
     flags: of the command line besides --name, shortest last; None: not there. metavar, panel: of
         its help. default_text: what it says of a default that is None.
-    sampler: a number or list that the sampling stages read by this name.
+    sampler: what the sampling stages read by this name: "number", "tokens" (those whose text has
+        one of these strings in it), "" nothing. only_with: the option without which that is of no
+        use, and is left out.
     """
 
     check: Callable[[str, Any], Any]
@@ -32,7 +34,8 @@ class Option:
     metavar: str | None = None
     panel: str | None = None
     default_text: str | None = None
-    sampler: bool = False
+    sampler: str = ""
+    only_with: str = ""
 
 
 def option(default: Any, check: Callable[[str, Any], Any], help: str, **more: Any) -> Any:

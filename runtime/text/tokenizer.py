@@ -254,6 +254,11 @@ class Tokenizer:
 
     # The vocabulary.
 
+    def tokens_with(self, text: str) -> list[int]:
+        """The tokens whose bytes have this text in them."""
+        wanted = text.encode("utf-8")
+        return [i for i in range(self.vocab_size) if wanted in self.token_bytes(i)]
+
     def id_to_token(self, token: int) -> str:
         """The token as the file spells it, bytes that are not UTF-8 as "surrogateescape" has them.
 
