@@ -45,6 +45,13 @@ class GenerationOptions:
         "Keep the k likeliest tokens; 0 keeps all.",
         sampler="number",
     )
+    typical_p: float = option(
+        1.0,
+        checks.number(0.0, 1.0),
+        "Keep the most typical tokens of this total probability.",
+        long="1 keeps all.",
+        sampler="number",
+    )
     top_p: float = option(
         0.95,
         checks.number(0.0, 1.0),

@@ -20,6 +20,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "logit_bias": {"logit_bias": {3: 2.0, 5: -2.0}},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5},
     "top_k": {"top_k": 5},
+    "typical": {"typical_p": 0.7},
     "top_p": {"top_p": 0.8},
     "min_p": {"min_p": 0.1},
 }
