@@ -66,6 +66,18 @@ class GenerationOptions:
         long="0 keeps all.",
         sampler="number",
     )
+    xtc_probability: float = option(
+        0.0,
+        checks.number(0.0, 1.0),
+        "How often the likeliest tokens are left out; 0 is off.",
+        sampler="number",
+    )
+    xtc_threshold: float = option(
+        0.1,
+        checks.number(0.0, 1.0),
+        "Of the tokens above this probability that leaves the least likely.",
+        sampler="number",
+    )
     repetition_penalty: float = option(
         1.0,
         checks.number(0.01),

@@ -23,6 +23,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "typical": {"typical_p": 0.7},
     "top_p": {"top_p": 0.8},
     "min_p": {"min_p": 0.1},
+    "xtc": {"xtc_probability": 0.5, "xtc_threshold": 0.1},
 }
 N = 40
 
