@@ -98,6 +98,34 @@ class GenerationOptions:
         long="The prompt is included.",
         sampler="number",
     )
+    dry_multiplier: float = option(
+        0.0,
+        checks.number(0.0),
+        "Of the penalty for going on with a repetition; 0 is off.",
+        long="The penalty is dry_multiplier * dry_base ** (length - dry_allowed_length).",
+        sampler="number",
+    )
+    dry_base: float = option(
+        1.75, checks.number(1.0), "How fast that grows with its length.", sampler="number"
+    )
+    dry_allowed_length: int = option(
+        2, checks.integer(1, INT32_MAX), "Tokens that may repeat freely.", sampler="number"
+    )
+    dry_window: int = option(
+        -1,
+        checks.integer(-1, INT32_MAX),
+        "Recent tokens that are searched for repetitions; -1: all.",
+        sampler="number",
+    )
+    dry_breakers: tuple[str, ...] = option(
+        ("\n", ":", '"', "*"),
+        checks.strings,
+        "Text that no repetition reaches over; repeatable.",
+        long="A token with one of these texts in it.",
+        default_text="newline, colon, quote and star",
+        sampler="tokens",
+        only_with="dry_multiplier",
+    )
     logit_bias: Mapping[int, float] = option(
         {},
         checks.biases,

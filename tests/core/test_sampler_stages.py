@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGES: dict[str, dict[str, Any]] = {
     "logit_bias": {"logit_bias": {3: 2.0, 5: -2.0}},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+    "dry": {"dry_multiplier": 0.8, "dry_allowed_length": 1, "dry_breakers": [9]},
     "top_k": {"top_k": 5},
     "typical": {"typical_p": 0.7},
     "top_p": {"top_p": 0.8},
