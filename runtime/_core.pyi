@@ -104,6 +104,11 @@ class Engine:
     def take_routing(self) -> dict[str, npt.NDArray[Any]]:
         """What was recorded since the last call: evaluation, tokens, token, layer, rank, expert,
         weight, source (0 miss, 1 hit, 2 late) and wait_us, each [uses]."""
+    @property
+    def routers(self) -> list[tuple[Any, Any, Any] | None]:
+        """Of each layer (router [n_expert, n_embd], norm of what it reads [n_embd] or None for the
+        residual stream, what is added to its gates for the choice [n_expert] or None); None: none.
+        """
     def predictor_state(self) -> bytes: ...  # what the predictor has learnt; b"": nothing
     def empty_cache(self) -> None: ...  # for measurements from cold
     def flash_bandwidth(self, nbytes: int, seed: int = 1) -> float: ...  # bytes/s

@@ -94,17 +94,6 @@ def _tensor_bytes(file: GgufFile, tensor: Any) -> bytes:
     return data
 
 
-def _matrix(file: GgufFile, name: str) -> Floats:
-    """A tensor as float32, rows first."""
-    from ...runtime._core import dequantize
-
-    tensor = next((t for t in file.tensors if t.name == name), None)
-    if tensor is None:
-        raise OptionError(f"{file.path}: expected a tensor {name}, found none")
-    data = np.frombuffer(_tensor_bytes(file, tensor), dtype=np.uint8)
-    return dequantize(tensor.type, data, int(np.prod(tensor.shape))).reshape(tensor.shape[::-1])
-
-
 def predictor_state(path: str | os.PathLike[str], predictor: str | None, file: GgufFile) -> bytes:
     """What `predictor` learnt of the model in `file`: the engine's predictor_state.
 
@@ -211,18 +200,20 @@ def record(
     progress: Progress | None = None,
 ) -> Recording:
     """Runs the model over the sequences; the hidden states are kept in a file in `folder`."""
-    config, file = model.config, model.file
+    config = model.config
     n_layer, n_embd = int(config["n_layer"]), int(config["n_embd"])
     shape = Shape(n_layer, n_embd, int(config["n_expert"]), int(config["n_expert_used"]))
     routers = np.zeros((n_layer, shape.n_expert, n_embd), dtype=np.float32)
     norms = np.ones((n_layer, n_embd), dtype=np.float32)
-    names = {t.name for t in file.tensors}
-    mixture = [f"blk.{layer}.ffn_gate_inp.weight" in names for layer in range(n_layer)]
-    early = bool(config["routes_early"])
-    for layer in np.flatnonzero(mixture):
-        routers[layer] = _matrix(file, f"blk.{layer}.ffn_gate_inp.weight")
-        if not early:  # an early router reads the residual stream itself
-            norms[layer] = _matrix(file, f"blk.{layer}.ffn_norm.weight")
+    biases: dict[int, Floats] = {}  # by layer, of the choice alone
+    early = bool(config["routes_early"])  # the router reads the residual stream itself
+    for layer, found in enumerate(model.engine.routers):
+        if found is not None:
+            routers[layer], norm, bias = found
+            if norm is not None:
+                norms[layer] = norm
+            if bias is not None:
+                biases[layer] = bias
     n = sum(map(len, sequences))
     hidden = np.memmap(
         os.path.join(folder, "hidden"), np.float16, "w+", shape=(n_layer + 1, n, n_embd)
@@ -239,12 +230,14 @@ def record(
             taps = _unit(taps)
         hidden[:, done:end] = _unit(states)
         logits[:, done:end] = taps @ routers.transpose(0, 2, 1)
+        for layer, bias in biases.items():  # experts are ranked by their gates with the bias
+            logits[layer, done:end] = _gates(logits[layer, done:end], config["gating"]) + bias
         first[done] = True
         done = end
         if progress is not None:
             progress("hidden states", done, n)
     experts = np.argsort(-logits, axis=2, kind="stable")[:, :, : shape.n_expert_used]
-    experts[np.logical_not(mixture)] = -1
+    experts[[found is None for found in model.engine.routers]] = -1
     return Recording(
         shape,
         hidden,
@@ -402,6 +395,14 @@ def make_profile(
         tokens=n,
     )
     return Profile(target, nbytes, n, tuple(recalls))
+
+
+def _gates(logits: Floats, gating: str) -> Floats:
+    """What a router makes of logits [tokens, n_expert], before any bias."""
+    if gating == "sigmoid":
+        return np.asarray(1 / (1 + np.exp(-logits)), dtype=np.float32)
+    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True), dtype=np.float32)
 
 
 def oracle_state(routing: Mapping[str, Any], shape: Shape) -> bytes:

@@ -85,6 +85,7 @@ nb::dict to_dict(const stoker::ModelConfig& c, int64_t context) {
   d["causal"] = c.causal;
   d["routes_early"] = c.routing.where == stoker::Routing::Where::kLayerInput;
   d["pregated"] = c.routing.pregated;
+  d["gating"] = stoker::kGatingNames[static_cast<int>(c.routing.gating)];
   d["context_train"] = c.context_train;
   d["context"] = context;
   return d;
@@ -279,6 +280,35 @@ nb::dict take_routing(const Engine& e) {
   return d;
 }
 
+nb::object copy_or_none(const std::vector<float>& v) {
+  return v.empty() ? nb::object(nb::none()) : copy_of(v);
+}
+
+// Of each layer the router [n_expert, n_embd], the norm of what it reads [n_embd] (None: it reads
+// the residual stream itself) and what is added to its gates for the choice [n_expert] (None:
+// nothing); None for a layer without a router.
+nb::list routers(const Engine& e) {
+  const stoker::ModelConfig& c = e.config();
+  nb::list list;
+  for (const stoker::LayerWeights& w : e.weights().layers) {
+    const stoker::Matrix& m = w.router;
+    if (!m) {
+      list.append(nb::none());
+      continue;
+    }
+    const auto rows = static_cast<size_t>(m.rows), cols = static_cast<size_t>(m.cols);
+    nb::object matrix = filled<float>({rows, cols}, [&](float* out) {
+      for (int64_t r = 0; r < m.rows; ++r) {
+        m.format->dequantize(m.data + r * m.stride, out + r * m.cols, m.cols);
+      }
+    });
+    const bool reads_norm = c.routing.where == stoker::Routing::Where::kFeedForward;
+    list.append(nb::make_tuple(matrix, reads_norm ? copy_of(w.ffn_norm) : nb::object(nb::none()),
+                               copy_or_none(w.router_bias)));
+  }
+  return list;
+}
+
 nb::dict stats_of(const Sequence& t) {
   const stoker::SequenceStats& s = t.stats();
   nb::dict d;
@@ -313,6 +343,7 @@ void bind_engine(nb::module_& m) {
       .def("record_routing", record_routing, nb::arg("on"))
       .def("take_routing", take_routing)
       .def("predictor_state", predictor_state)
+      .def_prop_ro("routers", routers)
       .def("empty_cache", empty_cache)
       .def("flash_bandwidth", flash_bandwidth, nb::arg("nbytes"), nb::arg("seed") = 1)
       .def("sequence", [](std::shared_ptr<Engine> e) {

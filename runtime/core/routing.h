@@ -10,6 +10,7 @@ enum class Gating {
   kSigmoid,
   kUnit,  // the used experts count in full
 };
+constexpr const char* kGatingNames[] = {"softmax", "sigmoid", "unit"};
 
 struct Routing {
   // What the router of a layer reads.

@@ -26,8 +26,6 @@ Array = npt.NDArray[np.float32]
 
 N_TOKENS = 100  # that tests evaluate: beyond the windows and scaled contexts of the variants
 
-MOE = frozenset({"llama-moe", "qwen2moe", "qwen3moe", "olmoe", "smallthinker"})
-HEAD_NORMS = frozenset({"qwen3", "qwen3moe", "gemma3"})
 K_QUANTS = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"})
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -70,12 +68,28 @@ class Spec:
     rope_freqs: bool = False  # llama 3's divisors
     tied: bool = False
     arrays: bool = False  # head counts and widths as one value a layer
-    biases: bool | None = None  # of q, k, v (llama: and of the output); None: as the family has
+    # What the family has.
+    mixture: bool = False
+    biases: bool = False  # of q, k, v
+    output_projection_bias: bool = False  # of the attention's output, where there are biases
+    qk_norms: str = ""  # "head" or "all": of each head, or of all at once
+    post_norms: bool = False  # after attention and feed-forward, before the sum
+    ffn_norm: str = "ffn_norm"  # name of the norm before the feed-forward
+    shared: str = ""  # the shared expert: "gated" by a router of its own, or "plain"
+    width_key: bool = False  # expert_feed_forward_length is written
+    joint_width: bool = False  # feed_forward_length is the experts'
+    n_layer_dense: int = 0  # first layers without experts
+    n_layer_foresee: int = 0  # layers after the others that foresee further tokens
+    router_bias: float = 0.0  # spread of what is added to the gates for the choice; 0: nothing
+    weights_scale: float = 0.0  # of the experts' weights; 0: no key
+    weights_norm: bool | None = None  # expert_weights_norm; None: no key
+    groups: int = 0  # of experts; 0: no key
+    groups_used: int = 0
     output_bias: bool = False
     split_experts: bool = False  # one tensor an expert, as early Mixtral files
     window: int = 0
     window_pattern: int | tuple[bool, ...] | None = None
-    gating: int = 1  # smallthinker: 1 softmax, 2 sigmoid
+    gating: int = 0  # 1 softmax, 2 sigmoid; 0: no key
     attention_softcap: float = 0.0
     attention_scale: float = 0.0
     final_softcap: float = 0.0
@@ -88,18 +102,32 @@ class Spec:
 
     @property
     def moe(self) -> bool:
-        return self.family in MOE and self.n_expert > 0
+        return self.mixture and self.n_expert > 0
 
 
 # Family defaults over those above.
 FAMILY: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama-moe": {},
-    "qwen2": {"rope_base": 1e6},
-    "qwen2moe": {"rope_base": 1e6, "n_head_kv": 4},
-    "qwen3": {"rope_base": 1e6, "head_dim": 32, "tied": True, "rms_eps": 1e-6},
-    "qwen3moe": {"rope_base": 1e6, "head_dim": 32, "rms_eps": 1e-6},
-    "olmoe": {"n_head_kv": 4},
+    "llama": {"output_projection_bias": True},
+    "llama-moe": {"mixture": True, "joint_width": True},
+    "qwen2": {"rope_base": 1e6, "biases": True},
+    "qwen2moe": {
+        "rope_base": 1e6,
+        "n_head_kv": 4,
+        "biases": True,
+        "mixture": True,
+        "width_key": True,
+        "shared": "gated",
+    },
+    "qwen3": {"rope_base": 1e6, "head_dim": 32, "tied": True, "rms_eps": 1e-6, "qk_norms": "head"},
+    "qwen3moe": {
+        "rope_base": 1e6,
+        "head_dim": 32,
+        "rms_eps": 1e-6,
+        "qk_norms": "head",
+        "mixture": True,
+        "width_key": True,
+    },
+    "olmoe": {"n_head_kv": 4, "qk_norms": "all", "mixture": True, "joint_width": True},
     "gemma3": {
         "n_layer": 7,
         "n_head_kv": 1,
@@ -108,9 +136,18 @@ FAMILY: dict[str, dict[str, Any]] = {
         "rope_base": 1e6,
         "window": 16,
         "rms_eps": 1e-6,
+        "qk_norms": "head",
+        "post_norms": True,
     },
     # Its router reads the residual itself, which is long: a small gain keeps it well-conditioned.
-    "smallthinker": {"n_layer": 4, "tied": True, "router_gain": 0.4},
+    "smallthinker": {
+        "n_layer": 4,
+        "tied": True,
+        "router_gain": 0.4,
+        "mixture": True,
+        "width_key": True,
+        "gating": 1,
+    },
 }
 
 
@@ -261,7 +298,6 @@ def tensors(s: Spec, seed: int) -> Iterator[tuple[str, Array]]:
 
     n_vocab = len(vocabulary()[0])
     n_q, n_kv = s.n_head * s.head_dim, s.n_head_kv * s.head_dim
-    biases = s.family in ("qwen2", "qwen2moe") if s.biases is None else s.biases
     # Logits of a few units: the output rows have a length of about 3 after the final norm.
     embedding_gain = 3.0 if s.tied else 8.0
     yield matrix("token_embd.weight", n_vocab, s.n_embd, embedding_gain)
@@ -277,11 +313,11 @@ def tensors(s: Spec, seed: int) -> Iterator[tuple[str, Array]]:
     if s.rope_scaling == "longrope":
         yield "rope_factors_long.weight", 1.0 + 20.0 * ramp
         yield "rope_factors_short.weight", 1.0 + 0.5 * ramp
-    for layer in range(s.n_layer):
+    for layer in range(s.n_layer + s.n_layer_foresee):
         b = f"blk.{layer}."
         yield norm(b + "attn_norm.weight", s.n_embd)
-        yield norm(b + "ffn_norm.weight", s.n_embd)
-        if s.arch == "gemma3":
+        yield norm(f"{b}{s.ffn_norm}.weight", s.n_embd)
+        if s.post_norms:
             # Large, or the scaled embedding would drown what the layers say.
             for name in (b + "post_attention_norm.weight", b + "post_ffw_norm.weight"):
                 yield name, normal(name, (s.n_embd,), 0.4, 2.5)
@@ -289,22 +325,28 @@ def tensors(s: Spec, seed: int) -> Iterator[tuple[str, Array]]:
         yield matrix(b + "attn_k.weight", n_kv, s.n_embd, 1.3)
         yield matrix(b + "attn_v.weight", n_kv, s.n_embd, 1.5)
         yield matrix(b + "attn_output.weight", s.n_embd, n_q, 1.5)
-        if biases:
+        if s.biases:
             for part, n in (("q", n_q), ("k", n_kv), ("v", n_kv)):
                 yield b + f"attn_{part}.bias", normal(b + f"attn_{part}.bias", (n,), 0.5)
-        if s.arch in HEAD_NORMS or s.arch == "olmoe":
-            whole = s.arch == "olmoe"  # one norm over all heads instead of one a head
+        if s.qk_norms:
             for part, n, mean in (("q", n_q, 1.5), ("k", n_kv, 1.2)):
                 name = b + f"attn_{part}_norm.weight"
-                yield name, normal(name, (n if whole else s.head_dim,), 0.3, mean)
-        if biases and s.family == "llama":
+                width = n if s.qk_norms == "all" else s.head_dim
+                yield name, normal(name, (width,), 0.3, mean)
+        if s.biases and s.output_projection_bias:
             yield b + "attn_output.bias", normal(b + "attn_output.bias", (s.n_embd,), 0.5)
-        if s.moe:
+        if s.moe and layer >= s.n_layer_dense:
             yield from expert_tensors(s, b, matrix)
+            if s.router_bias:
+                name = b + "exp_probs_b.bias"
+                yield name, normal(name, (s.n_expert,), s.router_bias)
         else:
             yield matrix(b + "ffn_gate.weight", s.n_ff, s.n_embd, 1.5)
             yield matrix(b + "ffn_up.weight", s.n_ff, s.n_embd, 1.5)
             yield matrix(b + "ffn_down.weight", s.n_embd, s.n_ff, 1.5)
+        if layer >= s.n_layer:  # what joins the token before to the state
+            yield matrix(b + "nextn.eh_proj.weight", s.n_embd, 2 * s.n_embd)
+            yield norm(b + "nextn.enorm.weight", s.n_embd)
 
 
 def expert_tensors(s: Spec, b: str, matrix: Any) -> Iterator[tuple[str, Array]]:
@@ -318,9 +360,10 @@ def expert_tensors(s: Spec, b: str, matrix: Any) -> Iterator[tuple[str, Array]]:
             yield from each
         else:
             yield f"{b}ffn_{part}_exps.weight", np.stack([values for _, values in each])
-    if s.arch == "qwen2moe":
+    if s.shared == "gated":
         name, gate = matrix(b + "ffn_gate_inp_shexp.weight", 1, s.n_embd, 2.0)
         yield name, gate[0]
+    if s.shared:
         yield matrix(b + "ffn_gate_shexp.weight", s.n_ff_shared, s.n_embd, 1.5)
         yield matrix(b + "ffn_up_shexp.weight", s.n_ff_shared, s.n_embd, 1.5)
         yield matrix(b + "ffn_down_shexp.weight", s.n_embd, s.n_ff_shared, 1.5)
@@ -330,14 +373,16 @@ def write_metadata(out: gguf.GGUFWriter, s: Spec) -> None:
     """Hyperparameters and tokenizer."""
     a = s.arch
     out.add_name(f"tiny {s.family}")
-    out.add_block_count(s.n_layer)
+    out.add_block_count(s.n_layer + s.n_layer_foresee)
+    if s.n_layer_foresee:
+        out.add_uint32(f"{a}.nextn_predict_layers", s.n_layer_foresee)
     out.add_context_length(s.context)
     out.add_embedding_length(s.n_embd)
     out.add_head_count([s.n_head] * s.n_layer if s.arrays else s.n_head)
     out.add_head_count_kv([s.n_head_kv] * s.n_layer if s.arrays else s.n_head_kv)
     out.add_layer_norm_rms_eps(s.rms_eps)
     out.add_rope_freq_base(s.rope_base)
-    n_ff = s.n_ff_expert if s.family in ("llama-moe", "olmoe") else s.n_ff
+    n_ff = s.n_ff_expert if s.joint_width else s.n_ff
     out.add_feed_forward_length([n_ff] * s.n_layer if s.arrays else n_ff)
     if s.head_dim != s.n_embd // s.n_head:
         out.add_key_length(s.head_dim)
@@ -369,15 +414,26 @@ def write_metadata(out: gguf.GGUFWriter, s: Spec) -> None:
         out.add_attention_scale(s.attention_scale)
     if s.final_softcap:
         out.add_final_logit_softcapping(s.final_softcap)
-    if s.family in MOE:
+    if s.mixture:
         out.add_expert_count(s.n_expert)
         out.add_expert_used_count(s.n_expert_used)
-    if s.family in ("qwen2moe", "qwen3moe", "smallthinker"):
+    if s.width_key:
         out.add_expert_feed_forward_length(s.n_ff_expert)
-    if s.family == "qwen2moe":
+    if s.shared == "gated":
         out.add_expert_shared_feed_forward_length(s.n_ff_shared)
-    if s.family == "smallthinker":
+    elif s.shared:
+        out.add_expert_shared_count(s.n_ff_shared // s.n_ff_expert)
+    if s.n_layer_dense:
+        out.add_leading_dense_block_count(s.n_layer_dense)
+    if s.gating:
         out.add_uint32(f"{a}.expert_gating_func", s.gating)
+    if s.weights_scale:
+        out.add_expert_weights_scale(s.weights_scale)
+    if s.weights_norm is not None:
+        out.add_expert_weights_norm(s.weights_norm)
+    if s.groups:
+        out.add_expert_group_count(s.groups)
+        out.add_expert_group_used_count(s.groups_used)
 
     tokens, merges = vocabulary()
     out.add_vocab_size(len(tokens))

@@ -390,9 +390,8 @@ def test_hidden_taps_are_what_routers_read_before_their_norm(mixture: Model, ear
             # The first router reads the embeddings themselves.
             np.testing.assert_array_equal(taps[0], hidden[0])
             continue
-        file = _core.GgufFile(str(model.path))
         for layer in range(len(taps)):
-            norm = profiles._matrix(file, f"blk.{layer}.ffn_norm.weight")
+            norm = e.routers[layer][1]
             unit = (
                 hidden[layer + 1]
                 / np.sqrt(np.mean(np.square(hidden[layer + 1]), 1) + 1e-5)[:, None]

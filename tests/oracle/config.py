@@ -10,6 +10,8 @@ from oracle.weights import Weights
 
 ADJACENT_PAIRS = frozenset({"llama", "tokenrouted"})  # all others rotate (i, i + n_rot / 2)
 GATE_SOFTMAX, GATE_SIGMOID = 1, 2  # values of <arch>.expert_gating_func
+# Where the file does not say; softmax for all others. smallthinker must say.
+GATING = {"smallthinker": 0}
 SMALLTHINKER_PERIOD = 4  # every fourth layer is global and has no positions
 PREGATED = "pregated-"  # prefix of architectures whose experts are chosen a layer ahead
 GEMMA3_27B_LAYERS = 62  # the one size whose queries are not scaled by the head size
@@ -48,6 +50,9 @@ class Config:
     n_expert: int
     n_expert_used: int
     gating: int
+    weights_scale: float  # of the used experts' weights
+    groups: int  # that experts compete in; 1: none
+    groups_used: int
     window: int  # tokens a sliding layer sees, its own included; 0: no sliding layers
     sliding: list[bool] = field(default_factory=list)  # [n_layer]
     positions: list[bool] = field(default_factory=list)  # [n_layer] whether the layer has RoPE
@@ -74,7 +79,7 @@ def read_config(w: Weights) -> Config:
         return value
 
     n_layer, n_embd, n_head = (
-        get("block_count"),
+        get("block_count") - get("nextn_predict_layers", 0),
         get("embedding_length"),
         get("attention.head_count"),
     )
@@ -131,7 +136,10 @@ def read_config(w: Weights) -> Config:
         final_softcap=get("final_logit_softcapping", 0.0),
         n_expert=get("expert_count", 0),
         n_expert_used=get("expert_used_count", 0),
-        gating=get("expert_gating_func", 0) if arch == "smallthinker" else GATE_SOFTMAX,
+        gating=get("expert_gating_func", GATING.get(arch, GATE_SOFTMAX)),
+        weights_scale=get("expert_weights_scale", 1.0) or 1.0,
+        groups=max(1, get("expert_group_count", 1)),
+        groups_used=get("expert_group_used_count", 1),
         window=window,
         sliding=sliding,
         positions=positions,

@@ -20,6 +20,8 @@ RENORMALISED |= {"qwen2moe": False, "olmoe": False}
 # Matrices that precision="balanced" multiplies with activations of two int8 terms.
 BALANCED = frozenset({"attn_q", "attn_k", "attn_v", "ffn_gate_inp", "output", "token_embd"})
 SINK_TOKENS = 2  # the first of a sequence, whose products have two terms with "balanced"
+# The norm before the feed-forward, where it has another name.
+FFN_NORM: dict[str, str] = {}
 FAMILIES = frozenset({"qwen2", "qwen3", "gemma3", "tokenrouted", *RENORMALISED})
 
 
@@ -85,14 +87,16 @@ class Oracle:
         """The common layer: attention, then FFN or mixture, each on a normed residual."""
         b = f"blk.{layer}."
         h = h + self._attention(self._norm(h, b + "attn_norm.weight"), layer)
-        x = self._norm(h, b + "ffn_norm.weight")
-        if not self.c.n_expert:
+        x = self._norm(h, b + FFN_NORM.get(self.c.architecture, "ffn_norm.weight"))
+        if b + "ffn_gate_inp.weight" not in self.w:
             return h + self._ffn(x, b + "ffn_{}.weight", layers.silu)
         out = self._experts(x, self._route(x, layer), layer, layers.silu)
-        if self.c.architecture == "qwen2moe":
+        if b + "ffn_gate_shexp.weight" in self.w:
             shared = self._ffn(x, b + "ffn_{}_shexp.weight", layers.silu)
-            gate = x @ self.w[b + "ffn_gate_inp_shexp.weight"].reshape(-1, 1)
-            out = out + shared / (1.0 + np.exp(-gate))
+            gate = self.w.optional(b + "ffn_gate_inp_shexp.weight")
+            if gate is not None:
+                shared = shared / (1.0 + np.exp(-(x @ gate.reshape(-1, 1))))
+            out = out + shared
         return h + out
 
     def _sandwich_block(self, h: Array, layer: int) -> Array:
@@ -178,8 +182,14 @@ class Oracle:
         r = layers.route(
             self._linear(x, b + "ffn_gate_inp.weight"),
             self.c,
-            renormalise=RENORMALISED[self.c.architecture],
+            renormalise=bool(
+                self.w.get(
+                    f"{self.w.get('general.architecture')}.expert_weights_norm",
+                    RENORMALISED[self.c.architecture],
+                )
+            ),
             scores=self._scores,
+            bias=self.w.optional(b + "exp_probs_b.bias"),
         )
         self.routes.append(r)
         gated = b + "ffn_pregate.weight" in self.w
@@ -212,11 +222,13 @@ class Oracle:
         q, k, v = (
             self._linear(x, f"{b}attn_{part}.weight", f"{b}attn_{part}.bias") for part in "qkv"
         )
-        if c.architecture == "olmoe":  # over the whole projection, not per head
+        norms = b + "attn_q_norm.weight" in self.w
+        whole = norms and len(self.w[b + "attn_q_norm.weight"]) > c.head_dim
+        if whole:  # over the whole projection, not per head
             q, k = self._norm(q, b + "attn_q_norm.weight"), self._norm(k, b + "attn_k_norm.weight")
         q = q.reshape(n, c.n_head, c.head_dim)
         k, v = (y.reshape(n, c.n_head_kv, c.head_dim) for y in (k, v))
-        if c.architecture in ("qwen3", "qwen3moe", "gemma3"):
+        if norms and not whole:
             q, k = self._norm(q, b + "attn_q_norm.weight"), self._norm(k, b + "attn_k_norm.weight")
         if c.positions[layer]:
             table = layers.rope_table(

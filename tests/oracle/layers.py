@@ -136,24 +136,46 @@ class Route:
     margin: Array  # [n] score of the last chosen less that of the best not chosen
 
 
+def best_groups(scores: Array, c: Config) -> Array:
+    """scores [n, n_expert] with -inf for the experts of all groups but the best.
+
+    A group's score is the sum of its two best.
+    """
+    grouped = scores.reshape(len(scores), c.groups, -1)
+    top = np.sort(grouped, axis=-1)[:, :, -2:].sum(axis=-1)
+    order = np.argsort(-top, axis=-1, kind="stable")[:, : c.groups_used]
+    out = np.full_like(grouped, -np.inf)
+    for row, groups in enumerate(order):
+        out[row, groups] = grouped[row, groups]
+    return out.reshape(scores.shape)
+
+
 def route(
-    router_logits: Array, c: Config, *, renormalise: bool, scores: Array | None = None
+    router_logits: Array,
+    c: Config,
+    *,
+    renormalise: bool,
+    scores: Array | None = None,
+    bias: Array | None = None,
 ) -> Route:
     """Chooses n_expert_used of [n, n_expert]; the lower index wins a tie.
 
     scores: choose instead of the router, which then weighs their choice, with the sum that its own
-        would have had.
+        would have had. bias: [n_expert], added to the gates for the choice alone.
     """
-    chosen_elsewhere = scores is not None
-    if scores is None:
-        scores = router_logits
     if c.gating not in (GATE_SOFTMAX, GATE_SIGMOID):
         raise ValueError(f"expert_gating_func 1 or 2 expected, found {c.gating}")
     soft = c.gating == GATE_SOFTMAX
     p = softmax(router_logits) if soft else 1.0 / (1.0 + np.exp(-router_logits))
+    chosen_elsewhere = scores is not None
+    if scores is None:
+        scores = router_logits if bias is None else p + bias
+        if c.groups > 1:
+            scores = best_groups(p if bias is None else scores, c)
+    best = router_logits if bias is None else p + bias
     order = np.argsort(-scores, axis=-1, kind="stable")
     experts = np.sort(order[:, : c.n_expert_used], axis=-1)
-    best_first = np.argsort(-np.take_along_axis(router_logits, experts, -1), -1, kind="stable")
+    best_first = np.argsort(-np.take_along_axis(best, experts, -1), -1, kind="stable")
     experts = np.take_along_axis(experts, best_first, axis=-1)
     weights = np.take_along_axis(p, experts, axis=-1)
     total = weights.sum(axis=-1, keepdims=True)
@@ -163,6 +185,7 @@ def route(
         weights = most * np.where(total < MIN_WEIGHT_SUM, alone, weights / (total + 1e-30))
     elif renormalise:
         weights = weights / np.maximum(total, MIN_WEIGHT_SUM)
+    weights = weights * c.weights_scale
     ranked = np.take_along_axis(scores, order, axis=-1)
     last = c.n_expert_used
     margin = (
