@@ -114,6 +114,9 @@ class Engine:
     def flash_bandwidth(self, nbytes: int, seed: int = 1) -> float: ...  # bytes/s
     def sequence(self) -> Sequence: ...
 
+def architectures() -> list[str]:
+    """The architectures that the engine runs (arch/archs.inc)."""
+
 def plan(
     file: GgufFile,
     *,

@@ -96,7 +96,14 @@ def plan(folder: SafetensorsFolder, family: Family, model: Model) -> list[Weight
             wanted = Layers.MIXTURE if model.mixture[il] else Layers.DENSE
             if "{i}" in row.source and row.layers in (Layers.ALL, wanted):
                 add(row, il)
-    rest = [name for name in sources if name not in used and not _IGNORED.fullmatch(name)]
+    foreseeing = tuple(
+        f"model.layers.{il}." for il in range(model.n_layer, model.n_layer + model.foresees)
+    )
+    rest = [
+        name
+        for name in sources
+        if name not in used and not _IGNORED.fullmatch(name) and not name.startswith(foreseeing)
+    ]
     if rest:
         tensor = sources[rest[0]]
         more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""

@@ -351,6 +351,13 @@ void bind_engine(nb::module_& m) {
         return std::make_unique<Sequence>(std::move(e), poll_signals);
       });
 
+  m.def("architectures", [] {
+    nb::list names;
+    for (const stoker::NamedFamily& row : stoker::families()) {
+      names.append(nb::str(row.architecture.data(), row.architecture.size()));
+    }
+    return names;
+  });
   m.def("plan", plan_without_load, nb::arg("file"), nb::arg("options"),
         "(Engine.config, Engine.plan) of a load with these options, from the header alone.");
 

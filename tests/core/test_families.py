@@ -20,13 +20,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from offload_models import MIXTURES
 from oracle import Oracle
-from oracle.forward import SINK_TOKENS
+from oracle.forward import FAMILIES, SINK_TOKENS
+from stoker.export.hf import names
 from stoker.runtime import _core
 from stoker.runtime.base.errors import ContextLengthError, ModelFileError, UnsupportedModelError
 from tiny_models import N_TOKENS, VARIANTS, make, some_tokens, spec_of
 
 Array = npt.NDArray[Any]
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS = some_tokens(N_TOKENS)
 CONTEXT = 256
 F32_BOUND = 5e-4  # of a logit; logits reach about +-12
@@ -80,6 +83,27 @@ def same_bits(a: Array, b: Array) -> bool:
 
 def same_best(a: Array, b: Array) -> float:
     return float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean())
+
+
+# THE list of families (arch/archs.inc), which these have rows of.
+
+
+def test_every_family_has_its_rows() -> None:
+    """Tiny models, oracle, conversion and README; tokenrouted files are made from llama's."""
+    listed = set(_core.architectures())
+    made = {"tokenrouted"}
+    assert {spec_of(family).arch for family, _ in VARIANTS.values()} == listed - made
+    assert listed == FAMILIES
+    assert {family.architecture for family in names.FAMILIES} == listed - made
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    families = re.search(r"\*\*Families\*\*: (.*)", readme)
+    assert families is not None
+    assert [arch for arch in listed - made if not re.search(rf"\b{arch}\b", families[1])] == []
+
+
+def test_every_mixture_is_offloaded() -> None:
+    tested = {spec_of(VARIANTS[m.variant][0]).arch for m in MIXTURES.values()}
+    assert tested == {spec_of(f).arch for f, _ in VARIANTS.values() if spec_of(f).mixture}
 
 
 # Against the oracle.

@@ -110,6 +110,12 @@ MIXTURES: dict[str, TinyMixture] = {
         "mixtral", "Q4_K", larger_down, overrides={**WIDE, "n_expert": 12, "n_expert_used": 3}
     ),
 }
+# And the first variant of every other family of mixtures.
+_tested = {spec_of(VARIANTS[mixture.variant][0]).arch for mixture in MIXTURES.values()}
+for _name, (_family, _) in VARIANTS.items():
+    if spec_of(_family).mixture and spec_of(_family).arch not in _tested:
+        _tested.add(spec_of(_family).arch)
+        MIXTURES[_name] = TinyMixture(_name)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,12 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass
 class Rope:
-    """base: of the frequencies; entries: GGUF keys without the architecture; tensors: by name."""
+    """base: of the frequencies; width: values of a head that are rotated; entries: GGUF keys
+    without the architecture; tensors: by name.
+    """
 
     base: float
+    width: int
     entries: dict[str, Value] = field(default_factory=dict)
     tensors: dict[str, Floats] = field(default_factory=dict)
 
@@ -35,11 +38,13 @@ def read_rope(
     *,
     default_base: float = 10000.0,
     layers: str | None = None,
+    share: float | None = None,
 ) -> Rope:
     """The rotary embedding of a model.
 
-    head_dim: rotated values of a head. context: max_position_embeddings. layers: the type of
-    layer whose parameters count, where the file has several. Raises ModelFileError,
+    head_dim: values of a head. context: max_position_embeddings. layers: the type of layer whose
+    parameters count, where the file has several. share: of a head's values that are rotated, where
+    the folder does not say; None: the family rotates all. Raises ModelFileError,
     UnsupportedModelError.
     """
     found = config.part("rope_parameters")
@@ -49,17 +54,22 @@ def read_rope(
     base = scaling.number("rope_theta", config.number("rope_theta", default_base))
     if base <= 0:
         raise config.wrong("rope_theta", "a positive number", base)
-    share = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    if share != 1.0:
-        raise config.unsupported("partial_rotary_factor", "1", share)
-    rope = Rope(base)
+    found_share = scaling.number(
+        "partial_rotary_factor", config.number("partial_rotary_factor", share or 1.0)
+    )
+    if share is None and found_share != 1.0:
+        raise config.unsupported("partial_rotary_factor", "1", found_share)
+    width = int(head_dim * found_share)
+    if not 0 < width <= head_dim or width % 2:
+        raise config.wrong("partial_rotary_factor", "an even number of values", found_share)
+    rope = Rope(base, width)
     kind = scaling.text("rope_type", "type", default="default")
     if kind == "default":
         return rope
     writer = {"linear": _linear, "yarn": _yarn, "llama3": _llama3, "longrope": _longrope}.get(kind)
     if writer is None:
         raise config.unsupported("rope_type", "default, linear, yarn, llama3 or longrope", kind)
-    writer(rope, scaling, head_dim, context)
+    writer(rope, scaling, width, context)
     return rope
 
 

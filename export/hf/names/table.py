@@ -53,7 +53,8 @@ class Model:
     sizes: of the rows' shapes. mixture: whether each layer is one, [n_layer]. entries: metadata
     keys without the architecture. tensors: those that are computed, by name. notes: what the
     user should know. tied: the output is the embedding. needs_output: the family's readers want
-    an output tensor even so.
+    an output tensor even so. foresees: layers after the others that foresee further tokens, which
+    are left out.
     """
 
     n_layer: int
@@ -64,6 +65,7 @@ class Model:
     tensors: dict[str, Floats] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     needs_output: bool = False
+    foresees: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,13 @@ def standard(
     tied: bool = False,
     activation: tuple[str, ...] = ("silu", "swish"),
     layers: str | None = None,
+    rotated: float | None = None,
 ) -> tuple[Model, Rope]:
     """What nearly all families have in common.
 
     head_dim, context, base, eps, tied: transformers' defaults for the family (None: there is none;
-    head_dim: n_embd / n_head). activation: the names that the engine computes.
+    head_dim: n_embd / n_head). activation: the names that the engine computes. rotated: share of
+    a head that is, where the folder does not say; None: all of it, always.
     """
     n_embd = config.size("hidden_size")
     n_head = config.size("num_attention_heads", high=4096)
@@ -160,7 +164,7 @@ def standard(
         raise config.unsupported("hidden_act", " or ".join(activation), found)
     n_layer = config.size("num_hidden_layers", high=4096)
     n_ff = config.size("intermediate_size", default=0)
-    rope = read_rope(config, width, n_context, default_base=base, layers=layers)
+    rope = read_rope(config, width, n_context, default_base=base, layers=layers, share=rotated)
     entries: dict[str, Value] = {
         "context_length": n_context,
         "embedding_length": n_embd,
@@ -170,7 +174,7 @@ def standard(
         "attention.key_length": width,
         "attention.value_length": width,
         "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", eps),
-        "rope.dimension_count": width,
+        "rope.dimension_count": rope.width,
         "rope.freq_base": rope.base,
         **rope.entries,
     }
