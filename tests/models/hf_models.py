@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pytest
 import tiny_models
 from stoker.export import hf_to_gguf
+from stoker.export.hf import names
 
 Array = npt.NDArray[Any]
 
@@ -130,6 +131,12 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 # Whose weights are as transformers initializes them; those of the others are drawn wider.
 AS_INITIALIZED = frozenset({"gemma3-initialized"})
+
+
+def architecture(variant: str) -> str:
+    """GGUF's name of a variant's family."""
+    _, model_class, _ = VARIANTS[variant]
+    return next(f.architecture for f in names.FAMILIES if model_class in f.classes)
 
 
 def build(variant: str, folder: Path, dtype: Any = None, **sizes: Any) -> Any:
