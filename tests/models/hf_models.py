@@ -129,6 +129,21 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_GLM: dict[str, Any] = {
+    "head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "attention_bias": True,
+    "routed_scaling_factor": 1.5,
+}
+VARIANTS["glm4moe"] = ("Glm4MoeConfig", "Glm4MoeForCausalLM", _GLM)
+VARIANTS["glm4moe-head-norms"] = (
+    "Glm4MoeConfig",
+    "Glm4MoeForCausalLM",
+    {**_GLM, "use_qk_norm": True, "n_group": 4, "topk_group": 2, "n_shared_experts": 2},
+)
+
 # Whose weights are as transformers initializes them; those of the others are drawn wider.
 AS_INITIALIZED = frozenset({"gemma3-initialized"})
 

@@ -148,6 +148,20 @@ FAMILY: dict[str, dict[str, Any]] = {
         "width_key": True,
         "gating": 1,
     },
+    "glm4moe": {
+        "biases": True,
+        "rope_dim": 8,
+        "ffn_norm": "post_attention_norm",
+        "mixture": True,
+        "width_key": True,
+        "shared": "plain",
+        "n_ff_shared": 64,
+        "n_layer_dense": 1,
+        "router_bias": 0.2,
+        "router_gain": 1.0,
+        "weights_scale": 1.5,
+        "weights_norm": True,
+    },
 }
 
 
@@ -242,6 +256,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smallthinker-window-4096": ("smallthinker", {"seed": 10, "window": 4096, "n_layer": 6}),
     "smallthinker-untied": ("smallthinker", {"tied": False, "n_expert_used": 1}),
+    "glm4moe": ("glm4moe", {"seed": 11}),
+    "glm4moe-head-norms": ("glm4moe", {"seed": 17, "qk_norms": "head", "n_ff_shared": 128}),
+    "glm4moe-groups": ("glm4moe", {"seed": 3, "groups": 4, "groups_used": 2, "n_expert_used": 3}),
+    "glm4moe-foresees": ("glm4moe", {"n_layer_foresee": 1, "router_bias": 0.0}),
+    "glm4moe-softmax": (
+        "glm4moe",
+        {"seed": 2, "gating": 1, "weights_norm": False, "weights_scale": 0.0},
+    ),
 }
 
 # Sizes at which every row is a whole number of 256-weight blocks.

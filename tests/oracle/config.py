@@ -11,7 +11,7 @@ from oracle.weights import Weights
 ADJACENT_PAIRS = frozenset({"llama", "tokenrouted"})  # all others rotate (i, i + n_rot / 2)
 GATE_SOFTMAX, GATE_SIGMOID = 1, 2  # values of <arch>.expert_gating_func
 # Where the file does not say; softmax for all others. smallthinker must say.
-GATING = {"smallthinker": 0}
+GATING = {"smallthinker": 0, "glm4moe": GATE_SIGMOID}
 SMALLTHINKER_PERIOD = 4  # every fourth layer is global and has no positions
 PREGATED = "pregated-"  # prefix of architectures whose experts are chosen a layer ahead
 GEMMA3_27B_LAYERS = 62  # the one size whose queries are not scaled by the head size

@@ -16,12 +16,12 @@ from oracle.layers import Array, Route, rms_norm
 from oracle.weights import Weights
 
 RENORMALISED = {"llama": True, "qwen3moe": True, "smallthinker": True}
-RENORMALISED |= {"qwen2moe": False, "olmoe": False}
+RENORMALISED |= {"qwen2moe": False, "olmoe": False, "glm4moe": False}
 # Matrices that precision="balanced" multiplies with activations of two int8 terms.
 BALANCED = frozenset({"attn_q", "attn_k", "attn_v", "ffn_gate_inp", "output", "token_embd"})
 SINK_TOKENS = 2  # the first of a sequence, whose products have two terms with "balanced"
 # The norm before the feed-forward, where it has another name.
-FFN_NORM: dict[str, str] = {}
+FFN_NORM = {"glm4moe": "post_attention_norm.weight"}
 FAMILIES = frozenset({"qwen2", "qwen3", "gemma3", "tokenrouted", *RENORMALISED})
 
 

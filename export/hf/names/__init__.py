@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..folder.config import HfConfig
-from . import gemma, llama, olmoe, qwen, smallthinker
+from . import gemma, glm, llama, olmoe, qwen, smallthinker
 from .table import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -12,6 +12,7 @@ FAMILIES: tuple[Family, ...] = (
     *olmoe.FAMILIES,
     *gemma.FAMILIES,
     *smallthinker.FAMILIES,
+    *glm.FAMILIES,
 )
 
 
