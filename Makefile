@@ -1,6 +1,7 @@
 # make demo   builds, makes a 32-expert mixture of SmolLM2 (1.5 GB, once) and chats with it in 500 MB
-# make test   builds and runs every test
-# make lint   formatting, linting, types, warnings as errors
+# make test   builds once (package, native tests, stoker-bench; warnings are errors), lints, and runs
+#             every test
+# make lint   formatting, linting, types
 # make bench  stoker against llama-cpp-python on the same file (installs the baseline: 5 minutes)
 # make bench-offload  what each part of expert offloading is worth, in 1 GB (root; 2.9 GB of disk)
 # make sanitize  the test suite under ASan + UBSan, the engine tests under TSan
@@ -29,8 +30,17 @@ $(VENV)/.installed: $(VENV)/.python $(SOURCES)
 	$(BIN)/python -m pip install --quiet .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.python $(SOURCES)
-	$(BIN)/python -m pip install --quiet '.[dev]'
+# The one build: the package's core, the native tests and stoker-bench out of the same objects. What
+# builds is in the environment, so that a later build begins where this one ended.
+BUILD := build/dev
+$(VENV)/.builders: $(VENV)/.python
+	$(BIN)/python -m pip install --quiet 'scikit-build-core>=1.0.3' 'nanobind>=2.4' 'cmake>=3.26' ninja
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.builders $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation \
+	  -C build-dir=$(BUILD) -C cmake.define.STOKER_NATIVE_TESTS=ON -C cmake.define.STOKER_BENCH=ON \
+	  -C cmake.define.STOKER_WERROR=ON '.[dev]'
 	touch $(VENV)/.installed $@
 
 # Mixtures that are made at first use, in the cache of models.
@@ -43,17 +53,15 @@ demo: $(VENV)/.installed
 	test -f "$(DEMO)" || $(BIN)/stoker export upcycle $(MODEL) "$(DEMO)" --experts 32 --used 4
 	$(BIN)/stoker run "$(DEMO)" --memory 500MB --plan --stats --chat --temperature 0 --max-tokens 128 "Why is the sky blue? Answer in two sentences."
 
-test: test-native test-python
+test: lint test-native test-python
 
+# A process a core, each with the tests of whole files.
 test-python: $(VENV)/.dev
 	$(BIN)/stoker pull $(MODEL)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-NATIVE := build/native
 test-native: $(VENV)/.dev
-	$(BIN)/cmake -S . -B $(NATIVE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DSTOKER_PYTHON=OFF -DSTOKER_NATIVE_TESTS=ON -DSTOKER_BENCH=ON >/dev/null
-	$(BIN)/cmake --build $(NATIVE)
-	$(BIN)/ctest --test-dir $(NATIVE) --output-on-failure
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
 neon:
 	bash tests/native/run_neon.sh

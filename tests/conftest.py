@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,16 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from offload_models import TinyMixture
 
     return TinyMixture("mixtral").write(tmp_path_factory.mktemp("mixture"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names what was left out, and why: a reason a line, with how many tests."""
+    reasons = Counter(
+        str(report.longrepr[2]).removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    )
+    if reasons:
+        terminalreporter.section("left out")
+        for reason, n in reasons.most_common():
+            terminalreporter.line(f"{n:5} {reason}")
