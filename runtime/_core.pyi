@@ -1,5 +1,6 @@
-"""The C++ core. One process-wide kernel table; immutable Engine; one mutable Timeline a session."""
+"""The C++ core. One process-wide kernel table; immutable Engine; one mutable Sequence a session."""
 
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -32,6 +33,22 @@ class TensorInfo:
     nbytes: int
     shard: int
 
+class StringIds:
+    """Text -> number in a Strings; of equal texts the last one's."""
+
+    def get(self, text: str, fallback: int | None = None) -> int | None: ...
+    def __contains__(self, text: object) -> bool: ...
+    def __getitem__(self, text: str) -> int: ...
+
+class Strings:
+    """An array of strings in a file's metadata: views of its bytes, no copies."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int) -> str: ...
+    def __iter__(self) -> Iterator[str]: ...
+    @property
+    def ids(self) -> StringIds: ...
+
 class GgufFile:
     """A GGUF file or the first of its shards: header and directory, checked against the files."""
 
@@ -50,6 +67,7 @@ class GgufFile:
     @property
     def metadata(self) -> dict[str, Any]: ...  # str, int, float, bool or list of these
     def get(self, key: str) -> Any: ...  # one value, None where absent (cheap: converts only it)
+    def strings(self, key: str) -> Strings | None: ...  # an array of strings, not copied
     @property
     def unknown_metadata(self) -> list[str]: ...  # keys of its architecture that are not listed
     @property
@@ -116,6 +134,9 @@ class Engine:
 
 def architectures() -> list[str]:
     """The architectures that the engine runs (arch/archs.inc)."""
+
+def plan_constants() -> dict[str, int]:
+    """readers; of the ring of streamed weights ring_reads, least_read and most_read (bytes)."""
 
 def plan(
     file: GgufFile,

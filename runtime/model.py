@@ -17,10 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from .backends.engine import Tokens
 from .base import arguments
 from .base.errors import (
     BudgetError,
@@ -29,7 +25,7 @@ from .base.errors import (
     TokenizerError,
     UnsupportedModelError,
 )
-from .base.memory import available_memory, budget, check_memory, process_bytes, resident_bytes
+from .base.memory import available_memory, budget, check_memory, process_bytes
 from .options import GenerationOptions, LoadOptions
 from .perplexity import Perplexity, measure
 from .pooling import check_pooling, pool, pooling_of_file
@@ -37,9 +33,12 @@ from .session import Evaluated, Session
 from .text.conversation import Message
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ..offload.trace.record import RoutingRecorder
     from . import _core
-    from .backends.engine import Engine, ModelFile
+    from .backends.engine import Engine, ModelFile, Tokens
     from .generate import Generation
     from .plan import PlanReport
     from .text.chat import ChatTemplate
@@ -106,12 +105,26 @@ class Model:
         self._memory_bandwidth = self._load_bandwidth = 0.0  # bytes a second; 0: not measured
         self._file = file
 
+    def _resident_bytes(self, file: _core.GgufFile) -> int:
+        """What the process would take with everything in memory, as the core plans it."""
+        from ..offload.plan.planned import resident_bytes
+
+        o = self.options
+        return resident_bytes(
+            file,
+            process_bytes(),
+            threads=o.threads or 0,
+            context=o.context or 0,
+            kv_type=o.kv_type,
+            precision=o.precision,
+        )
+
     def _offload_arguments(self, file: _core.GgufFile) -> dict[str, Any]:
         """Of the engine, for the memory that the options name; none where everything fits."""
         o = self.options
         if check_memory(o.memory) is None:
             limit = available_memory()
-            if limit is None or resident_bytes(file, o.context, o.kv_type) <= limit:
+            if limit is None or self._resident_bytes(file) <= limit:
                 return {}
         else:
             limit = budget(o.memory)
@@ -258,7 +271,7 @@ class Model:
     def _tokenizer(self) -> Tokenizer:
         from .text.tokenizer import Tokenizer
 
-        return Tokenizer.from_metadata(self._file.get)
+        return Tokenizer.from_metadata(self._file.get, getattr(self._file, "strings", None))
 
     @property
     def chat_template(self) -> ChatTemplate | None:
@@ -366,6 +379,8 @@ class Model:
             [n, n_embd]. None takes what the file names, and the mean where it names nothing.
         normalize: to L2 norm 1. Raises OptionError, UnsupportedModelError (a reranker's file).
         """
+        import numpy as np  # not before it is needed: 14 MiB
+
         kind = self._pooling if pooling is None else check_pooling(pooling)
         normalize = arguments.flag("normalize", normalize)
         ids = self._encode(text, add_special=True, parse_special=False)
@@ -418,6 +433,8 @@ class Model:
             self._drain()
             if progress is not None:
                 progress(done, total, ppl)
+
+        import numpy as np
 
         with self._scratch(None) as session:
             return measure(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from .base.display import size
 from .base.memory import process_bytes
 
 if TYPE_CHECKING:
+    from ..offload.plan.forecast import Decoding
     from .backends.engine import LoadedModel
 
 _MOST_READ = 256 << 20  # bytes read to measure the memory's bandwidth, at most
@@ -26,8 +28,8 @@ class PlanReport:
     context.
     slots: experts that the cache holds of all `experts`; working_set: experts that one token uses.
     streams: fewer slots than that: layers pass through a small ring and little is reused.
-    compute_s, flash_s: expected seconds a token for reading its weights from memory, and its misses
-    from flash; they overlap, so that the larger one limits. None where a bandwidth is unknown.
+    times: expected seconds of a decoded token by resource, which overlap (see
+    offload/plan/forecast.py); token_s: of a token. None if a bandwidth is unknown.
     """
 
     model: str
@@ -55,22 +57,18 @@ class PlanReport:
     memory_bandwidth: float
     flash_bandwidth: float
     expected_hit_rate: float
-    compute_s: float | None
-    flash_s: float | None
+    times: dict[str, float] | None
+    token_s: float | None
 
     @property
-    def limited_by(self) -> Literal["memory bandwidth", "flash bandwidth"] | None:
-        """What limits the expected speed; None where it is unknown."""
-        if self.compute_s is None or self.flash_s is None:
-            return None
-        return "flash bandwidth" if self.flash_s > self.compute_s else "memory bandwidth"
+    def limited_by(self) -> str | None:
+        """The resource that takes longest; None where it is unknown."""
+        return None if self.times is None else max(self.times, key=self.times.__getitem__)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Decode tokens a second to expect at best; None where a bandwidth is unknown."""
-        if self.compute_s is None or self.flash_s is None:
-            return None
-        return 1 / max(self.compute_s, self.flash_s)
+        """Decode tokens a second to expect; None where a bandwidth is unknown."""
+        return None if self.token_s is None else 1 / self.token_s
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
@@ -121,12 +119,13 @@ class PlanReport:
         ]
 
     def _expectation(self) -> str:
-        if self.tokens_per_s is None or self.compute_s is None or self.flash_s is None:
+        if self.tokens_per_s is None or self.times is None:
             return "unknown: the bandwidths could not be measured"
-        text = f"at most {self.tokens_per_s:.1f} tok/s, limited by {self.limited_by}: "
-        text += f"memory {self.compute_s * 1e3:.1f} ms at {self.memory_bandwidth / 1e9:.1f} GB/s"
+        text = f"{self.tokens_per_s:.1f} tok/s, limited by {self.limited_by}: "
+        memory, flash = self.times["memory bandwidth"], self.times["flash"]
+        text += f"memory {memory * 1e3:.1f} ms at {self.memory_bandwidth / 1e9:.1f} GB/s"
         if self.budget:
-            text += f", flash {self.flash_s * 1e3:.1f} ms at {self.flash_bandwidth / 1e9:.2f} GB/s"
+            text += f", flash {flash * 1e3:.1f} ms at {self.flash_bandwidth / 1e9:.2f} GB/s"
             if self.experts:
                 text += f" and {self.expected_hit_rate:.0%} hits"
         return text + " a token"
@@ -143,7 +142,6 @@ def report(model: LoadedModel) -> PlanReport:
     slots, experts = int(plan.get("slots", 0)), int(plan.get("experts", 0))
     working_set = int(plan.get("working_set", 0))
     one = int(plan.get("expert_bytes", 0)) // experts if experts else 0
-    hits = expected_hit_rate(model) if limit else 1.0
     if model.stream is not None:
         pinned = {"of every kind, evenly": int(plan["weight_bytes"])}
     else:
@@ -154,10 +152,7 @@ def report(model: LoadedModel) -> PlanReport:
     if padding > 0:
         pinned["padding"] = padding  # tensors begin where direct reads may
     flash_bandwidth = model.flash_bandwidth
-    flash_s: float | None = 0.0
-    streamed = int(plan.get("streamed_bytes", 0))
-    if read := (1 - hits) * working_set * one + streamed:
-        flash_s = read / flash_bandwidth if flash_bandwidth else None
+    found = _decoding(model, plan, flash_bandwidth)
     return PlanReport(
         model=model.name,
         threads=int(plan["threads"]),
@@ -167,7 +162,7 @@ def report(model: LoadedModel) -> PlanReport:
         budget=limit,
         process=int(plan.get("process_bytes", 0)),
         pinned=pinned,
-        streamed=streamed,
+        streamed=int(plan.get("streamed_bytes", 0)),
         ring=int(plan.get("ring_bytes", 0)),
         kv=int(plan["kv_bytes"]),
         scratch=int(plan["scratch_bytes"]),
@@ -183,35 +178,35 @@ def report(model: LoadedModel) -> PlanReport:
         prefetch=None if model.offload is None else str(model.offload["prefetch"]),
         memory_bandwidth=model._memory_bandwidth,
         flash_bandwidth=flash_bandwidth,
-        expected_hit_rate=hits,
-        compute_s=(
-            int(plan["token_bytes"]) / model._memory_bandwidth if model._memory_bandwidth else None
-        ),
-        flash_s=flash_s,
+        expected_hit_rate=1.0 if found is None else found.hit_rate,
+        times=None if found is None else found.times,
+        token_s=None if found is None else found.token_s,
     )
 
 
-def expected_hit_rate(model: LoadedModel) -> float:
-    """Share of a token's experts that the cache answers, from recorded routing; 1 where all do.
+def _decoding(
+    model: LoadedModel, plan: Mapping[str, Any], flash_bandwidth: float
+) -> Decoding | None:
+    """What `stoker plan` would say of this plan on a device with these bandwidths."""
+    reads = int(plan.get("streamed_bytes", 0)) or (
+        int(plan.get("slots", 0)) < int(plan.get("experts", 0))
+    )
+    if not model._memory_bandwidth or "work" not in plan or (reads and not flash_bandwidth):
+        return None
+    from ..offload.plan.forecast import Device, Workload, decoding
+    from ..offload.plan.hit_curves import origin_of
 
-    0 below one token's working set, where hits depend on the model more than on the size.
-    """
-    from ..offload.plan.hit_curves import miss_rate, origin_of
-
-    plan, config = model.plan, model.config
-    slots, experts = int(plan.get("slots", 0)), int(plan.get("experts", 0))
-    if slots >= experts:
-        return 1.0
-    if plan["streams"]:
-        return 0.0
+    context = int(plan["context"])
+    usual = Workload()
+    prompt = min(usual.prompt_tokens, max(1, context // 2))
     recipe = model._file.get("stoker.upcycle.recipe")
-    missed = miss_rate(
-        slots / experts,
-        int(config["n_expert"]),
-        int(config["n_expert_used"]),
-        origin=origin_of(recipe if isinstance(recipe, str) else None),
+    return decoding(
+        model.config,
+        plan,
+        origin_of(recipe if isinstance(recipe, str) else None),
+        Device.measured(int(plan["threads"]), model._memory_bandwidth, flash_bandwidth),
+        Workload(prompt, max(1, min(usual.tokens, context - prompt))),
     )
-    return 1 - missed
 
 
 def _room(token_bytes: int, limit: int) -> int:

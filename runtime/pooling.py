@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from .base import arguments
 from .base.errors import ModelFileError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 # By the value of <arch>.pooling_type, from llama.cpp's enumeration.
 _OF_FILE = ("none", "mean", "cls", "last", "rank")
@@ -40,6 +41,8 @@ def pooling_of_file(value: Any, key: str) -> str:
 
 def pool(hidden: npt.NDArray[np.float32], kind: str) -> npt.NDArray[Any]:
     """hidden: [n, n_embd], n >= 1. Returns [n_embd]; [n, n_embd] for "none"."""
+    import numpy as np
+
     if kind == "none":
         return hidden
     if kind == "mean":

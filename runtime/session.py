@@ -10,10 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
-from .backends.engine import Tokens
 from .base import arguments
 from .base.errors import Cancelled, ChatTemplateError, ContextLengthError, OptionError
 from .generate import Generation
@@ -23,7 +19,10 @@ from .text.conversation import Message
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .backends.engine import EngineSequence, LoadedModel
+    import numpy as np
+    import numpy.typing as npt
+
+    from .backends.engine import EngineSequence, LoadedModel, Tokens
 
 
 _BUSY = "this session is in use by another thread: make one session for each (Model.session())"

@@ -30,7 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from ...offload.plan.device_profile import DeviceProfile
-from ...offload.plan.forecast import READERS, Device, Forecast, ModelHeader, Workload, forecast
+from ...offload.plan.forecast import (
+    Device,
+    Forecast,
+    ModelHeader,
+    Workload,
+    engine_constants,
+    forecast,
+)
 from ..run.case import BUDGET_SHARE, DECODE_PROMPT, Case
 from ..run.measure import groups_allowed, run_case
 from ..run.preparation import drop_page_cache, read_directly
@@ -105,7 +112,7 @@ def profile_now(folder: Path) -> DeviceProfile:
     effort = replace(
         probe_storage.QUICK,
         blocks=(4 << 10, 64 << 10, 256 << 10, 512 << 10, 1 << 20, 4 << 20),
-        depths=(1, READERS),
+        depths=(1, engine_constants()["readers"]),
         rounds=2,
         slice_s=0.12,
         total_s=12,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...offload.plan.planned import resident_bytes
 from ...runtime.base.errors import OptionError
-from ...runtime.base.memory import available_memory, budget, check_memory, resident_bytes
+from ...runtime.base.memory import available_memory, budget, check_memory, process_bytes
 from .case import DECODE_PROMPT, ENGINES, PROMPTS, TIME_LIMIT_S, TOKENS, Case, Engine
 from .measure import default_threads
 from .model_summary import summary
@@ -150,7 +151,9 @@ def _bytes(series: Series, memory: str) -> int | None:
         from ...runtime._core import GgufFile
 
         available = available_memory()
-        needed = resident_bytes(GgufFile(str(series.model)), series.context or None, "f16")
+        needed = resident_bytes(
+            GgufFile(str(series.model)), process_bytes(), context=series.context or 0
+        )
         return None if available is None or needed <= available else available
     if memory == "auto":
         return None

@@ -292,14 +292,18 @@ def _about(model: Path) -> dict[str, Any]:
 
 def _budget(memory: str, model: Path, context: int) -> int | None:
     """Bytes of a budget on this machine, None for everything in memory."""
+    from ...offload.plan.planned import resident_bytes
     from ...runtime._core import GgufFile
-    from ...runtime.base.memory import available_memory, budget, check_memory, resident_bytes
+    from ...runtime.base.memory import available_memory, budget, check_memory, process_bytes
 
     if memory == RESIDENT:
         return None
     if check_memory(memory) is None:
         limit = available_memory()
-        if limit is None or resident_bytes(GgufFile(str(model)), context or None, "f16") <= limit:
+        if (
+            limit is None
+            or resident_bytes(GgufFile(str(model)), process_bytes(), context=context or 0) <= limit
+        ):
             return None
     return budget(memory)
 

@@ -26,12 +26,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ...runtime.base.errors import OptionError
+from ...runtime.base.memory import GROUP_MARGIN, MACHINE_MARGIN
 from .device_profile import DeviceProfile
 from .hit_curves import distinct, miss_rate, origin_of
+from .planned import resident_parts
 
 if TYPE_CHECKING:
     from ...runtime._core import GgufFile
@@ -66,10 +69,6 @@ NEEDLESS = 1.09
 # can hide reads. The check's mixtures: waiting against bytes over the bandwidth in the same run.
 FORESEEN = 0.38
 HIDING = 0.95
-# Reads that the engine has under way at a time (its default).
-READERS = 4
-# Streamed weights: reads that the ring holds, and their bytes (offload/plan/stream_plan.cc).
-WALK_READS, WALK_LEAST, WALK_MOST = 8, 128 << 10, 1 << 20
 # Of a prompt's chunk: the smaller one of reading and computing that the larger one does not hide.
 # Assumed; offload-up64-1GB-prompt512.json does not contradict it.
 EXPOSED = 0.15
@@ -82,16 +81,14 @@ ATTENTION = 0.35
 # Opening the file, threads, and buffers: of a load. The same records.
 LOAD_S = 0.012
 # With cold caches a load reads the core and the interpreter's modules, a few pages at a time as
-# they are touched; under a budget numpy as well, whose import takes time besides. A process's
-# read_bytes; the block is what loads of mixtures in the check leave.
-LIBRARY_BYTES, NUMPY_BYTES, NUMPY_S = 4.7e6, 3.4e6, 0.07
+# they are touched. A process's read_bytes; the block is what loads of mixtures in the check leave.
+LIBRARY_BYTES = 4.7e6
 LIBRARY_BLOCK = 16 << 10
 # Touching memory for the first time, bytes a second, where the profile does not say: the kernel
 # zeroes pages. Virtual machines may be ten times slower (forecast_check.py measures it).
 FRESH_BYTES_S = 4e9
-# Of what a device has: left to others where memory is "auto" (runtime/base/memory.py).
-MARGIN_MACHINE, MARGIN_GROUP = 0.10, 0.05
 
+_MEASURED = "measured"  # id of a device of which the bandwidths alone are known
 RESOURCES = ("memory bandwidth", "arithmetic", "flash", "overhead")
 
 
@@ -103,8 +100,33 @@ class Device:
         self.threads = threads or int(profile["cpu"].get("performance") or 1)
         self.isa = str(profile["isa"].get("active", ""))
         self._formats = {f["format"]: f for f in profile["formats"]}
-        if not profile["memory_reads"] or not self._formats:
+        # Of a device whose formats are unknown (measured()) the processor limits nothing.
+        if not profile["memory_reads"] or not (self._formats or profile["id"] == _MEASURED):
             raise OptionError("device profile: expected memory_reads and formats, found none")
+
+    @classmethod
+    def measured(cls, threads: int, memory_bytes_s: float, flash_bytes_s: float) -> Device:
+        """This device, of which two bandwidths are known, bytes a second; flash 0: none is read.
+
+        Its processor limits nothing: what such a forecast says is reached at best.
+        """
+        speed = flash_bytes_s / EXPERT_READS
+        reads = [  # of whatever size
+            {"block": 1, "depth": 1, "mode": mode, "bytes_s": speed}
+            for mode in ("direct", "buffered")
+        ]
+        known = {
+            "id": _MEASURED,
+            "cpu": {"performance": threads},
+            "isa": {},
+            "memory": {},
+            "memory_reads": [{"threads": threads, "bytes_s": memory_bytes_s}],
+            "formats": [],
+            "peaks": [],
+            "storage": {},
+            "storage_reads": reads,
+        }
+        return cls(cast("DeviceProfile", known), threads)
 
     @property
     def memory_bytes_s(self) -> float:
@@ -119,16 +141,18 @@ class Device:
         memory = self.profile["memory"]
         limits = []
         if memory.get("available"):
-            limits.append(memory["available"] * (1 - MARGIN_MACHINE))
+            limits.append(memory["available"] * (1 - MACHINE_MARGIN))
         if memory.get("limit"):
-            limits.append(memory["limit"] * (1 - MARGIN_GROUP))
+            limits.append(memory["limit"] * (1 - GROUP_MARGIN))
         return int(min(limits)) if limits else None
 
     def _format(self, name: str, bits: float) -> Any:
         """The format's speeds, else those of the integer format nearest in bits a weight."""
         if name in self._formats:
             return self._formats[name]
-        return min(self._formats.values(), key=lambda f: abs(_BITS.get(f["format"], 32) - bits))
+        if not self._formats:
+            return {"row_weights_s": math.inf, "tile_ops_s": math.inf}
+        return min(self._formats.values(), key=lambda f: abs(_bits()[f["format"]] - bits))
 
     def row_weights_s(self, name: str, bits: float) -> float:
         """Weights a second of one token's product, all threads, were memory no limit to them."""
@@ -175,7 +199,7 @@ class Device:
 
     def expert_bytes_s(self, block: float) -> float:
         """Reading experts as the engine does, `block` bytes a read."""
-        return self.flash_bytes_s(block, READERS) * EXPERT_READS
+        return self.flash_bytes_s(block, engine_constants()["readers"]) * EXPERT_READS
 
     @property
     def fresh_bytes_s(self) -> float:
@@ -183,8 +207,22 @@ class Device:
         return float(self.profile["memory"].get("fresh_bytes_s") or FRESH_BYTES_S)
 
 
-# Bits a weight of the formats that a probe measures (kernels_cpu/formats.inc).
-_BITS = {"Q4_0": 4.5, "Q4_1": 5.0, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625, "Q8_0": 8.5}
+@cache
+def engine_constants() -> dict[str, int]:
+    """The engine's own: readers, and of the ring of streamed weights ring_reads, least_read and
+    most_read (bytes).
+    """
+    from ...runtime._core import plan_constants
+
+    return plan_constants()
+
+
+@cache
+def _bits() -> dict[str, float]:
+    """Bits a weight of each format."""
+    from ...runtime._core import formats
+
+    return {row["name"]: 8 * row["bytes"] / row["block"] for row in formats()}
 
 
 @dataclass(frozen=True)
@@ -302,11 +340,11 @@ def forecast(
     if not fits:
         return _unfit(subject, device, memory, everything)
     plan = everything if memory is None else subject.plan(memory, device.threads)[1]
-    model = _Model(subject, device, turn, config, plan)
+    model = _Model(subject.origin, device, turn, config, plan)
     times, prompt = model.token(), model.prompt()
     token_s, prompt_s = model.token_s(times), model.prompt_s(prompt)
     load_s = model.load_s()
-    alone = _Model(subject, device, turn, config, everything)
+    alone = _Model(subject.origin, device, turn, config, everything)
     full_s = alone.token_s(alone.token())
     doubles: int | None = None
     offloads = mixture or plan["streamed_bytes"]
@@ -321,7 +359,7 @@ def forecast(
         memory=memory,
         fits=True,
         least_memory=least,
-        resident=_resident(plan, subject.process_bytes),
+        resident=resident_parts(plan, subject.process_bytes),
         slots=int(plan.get("slots", 0)),
         experts=experts,
         expert_bytes=int(plan.get("expert_bytes", 0)) // experts if experts else 0,
@@ -387,11 +425,11 @@ def _budget_for(
 
     def slow(memory: int) -> bool:
         config, plan = subject.plan(memory, device.threads)
-        model = _Model(subject, device, turn, config, plan)
+        model = _Model(subject.origin, device, turn, config, plan)
         return model.token_s(model.token()) > token_s
 
     everything = subject.plan(0, device.threads)[1]
-    high = low + sum(_resident(everything, subject.process_bytes).values()) * 2
+    high = low + sum(resident_parts(everything, subject.process_bytes).values()) * 2
     if slow(high):
         return None
     while high - low > 1 << 20:
@@ -400,24 +438,38 @@ def _budget_for(
     return -(-high >> 20) << 20
 
 
-def _resident(plan: Mapping[str, Any], process: int) -> dict[str, int]:
-    """What the memory holds once the model runs, bytes by kind."""
-    parts = {
-        "process": int(plan.get("process_bytes", process)),
-        "weights": int(plan["weight_bytes"]),
-        "KV cache": int(plan["kv_bytes"]),
-        "scratch": int(plan["scratch_bytes"]),
-        "streamed weights": int(plan.get("ring_bytes", 0)),
-        "expert cache": int(plan.get("slot_bytes", 0)),
-        "margin": int(plan.get("margin_bytes", 0)),
-    }
-    return {kind: nbytes for kind, nbytes in parts.items() if nbytes}
+@dataclass(frozen=True)
+class Decoding:
+    """What to expect of decoding under one plan on one device.
+
+    hit_rate: of a token's experts, 1 where all are in memory; times: seconds of a token by
+    resource, which overlap; token_s: of a token; flash_bytes: read for one.
+    """
+
+    hit_rate: float
+    times: dict[str, float]
+    token_s: float
+    flash_bytes: float
+
+    @property
+    def limited_by(self) -> str:
+        """The resource that takes longest."""
+        return max(self.times, key=lambda k: self.times[k])
 
 
-def resident_bytes(subject: ModelHeader, device: Device) -> int:
-    """Of a process that holds the whole model in memory."""
-    plan = subject.plan(0, device.threads)[1]
-    return sum(_resident(plan, subject.process_bytes).values())
+def decoding(
+    config: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    origin: str,
+    device: Device,
+    turn: Workload = Workload(),
+) -> Decoding:
+    """Of a plan (Engine.config, Engine.plan); origin: of the routers, ModelHeader.origin."""
+    model = _Model(origin, device, turn, config, plan)
+    times = model.token()
+    return Decoding(
+        1 - model.miss, times, model.token_s(times), model.flash_bytes + model.streamed_bytes
+    )
 
 
 class _Model:
@@ -425,7 +477,7 @@ class _Model:
 
     def __init__(
         self,
-        subject: ModelHeader,
+        origin: str,
         device: Device,
         turn: Workload,
         config: Mapping[str, Any],
@@ -445,7 +497,7 @@ class _Model:
                 slots / experts,
                 config["n_expert"],
                 config["n_expert_used"],
-                origin=subject.origin,
+                origin=origin,
                 tokens=turn.tokens,
             )
         self.unit = plan["slot_bytes"] / slots if slots else 0.0
@@ -454,7 +506,10 @@ class _Model:
         self.streamed_bytes = int(plan["streamed_bytes"])
         self.stream_s = 0.0
         if self.streamed_bytes:
-            block = min(max(int(plan["ring_bytes"]) // WALK_READS, WALK_LEAST), WALK_MOST)
+            c = engine_constants()
+            block = min(
+                max(int(plan["ring_bytes"]) // c["ring_reads"], c["least_read"]), c["most_read"]
+            )
             self.stream_s = self.streamed_bytes / device.expert_bytes_s(block)
 
     def _second_s(self, work: Mapping[str, Any]) -> float:
@@ -570,12 +625,10 @@ class _Model:
         nbytes = int(self.plan["weight_bytes"])
         # Everything: in turn through the page cache, in pieces of 4 MiB; else past it, as experts.
         if self.experts or self.streamed_bytes:
-            rate = self.device.flash_bytes_s(4 << 20, READERS)
+            rate = self.device.flash_bytes_s(4 << 20, engine_constants()["readers"])
         else:
-            rate = self.device.flash_bytes_s(4 << 20, READERS, "buffered") * READ_AHEAD
+            readers = engine_constants()["readers"]
+            rate = self.device.flash_bytes_s(4 << 20, readers, "buffered") * READ_AHEAD
         fresh = (nbytes + int(self.plan["scratch_bytes"])) / self.device.fresh_bytes_s
-        budget = int(self.plan["memory"]) > 0
-        pages = LIBRARY_BYTES + (NUMPY_BYTES if budget else 0)
-        libraries = pages / self.device.flash_bytes_s(LIBRARY_BLOCK, 1, "buffered")
-        libraries += NUMPY_S if budget else 0
+        libraries = LIBRARY_BYTES / self.device.flash_bytes_s(LIBRARY_BLOCK, 1, "buffered")
         return LOAD_S + libraries + nbytes / rate + fresh

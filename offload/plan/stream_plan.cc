@@ -10,11 +10,6 @@ namespace stoker {
 
 namespace {
 
-// Reads of the larger size use all the bandwidth of the disks that we measured.
-constexpr int64_t kMostRead = int64_t{1} << 20;
-constexpr int64_t kLeastRead = int64_t{128} << 10;
-// Reads that a ring holds: some under way, one being used.
-constexpr int64_t kRingReads = 8;
 constexpr int64_t kMostRing = 2 * kRingReads * kMostRead;
 constexpr int64_t kLeastRing = kRingReads * kLeastRead;
 // What a read costs besides its bytes, in bytes read meanwhile: 25 us at 3 GB/s, four at a time.
@@ -151,7 +146,8 @@ StreamPlan plan_stream(const std::vector<StreamTensor>& order, int64_t room) {
     }
   }
   const auto is_streamed = [&](int32_t tensor) { return streamed.count(tensor) > 0; };
-  plan.whole.erase(std::remove_if(plan.whole.begin(), plan.whole.end(), is_streamed), plan.whole.end());
+  plan.whole.erase(std::remove_if(plan.whole.begin(), plan.whole.end(), is_streamed),
+                   plan.whole.end());
   for (StreamRead r : cuts.reads) {
     if (!is_streamed(cuts.pieces[static_cast<size_t>(r.first)].tensor)) continue;
     (r.pinned ? plan.pinned_bytes : plan.streamed_bytes) += page_span(r.extent);

@@ -9,6 +9,12 @@
 
 namespace stoker {
 
+// Reads of the larger size use all the bandwidth of the disks that we measured.
+constexpr int64_t kMostRead = int64_t{1} << 20;
+constexpr int64_t kLeastRead = int64_t{128} << 10;
+// A ring holds as many reads: some under way, one being used.
+constexpr int64_t kRingReads = 8;
+
 // A matrix of the file that every forward pass uses.
 struct StreamTensor {
   int32_t tensor = 0;  // its number in the file
@@ -43,9 +49,9 @@ struct StreamPlan {
 };
 
 // order: the matrices in the order in which a forward pass uses them; room: memory for the
-// pinned ones and for the ring, bytes. Pinned reads are spread evenly over the forward pass, so that
-// reads and computation overlap everywhere. Where `room` is too small for that, nothing is pinned
-// and the ring is the smallest that works.
+// pinned ones and for the ring, bytes. Pinned reads are spread evenly over the forward pass, so
+// that reads and computation overlap everywhere. Where `room` is too small for that, nothing is
+// pinned and the ring is the smallest that works.
 StreamPlan plan_stream(const std::vector<StreamTensor>& order, int64_t room);
 
 // Bytes of memory that an extent takes, as direct reads deliver it: whole pages.

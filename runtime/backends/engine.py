@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from ...offload.trace.record import RoutingRecorder
     from .. import _core
     from ..text.chat import ChatTemplate
     from ..text.conversation import Message
     from ..text.tokenizer import Tokenizer
 
-Ids = Sequence[int] | npt.NDArray[np.int32]
-Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
-Floats = npt.NDArray[np.float32]
+    Ids = Sequence[int] | npt.NDArray[np.int32]
+    Tokens = Sequence[int] | npt.NDArray[np.integer[Any]]
+    Floats = npt.NDArray[np.float32]
 
 
 class EngineSequence(Protocol):

@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from . import arguments
 from .cgroup import memory_headroom
@@ -15,15 +14,10 @@ from .errors import OptionError
 AUTO = "auto"
 # What "auto" leaves to others: of the machine, for the system and other programs; of a control
 # group, for page tables and the page cache, which are charged to it as well.
-_MACHINE_MARGIN = 0.10
-_GROUP_MARGIN = 0.05
-# Resident bytes of a process with numpy and the core, where the system does not tell.
+MACHINE_MARGIN = 0.10
+GROUP_MARGIN = 0.05
+# Resident bytes of a process with the core, where the system does not tell.
 _TYPICAL_PROCESS = 128 << 20
-# What a process grows by between here and the first token: tokenizer, template, Python's modules.
-_PROCESS_GROWTH = 64 << 20
-# Scratch of a prompt's chunk at most (runtime/core/engine.cc), for models that are not very wide.
-_SCRATCH = 128 << 20
-
 # What a group is charged for a process besides its memory, page tables above all, is at most this
 # part of its limit; only what exceeds it is taken for another's.
 _OVERHEAD = 0.05
@@ -132,10 +126,10 @@ def available_memory() -> int | None:
     limits = []
     machine = _machine_available()
     if machine is not None:
-        limits.append((machine + own) * (1 - _MACHINE_MARGIN))
+        limits.append((machine + own) * (1 - MACHINE_MARGIN))
     headroom = memory_headroom()
     if headroom is not None:
-        limits.append(headroom.limit * (1 - _GROUP_MARGIN) - (headroom.limit - headroom.free) + own)
+        limits.append(headroom.limit * (1 - GROUP_MARGIN) - (headroom.limit - headroom.free) + own)
     return max(0, int(min(limits))) if limits else None
 
 
@@ -193,26 +187,3 @@ def process_bytes() -> int:
 def anonymous_bytes() -> int:
     """Resident bytes of this process that no file holds; 0 where the system does not tell."""
     return _kib(Path("/proc/self/status"), "RssAnon:") or 0
-
-
-def resident_bytes(file: Any, context: int | None, kv_type: str) -> int:
-    """Bytes of a process that holds the whole model in memory, estimated from above.
-
-    file: a GgufFile; context: tokens, None for the default of a load; kv_type: "f16" or "f32".
-    """
-    arch = file.get("general.architecture")
-
-    def number(key: str, default: int) -> int:
-        value = file.get(f"{arch}.{key}")
-        if isinstance(value, list):  # one value a layer
-            value = max((v for v in value if isinstance(v, int)), default=None)
-        return value if isinstance(value, int) and 0 < value < 1 << 40 else default
-
-    trained = number("context_length", 4096)
-    tokens = min(trained, 4096) if context is None else context
-    heads = number("attention.head_count", 1)
-    head = number("embedding_length", 0) // heads
-    kv_heads = number("attention.head_count_kv", heads)
-    width = number("attention.key_length", head) + number("attention.value_length", head)
-    kv = number("block_count", 0) * tokens * kv_heads * width * (2 if kv_type == "f16" else 4)
-    return process_bytes() + _PROCESS_GROWTH + int(file.nbytes) + kv + _SCRATCH

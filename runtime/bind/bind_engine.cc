@@ -358,6 +358,14 @@ void bind_engine(nb::module_& m) {
     }
     return names;
   });
+  m.def("plan_constants", [] {
+    nb::dict d;
+    d["readers"] = stoker::IoOptions{}.readers;
+    d["ring_reads"] = stoker::kRingReads;
+    d["least_read"] = stoker::kLeastRead;
+    d["most_read"] = stoker::kMostRead;
+    return d;
+  });
   m.def("plan", plan_without_load, nb::arg("file"), nb::arg("options"),
         "(Engine.config, Engine.plan) of a load with these options, from the header alone.");
 

@@ -13,12 +13,14 @@
 #include "runtime/base/errors.h"
 #include "runtime/gguf/gguf.h"
 #include "runtime/gguf/metadata_keys.h"
+#include "runtime/gguf/strings.h"
 #include "runtime/bind/unlocked.h"
 
 namespace nb = nanobind;
 using stoker::GgufFile;
 using stoker::GgufTensor;
 using stoker::GgufValue;
+using stoker::Strings;
 
 namespace {
 
@@ -112,6 +114,27 @@ nb::tuple shape(const GgufTensor& t) {
   return nb::borrow<nb::tuple>(out);
 }
 
+// The numbers of the texts of an array.
+struct StringIds {
+  std::shared_ptr<const Strings> strings;
+
+  // -1: there is none.
+  int64_t find(nb::handle text) const {
+    Py_ssize_t size = 0;
+    const char* plain = PyUnicode_AsUTF8AndSize(text.ptr(), &size);
+    if (plain) return strings->find({plain, static_cast<size_t>(size)});
+    PyErr_Clear();  // no text, or text with bytes that are not UTF-8
+    if (!PyUnicode_Check(text.ptr())) return -1;
+    PyObject* bytes = PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogateescape");
+    if (!bytes) {  // half of a surrogate pair, which no file holds
+      PyErr_Clear();
+      return -1;
+    }
+    const nb::bytes owned = nb::steal<nb::bytes>(bytes);
+    return strings->find({owned.c_str(), owned.size()});
+  }
+};
+
 nb::list keys() {
   nb::list list;
   for (const stoker::MetadataKey& k : stoker::metadata_keys()) {
@@ -142,6 +165,31 @@ bool header_is_whole(nb::bytes data, uint64_t file_size, const std::string& name
 nb::object decoded(std::string_view bytes) { return checked(decode(bytes)); }
 
 void bind_gguf(nb::module_& m) {
+  nb::class_<StringIds>(m, "StringIds", "Text -> number in a Strings.")
+      .def(
+          "get",
+          [](const StringIds& ids, nb::handle text, nb::object fallback) {
+            const int64_t found = ids.find(text);
+            return found < 0 ? fallback : nb::object(nb::int_(found));
+          },
+          nb::arg("text"), nb::arg("fallback").none() = nb::none())
+      .def("__contains__",
+           [](const StringIds& ids, nb::handle text) { return ids.find(text) >= 0; })
+      .def("__getitem__", [](const StringIds& ids, nb::handle text) {
+        const int64_t found = ids.find(text);
+        if (found < 0) throw nb::key_error();
+        return found;
+      });
+  nb::class_<Strings>(m, "Strings", "An array of strings in a file's metadata.")
+      .def("__len__", &Strings::size)
+      .def("__getitem__",
+           [](const Strings& s, int64_t i) {
+             if (i < 0) i += s.size();
+             if (i < 0 || i >= s.size()) throw nb::index_error();
+             return decoded(s.at(i));
+           })
+      .def_prop_ro("ids", [](std::shared_ptr<const Strings> s) { return StringIds{std::move(s)}; });
+
   nb::class_<GgufTensor>(m, "TensorInfo",
                          "One row of the tensor directory; shape[0] is the contiguous dimension.")
       .def_prop_ro("name", [](const GgufTensor& t) { return decoded(t.name); })
@@ -190,6 +238,13 @@ void bind_gguf(nb::module_& m) {
             return value == nullptr ? nb::none() : to_python(*value);
           },
           nb::arg("key"), "One metadata value, None where absent.")
+      .def(
+          "strings",
+          [](std::shared_ptr<const GgufFile> f, const nb::str& key) {
+            const nb::bytes bytes = encode(key);
+            return Strings::of(std::move(f), {bytes.c_str(), bytes.size()});
+          },
+          nb::arg("key"), "An array of strings, without a copy of them; None where it is none.")
       .def_prop_ro("unknown_metadata",
                    [](const GgufFile& f) {
                      const auto names = stoker::unknown_metadata(f);

@@ -172,7 +172,7 @@ def _check_sizes(memory: str) -> None:
 
 def _budget(text: str, subject: ModelHeader, device: Device) -> int | None:
     """Bytes of the device; None: auto, and everything fits."""
-    from ...offload.plan.forecast import resident_bytes
+    from ...offload.plan.planned import resident_bytes
     from ..base.memory import check_memory
 
     named = check_memory(text)
@@ -185,7 +185,15 @@ def _budget(text: str, subject: ModelHeader, device: Device) -> int | None:
         )
     if isinstance(named, float):
         return int(available * named)
-    return None if resident_bytes(subject, device) <= available else available
+    needed = resident_bytes(
+        subject.file,
+        subject.process_bytes,
+        threads=device.threads,
+        context=subject.context,
+        kv_type=subject.kv_type,
+        precision=subject.precision,
+    )
+    return None if needed <= available else available
 
 
 def as_tab_separated(found: Sequence[Forecast]) -> str:

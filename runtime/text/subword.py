@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 from .normalizers import PrecompiledMap
-from .vocabulary import spelled_bytes
+from .vocabulary import Ids, spelled_bytes
 
 SPACE = "▁"  # how SentencePiece writes a space inside a token
 
@@ -40,7 +40,7 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-def byte_fallback(ids: Mapping[str, int], unk: int | None) -> Callable[[str], list[int]]:
+def byte_fallback(ids: Ids, unk: int | None) -> Callable[[str], list[int]]:
     """For a character without a token: its UTF-8 bytes as <0xXX> tokens, else `unk` if any."""
 
     def fallback(piece: str) -> list[int]:
@@ -63,7 +63,7 @@ class Merges:
 
     def __init__(
         self,
-        ids: Mapping[str, int],
+        ids: Ids,
         cost: Callable[[str], float | None],
         joint: str,
         fallback: Callable[[str], list[int]],
@@ -140,7 +140,7 @@ class ByteLevelBpe:
 
     def __init__(
         self,
-        ids: Mapping[str, int],
+        ids: Ids,
         cost: Callable[[str], float | None],
         joint: str,
         split: Callable[[str], list[str]],
@@ -176,9 +176,7 @@ class EscapedBpe:
     newlines: runs of newlines are cut out first, and taken whole where they are a token.
     """
 
-    def __init__(
-        self, ids: Mapping[str, int], merges: Merges, spellings: str, *, newlines: bool
-    ) -> None:
+    def __init__(self, ids: Ids, merges: Merges, spellings: str, *, newlines: bool) -> None:
         """spellings: all tokens, separated by NUL characters."""
         self._ids = ids
         self._merges = merges
@@ -301,13 +299,14 @@ class WordPiece:
     """
 
     def __init__(
-        self, ids: Mapping[str, int], unk: int, *, lowercase: bool, strip_accents: bool
+        self, ids: Ids, longest: int, unk: int, *, lowercase: bool, strip_accents: bool
     ) -> None:
+        """longest: characters of the longest token."""
         self._ids = ids
         self._unk = unk
         self._lowercase = lowercase
         self._strip_accents = strip_accents
-        self._longest = max(map(len, ids), default=0)
+        self._longest = longest
         self._words: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:

@@ -32,9 +32,10 @@ from .vocabulary import (
     UNUSED,
     USER_DEFINED,
     Metadata,
+    Strings,
     Vocabulary,
     flag,
-    merges,
+    merge_ranks,
     spelled_bytes,
     string,
 )
@@ -89,7 +90,7 @@ class Tokenizer:
     the text. add_space_prefix: whether text gets a space in front, as SentencePiece does.
     """
 
-    def __init__(self, get: Metadata) -> None:
+    def __init__(self, get: Metadata, strings: Strings | None = None) -> None:
         """See from_metadata."""
         self.kind = string(get, "tokenizer.ggml.model", "")
         if self.kind not in _DEFAULT_IDS:
@@ -98,7 +99,7 @@ class Tokenizer:
                 f"tokenizer.ggml.model: expected one of {', '.join(_DEFAULT_IDS)}, found {found}"
             )
         self.pre = string(get, "tokenizer.ggml.pre", "default")
-        vocabulary = self._vocabulary = Vocabulary(get)
+        vocabulary = self._vocabulary = Vocabulary(get, strings)
         self.vocab_size = len(vocabulary)
 
         pre: PreTokenizer | None = None
@@ -135,19 +136,20 @@ class Tokenizer:
         ) and self.kind in ("llama", "t5")
 
         self._normalize = self._normalizers(get, pre)
-        self._subword = self._build(get, pre)
+        self._subword = self._build(get, pre, strings)
         self._special = SpecialTokens(vocabulary, get, self.pre)
         self._byte_alphabet = byte_alphabet()
 
     @classmethod
-    def from_metadata(cls, get: Metadata) -> Tokenizer:
+    def from_metadata(cls, get: Metadata, strings: Strings | None = None) -> Tokenizer:
         """Builds the tokenizer of a file.
 
         get: a metadata key to its value (str, int, float, bool or a sequence of these), None
-        where absent, e.g. GgufFile.get. TokenizerError where the metadata is missing, malformed
-        or of an unknown kind.
+        where absent, e.g. GgufFile.get. strings: a key to its array of strings without a copy of
+        them (GgufFile.strings), which saves most of the memory. TokenizerError where the metadata
+        is missing, malformed or of an unknown kind.
         """
-        return cls(get)
+        return cls(get, strings)
 
     # Text to ids.
 
@@ -314,13 +316,15 @@ class Tokenizer:
                 steps.append(squeezed_spaces)
         return tuple(steps)
 
-    def _build(self, get: Metadata, pre: PreTokenizer | None) -> Subword:
+    def _build(self, get: Metadata, pre: PreTokenizer | None, strings: Strings | None) -> Subword:
         ids, tokens = self._vocabulary.ids, self._vocabulary.tokens
         if self.kind == "bert":
             return self._build_wordpiece(get)
         if self.kind == "rwkv":
             try:
-                return LongestMatch({unescape_rwkv(t): i for t, i in ids.items()}, self.unk_id)
+                return LongestMatch(
+                    {unescape_rwkv(t): i for i, t in enumerate(tokens)}, self.unk_id
+                )
             except ValueError as error:
                 raise TokenizerError(f"tokenizer.ggml.tokens: {error}") from None
         if self.kind == "t5":
@@ -336,10 +340,9 @@ class Tokenizer:
             return EscapedBpe(ids, pieces, "\0".join(tokens), newlines=False)
         assert pre is not None
         if self.pre == "kimi-k2" and get("tokenizer.ggml.merges") is None:
-            ranks, joint = tokens, ""  # tiktoken's rule: the lower id is merged first
+            cost, joint = ids.get, ""  # tiktoken's rule: the lower id is merged first
         else:
-            ranks, joint = list(merges(get)), " "
-        cost = dict(zip(ranks, range(len(ranks)), strict=True)).get
+            cost, joint = merge_ranks(get, strings).get, " "
         if pre.escaped:
             pieces = Merges(ids, cost, joint, byte_fallback(ids, None))
             return EscapedBpe(ids, pieces, "\0".join(tokens), newlines=True)
@@ -351,7 +354,8 @@ class Tokenizer:
         lowercase = flag(get, "tokenizer.ggml.normalizer.lowercase", True)
         accents = flag(get, "tokenizer.ggml.normalizer.strip_accents", lowercase)
         ids = self._vocabulary.ids
-        return WordPiece(ids, self.unk_id, lowercase=lowercase, strip_accents=accents)
+        longest = max(map(len, self._vocabulary.tokens), default=0)
+        return WordPiece(ids, longest, self.unk_id, lowercase=lowercase, strip_accents=accents)
 
     def _build_unigram(self, get: Metadata) -> Unigram:
         if self.unk_id is None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 from ..base.errors import TokenizerError
 
@@ -19,16 +19,57 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 Metadata = Callable[[str], Any]  # a metadata key to its value, None where absent
 
 
+class Ids(Protocol):
+    """Spellings to numbers; of equal spellings the last one's."""
+
+    def get(self, spelling: str, /) -> int | None:
+        """The number, None where there is none."""
+
+    def __contains__(self, spelling: object, /) -> bool: ...
+    def __getitem__(self, spelling: str, /) -> int: ...
+
+
+class Spellings(Protocol):
+    """Spellings by number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, number: int, /) -> str: ...
+    def __iter__(self) -> Iterator[str]: ...
+
+
+class StringArray(Spellings, Protocol):
+    """An array of strings that stays in its file (_core.Strings)."""
+
+    @property
+    def ids(self) -> Ids:
+        """Found by text."""
+
+
+# A metadata key to its array of strings, None where there is none.
+Strings = Callable[[str], "StringArray | None"]
+
+
 class Vocabulary:
     """tokens: spellings by id. ids: ids by spelling (of equal spellings the last).
 
     types: by id, of the tokens that are not NORMAL. typed: whether the file gives types at all.
     """
 
-    def __init__(self, get: Metadata) -> None:
-        """TokenizerError where tokenizer.ggml.tokens or token_type are missing or malformed."""
-        self.tokens = _tokens(get)
-        self.ids = dict(zip(self.tokens, range(len(self.tokens)), strict=True))
+    tokens: Spellings
+    ids: Ids
+
+    def __init__(self, get: Metadata, strings: Strings | None = None) -> None:
+        """strings: the file's own arrays, where they need no copies.
+
+        TokenizerError where tokenizer.ggml.tokens or token_type are missing or malformed.
+        """
+        inside = None if strings is None else strings("tokenizer.ggml.tokens")
+        if inside is not None and len(inside) and "" not in inside.ids:
+            self.tokens, self.ids = inside, inside.ids
+        else:
+            copied = _tokens(get)
+            self.tokens = copied
+            self.ids = dict(zip(copied, range(len(copied)), strict=True))
         found = _types(get, len(self.tokens))
         self.typed = found is not None
         self.types: dict[int, int] = found or {}
@@ -67,6 +108,15 @@ class Vocabulary:
             raise TokenizerError(
                 "tokenizer.ggml.scores: expected numbers, found other values"
             ) from None
+
+
+def merge_ranks(get: Metadata, strings: Strings | None = None) -> Ids:
+    """The ranks of tokenizer.ggml.merges, "left right"; TokenizerError where there are none."""
+    inside = None if strings is None else strings("tokenizer.ggml.merges")
+    if inside is not None:
+        return inside.ids
+    ranks = list(merges(get))
+    return dict(zip(ranks, range(len(ranks)), strict=True))
 
 
 def merges(get: Metadata) -> Sequence[str]:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import stoker
+from stoker.offload.plan.forecast import RESOURCES, Device, ModelHeader, Workload, forecast
+from stoker.offload.plan.planned import PROCESS_GROWTH
 from stoker.offload.trace.trace import read_trace
-from stoker.runtime import plan
 from stoker.runtime.base import cgroup, memory
 from stoker.runtime.statistics import Counter, ExpertStatistics, Statistics
 from tiny_models import make, some_tokens
@@ -364,15 +365,37 @@ def test_counter_adds_only_what_it_sees() -> None:
 # Plans.
 
 
-def test_expected_hits_follow_the_recorded_curves(mixture: Path) -> None:
-    from stoker.offload.plan.hit_curves import miss_rate
-
+def test_forecasts_agree(mixture: Path) -> None:
+    """`Model.forecast`, and what `stoker plan` says of a device with the bandwidths it measured."""
     model = tight(mixture)
-    p, c = model.plan, model.config
-    share = p["slots"] / p["experts"]
-    expected = 1 - miss_rate(share, c["n_expert"], c["n_expert_used"]) if share < 1 else 1
-    assert plan.expected_hit_rate(model) == (0 if p["streams"] else pytest.approx(expected))
-    assert plan.expected_hit_rate(stoker.load(mixture)) == 1
+    model._memory_bandwidth = 2e10  # the model is too small to measure it with
+    found = model.forecast()
+    assert found.times is not None and found.token_s is not None
+    header = ModelHeader(
+        model.file,
+        model.name,
+        context=found.context,
+        process_bytes=int(model.plan["process_bytes"]),
+    )
+    device = Device.measured(found.threads, found.memory_bandwidth, found.flash_bandwidth)
+    told = forecast(header, device, found.budget, Workload(64, 256))
+    assert told.slots == found.slots and told.working_set == found.working_set
+    assert told.hit_rate == found.expected_hit_rate < 1
+    assert (told.times, told.token_s) == (found.times, found.token_s)
+    assert told.limited_by == found.limited_by and told.tokens_per_s == found.tokens_per_s
+    assert found.times["flash"] > 0 == found.times["arithmetic"]
+    assert stoker.load(mixture).forecast().expected_hit_rate == 1
+
+
+def test_auto_asks_the_core(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is in memory from exactly what the core's plan comes to, and less is offloaded."""
+    whole = stoker.load(mixture)
+    plan = whole.plan
+    parts = sum(int(plan[f"{kind}_bytes"]) for kind in ("weight", "kv", "scratch"))
+    needed = memory.process_bytes() + parts + PROCESS_GROWTH
+    for limit, offloaded in ((needed + (8 << 20), False), (needed - (8 << 20), True)):
+        monkeypatch.setattr("stoker.runtime.model.available_memory", lambda n=limit: n)
+        assert (stoker.load(mixture).offload is not None) == offloaded
 
 
 def test_report_adds_up(mixture: Path) -> None:
@@ -397,15 +420,18 @@ def test_report_adds_up(mixture: Path) -> None:
     assert resident.pinned["experts"] > 0
 
 
-def test_the_slower_of_memory_and_flash_limits(mixture: Path) -> None:
+def test_the_slowest_resource_limits(mixture: Path) -> None:
     import dataclasses
 
-    base = stoker.load(mixture).forecast()
-    slow = dataclasses.replace(base, compute_s=0.01, flash_s=0.04, budget=1)
-    assert (slow.limited_by, slow.tokens_per_s) == ("flash bandwidth", 25)
-    fast = dataclasses.replace(base, compute_s=0.05, flash_s=0.04)
-    assert (fast.limited_by, fast.tokens_per_s) == ("memory bandwidth", 20)
-    unknown = dataclasses.replace(base, compute_s=None)
+    model = stoker.load(mixture)
+    model._memory_bandwidth = 2e10  # the model is too small to measure it with
+    base = model.forecast()
+    assert base.limited_by in RESOURCES and base.tokens_per_s == 1 / (base.token_s or 0)
+    times = dict.fromkeys(RESOURCES, 0.01) | {"flash": 0.04}
+    slow = dataclasses.replace(base, times=times, token_s=0.05, budget=1)
+    assert (slow.limited_by, slow.tokens_per_s) == ("flash", 20)
+    assert "20.0 tok/s, limited by flash: memory 10.0 ms at " in slow.lines()[-1]
+    unknown = dataclasses.replace(base, times=None, token_s=None)
     assert unknown.tokens_per_s is None and unknown.limited_by is None
     assert unknown.lines()[-1].endswith("could not be measured")
 

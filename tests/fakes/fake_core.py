@@ -62,6 +62,32 @@ class GgufFile:
         return self.metadata.get(key)
 
 
+def plan(
+    file: GgufFile,
+    *,
+    threads: int = 0,
+    context: int = 0,
+    kv_type: str = "f16",
+    precision: str = "balanced",
+    **offloading: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    config = {"architecture": "recital", "n_vocab": N_VOCAB, "n_embd": 2}
+    found = {
+        "threads": threads or 1,
+        "isa": "scalar",
+        "context": context or 4096,
+        "chunk": 64,
+        "kv_type": kv_type,
+        "precision": precision,
+        "kv_bytes": 1 << 16,
+        "scratch_bytes": 1 << 16,
+        "weight_bytes": 1 << 20,
+        "kinds": {"other": 1 << 20},
+        "token_bytes": 1 << 20,
+    }
+    return config, found
+
+
 class Engine:
     story = b"the story"
     delay = 0.0  # seconds that one evaluation takes
@@ -87,20 +113,9 @@ class Engine:
         self.go_on.set()
         self.budgets.append(offloading)
         self.context = context or 4096
-        self.config = {"architecture": "recital", "n_vocab": N_VOCAB, "n_embd": 2}
-        self.plan = {
-            "threads": threads or 1,
-            "isa": "scalar",
-            "context": self.context,
-            "chunk": 64,
-            "kv_type": kv_type,
-            "precision": precision,
-            "kv_bytes": 1 << 16,
-            "scratch_bytes": 1 << 16,
-            "weight_bytes": 1 << 20,
-            "kinds": {"other": 1 << 20},
-            "token_bytes": 1 << 20,
-        }
+        self.config, self.plan = plan(
+            file, threads=threads, context=context, kv_type=kv_type, precision=precision
+        )
 
     def sequence(self) -> EngineSequence:
         return EngineSequence(self)
