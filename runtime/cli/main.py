@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from ..base.errors import (
     BudgetError,
@@ -26,21 +29,28 @@ from ..base.errors import (
 from ..terminal.options import ModelCommand
 from ..terminal.spare_threads import spare_threads
 from ..terminal.standard_streams import abandon_output, open_closed_streams
-from .bench import bench
-from .bench_kernels import bench_kernels
-from .chat import chat
-from .doctor import doctor
-from .export import main as export_command
-from .inspect import inspect
-from .perplexity import perplexity
-from .plan import plan
-from .probe import probe
-from .profile import profile
-from .pull import pull
-from .report import report
-from .run import run
-from .simulate import simulate
-from .sweep import sweep
+
+# THE list of commands, in the order of the help: name -> the module of this room that has it, as a
+# function of the module's name or (export) as an app of its own.
+COMMANDS = {
+    "run": "run",
+    "chat": "chat",
+    "inspect": "inspect",
+    "pull": "pull",
+    "perplexity": "perplexity",
+    "profile": "profile",
+    "bench": "bench",
+    "bench-kernels": "bench_kernels",
+    "plan": "plan",
+    "probe": "probe",
+    "report": "report",
+    "sweep": "sweep",
+    "simulate": "simulate",
+    "doctor": "doctor",
+    "export": "export.main",
+}
+# Whose options are in groups.
+_OF_MODELS = ("run", "chat", "perplexity")
 
 _BAD_INPUT = (
     BudgetError,
@@ -52,15 +62,74 @@ _BAD_INPUT = (
     UnsupportedModelError,
 )
 
-app = typer.Typer(
-    name="stoker",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96},
-)
+_STYLE: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"], "max_content_width": 96},
+}
 
-app.add_typer(export_command.app)
+
+def _module_of(name: str) -> Any:
+    return import_module(f".{COMMANDS[name]}", __package__)
+
+
+@cache
+def command_of(name: str) -> Any:
+    """A command, of which the module is imported now."""
+    module = _module_of(name)
+    if hasattr(module, "app"):
+        found = typer.main.get_command(module.app)
+    else:
+        alone = typer.Typer(**_STYLE)
+        kind = ModelCommand if name in _OF_MODELS else None
+        alone.command(name, cls=kind)(getattr(module, COMMANDS[name]))
+        found = typer.main.get_command(alone)
+    found.name = name
+    return found
+
+
+def _summary_of(name: str, width: int) -> str:
+    """What the help of all commands says of one. Its options are not looked at."""
+    module = _module_of(name)
+    said = module.root if hasattr(module, "app") else getattr(module, COMMANDS[name])
+    return TyperCommand(name, help=said.__doc__).get_short_help_str(width)
+
+
+class _LazyCommands(Mapping[str, Any]):
+    """The commands, each imported when it is asked for: one of them needs no other's memory."""
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        return command_of(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+class Commands(TyperGroup):
+    """`stoker` as a command with commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: Any = _LazyCommands()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, in the order of the help."""
+        return list(COMMANDS)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Writes the help's list of them."""
+        width = formatter.width - 6 - max(map(len, COMMANDS))
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, _summary_of(name, width)) for name in COMMANDS])
+
+
+app = typer.Typer(name="stoker", cls=Commands, **_STYLE)
 
 
 def _version(show: bool) -> None:
@@ -87,23 +156,6 @@ def root(
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-# In the order of the help.
-app.command(cls=ModelCommand)(run)
-app.command(cls=ModelCommand)(chat)
-app.command()(inspect)
-app.command()(pull)
-app.command(cls=ModelCommand)(perplexity)
-app.command()(profile)
-app.command()(bench)
-app.command("bench-kernels")(bench_kernels)
-app.command()(plan)
-app.command()(probe)
-app.command()(report)
-app.command()(sweep)
-app.command()(simulate)
-app.command()(doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
