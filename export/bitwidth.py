@@ -186,7 +186,7 @@ def adapt(
 def resumable_part(
     source: str | os.PathLike[str], out: str | os.PathLike[str] | None
 ) -> Path | None:
-    """A file that an interrupted `adapt` has left to go on from, None where there is none."""
+    """A file that an interrupted `adapt` has left to go on from, None if there is none."""
     left = _hidden(_beside(Path(source), out)).values()
     return next((path for path in left if path.exists()), None)
 
@@ -395,7 +395,7 @@ class _Adapting:
     def choose(
         self, *, bits: float | None, nbytes: int | None, loss: float | None
     ) -> tuple[Choice, Point]:
-        """The choice for one bound. Raises OptionError where it cannot be met."""
+        """The choice for one bound. Raises OptionError if it cannot be met."""
         low, high = self._bytes(self._smallest_choice()), self._bytes(self._source_choice())
         if loss is not None:
             return self._within(loss, low, high)

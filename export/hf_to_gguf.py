@@ -70,7 +70,7 @@ def convert(
     part beside it; the same call takes it up again and gives the same bytes.
     progress: called with "convert", bytes done, bytes in all.
     Raises OptionError; ModelFileError (also for weights that are not finite);
-    UnsupportedModelError; DeviceError where the disk is full.
+    UnsupportedModelError; DeviceError if the disk is full.
     """
     row = None if type is None else mixes.file_type(type)
     root = Path(folder)

@@ -163,7 +163,7 @@ def _context_of(root: Path) -> int:
 
 
 def _tokenizer(root: Path, model: ModelProto) -> str:
-    """The GGUF metadata of the folder's tokenizer, as JSON; none where it has none."""
+    """The GGUF metadata of the folder's tokenizer, as JSON; none if it has none."""
     from .hf.folder.config import HfConfig
     from .hf.tokenizer import read_tokenizer
 

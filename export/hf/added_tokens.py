@@ -80,7 +80,7 @@ def complete(
     """Adds the tokens to the library as transformers does; all that it has then, by id.
 
     path: of tokenizer.json; rows: as of listed(); own: the file's own added tokens. Raises
-    ModelFileError where the library gives a token another id than the folder.
+    ModelFileError if the library gives a token another id than the folder.
     """
     from tokenizers import AddedToken as Row
 

@@ -28,7 +28,7 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """A BPE model. ModelFileError where the file makes no sense, UnsupportedModelError."""
+    """A BPE model. ModelFileError if the file makes no sense, UnsupportedModelError."""
     try:
         return _model(path, read_whole(path, MOST_TEXT))
     except (ValueError, struct.error, UnicodeDecodeError) as error:

@@ -65,7 +65,7 @@ def find_pre(
 
 
 def difference(entries: Mapping[str, Value], library: HfLibrary) -> str | None:
-    """Says where the probes' ids differ from the library's, None where they do nowhere."""
+    """Says where the probes' ids differ from the library's, None if they do nowhere."""
     ours = Tokenizer.from_metadata(entries.get)
     for text in (*PROBES, *_salads(ours, entries)):
         expected = library.encode(text, add_special_tokens=False).ids

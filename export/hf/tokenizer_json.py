@@ -82,7 +82,7 @@ class TokenizerJson:
         return bool(kinds)
 
     def check_escaping(self) -> None:
-        """UnsupportedModelError where a normalizer does more than put "▁" for spaces."""
+        """UnsupportedModelError if a normalizer does more than put "▁" for spaces."""
         for step in self.steps("normalizer"):
             kind, pattern = step.get("type"), step.get("pattern")
             escapes = (

@@ -56,7 +56,7 @@ class Weight:
 def plan(folder: SafetensorsFolder, family: Family, model: Model) -> list[Weight]:
     """The file's tensors, in its order: ends first, then layer by layer.
 
-    Raises ModelFileError where one is missing, has another shape, or is not of this family;
+    Raises ModelFileError if one is missing, has another shape, or is not of this family;
     UnsupportedModelError for types that are not floating point.
     """
     sources: dict[str, ShardTensor] = {}

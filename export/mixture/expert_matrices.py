@@ -50,7 +50,7 @@ def joined_name(layer: int, part: str) -> str:
 
 
 def expert_matrices(file: GgufFile) -> Sequence[ExpertMatrix]:
-    """All of them, by layer, part and expert. UnsupportedModelError where there are none."""
+    """All of them, by layer, part and expert. UnsupportedModelError if there are none."""
     found = []
     for t in file.tensors:
         if joined := _JOINED.fullmatch(t.name):

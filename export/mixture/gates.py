@@ -104,7 +104,7 @@ def record(
 ) -> Halves:
     """What every layer's router reads, [n_layer, tokens, n_embd], in a file in `folder`.
 
-    Raises DeviceError where the disk is full, ModelFileError for states that are not finite.
+    Raises DeviceError if the disk is full, ModelFileError for states that are not finite.
     """
     n = sum(map(len, sequences))
     shape = (int(model.config["n_layer"]), n, int(model.config["n_embd"]))

@@ -38,7 +38,7 @@ class Texts:
 def cut_text(source: Path, text: str, *, tokens: int, window: int) -> Texts:
     """The first `tokens` of the text for the search, the next for the report.
 
-    A shorter text is halved. Raises OptionError where it has fewer than two windows.
+    A shorter text is halved. Raises OptionError if it has fewer than two windows.
     """
     from ...runtime._core import GgufFile
     from ...runtime.text.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ class Judge:
             journal.write_text(json.dumps(recipe) + "\n")
 
     def known(self, key: str, text: str) -> Measurement | None:
-        """What was measured under this key, None where nothing was."""
+        """What was measured under this key, None if nothing was."""
         return self._known.get(f"{text} {key}")
 
     def measure(self, key: str, path: Path, text: str) -> Measurement:

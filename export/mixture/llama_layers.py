@@ -29,7 +29,7 @@ class LlamaLayers:
     """The layers of a dense model of architecture llama, read from its file when they are used."""
 
     def __init__(self, dense: DenseBase) -> None:
-        """Raises UnsupportedModelError where the numpy form lacks something that the model has."""
+        """Raises UnsupportedModelError if the numpy form lacks something that the model has."""
         self.dense = dense
         file = dense.file
 

@@ -22,7 +22,7 @@ class HfConfig:
 
     @classmethod
     def read(cls, folder: Path) -> HfConfig:
-        """The folder's config.json. ModelFileError where it is missing or is not JSON."""
+        """The folder's config.json. ModelFileError if it is missing or is not JSON."""
         path = folder / "config.json"
         if not path.is_file():
             found = "no such folder" if not folder.is_dir() else "none"
@@ -87,7 +87,7 @@ class HfConfig:
         return value
 
     def flags(self, key: str, n: int) -> list[bool] | None:
-        """A list of n flags (true, false, 1 or 0), None where there is none."""
+        """A list of n flags (true, false, 1 or 0), None if there is none."""
         value = self.get(key)
         if value is None:
             return None
@@ -96,7 +96,7 @@ class HfConfig:
         return [bool(v) for v in value]
 
     def part(self, key: str) -> HfConfig | None:
-        """An object inside the config, None where there is none."""
+        """An object inside the config, None if there is none."""
         value = self.get(key)
         if value is None:
             return None

@@ -61,7 +61,7 @@ class SafetensorsFolder:
     """All tensors of a folder's shards, by name."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the headers only. ModelFileError where a shard is missing or makes no sense."""
+        """Reads the headers only. ModelFileError if a shard is missing or makes no sense."""
         self.folder = folder
         weight_map = _index(folder / INDEX)
         self.shards: tuple[Path, ...] = _shards(folder, weight_map)
@@ -88,7 +88,7 @@ class SafetensorsFolder:
         """The bytes of rows [first_row, first_row + rows) of a tensor.
 
         What has been read is dropped from the page cache again: a folder is read once, and cached
-        pages count against a memory limit. ModelFileError where the file has become shorter,
+        pages count against a memory limit. ModelFileError if the file has become shorter,
         OSError.
         """
         row_bytes = tensor.nbytes // max(1, tensor.rows)
@@ -141,7 +141,7 @@ def _read_at(fd: int, view: memoryview, offset: int) -> int:
 
 
 def _index(path: Path) -> dict[str, str] | None:
-    """The index's weight_map (tensor -> file name), None where there is no index."""
+    """The index's weight_map (tensor -> file name), None if there is no index."""
     if not path.is_file():
         return None
     index = read_json(path)
@@ -202,12 +202,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object. ModelFileError where it does not."""
+    """A JSON file that must hold an object. ModelFileError if it does not."""
     return _object(path, _content(path))
 
 
 def read_json_array(path: Path) -> list[Any]:
-    """A JSON file that must hold an array. ModelFileError where it does not."""
+    """A JSON file that must hold an array. ModelFileError if it does not."""
     value = _value(path, _content(path))
     if not isinstance(value, list):
         raise ModelFileError(f"{path}: expected a JSON array, found {type(value).__name__}")
