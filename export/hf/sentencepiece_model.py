@@ -16,7 +16,7 @@ from ...runtime.base.errors import ModelFileError, UnsupportedModelError
 from ...runtime.files.whole_file import MOST_TEXT, read_whole
 from ...runtime.text.vocabulary import BYTE, NORMAL  # GGUF numbers the types as SentencePiece does
 
-_BPE = 2  # trainer's model type; 1 is unigram, the default
+_BPE = 2  # the trainer's model type; 1 is unigram, the default
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from ....runtime.base.errors import ModelFileError, UnsupportedModelError
 from .safetensors_folder import read_json
 
-_SIZE_LIMIT = 1 << 24  # as the engine has it (config.cc)
+_SIZE_LIMIT = 1 << 24  # the engine's limit, too (config.cc)
 
 
 class HfConfig:
@@ -44,7 +44,7 @@ class HfConfig:
         )
 
     def size(self, *keys: str, default: int | None = None, low: int = 1, high: int = 0) -> int:
-        """An integer of `low` to `high` (0: the engine's limit) under the first key that has it."""
+        """An integer from `low` to `high` (0: the engine's limit), of the first key that has it."""
         value = self.get(*keys)
         if value is None:
             if default is None:

@@ -26,7 +26,7 @@ from ....runtime.files.whole_file import MOST_TEXT, read_whole
 
 INDEX = "model.safetensors.index.json"
 
-_HEADER_LIMIT = 100_000_000  # bytes, as the format's own library has it
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the format's own library, too
 # Bits of an element; types without a whole number of bytes are not weights that GGUF could hold.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
@@ -37,7 +37,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class ShardTensor:
-    """A tensor of a shard. shape: row-major; offset: of its first byte in the file."""
+    """A tensor of a shard. shape: row-major; offset: its first byte in the file."""
 
     name: str
     dtype: str  # as the format spells it: F32, F16, BF16, ...
@@ -111,7 +111,7 @@ class SafetensorsFolder:
     def _open(self, shard: Path) -> int:
         fd = self._files.get(shard)
         if fd is None:
-            self.close()  # one at a time: folders of hundreds of shards exist
+            self.close()  # one open shard at a time: folders of hundreds of shards exist
             fd = os.open(shard, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             if hasattr(os, "posix_fadvise"):
                 with suppress(OSError):
@@ -179,7 +179,7 @@ def _shards(folder: Path, weight_map: Mapping[str, str] | None) -> tuple[Path, .
 
 
 def _check_numbering(folder: Path, shards: Sequence[Path]) -> None:
-    """Shards called ...-00001-of-00003: all of them must be there."""
+    """Checks that of shards called ...-00001-of-00003 all are there."""
     names = {shard.name for shard in shards}
     for name in sorted(names):
         match = re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\.safetensors)", name)
@@ -305,7 +305,7 @@ def _tensors(path: Path, header: Mapping[str, Any], begin: int) -> Iterator[Shar
 
 
 def _counts(value: object) -> list[int] | None:
-    """The value if it is a list of integers from 0 on that fit an offset, else None."""
+    """The value if it is a list of integers >= 0 that fit an offset, else None."""
     if isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value):
         return value
     return None
