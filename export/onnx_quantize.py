@@ -82,7 +82,7 @@ def quantize(
     `out` appears only when it is complete and has run; an existing one is replaced only with
     `force`.
     progress: called with (what, done, of how many).
-    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     origin, path = Path(source), Path(out)
     _check_options(

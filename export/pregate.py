@@ -98,7 +98,7 @@ def pregate(
     The file appears under its name only when it is complete. An interrupted call leaves a hidden
     part beside it, and the same call goes on from there. An existing `out` is replaced only with
     `force`. progress: called with (what is done, how much of it, of how much).
-    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 

@@ -71,7 +71,7 @@ def quantize(
     part beside it; the same call takes it up again and gives the same bytes.
     progress: called with "tensors", bytes done, bytes in all.
     Raises OptionError, ModelFileError (also for weights that are not finite),
-    UnsupportedModelError; DeviceError where the disk is full.
+    UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 
@@ -258,7 +258,7 @@ class _Quantizing:
             first += n
 
     def _importance_of(self, info: TensorInfo) -> npt.NDArray[np.float32] | None:
-        """[1 or experts, cols], None where nothing is known."""
+        """[1 or experts, cols], None if nothing is known."""
         if self._importance is None or info.name not in self._types:
             return None
         return self._importance.of(info.name, info.shape)

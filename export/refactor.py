@@ -70,7 +70,7 @@ class Refactored:
     """What was made: the file, its bytes, those of one expert, and what it cost.
 
     tokens: that the fit saw, the mean over layers; agreement: the share of tokens that the router
-    gives to the domain that they were clustered into. distilled: None where nothing was fitted.
+    gives to the domain that they were clustered into. distilled: None if nothing was fitted.
     """
 
     path: Path
@@ -115,7 +115,7 @@ def refactor(
     The file appears under its name only when it is complete; an interruption leaves nothing. An
     existing `out` is replaced only with `force`. progress: called with (what is done, how much of
     it, of how much).
-    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 

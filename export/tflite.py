@@ -72,9 +72,9 @@ def convert(
     out: appears under its name only when it is complete and onnxruntime has run it once; an
     existing one is replaced only with `force`. progress: called with ("operators", done, of how
     many).
-    Raises ModelFileError where the file is missing, truncated or corrupt, UnsupportedModelError
+    Raises ModelFileError if the file is missing, truncated or corrupt, UnsupportedModelError
     where it holds an operator or type that is not converted (named, with its index), OptionError
-    where `out` cannot be written or a package is missing, DeviceError where the disk is full.
+    where `out` cannot be written or a package is missing, DeviceError if the disk is full.
     """
     from .writer.gguf_writer import PartFile
 

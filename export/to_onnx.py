@@ -59,7 +59,7 @@ class Exported:
 
 
 def require_onnx() -> None:
-    """Raises OptionError where the `onnx` package is not installed, or onnxruntime."""
+    """Raises OptionError if the `onnx` package is not installed, or onnxruntime."""
     if find_spec("onnx") is None:
         raise OptionError("ONNX files need the onnx package: pip install 'stoker[export]'")
     require_onnxruntime()
@@ -99,7 +99,7 @@ def gguf_to_onnx(
 
     Both files appear when they are complete and onnxruntime has run them once. An interrupted
     call leaves a hidden part that the same call takes up again. Raises OptionError,
-    ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 
@@ -206,5 +206,5 @@ def _write(graph: Graph, part: PartFile, progress: Progress | None) -> None:
 
 
 def interrupted_part(out: str | os.PathLike[str]) -> Path | None:
-    """What an interrupted call has left for the next one, None where there is nothing."""
+    """What an interrupted call has left for the next one, None if there is nothing."""
     return resumable_part(os.fspath(out) + ".data")

@@ -127,7 +127,7 @@ def upcycle(
     part beside it; the same call takes it up again and gives the same bytes. An existing `out` is
     replaced only with `force`.
     progress: called with (what is done, how much of it, of how much); bytes for "experts".
-    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 

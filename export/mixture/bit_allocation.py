@@ -1,6 +1,6 @@
-"""Allotting one of several sizes to each of many units, so that the total cost is least.
+"""Bit allocation: one of several sizes for each of many units, at the least total cost.
 
-The costs are taken to add up. The choice for a budget is then where every unit stands on the lower
+The costs are assumed to add up. The choice for a budget is then where every unit stands on the
 convex hull of its (bytes, cost) points at one common price of a byte, found by going down the steps
 of all hulls together, those first that save most for their bytes.
 """

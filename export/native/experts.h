@@ -1,4 +1,4 @@
-// Experts from a dense matrix: each a copy with its neurons in another order and a little noise,
+// Makes experts from a dense matrix: copies with permuted neurons and a little noise,
 // quantized. The seeds decide every bit, whatever the threads.
 #pragma once
 

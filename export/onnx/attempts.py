@@ -64,7 +64,7 @@ class Attempts:
         reduce_range: bool,
         progress: Progress | None,
     ) -> None:
-        """folder: for the files; trial: raises UnsupportedModelError where one does not run.
+        """folder: for the files; trial: raises UnsupportedModelError if one does not run.
 
         calibrating: samples for the scales of activations, None for scales as they come; few: less
         of the same, for attempts that only find out what goes.
@@ -93,7 +93,7 @@ class Attempts:
     def best(self, *, per_channel: bool) -> tuple[Path, int, tuple[str, ...]]:
         """The file, how many of its operators are about integers, and notes for the user.
 
-        Raises UnsupportedModelError where nothing can be quantized, or nothing that is runs.
+        Raises UnsupportedModelError if nothing can be quantized, or nothing that is runs.
         """
         try:
             count = self._attempt(self._wanted, per_channel, self._calibrating)
@@ -382,7 +382,7 @@ def _reader(samples: Samples, specs: list[InputSpec], progress: Progress | None)
 
 
 def disk_error(error: OSError, folder: Path) -> Exception:
-    """DeviceError where the disk is full, else ModelFileError."""
+    """DeviceError if the disk is full, else ModelFileError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DeviceError(f"no space left in {folder}: {error.strerror}")
     return ModelFileError(f"{folder}: {one_line(error)}")

@@ -54,7 +54,7 @@ class Exclusion:
                 self._outputs.update(node.output)
 
     def complete(self) -> None:
-        """Raises OptionError where a pattern has fitted nothing, with names that are near it."""
+        """Raises OptionError if a pattern has fitted nothing, with names that are near it."""
         for pattern in self._patterns:
             if pattern in self._missing:
                 near = _near(pattern, self._seen)

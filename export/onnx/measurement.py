@@ -59,7 +59,7 @@ class OnnxRunner:
     ) -> None:
         """threads: None takes all cores. content: the model, where `path` does not hold it yet.
 
-        Raises ModelFileError where it cannot be loaded.
+        Raises ModelFileError if it cannot be loaded.
         """
         self.name, self.path = name, path
         self.session = _session(path, threads, content)
@@ -74,7 +74,7 @@ class OnnxRunner:
         return found
 
     def run_all(self, batch: dict[str, Array]) -> list[Array]:
-        """All outputs. Raises OptionError where the model does not take the inputs."""
+        """All outputs. Raises OptionError if the model does not take the inputs."""
         try:
             outputs: list[Array] = self.session.run(None, batch)
         except Exception as error:  # onnxruntime's exceptions have no common base but this
@@ -90,7 +90,7 @@ def compare(
     """The rows of both models, which run over the samples batch by batch.
 
     progress: called with ("measuring", done, of how many). Raises what runners raise, and
-    OptionError where the samples have labels and the first output is not [batch, classes].
+    OptionError if the samples have labels and the first output is not [batch, classes].
     """
     runners = reference, candidate
     right, agreed, done = [0, 0], 0, 0

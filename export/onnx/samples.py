@@ -77,7 +77,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of the model. shape: None where a dimension is free; the batch comes first."""
+    """An input of the model. shape: None if a dimension is free; the batch comes first."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -85,7 +85,7 @@ class InputSpec:
 
 
 def input_specs(session: onnxruntime.InferenceSession) -> list[InputSpec]:
-    """The inputs of a loaded model. Raises ModelFileError where a type is none of numbers."""
+    """The inputs of a loaded model. Raises ModelFileError if a type is none of numbers."""
     specs = []
     for i in session.get_inputs():
         if i.type not in _DTYPES:
@@ -119,7 +119,7 @@ class Samples:
         labels: a CSV file, its last column the class; or "folders".
         limit: at most so many samples, evenly over all.
 
-        Raises OptionError where there is nothing to read or labels do not match.
+        Raises OptionError if there is nothing to read or labels do not match.
         """
         self._path, self._inputs = path, list(inputs)
         self._preprocessing = preprocessing or Preprocessing()
@@ -320,7 +320,7 @@ _INTEGERS = (np.int64, np.int32, np.int8, np.uint8, np.bool_)
 
 
 def _image_shape(spec: InputSpec, p: Preprocessing) -> tuple[str, int, tuple[int, int] | None]:
-    """Layout, channels and (height, width) of an image input; None where any size will do."""
+    """Layout, channels and (height, width) of an image input; None if any size will do."""
     shape = spec.shape
     if len(shape) != 4:
         raise OptionError(

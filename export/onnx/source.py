@@ -45,7 +45,7 @@ def read(path: Path, patterns: Sequence[str]) -> Source:
     """The checked float model of a file, of an opset that has scales for each channel.
 
     patterns: node names or operator types that stay float, as the file has them.
-    Raises ModelFileError, UnsupportedModelError; OptionError where a pattern fits nothing.
+    Raises ModelFileError, UnsupportedModelError; OptionError if a pattern fits nothing.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -145,7 +145,7 @@ def _lift_constants(model: onnx.ModelProto) -> None:
 def _fold_weights(path: Path, model: onnx.ModelProto) -> None:
     """Replaces DequantizeLinear of constants by their reals: weights that are stored as integers.
 
-    Raises ModelFileError where the scales do not fit the weights.
+    Raises ModelFileError if the scales do not fit the weights.
     """
     from onnx import helper, numpy_helper
 

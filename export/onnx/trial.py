@@ -32,7 +32,7 @@ _LENGTHS = (1, 8, 32, 224)
 
 
 def require_onnxruntime() -> None:
-    """Raises OptionError where onnxruntime, without which nothing is tried, is not installed."""
+    """Raises OptionError if onnxruntime, without which nothing is tried, is not installed."""
     try:
         import onnxruntime  # noqa: F401
     except ImportError as error:
@@ -51,7 +51,7 @@ def run_once(
     feed: Feed | None = None,
     expected: Sequence[Array] | None = None,
 ) -> None:
-    """Loads a model that was made and runs it once; raises UnsupportedModelError where it fails.
+    """Loads a model that was made and runs it once; raises UnsupportedModelError if it fails.
 
     path: the name that the file is to get, for the message. made: the file or its content. advice:
     what the user can do, the end of the message. data: the file of its external weights. feed:

@@ -141,8 +141,8 @@ class TfliteFile:
 def read(path: Path) -> TfliteFile:
     """Reads and checks a tflite file.
 
-    Raises OptionError where the package `tflite` is missing, ModelFileError where the file is
-    missing, truncated or contradicts itself, UnsupportedModelError where it is valid but holds
+    Raises OptionError if the package `tflite` is missing, ModelFileError if the file is
+    missing, truncated or contradicts itself, UnsupportedModelError if it is valid but holds
     what cannot be converted (several subgraphs, sparse or variable tensors, unknown types).
     """
     try:

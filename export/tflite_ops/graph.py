@@ -156,7 +156,7 @@ class Graph:
         return self.node("DequantizeLinear", inputs, self.fresh(f"{name}:real"), **attributes)
 
     def ints(self, operator: Operator, position: int) -> list[int] | None:
-        """The values of a constant integer input, None where the operator has no such input."""
+        """The values of a constant integer input, None if the operator has no such input."""
         if position >= len(operator.inputs) or operator.inputs[position] < 0:
             return None
         tensor = self.tensor(operator.inputs[position])
@@ -334,7 +334,7 @@ class Graph:
     # The whole.
 
     def model(self, producer_version: str) -> onnx.ModelProto:
-        """The checked model. Raises ModelFileError where shapes contradict each other."""
+        """The checked model. Raises ModelFileError if shapes contradict each other."""
         for i in self.file.outputs:
             if self.stored(i) != self._names[i] or i in self.file.inputs or self._is_constant(i):
                 raise ModelFileError(

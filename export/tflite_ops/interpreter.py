@@ -26,7 +26,7 @@ class TfliteRunner:
         """names: of the inputs, in the file's order, as batches have them. reference_kernels:
         tflite's plain kernels; else the fast ones that it takes itself. threads: None takes all.
 
-        Raises OptionError where the package is missing, ModelFileError where the file cannot be
+        Raises OptionError if the package is missing, ModelFileError if the file cannot be
         loaded.
         """
         try:

@@ -101,7 +101,7 @@ class Options:
     def read(self, row: Any, name: str, what: str) -> dict[str, Any]:
         """Fields by their names in the schema, or by the keys of a custom operator's map.
 
-        Raises ModelFileError where the operator's table is missing or holds no finite numbers.
+        Raises ModelFileError if the operator's table is missing or holds no finite numbers.
         """
         if name == "RESHAPE":  # its options are often absent: the shape is then an input
             return {"NewShape": self._new_shape(row)}

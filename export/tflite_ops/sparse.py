@@ -48,7 +48,7 @@ class SparseTensor:
 
         The walk takes four bytes a path, twice, and there are never more paths than values or
         segments in the file, whatever sizes it names.
-        Raises ModelFileError where indices lie outside or are not as many as the values.
+        Raises ModelFileError if indices lie outside or are not as many as the values.
         """
         order, sizes, strides = self._dimensions(shape)
         levels = self._levels([sizes[d] for d in order], len(values))

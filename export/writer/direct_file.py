@@ -26,7 +26,7 @@ class DirectFile:
 
     @classmethod
     def open(cls, path: Path) -> DirectFile | None:
-        """The file's, None where the system or the file system has no direct writing."""
+        """The file's, None if the system or the file system has no direct writing."""
         if not hasattr(os, "O_DIRECT") or not hasattr(os, "pwrite"):
             return None
         try:

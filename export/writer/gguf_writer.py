@@ -145,7 +145,7 @@ class PartFile:
     def __init__(self, path: Path, size: int, recipe: str) -> None:
         """Opens or makes the part of `path`, of `size` bytes; all its space is allocated at once.
 
-        Raises DeviceError where the disk is too small, OSError.
+        Raises DeviceError if the disk is too small, OSError.
         """
         self.path = path
         self.part = path.with_name(f".{path.name}.part")

@@ -70,8 +70,8 @@ class Imatrix:
     def of(self, name: str, shape: Sequence[int]) -> Floats | None:
         """The importances of a tensor of this shape (shape[0] columns): [experts or 1, cols].
 
-        None where the file has none. An expert that no token chose gets the mean of the others.
-        Raises ModelFileError where the entry is for another shape.
+        None if the file has none. An expert that no token chose gets the mean of the others.
+        Raises ModelFileError if the entry is for another shape.
         """
         entry = self.entries.get(name)
         if entry is None or not entry.counts.any():

@@ -108,7 +108,7 @@ class Choice:
 
 
 def file_type(name: str) -> FileType:
-    """The row of a file type's name; OptionError where there is none."""
+    """The row of a file type's name; OptionError if there is none."""
     if name.upper() not in FILE_TYPES:
         raise OptionError(f"type: expected one of {', '.join(FILE_TYPES)}, found {name}")
     return FILE_TYPES[name.upper()]

@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def resumable_part(out: str | os.PathLike[str]) -> Path | None:
-    """The part that an interrupted making of `out` has left, None where there is none."""
+    """The part that an interrupted making of `out` has left, None if there is none."""
     path = Path(out)
     part = path.with_name(f".{path.name}.part")
     return part if part.exists() else None
@@ -172,7 +172,7 @@ def write_model(
 
     The file appears under its name only when it is complete. An interrupted call leaves a hidden
     part beside it, and the same call takes it up again and gives the same bytes.
-    Raises OptionError, DeviceError where the disk is full, and what `source` raises.
+    Raises OptionError, DeviceError if the disk is full, and what `source` raises.
     """
     path = Path(out)
     check_output(path, inputs, force=force)
@@ -239,7 +239,7 @@ def piece_rows(cols: int) -> int:
 
 
 def read_bytes(path: str | os.PathLike[str], offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    """nbytes bytes of a file from `offset` on, uint8 [nbytes]; OSError where it is shorter."""
+    """nbytes bytes of a file from `offset` on, uint8 [nbytes]; OSError if it is shorter."""
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         data = np.empty(nbytes, dtype=np.uint8)

@@ -107,7 +107,7 @@ class ModelFile(Protocol):
         """The directory."""
 
     def get(self, key: str) -> Any:
-        """One value, None where absent."""
+        """One value, None if absent."""
 
 
 class LoadedModel(Protocol):
@@ -163,7 +163,7 @@ class LoadedModel(Protocol):
 
     @property
     def file(self) -> _core.GgufFile:
-        """The GGUF file. Raises UnsupportedModelError where it is none."""
+        """The GGUF file. Raises UnsupportedModelError if it is none."""
 
     @property
     def _engine(self) -> Engine: ...

@@ -288,7 +288,7 @@ class OnnxEngine(BackendEngine):
         )
 
     def check(self, limit: int) -> None:
-        """Raises BudgetError where the process and one KV cache do not fit `limit` bytes."""
+        """Raises BudgetError if the process and one KV cache do not fit `limit` bytes."""
         needed = process_bytes() + self.kv_token_bytes * self.context
         if needed > limit:
             raise BudgetError(

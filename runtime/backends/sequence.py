@@ -192,7 +192,7 @@ class Metadata:
         self.tensors: list[Any] = []
 
     def get(self, key: str) -> Any:
-        """One value, None where absent."""
+        """One value, None if absent."""
         return self.metadata.get(key)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse(text: str | bytes) -> Any:
-    """What a JSON text says. ValueError where it is none, or is nested too deeply to be read."""
+    """What a JSON text says. ValueError if it is none, or is nested too deeply to be read."""
     try:
         return json.loads(text)
     except RecursionError:

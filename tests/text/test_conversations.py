@@ -166,7 +166,7 @@ class Reference:
     def prompt(
         self, messages: Messages, tools: Messages | None, variables: dict[str, Any]
     ) -> str | None:
-        """None where it can render no form of the conversation."""
+        """None if it can render no form of the conversation."""
         self._variables = variables
         words = [word for message in messages for word in said(message)]
         joined = [

@@ -118,7 +118,7 @@ class DecoderConfig:
 def read_config(get: Callable[[str], Any], n_vocab: int, path: str) -> DecoderConfig:
     """The configuration of a GGUF file that `GgufFile` has opened.
 
-    get: a metadata key to its value, None where absent. n_vocab: rows of its embedding. Raises
+    get: a metadata key to its value, None if absent. n_vocab: rows of its embedding. Raises
     UnsupportedModelError for a family that has no graph here, ModelFileError for bad values.
     """
     arch = str(get("general.architecture"))

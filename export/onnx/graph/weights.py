@@ -104,7 +104,7 @@ class Weights:
         return tuple(int(n) for n in reversed(self.info(name).shape))
 
     def vector(self, name: str, n: int) -> Array:
-        """A whole small tensor as float32 [n]. Raises ModelFileError where it has another size."""
+        """A whole small tensor as float32 [n]. Raises ModelFileError if it has another size."""
         tensor = self.info(name)
         if int(np.prod(tensor.shape)) != n:
             found = " x ".join(map(str, self.shape(name)))
@@ -115,7 +115,7 @@ class Weights:
         return values
 
     def optional(self, name: str, n: int) -> Array | None:
-        """As vector, None where the file has no such tensor."""
+        """As vector, None if the file has no such tensor."""
         return self.vector(name, n) if name in self else None
 
     def _bytes(self, tensor: TensorInfo | _Slice, begin: int, n: int) -> npt.NDArray[np.uint8]:
