@@ -88,7 +88,7 @@ class ChannelFit:
         return change
 
     def _solve_apart(self, right: Doubles, pull: float) -> Doubles:
-        """Solves without pairs of experts: eliminates each by itself, then solves the shared ones."""
+        """Solves without pairs of experts: eliminates each by itself, then the shared ones."""
         shared = self._rows[0]
         s = shared.stop
         change = np.zeros_like(right)
