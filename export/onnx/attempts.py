@@ -178,7 +178,7 @@ class Attempts:
         return True
 
     def _attempt(self, nodes: Sequence[str], channels: bool, samples: Samples | None) -> int:
-        """Quantizes `nodes`, runs the file; returns how many of its operators are about integers."""
+        """Quantizes `nodes`, runs the file; returns how many of its operators are integer ones."""
         import onnx
 
         kept = set(nodes)
