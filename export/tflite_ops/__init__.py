@@ -23,7 +23,7 @@ _MANY = 1 << 16
 
 @dataclass(frozen=True)
 class Converter:
-    """A function that adds an operator to the graph, and the possible counts of inputs and outputs."""
+    """A function that adds an operator to the graph, and the operator's input and output counts."""
 
     add: Callable[[Graph, Operator], None]
     fewest: int = 1

@@ -255,7 +255,7 @@ class Graph:
         if activation == _NONE:
             return []
         if activation not in _CLIPS:
-            # TANH and SIGN_BIT, which tflite's own kernels leave out
+            # tflite's own kernels leave out TANH and SIGN_BIT.
             raise UnsupportedModelError(
                 f"{self.file.path}: {operator}: expected a fused activation of none or a ReLU,"
                 f" found {activation}"
