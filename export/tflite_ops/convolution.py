@@ -60,7 +60,7 @@ def shape_nhwc(graph: Graph, operator: Operator, position: int) -> tuple[int, ..
 
 
 def conv_2d(graph: Graph, operator: Operator) -> None:
-    """Adds a Conv, weights [out, height, width, in / groups] -> [out, in / groups, height, width]."""
+    """Turns weights [out, height, width, in / groups] to [out, in / groups, height, width]."""
     weights = constant_weights(graph, operator, rank=4)
     assert weights.data is not None
     outputs, _, _, depth = weights.shape

@@ -46,7 +46,7 @@ CONTEXT = 1024
 TOP = 64
 GREEDY_TOKENS = 64
 TINY_POSITIONS = (7, 31, 63, 99)
-# What llama.cpp does not compute as the file says, and why.
+# Variants that llama.cpp computes differently from the file, and why.
 NOT_IN_LLAMA_CPP = {
     "mixtral-split": "one tensor an expert is no longer read",
     "smallthinker-window": "the window is 4096 whatever the file says",
@@ -96,7 +96,7 @@ def logprobs_of(model: llama_cpp.Llama, tokens: list[int]) -> np.ndarray:
 
 
 def greedy(model: llama_cpp.Llama, prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """GREEDY_TOKENS most likely tokens after `prompt`, end tokens included, and their leads."""
+    """The GREEDY_TOKENS most likely tokens after `prompt`, end tokens included, and their leads."""
     model.reset()
     model.eval(prompt)
     chosen, leads = [], []
