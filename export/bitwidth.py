@@ -8,7 +8,7 @@ divergence). In three steps:
 2. What a layer's error really costs: the divergence from the source model with that layer's experts
    in the smallest types, and the same for all gates, ups and downs.
 3. Evolution: the weights of the layers are changed at random, the types allotted anew for the same
-   size, and the change is kept where the divergence fell.
+   size, and the change is kept if the divergence fell.
 
 The divergence is measured on a mixed-precision store (mixed_precision_store.py) by the engine
 itself, offloaded, so that the model may be larger than memory; what is reported comes from text

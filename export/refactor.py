@@ -109,7 +109,7 @@ def refactor(
     experts * width is the base's width, each channel has one place. Both must be multiples of
     the type's block. type: type of the feed-forwards; None keeps the base's. text: calibration
     texts, the last tenth of each held out to measure; None lets the base write one. minutes: for
-    all but the perplexities, about; 0 splits without fitting. threads: of the engine; None takes
+    all but the perplexities, about; 0 splits without fitting. threads: the engine's; None takes
     all cores.
 
     The file appears under its name only when it is complete; an interruption leaves nothing. An

@@ -187,7 +187,7 @@ def verify(
 
     text: both read it, cut by a's tokenizer; None: a few pages that come with stoker. The first
     `tokens` of it are compared in windows of `context` tokens, each begun with BOS where a's
-    tokenizer does so; the logits after all of them count. precision: of stoker's own engine
+    tokenizer does so; the logits after all of them count. precision: stoker's own engine's
     (LoadOptions). threads: None takes the default of each engine.
     progress: called with ("first model" or "second model", tokens done, of how many).
 

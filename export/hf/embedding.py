@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says of embeddings: their pooling, and whether tokens see later ones.
+"""A Hugging Face folder's settings of embeddings: pooling, and whether tokens see later ones.
 
 The pooling is that of sentence-transformers: modules.json lists the steps from a text to its
 vector, and a step's own folder has its config.json.

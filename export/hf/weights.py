@@ -21,7 +21,7 @@ from .names.table import Change, Family, Layers, Model, Row
 Bytes = npt.NDArray[np.uint8]
 
 _FLOATS = ("F32", "F16", "BF16")
-# What a folder may hold beside the weights of the language model.
+# Tensors that a folder may hold beside the weights of the language model.
 _IGNORED = re.compile(
     r".*\.rotary_emb\.inv_freq|.*\.(masked_)?bias_mask|"
     r"(model\.)?(vision_tower|multi_modal_projector)\..*"

@@ -27,7 +27,7 @@ class BitAllocation:
         start = order[:, 0]
         units, targets, savings, sizes = [], [], [], []
         at = start.copy()
-        # From each point of a hull to the next: the level that saves most for each byte more.
+        # From each point of a hull, the next is the level that saves most for each byte more.
         rows = np.arange(n_units)
         active = np.ones(n_units, dtype=bool)
         step_of = np.zeros(n_units, dtype=np.int64)

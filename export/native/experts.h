@@ -8,7 +8,7 @@
 
 namespace stoker {
 
-// Which axis of a matrix counts the neurons: the rows of gate and up, the columns of down.
+// The axis of a matrix that counts the neurons: rows of gate and up, columns of down.
 enum class NeuronAxis { kRows, kColumns };
 
 struct ExpertsArgs {

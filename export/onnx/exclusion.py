@@ -1,4 +1,4 @@
-"""Which nodes of an ONNX model the user keeps float, traced from the file to the prepared graph.
+"""Nodes of an ONNX model that the user keeps float, traced from the file to the prepared graph.
 
 Between the two, functions are inlined and nodes fused, with other names and types. The names of
 tensors last: a node of the prepared graph does the work of all nodes of the file between its

@@ -47,7 +47,7 @@ class OnnxOptions:
     arena: keep freed memory for the next run: faster, larger. None: off under a memory budget.
     memory_pattern: allocate a run's memory at once. None: same as arena.
     spinning: threads wait busily for work, which is faster and burns CPU. None: onnxruntime's.
-    optimization: of the graph at load: disable, basic, extended or all.
+    optimization: optimization of the graph at load: disable, basic, extended or all.
     config: further session options, as onnxruntime names them ("session.…": "1").
     """
 

@@ -61,7 +61,7 @@ def logits(path: Path, n: int = 24) -> npt.NDArray[np.float32]:
     return engine.sequence().eval_all(some_tokens(n))
 
 
-# What is in the file.
+# Contents of the file.
 
 
 @pytest.mark.parametrize("name", [n for n in mixes.FILE_TYPES if n not in FLOATS])
@@ -355,7 +355,7 @@ def test_a_killed_command_is_taken_up_again(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
 
 
-# What it refuses.
+# Refusals.
 
 
 def damaged(base: Path, out: Path, tensor: str, index: int, value: float) -> Path:

@@ -77,7 +77,7 @@ def tensors(path: Path) -> dict[str, Any]:
     return {t.name: t for t in gguf.GGUFReader(str(path)).tensors}
 
 
-# What it computes.
+# Results.
 
 
 @pytest.mark.parametrize("shared", [0, 32, 64])
@@ -92,7 +92,7 @@ def test_with_all_channels_it_computes_its_base(base: Path, tmp_path: Path, shar
 
 
 def test_fitting_keeps_what_needs_no_fitting(base: Path, tmp_path: Path) -> None:
-    # All channels are used: the dense model's down projections are already the best.
+    # All channels are used, so the dense model's down projections are already the best.
     found = small(base, tmp_path / "out.gguf", used=4)
     np.testing.assert_allclose(logits(found.path), logits(base), atol=2e-2)
 
@@ -178,7 +178,7 @@ def test_every_expert_of_a_token_is_announced(base: Path, tmp_path: Path) -> Non
         assert counts["late"] + counts["hits"] == 150 * 3 * 2, share
 
 
-# What it is made of.
+# Contents of the file.
 
 
 def test_channels_have_one_place_where_they_fit(base: Path, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_the_fit_is_the_least_squares_solution() -> None:
     np.testing.assert_allclose(fit.solve(start, 1e9), start, atol=1e-3)
 
 
-# What is refused, and what is left behind.
+# Refusals and leftovers.
 
 
 @pytest.mark.parametrize(

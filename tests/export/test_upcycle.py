@@ -72,7 +72,7 @@ def test_without_noise_the_mixture_computes_its_base(base: Path, tmp_path: Path)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_qwen2moe_computes_its_base(family: str, tmp_path: Path) -> None:
     dense = make(tmp_path / "dense.gguf", family)
-    # All experts used: softmax's weights sum to 1 although the family does not divide by the sum.
+    # With all experts used, softmax's weights sum to 1 although the family does not renormalise.
     out = small(dense, tmp_path / "out.gguf", architecture="qwen2moe", used=4)
     assert _core.GgufFile(str(out)).get("general.architecture") == "qwen2moe"
     np.testing.assert_allclose(logits(out), logits(dense), atol=2e-2)
@@ -398,7 +398,7 @@ def test_control_c_leaves_a_part_and_says_so(base: Path, tmp_path: Path) -> None
     assert out.read_bytes() == whole.read_bytes()
 
 
-# What it refuses.
+# Refusals.
 
 
 @pytest.mark.parametrize(

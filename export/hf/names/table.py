@@ -1,4 +1,4 @@
-"""What a family's table is made of: rows from Hugging Face's tensor names to GGUF's."""
+"""Types of a family's table: rows from Hugging Face's tensor names to GGUF's."""
 
 from __future__ import annotations
 

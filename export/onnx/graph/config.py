@@ -28,7 +28,7 @@ class Family:
     head_norms: q and k are normalised, each head by itself; row_norms: over all heads at once.
     post_norms: norms after attention and after the feed-forward, before they are added.
     scales_embedding: the embedding is multiplied by sqrt(n_embd).
-    window_period: of each so many layers all but one use a sliding window; 0: none does.
+    window_period: all but one of so many layers use a sliding window; 0: no layer does.
     global_first: that one is the first instead of the last, and in models with a window it has
     no rotary embedding.
     local_base: rotary base of sliding layers, if the file has none of its own; 0: the others'.

@@ -172,7 +172,7 @@ def test_index_stays_in_the_folder(sharded: Path, tmp_path: Path, name: Any) -> 
     assert "lm_head.weight" in hf_models.refused(sharded, tmp_path / "out.gguf", ModelFileError)
 
 
-# Whatever a header says, tensors lie inside the file and side by side, or the error is one line.
+# For any header, tensors lie inside the file and side by side, or there is a one-line error.
 
 _SIZES = st.one_of(st.integers(-1, 9), st.sampled_from([1 << 31, 1 << 61, (1 << 64) - 1, 1 << 70]))
 _ODD = st.one_of(st.none(), st.booleans(), st.floats(allow_nan=False), st.text(max_size=4), _SIZES)
