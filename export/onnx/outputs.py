@@ -14,7 +14,7 @@ from .measurement import OnnxRunner
 from .samples import Array, Samples, batch_size
 
 # A share of an output's own spread. int8 costs a few hundredths; at this bound a third of the
-# output's information is lost, which makes a network useless.
+# output's information is lost, more than a network in use can bear.
 BOUND = 0.3
 _BATCH = 32
 

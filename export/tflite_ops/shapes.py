@@ -165,7 +165,7 @@ def move(
     q, target = source.quantization, graph.name_of(output.index, layout)
     types = (source.type, output.type)
     if types in _MOVES and q is not None and q.moved(output.quantization, _MOVES[types]):
-        # an input or output of the graph that is int8, while all between is uint8
+        # This is an input or output of the graph that is int8, while all between is uint8.
         moved = graph.node(kind, list(inputs), **attributes)
         real = graph.dequantized(moved, source)
         graph.finish_real(operator, layout, "Identity", real)
