@@ -1,14 +1,14 @@
-"""Widths that fit each expert: few bits where an error costs little, many where it costs much.
+"""Bit allocation for experts: few bits if an error costs little, many if it costs much.
 
 The idea is EdgeMoE's (a bitwidth for each expert), the search EvoPress's (evolution on the measured
 divergence). In three steps:
 
-1. The quick proxy: the squared error of a matrix in each type, weighted by the activations that it
-   meets on a text (an importance matrix), relative to what its layer computes.
+1. The quick proxy: the squared error of a matrix in each type, weighted by the matrix's input
+   activations on a text (an importance matrix), relative to what its layer computes.
 2. What a layer's error really costs: the divergence from the source model with that layer's experts
    in the smallest types, and the same for all gates, ups and downs.
 3. Evolution: the weights of the layers are changed at random, the types allotted anew for the same
-   size, and the change is kept where the divergence fell.
+   size, and the change is kept if the divergence fell.
 
 The divergence is measured on a mixed-precision store (mixed_precision_store.py) by the engine
 itself, offloaded, so that the model may be larger than memory; what is reported comes from text
@@ -56,8 +56,8 @@ from .writer.tensor_types import format_row
 DEFAULT_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 _RECIPE_VERSION = 1
-_SAMPLED_ROWS = 64  # of a matrix, for the quick proxy
-_STEP = 0.7  # of the evolution: of the logarithm of a layer's weight
+_SAMPLED_ROWS = 64  # rows of a matrix that the quick proxy quantizes
+_STEP = 0.7  # standard deviation of one evolution step, in the logarithm of a layer's weight
 _CHANGED = 0.3  # share of the weights that one step of the evolution changes
 _BISECTIONS = 7
 
@@ -66,8 +66,8 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Point:
-    """One allocation. uniform: the type that all experts have as far as their rows allow, "" where
-    they differ. nbytes: of the model; bits: of a weight of an expert.
+    """One allocation. uniform: the type that all experts have as far as their rows allow, "" if
+    they differ. nbytes: size of the model; bits: mean bits of an expert's weight.
 
     kl: mean divergence from the source, nats; ppl: perplexity; both on text that the search never
     saw.
@@ -82,9 +82,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What was found. points: by size. made: the point that was written to `path`.
+    """What `adapt` found. points: by size. made: the point that was written to `path`.
 
-    types: expert matrices of that file by (part, type).
+    types: number of expert matrices in that file by (part, type).
     """
 
     path: Path | None
@@ -96,10 +96,10 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Search:
-    """How it is searched. tokens: of text, for the search and again for the report.
+    """Settings of the search. tokens: taken from the text for the search, and again for the report.
 
-    window: tokens that see each other. steps: of the evolution, for each size; 0: only what the
-    quick proxy says. memory: budget of the engine that measures; None: 1 GiB or what it needs.
+    window: tokens that see each other. steps: steps of the evolution for each size; 0: only what
+    the quick proxy says. memory: budget of the engine that measures; None: 1 GiB or what it needs.
     """
 
     tokens: int = 1024
@@ -131,7 +131,7 @@ def adapt(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Adapted:
-    """Allots tensor types to the expert matrices of a GGUF mixture, and writes the model.
+    """Chooses a tensor type for each expert matrix of a GGUF mixture, and writes the model.
 
     One bound: bits a weight of the experts, nbytes of the whole file, or loss, the share by which
     the perplexity of the search's text may grow (the smallest file within it is made). out: None
@@ -186,13 +186,13 @@ def adapt(
 def resumable_part(
     source: str | os.PathLike[str], out: str | os.PathLike[str] | None
 ) -> Path | None:
-    """A file that an interrupted `adapt` has left to go on from, None where there is none."""
+    """A file that an interrupted `adapt` has left to go on from, None if there is none."""
     left = _hidden(_beside(Path(source), out)).values()
     return next((path for path in left if path.exists()), None)
 
 
 def _beside(source: Path, out: str | os.PathLike[str] | None) -> Path:
-    """What the hidden files lie beside."""
+    """The path that the hidden files lie beside."""
     return source.with_name(f"{source.name}.curve") if out is None else Path(out)
 
 
@@ -226,11 +226,11 @@ class _Adapting:
         self._nbytes = np.zeros((len(self._matrices), n), dtype=np.int64)
         for i, (matrix, row) in enumerate(zip(self._matrices, self._types, strict=True)):
             self._nbytes[i, : len(row)] = [matrix_bytes(matrix, t) for t in row]
-        # Bytes of the file that are not experts', with the longest header that it can have.
+        # Bytes of the file that are not experts' weights, with the longest header that it can have.
         single = [*self._rest, *(single_tensor(m, m.type) for m in self._matrices)]
         size = gguf_writer.layout(model_metadata(self._file), single).size
         self._around = size - sum(m.nbytes for m in self._matrices)
-        # Layers and parts in the order of the matrices: whose errors are comparable.
+        # Errors are comparable within a group: layers and parts, in the order of the matrices.
         layers = sorted({m.layer for m in self._matrices})
         self._layer = np.array([layers.index(m.layer) for m in self._matrices])
         self._part = np.array([PARTS.index(m.part) for m in self._matrices])
@@ -241,7 +241,7 @@ class _Adapting:
     # ---- preparation
 
     def measure_importance(self, text: str, given: str | os.PathLike[str] | None) -> None:
-        """The importances: of a file, or measured on the part of the text that is searched on."""
+        """The importances: from a file, or measured on the part of the text that is searched on."""
         if given is None:
             hidden = self._hidden["imatrix"]
             name = hashlib.sha256(
@@ -269,7 +269,7 @@ class _Adapting:
         self._quantizer = ExpertQuantizer(self._file, found, self._threads)
 
     def prepare(self, text: str) -> None:
-        """The proxy's costs, the store, and the weights of layers that measurement gives."""
+        """Computes the proxy's costs, the store, and the layers' weights that measurement gives."""
         self._cost = self._proxy()
         texts = cut_text(self._path, text, tokens=self._search.tokens, window=self._search.window)
         recipe = repr((_RECIPE_VERSION, source_digest(self._file), self._digest, self._search))
@@ -297,7 +297,7 @@ class _Adapting:
         return np.asarray(cost / signal[self._group][:, None])
 
     def _measured_weights(self) -> Floats:
-        """What the proxy's errors cost in divergence, as logarithms by group.
+        """How much divergence the proxy's errors cost, as logarithms by group.
 
         Each layer alone, then each part alone, goes to its smallest types; the others stay as they
         are in the source.
@@ -395,7 +395,7 @@ class _Adapting:
     def choose(
         self, *, bits: float | None, nbytes: int | None, loss: float | None
     ) -> tuple[Choice, Point]:
-        """The choice for one bound. Raises OptionError where it cannot be met."""
+        """The choice for one bound. Raises OptionError if it cannot be met."""
         low, high = self._bytes(self._smallest_choice()), self._bytes(self._source_choice())
         if loss is not None:
             return self._within(loss, low, high)
@@ -460,7 +460,7 @@ class _Adapting:
     # ---- the file
 
     def used(self, choice: Choice) -> Counter[tuple[str, str]]:
-        """Matrices by part and type."""
+        """Counts the matrices by part and type."""
         return Counter(
             (m.part, row[int(level)])
             for m, row, level in zip(self._matrices, self._types, choice, strict=True)
@@ -529,7 +529,7 @@ def _fitting(matrix: ExpertMatrix, type: str) -> str:
 
 
 def _levels(matrix: ExpertMatrix, types: Sequence[str]) -> list[str]:
-    """What a matrix may become, by size; the source's own type is the largest."""
+    """Types that a matrix may get, by size; the source's own type is the largest."""
     found = {_fitting(matrix, type) for type in types} | {matrix.type}
     return sorted(found, key=lambda t: (_bits(t), t))
 

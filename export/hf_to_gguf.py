@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a GGUF file, quantized on the way where that is asked for.
+"""Conversion of a Hugging Face folder to a GGUF file, quantized on the way if asked for.
 
 Names, orders and metadata are llama.cpp's, so that both engines read the file. Weights pass in
 pieces of a few million, so that the folder may be far larger than memory.
@@ -30,13 +30,13 @@ from .writer.model_writer import resumable_part, write_model
 
 __all__ = ["Converted", "convert", "resumable_part"]
 
-_RECIPE_VERSION = 1  # of what this file makes from the same folder and options
-_QUANTIZATION_VERSION = 2  # of ggml's block formats
+_RECIPE_VERSION = 1  # changes if the same folder and options give other bytes
+_QUANTIZATION_VERSION = 2  # version of ggml's block formats
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was made: the file, its bytes, its architecture, tensors by type, what to tell."""
+    """The result: the file, its bytes, its architecture, tensors by type, notes for the user."""
 
     path: Path
     nbytes: int
@@ -63,14 +63,14 @@ def convert(
     folder: config.json, *.safetensors, and tokenizer.json or tokenizer.model. type: a file type
     (mixes.FILE_TYPES); None keeps each matrix in the type it has. Norms, biases and routers are
     F32 either way. overrides: (glob, tensor type), with a type only. pre: the pre-tokenizer's
-    name, where it is not recognised. threads: None takes all cores; the bytes do not depend on it.
+    name, if it is not recognised. threads: None takes all cores; the bytes do not depend on it.
     The pooling of a sentence-transformers folder becomes the file's.
 
     The file appears under its name only when it is complete. An interrupted call leaves a hidden
     part beside it; the same call takes it up again and gives the same bytes.
     progress: called with "convert", bytes done, bytes in all.
     Raises OptionError; ModelFileError (also for weights that are not finite);
-    UnsupportedModelError; DeviceError where the disk is full.
+    UnsupportedModelError; DeviceError if the disk is full.
     """
     row = None if type is None else mixes.file_type(type)
     root = Path(folder)
@@ -134,7 +134,7 @@ def _sizes(family: Family, model: Model) -> mixes.Sizes:
 
 
 def _main_type(weights: Iterable[Weight]) -> str:
-    """The type of most bytes."""
+    """The type that the most bytes have."""
     nbytes: Counter[str] = Counter()
     for weight in weights:
         nbytes[weight.type] += sum(part.nbytes for part in weight.parts)

@@ -43,9 +43,9 @@ def hf_to_onnx(
 ) -> Exported:
     """Writes the decoder of a Hugging Face folder as `out` and `out`.data.
 
-    type, context, force, progress: as of gguf_to_onnx. through: "gguf"; "optimum" (float32 only:
+    type, context, force, progress: as for gguf_to_onnx. through: "gguf"; "optimum" (float32 only:
     type must be f32); "auto": gguf, and optimum for families that stoker does not know. Raises
-    OptionError (also where a package is missing), ModelFileError, UnsupportedModelError.
+    OptionError (also if a package is missing), ModelFileError, UnsupportedModelError.
     """
     root, path = Path(folder), Path(out)
     if through not in THROUGH:
@@ -88,7 +88,7 @@ def _through_gguf(
         )
         return replace(made, notes=converted.notes)
     except KeyboardInterrupt:
-        kept = True  # parts of either file are taken up again
+        kept = True  # the parts of either file are taken up again
         raise
     finally:
         if not kept:
@@ -119,7 +119,7 @@ def _through_optimum(
         fresh = Path(scratch, "renamed.onnx")
         fresh.write_bytes(model.SerializeToString())
         run_once(path, fresh, advice="a newer optimum-onnx or onnxruntime may do", data=moved)
-        path.unlink(missing_ok=True)  # it names data that is about to be replaced
+        path.unlink(missing_ok=True)  # the old model names data that is about to be replaced
         nbytes = fresh.stat().st_size
         if moved is not None:
             nbytes += moved.stat().st_size
@@ -146,7 +146,7 @@ def _export(root: Path, scratch: str) -> None:
         )
     except StokerError:
         raise
-    except Exception as error:  # of any of the packages behind it
+    except Exception as error:  # any of the packages behind it may raise anything
         line = " ".join(str(error).split())[:300]
         raise UnsupportedModelError(f"{root}: optimum-onnx does not export it: {line}") from None
 
@@ -163,7 +163,7 @@ def _context_of(root: Path) -> int:
 
 
 def _tokenizer(root: Path, model: ModelProto) -> str:
-    """The GGUF metadata of the folder's tokenizer, as JSON; none where it has none."""
+    """The GGUF metadata of the folder's tokenizer, as JSON; none if the folder has no tokenizer."""
     from .hf.folder.config import HfConfig
     from .hf.tokenizer import read_tokenizer
 
@@ -180,7 +180,7 @@ def _tokenizer(root: Path, model: ModelProto) -> str:
 
 
 def _move_data(model: ModelProto, scratch: Path, name: str) -> Path | None:
-    """Lets the external tensors lie in the file `name`, which takes this name; None: has none."""
+    """Moves the external tensors into one file, to be called `name`; None if there are none."""
     files = relocate(model, name)
     if not files:
         return None

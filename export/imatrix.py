@@ -1,4 +1,4 @@
-"""Importance matrices of a model: what its matrices multiply with on a text."""
+"""Importance matrices of a model: mean squares of its matrices' inputs on a text."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def collect(
     force: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Imatrix, float]:
-    """Measures what every matrix of a model multiplies with on a text, and writes the file.
+    """Measures the inputs of every matrix of a model on a text, and writes the file.
 
-    chunk: tokens that see each other; each chunk begins with the model's BOS token where it has
-    one; a rest shorter than a chunk is left out (a text shorter than one is one chunk). name: of
-    the text, noted in the file. memory: budget of the model while it runs. The output matrix counts
-    all tokens. Returns the matrix and the text's perplexity. progress: called with "text", chunks
-    done, chunks in all.
+    chunk: tokens that see each other; each chunk begins with the model's BOS token if it has
+    one; a rest shorter than a chunk is left out (a text shorter than one is one chunk). name: the
+    text's name, noted in the file. memory: budget of the model while it runs. The output matrix
+    counts all tokens. Returns the matrix and the text's perplexity. progress: called with "text",
+    chunks done, chunks in all.
     Raises OptionError, ModelFileError, UnsupportedModelError, DeviceError.
     """
     from ..runtime._core import ActivationSums

@@ -34,14 +34,14 @@ ACTIVATIONS = ("uint8", "int8")
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was made, and how the model was before and is after; None: nothing to measure with."""
+    """The result, and the model's measurements before and after; None: nothing to measure with."""
 
     path: Path
     nbytes: int
     quantized_nodes: int
     before: Measured | None
     after: Measured | None
-    notes: tuple[str, ...] = ()  # what else to tell: nodes that stay float
+    notes: tuple[str, ...] = ()  # for the user: nodes that stay float
 
 
 @checked
@@ -72,7 +72,7 @@ def quantize(
     range of an activation is found. activations: their type; onnxruntime is twice as fast with
     uint8 on x86 with VNNI, but before VNNI its sums can saturate, and int8 is exact. samples: how
     many calibrate. exclude: patterns of node names or operator types that stay float; a node
-    without a name is fitted by its type. reduce_range: 7-bit weights, which cannot saturate either.
+    without a name is matched by its type. reduce_range: 7-bit weights, which do not saturate, too.
 
     Half precision is computed in float32; inputs and outputs keep their types. Nodes that
     onnxruntime's quantizer cannot do, or turns into what onnxruntime does not run, stay float, and
@@ -82,7 +82,7 @@ def quantize(
     `out` appears only when it is complete and has run; an existing one is replaced only with
     `force`.
     progress: called with (what, done, of how many).
-    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     origin, path = Path(source), Path(out)
     _check_options(
@@ -109,7 +109,7 @@ def quantize(
     if measured_with is not None:
         by = None if labels is None else os.fspath(labels)
         whole = Samples(Path(measured_with), specs, preprocessing=preprocessing, labels=by)
-        # All that has labels or was meant for it; without, the error of some is that of all.
+        # All samples if they have labels or were meant for it; else some give the error of all.
         measuring = whole
         if evaluation is None and whole.labels is None:
             measuring = calibrating or whole
@@ -182,7 +182,7 @@ def _require() -> None:
 def _trial(
     origin: Path, path: Path, reference: OnnxRunner, samples: Samples | None
 ) -> Callable[[Path], None]:
-    """What runs a quantized file once, on a sample or on inputs that the float model takes."""
+    """A function that runs a file once, on a sample or on inputs that the float model takes."""
     if samples is not None:
         feed = next(samples.batches(1))
         expected = reference.run_all(feed)

@@ -3,7 +3,7 @@
 The first mixture layer keeps its router. In every other one a gate at the mixture layer before
 chooses the experts, so that their reads overlap that layer's experts and the next attention; the
 layer's own router still weighs the chosen ones against each other. A file of this kind has an
-architecture of its own ("pregated-llama"), which other engines refuse. Of layer i, with the next
+architecture of its own ("pregated-llama"), which other engines refuse. For layer i, with the next
 mixture layer j:
 
     blk.i.ffn_pregate.weight  F32 [n_embd, n_expert]: from what layer i's router reads ...
@@ -46,22 +46,22 @@ __all__ = ["ARCHITECTURES", "Pregated", "pregate", "resumable_part"]
 ARCHITECTURES = ("llama", "qwen2moe", "qwen3moe", "olmoe", "smallthinker")
 PREFIX = "pregated-"
 
-_RECIPE_VERSION = 1  # of what this file makes from the same arguments
+_RECIPE_VERSION = 1  # changes if the same arguments make other bytes
 _WINDOW = 512  # tokens of a text that see each other
 _HELD_OUT = 8  # one window in so many is kept to measure on
 _LEAST_TOKENS = 256
-_STATE_BYTES = 4 << 30  # of hidden states, in a file
+_STATE_BYTES = 4 << 30  # bytes of hidden states in a file
 _PIECE_BYTES = 32 << 20
 _ROUTER, _GATE = "ffn_gate_inp.weight", "ffn_pregate"
 
 
 @dataclass(frozen=True)
 class Pregated:
-    """What was made, and what it costs.
+    """The result and its costs.
 
-    tokens: learnt from; held_out: measured on. base_perplexity, perplexity: on the latter, each
-    window by itself, of the base and of what was made. gates: how their choices agree with the
-    routers', on the pre-gated model's own states.
+    tokens: number fitted on; held_out: number measured on. base_perplexity, perplexity: of the
+    base and of the new model on the latter, each window by itself. gates: how their choices
+    agree with the routers', on the pre-gated model's own states.
     """
 
     path: Path
@@ -90,15 +90,15 @@ def pregate(
 ) -> Pregated:
     """Makes a mixture whose experts are chosen one layer ahead.
 
-    base: a mixture of one of ARCHITECTURES. text: what the gates are fitted to, the first `tokens`
-    tokens of it; None lets the base write it. test_text: what is measured on; None keeps an eighth
-    of the text aside. minutes: of training the gates, at most; the seed decides every byte where
-    they are enough. threads, memory: of the models while they run, see LoadOptions.
+    base: a mixture of one of ARCHITECTURES. text: fits the gates, by its first `tokens`
+    tokens; None lets the base write it. test_text: text to measure on; None keeps an eighth
+    of the text aside. minutes: of training the gates, at most; if they are enough, the seed
+    decides every byte. threads, memory: of the models while they run, see LoadOptions.
 
     The file appears under its name only when it is complete. An interrupted call leaves a hidden
     part beside it, and the same call goes on from there. An existing `out` is replaced only with
     `force`. progress: called with (what is done, how much of it, of how much).
-    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 
@@ -138,7 +138,7 @@ def _digest(text: str | None) -> str | None:
 
 
 class _Mixture:
-    """The base: its routers, and the directory of what it becomes."""
+    """The base: its routers, and the directory of the pre-gated file."""
 
     def __init__(self, file: GgufFile) -> None:
         self.file = file
@@ -196,7 +196,7 @@ class _Mixture:
             raise ModelFileError(f"{self.file.path}: tensor {name}: {error}") from error
 
     def tensors(self) -> list[Tensor]:
-        """The directory: the base's, each gate behind its layer's router."""
+        """The directory: the base's rows, each gate behind its layer's router."""
         rows = []
         gated = {_router(i): i for i, _ in self.routing.pairs}
         for t in self._tensors.values():
@@ -224,7 +224,7 @@ def _router(layer: int) -> str:
 
 
 def _metadata(file: GgufFile, mixture: _Mixture) -> dict[str, bytes]:
-    """The base's, with the new architecture in the place of the old one."""
+    """The base's metadata, with the new architecture in place of the old one."""
     old = mixture.architecture + "."
     entries: dict[str, bytes] = {}
     for key, value in gguf_writer.read_metadata(file.shards[0]).items():
@@ -237,7 +237,7 @@ def _metadata(file: GgufFile, mixture: _Mixture) -> dict[str, bytes]:
 
 
 class _Pregating:
-    """One pre-gated model in the making."""
+    """One run of `pregate`."""
 
     def __init__(
         self,
@@ -302,7 +302,7 @@ class _Pregating:
             part.write(self._layout.offsets[prefix + ".bias"], gate.bias.tobytes())
 
     def copy(self, part: PartFile) -> None:
-        """Writes the base's tensors, from where an earlier call has come to."""
+        """Writes the base's tensors, from where an earlier call stopped."""
         self._model = None
         pieces = list(self._mixture.copies())
         total = sum(n for _, _, n in pieces)
@@ -323,7 +323,7 @@ class _Pregating:
         write_pieces(part, remaining(), taken=report)
 
     def measure(self, path: Path) -> tuple[float, list[Agreement]]:
-        """Nats a token and the gates' agreement on what was held out, of the model made."""
+        """NLL (nats a token) and the gates' agreement of the new model, on held-out tokens."""
         model = self._open(path)
         nll = self._nll(model)
         gates = _read_gates(path, self._mixture.routing)

@@ -1,4 +1,4 @@
-"""A model's weights in smaller types: llama.cpp's file types, streamed.
+"""Quantization of a model's weights to llama.cpp's file types, streamed.
 
 Tensors pass in pieces of a few million weights (read, quantized on all cores, written), so that the
 model may be far larger than memory.
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Quantized", "model_sizes", "quantize", "resumable_part"]
 
-_RECIPE_VERSION = 1  # of what this file makes from the same arguments
-_QUANTIZATION_VERSION = 2  # of ggml's block formats
+_RECIPE_VERSION = 1  # changes if the same arguments make other bytes
+_QUANTIZATION_VERSION = 2  # version of ggml's block formats
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was made: the file, its bytes, tensors by type, and what should be said about it."""
+    """The result: the file, its bytes, tensors by type, notes for the user."""
 
     path: Path
     nbytes: int
@@ -71,7 +71,7 @@ def quantize(
     part beside it; the same call takes it up again and gives the same bytes.
     progress: called with "tensors", bytes done, bytes in all.
     Raises OptionError, ModelFileError (also for weights that are not finite),
-    UnsupportedModelError; DeviceError where the disk is full.
+    UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 
@@ -110,12 +110,12 @@ def quantize(
 
 
 def model_sizes(file: GgufFile) -> mixes.Sizes:
-    """What the choice of types depends on, from a model's metadata."""
+    """The sizes that the choice of types depends on, from a model's metadata."""
     architecture = file.get("general.architecture")
 
     def size(key: str, default: int) -> int:
         value: Any = file.get(f"{architecture}.{key}")
-        if isinstance(value, list):  # one for each layer
+        if isinstance(value, list):  # one value for each layer
             value = next((v for v in value if v), None)
         return value if isinstance(value, int) else default
 
@@ -130,7 +130,7 @@ def model_sizes(file: GgufFile) -> mixes.Sizes:
 
 
 def source_digest(file: GgufFile) -> str:
-    """Text that changes with the file: its shards' sizes and times, its directory."""
+    """A digest that changes with the file: its shards' sizes and times, its directory."""
     shards = [os.stat(shard) for shard in file.shards]
     directory = [(t.name, t.type, t.shape, t.offset, t.shard) for t in file.tensors]
     return repr(([(s.st_size, s.st_mtime_ns) for s in shards], directory))
@@ -244,7 +244,7 @@ class _Quantizing:
     def _cuts(self, info: TensorInfo, start: int) -> Iterator[tuple[int, int]]:
         """(first row, rows) of each piece from byte `start` of the new tensor on.
 
-        A piece stays within one expert where each has importances of its own.
+        A piece stays within one expert if each has importances of its own.
         """
         cols, rows = info.shape[0], math.prod(info.shape[1:])
         if rows * cols == 0:
@@ -258,7 +258,7 @@ class _Quantizing:
             first += n
 
     def _importance_of(self, info: TensorInfo) -> npt.NDArray[np.float32] | None:
-        """[1 or experts, cols], None where nothing is known."""
+        """The tensor's importances [1 or experts, cols], None if nothing is known."""
         if self._importance is None or info.name not in self._types:
             return None
         return self._importance.of(info.name, info.shape)

@@ -1,4 +1,4 @@
-"""A dense model as a mixture whose experts are known before its second layer.
+"""Refactors a dense model into a mixture whose experts are known before its second layer.
 
 The first layer stays. After it, one small router looks at the residual stream and chooses the
 experts of the token in all other layers at once. Their feed-forwards are taken apart: channels
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
 __all__ = ["ARCHITECTURE", "Refactored", "Stage", "refactor"]
 
 _WINDOW = 256  # tokens that see each other
-_DOMAIN_TOKENS = 16384  # that domains and router are learnt from
-_SPLIT_TOKENS = 8192  # that importances are measured on
+_DOMAIN_TOKENS = 16384  # tokens that domains and router are fitted on
+_SPLIT_TOKENS = 8192  # tokens that importances are measured on
 _HELD_OUT = 8192  # tokens at most, a tenth of the text at most, that perplexity is measured on
-_OWN_TOKENS = 8192  # written by the model where there is no text
-_STATE_BYTES = 1 << 30  # of residual streams that are kept at once
-_BATCH = 2048  # tokens whose channels exist at once
-# On layers of SmolLM2, fitted to 13,000 tokens, 64 leave a fifth more error, and 4096 no less.
+_OWN_TOKENS = 8192  # tokens that the model writes if there is no text
+_STATE_BYTES = 1 << 30  # bytes of residual streams that are kept at once
+_BATCH = 2048  # tokens whose channels are held at once
+# On layers of SmolLM2, fitted to 13,000 tokens, 64 leave a fifth more error, 4096 no less.
 _PRIOR_TOKENS = 1024.0
-_MOST_TOKENS = 1 << 18  # of a fit
+_MOST_TOKENS = 1 << 18  # most tokens of a fit
 _LEAST_TOKENS = 2048
 
 Routes = dict[tuple[int, ...], Indices]  # experts, ascending -> tokens that use them
@@ -67,10 +67,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Refactored:
-    """What was made: the file, its bytes, those of one expert, and what it cost.
+    """The result: the file, its bytes, those of one expert, and what it cost.
 
-    tokens: that the fit saw, the mean over layers; agreement: the share of tokens that the router
-    gives to the domain that they were clustered into. distilled: None where nothing was fitted.
+    tokens: number that the fit saw, the mean over layers; agreement: the share of tokens that the
+    router gives to the domain that they were clustered into. distilled: None if nothing was fitted.
     """
 
     path: Path
@@ -105,17 +105,17 @@ def refactor(
 
     base: a dense model of architecture llama. experts: domains that tokens are told apart into.
     used: experts that a token takes. shared: channels of a feed-forward that every token uses;
-    None takes half of them. width: channels of an expert; None takes a quarter. Where shared +
+    None takes half of them. width: channels of an expert; None takes a quarter. If shared +
     experts * width is the base's width, each channel has one place. Both must be multiples of
-    the type's block. type: of the feed-forwards; None keeps the base's. text: calibration
+    the type's block. type: type of the feed-forwards; None keeps the base's. text: calibration
     texts, the last tenth of each held out to measure; None lets the base write one. minutes: for
-    all but the perplexities, about; 0 splits without fitting. threads: of the engine; None takes
+    all but the perplexities, about; 0 splits without fitting. threads: the engine's; None takes
     all cores.
 
     The file appears under its name only when it is complete; an interruption leaves nothing. An
     existing `out` is replaced only with `force`. progress: called with (what is done, how much of
     it, of how much).
-    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 
@@ -146,7 +146,7 @@ def refactor(
 
 
 class _Refactoring:
-    """One mixture in the making."""
+    """One run of `refactor`."""
 
     def __init__(
         self,
@@ -159,10 +159,10 @@ class _Refactoring:
         self._threads, self._progress = threads, progress
         self._file = RefactoredFile(layers.dense, recipe, threads)
         self._splits: dict[int, Split] = {}
-        self._tokens_of_layers: list[int] = []  # that each was fitted to
+        self._tokens_of_layers: list[int] = []  # tokens that each layer was fitted to
 
     def run(self, path: Path, text: Sequence[str] | None, began: float) -> Refactored:
-        """Everything, from text to file."""
+        """Does all steps, from text to file."""
         r, d = self._recipe, self._dense
         model = self._model(Path(d.file.path))
         fitting, measured = self._tokens(model, text)
@@ -201,7 +201,7 @@ class _Refactoring:
             path, made.layout.size, made.expert_bytes, r, tokens, agreed, dense, split, distilled
         )
 
-    # Text and what the model makes of it.
+    # Tokens, and the model's states on them.
 
     def _model(self, path: Path) -> Model:
         from ..runtime.model import Model
@@ -236,7 +236,7 @@ class _Refactoring:
                 f"text: expected at least {(least + 1) * window} tokens in each text, found "
                 f"{min(map(len, texts))}"
             )
-        # Of every text the same share, wherever a time limit cuts.
+        # Every text gives the same share, wherever a time limit cuts.
         places = [(i + 0.5) / len(s) for s in sources for i in range(len(s))]
         mixed = np.concatenate(sources)[np.argsort(places, kind="stable")].astype(np.int64)
         rng = np.random.default_rng([self._recipe.seed, 6])
@@ -308,12 +308,12 @@ class _Refactoring:
                 uses += member.sum(axis=0)[:, None]
                 part += h @ layer.down
             weight = np.einsum("ij,ij->i", layer.down, layer.down, dtype=np.float64)
-            # A domain that this sample lacks is taken to be like all.
+            # A domain that this sample lacks is taken to be like the mean of all.
             mean = (energy + energy.sum(axis=0) / max(1.0, float(uses.sum()))) / (uses + 1)
             self._splits[index] = choose(mean * weight, r.shared, r.width)
             self._report("channels", index, d.n_layer - 1)
 
-    # Down projections, layer after layer: [columns of the split, n_embd], energies of the columns.
+    # Down projections by layer: [columns of the split, n_embd], and the columns' energies.
 
     def _unfitted(self) -> Iterator[tuple[int, Floats, Floats | None]]:
         for index, split in self._splits.items():
@@ -325,8 +325,8 @@ class _Refactoring:
     ) -> Iterator[tuple[int, Floats, Floats | None]]:
         """Fits every layer to the dense model, on what the refactored layers before it give.
 
-        deadline: by time.monotonic(); where layers take longer than planned, those that are left
-        see fewer tokens.
+        deadline: by time.monotonic(); if layers take longer than planned, those that are left see
+        fewer tokens.
         """
         d = self._dense
         routes = self._routes(started.reshape(-1, d.n_embd))

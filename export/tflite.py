@@ -1,4 +1,4 @@
-"""tflite models as ONNX: float models in float32, int8 models as QDQ with the file's own scales.
+"""Conversion of tflite models to ONNX: float ones in float32, int8 ones as QDQ, scales kept.
 
 Inputs and outputs keep the names, types and NHWC shapes of the tflite file, and the batch is free
 where it is free there. Source: the specifications of TensorFlow Lite's operators and of its int8
@@ -31,14 +31,14 @@ ACTIVATIONS = ("int8", "uint8")
 
 @dataclass(frozen=True)
 class Converted:
-    """What was made: the file and what was in its source."""
+    """The result: the file and the contents of its source."""
 
     path: Path
     nbytes: int
     operators: int
     quantized: bool  # whether activations are integers
     hybrids: int  # operators of float inputs and int8 weights
-    reference: Measured | None = None  # the tflite file in its own interpreter, where measured
+    reference: Measured | None = None  # the tflite file in its own interpreter, if measured
     measured: Measured | None = None  # the ONNX model
 
 
@@ -67,14 +67,14 @@ def convert(
     inputs, which is more exact and faster, but not what the interpreter computes.
     evaluation, labels, preprocessing: samples (see onnx_samples.Samples) that both models run on,
     the tflite file in its own interpreter (package ai-edge-litert). reference_kernels: the
-    interpreter's plain ones, else its fast ones; None: plain ones where it has hybrid operators,
+    interpreter's plain ones, else its fast ones; None: plain ones if it has hybrid operators,
     whose inputs the fast ones round otherwise.
     out: appears under its name only when it is complete and onnxruntime has run it once; an
     existing one is replaced only with `force`. progress: called with ("operators", done, of how
     many).
-    Raises ModelFileError where the file is missing, truncated or corrupt, UnsupportedModelError
+    Raises ModelFileError if the file is missing, truncated or corrupt, UnsupportedModelError
     where it holds an operator or type that is not converted (named, with its index), OptionError
-    where `out` cannot be written or a package is missing, DeviceError where the disk is full.
+    where `out` cannot be written or a package is missing, DeviceError if the disk is full.
     """
     from .writer.gguf_writer import PartFile
 
@@ -116,7 +116,7 @@ def to_onnx(
     hybrid: str = "dynamic",
     progress: Progress | None = None,
 ) -> onnx.ModelProto:
-    """The checked ONNX model of a tflite file. Arguments and errors as of `convert`."""
+    """The checked ONNX model of a tflite file. Arguments and errors are those of `convert`."""
     return _build(Path(source), activations, hybrid, progress)[0]
 
 
@@ -139,7 +139,7 @@ def _build(
 
     file = read(path)
     graph = Graph(with_unsigned(file) if activations == "uint8" else file, hybrid=hybrid)
-    for operator in file.operators:  # before any work: all that is missing, in one error
+    for operator in file.operators:  # first, so that one error names all that cannot be converted
         if operator.name not in CONVERTERS:
             missing = [o for o in file.operators if o.name not in CONVERTERS]
             named = ", ".join(dict.fromkeys(str(o) for o in missing[:5]))

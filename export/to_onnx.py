@@ -1,4 +1,4 @@
-"""GGUF models as ONNX decoders with a KV cache, for onnxruntime.
+"""Conversion of GGUF models to ONNX decoders with a KV cache, for onnxruntime.
 
 OUT holds the graph, the tokenizer and the chat template; OUT.data beside it the weights. The graph
 (export/onnx/graph/decoder.py) has the inputs and outputs that optimum and onnxruntime-genai name.
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 WIDTHS: tuple[Width, ...] = get_args(Width)
 LONGEST_CONTEXT = 8192  # tokens, unless a longer one is asked for: the rotary tables take memory
-_VERSION = 2  # of what this module writes: parts of another are not taken up
-_KEPT = ("general.", "tokenizer.")  # metadata that travels with the model
+_VERSION = 2  # version of this module's output: parts of another version are not taken up
+_KEPT = ("general.", "tokenizer.")  # prefixes of metadata that the model keeps
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was made.
+    """The result.
 
-    data: the file of the weights, `path` itself where they lie in it. nbytes: of both; context:
-    tokens that the model runs; route: how it was made; notes: what else to tell.
+    data: the file of the weights, `path` itself if they lie in it. nbytes: of both; context:
+    tokens that the model runs; route: how it was made; notes: for the user.
     """
 
     path: Path
@@ -59,15 +59,15 @@ class Exported:
 
 
 def require_onnx() -> None:
-    """Raises OptionError where the `onnx` package is not installed, or onnxruntime."""
+    """Raises OptionError if the `onnx` package is not installed, or onnxruntime."""
     if find_spec("onnx") is None:
         raise OptionError("ONNX files need the onnx package: pip install 'stoker[export]'")
     require_onnxruntime()
 
 
 def check_options(out: Path, type: str) -> Width:
-    """The type. Raises OptionError for one that there is not, for a name that does not end in
-    .onnx, and where a package is missing.
+    """The width of a type. Raises OptionError for an unknown type, for a name that does not end in
+    .onnx, and if a package is missing.
     """
     width = next((known for known in WIDTHS if known == type), None)
     if width is None:
@@ -90,16 +90,16 @@ def gguf_to_onnx(
 ) -> Exported:
     """Writes a GGUF model as an ONNX decoder: `out` and, beside it, `out`.data.
 
-    type: of the matrices. f32; f16, computed in float32; int8 and int4, in blocks of 32, with
-    activations rounded to int8; keep: 4 bits where they are exact, 8 elsewhere. 4 bits hold Q4_0,
-    Q4_1 and Q4_K exactly and fit other types, 8 bits hold Q8_0 exactly; of an embedding, 4 bits
-    are only used where they are exact. Routers of experts stay float32. context: tokens the model
+    type: type of the matrices. f32; f16, computed in float32; int8 and int4, in blocks of 32, with
+    activations rounded to int8; keep: 4 bits if they are exact, 8 otherwise. 4 bits hold Q4_0,
+    Q4_1 and Q4_K exactly and fit other types, 8 bits hold Q8_0 exactly; an embedding gets 4 bits
+    only if they are exact. Routers of experts stay float32. context: tokens the model
     shall run, None: as trained, at most 8192.
     progress: called with ("weights", bytes written, bytes in all).
 
     Both files appear when they are complete and onnxruntime has run them once. An interrupted
     call leaves a hidden part that the same call takes up again. Raises OptionError,
-    ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 
@@ -124,12 +124,12 @@ def gguf_to_onnx(
     try:
         with making(data, graph.data_bytes, recipe) as part:
             _write(graph, part, progress)
-            relocate(proto, part.part.name)  # the weights have no other name yet
+            relocate(proto, part.part.name)  # until then, the weights have only this name
             fresh.write_bytes(proto.SerializeToString())
             advice = "another --type or a newer onnxruntime may run it"
             run_once(path, fresh, advice=advice, data=part.part)
             fresh.write_bytes(model)
-            path.unlink(missing_ok=True)  # it names data that is about to be replaced
+            path.unlink(missing_ok=True)  # the old model names data that is about to be replaced
         os.replace(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def gguf_to_onnx(
 
 
 def relocate(model: ModelProto, name: str) -> set[str]:
-    """Lets the model's external tensors lie in the file `name`; the names where they lay."""
+    """Points the model's external tensors to the file `name`; returns their old files' names."""
     before: set[str] = set()
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
@@ -157,7 +157,7 @@ def _context(asked: int | None, c: DecoderConfig) -> int:
 
 
 def _stamp(file: GgufFile) -> str:
-    """Tells this input from another, or from itself changed."""
+    """A text that differs for another input, and for this one if it changed."""
     found = [os.stat(shard) for shard in file.shards]
     return " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in found)
 
@@ -165,24 +165,24 @@ def _stamp(file: GgufFile) -> str:
 def _metadata(
     file: GgufFile, c: DecoderConfig, context: int, token_bytes: int
 ) -> Mapping[str, str]:
-    """Properties of the model: its tokenizer, its pooling and what the backend must know."""
+    """Properties of the model: its tokenizer, its pooling and the backend's keys."""
     kept = {k: v for k, v in file.metadata.items() if k.startswith(_KEPT)}
     kept[f"{c.architecture}.context_length"] = c.context_train
     key = f"{c.architecture}.pooling_type"
     pooling = file.get(key)
     if pooling is not None:
-        pooling_of_file(pooling, f"{file.path}: {key}")  # raises where embed would
+        pooling_of_file(pooling, f"{file.path}: {key}")  # raises wherever embed would
         kept[key] = pooling
     return {
         ONNX_METADATA: json.dumps(kept),
         "stoker.context": str(context),
-        "stoker.kv": "buffer",  # past and present may be the same memory
+        "stoker.kv": "buffer",  # past and present may share memory
         "stoker.token_bytes": str(token_bytes),
     }
 
 
 def _write(graph: Graph, part: PartFile, progress: Progress | None) -> None:
-    """The data file's arrays; a source that was begun and not committed is made again."""
+    """Writes the data file's arrays; a source that was begun and not committed is made again."""
     written = uncommitted = 0
     total = sum(array.nbytes for _, made in graph.sources for array in made)
     for done, (source, made) in enumerate(graph.sources):
@@ -206,5 +206,5 @@ def _write(graph: Graph, part: PartFile, progress: Progress | None) -> None:
 
 
 def interrupted_part(out: str | os.PathLike[str]) -> Path | None:
-    """What an interrupted call has left for the next one, None where there is nothing."""
+    """What an interrupted call has left for the next one, None if there is nothing."""
     return resumable_part(os.fspath(out) + ".data")

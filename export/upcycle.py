@@ -1,4 +1,4 @@
-"""A mixture of experts from a dense model, that still speaks like it.
+"""Upcycling: a mixture of experts made from a dense model, with nearly the same answers.
 
 Every expert is the dense feed-forward with its neurons in another order and a little noise; the
 router is spherical k-means over real hidden states. Whatever experts a token takes, their weighted
@@ -40,13 +40,13 @@ __all__ = ["ROUTERS", "Recipe", "Upcycled", "resumable_part", "upcycle"]
 
 ROUTERS = ("kmeans", "random")
 
-_RECIPE_VERSION = 1  # of what this file makes from the same arguments
-_BATCH_BYTES = 16 << 20  # of experts made in one call
+_RECIPE_VERSION = 1  # changes if the same arguments make other bytes
+_BATCH_BYTES = 16 << 20  # bytes of experts made in one call
 _COMMIT_BYTES = COMMIT_BYTES
-_STATE_BYTES = 1 << 30  # of hidden states that are kept at once
+_STATE_BYTES = 1 << 30  # bytes of hidden states that are kept at once
 # qwen2moe: the shared expert does this share of the work of its neurons, the experts the rest.
 _SHARED_SHARE = np.float32(0.5)
-# general.file_type of files that are mostly of a type.
+# The general.file_type of files whose tensors are mostly of a type.
 _FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -71,7 +71,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the bytes of the mixture."""
+    """All arguments that decide the bytes of the mixture."""
 
     base: str  # digest of the base file's header, with its size and time of change
     architecture: str
@@ -81,7 +81,7 @@ class Recipe:
     noise: float
     seed: int
     router: str
-    text: str | None  # digest of the text; None: the base's own
+    text: str | None  # digest of the text; None: the base writes it
     version: int = _RECIPE_VERSION
 
     def digest(self) -> str:
@@ -91,7 +91,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Upcycled:
-    """What was made: the file, its bytes, the bytes of one expert (all three matrices)."""
+    """The result: the file, its bytes, the bytes of one expert (all three matrices)."""
 
     path: Path
     nbytes: int
@@ -119,7 +119,7 @@ def upcycle(
 
     base: a dense model of architecture llama or qwen2. architecture: llama (Mixtral's form;
     default for a llama base) or qwen2moe (with a shared expert). type: of the experts' weights;
-    all other tensors are copied as they are. text: what the routers are fitted to; None lets the
+    all other tensors are copied unchanged. text: text that fits the routers; None lets the
     base write it. router: "kmeans", or "random", which uses all experts alike. noise: relative
     standard deviation, 0 to 0.5. threads: None takes all cores.
 
@@ -127,7 +127,7 @@ def upcycle(
     part beside it; the same call takes it up again and gives the same bytes. An existing `out` is
     replaced only with `force`.
     progress: called with (what is done, how much of it, of how much); bytes for "experts".
-    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError where the disk is full.
+    Raises OptionError, ModelFileError, UnsupportedModelError; DeviceError if the disk is full.
     """
     from ..runtime._core import GgufFile
 
@@ -195,7 +195,7 @@ class _Batch:
 
 
 class _Upcycling:
-    """One mixture in the making."""
+    """One run of `upcycle`."""
 
     def __init__(
         self,
@@ -212,16 +212,16 @@ class _Upcycling:
         row = format_row(recipe.type)
         self._type_id = int(row["id"])
         self._qwen = dense.architecture == "qwen2moe"
-        # Bytes of one matrix of one expert: all three are as large.
+        # Bytes of one matrix of one expert: all three have the same size.
         self._matrix_bytes = dense.n_ff * dense.n_embd // row["block"] * row["bytes"]
         self._shared_bytes = dense.n_ff_shared * dense.n_embd // row["block"] * row["bytes"]
         self.expert_bytes = 3 * self._matrix_bytes
-        self._sources: dict[str, str] = {}  # tensors that are copied -> the base's tensor
+        self._sources: dict[str, str] = {}  # copied tensors -> the base's tensor
         self.layout: Layout = gguf_writer.layout(self._metadata(file), self._tensors(file))
         self._orders = lru_cache(maxsize=1)(self._make_orders)
         self._dense_part = lru_cache(maxsize=1)(self._make_dense_part)
 
-    # What the file holds.
+    # Contents of the file.
 
     def _metadata(self, file: GgufFile) -> dict[str, bytes]:
         d, r = self._dense, self._recipe
@@ -252,7 +252,7 @@ class _Upcycling:
         """The directory, in the base's order: a layer's experts stand where its dense part was."""
         d, e = self._dense, self._recipe.experts
         rows: list[Tensor] = []
-        begun: set[int] = set()  # layers whose router has its row
+        begun: set[int] = set()  # layers whose router is in the directory
         for t in file.tensors:
             layer, part = feed_forward_part(t.name)
             if part is None:
@@ -275,7 +275,7 @@ class _Upcycling:
         return rows
 
     def _shared_tensors(self, b: str) -> Iterator[Tensor]:
-        """Shared expert and, where the base has none, biases of the layer with prefix `b`."""
+        """Shared expert and, if the base has none, biases of the layer with prefix `b`."""
         d, n, kind = self._dense, self._dense.n_ff_shared, self._type_id
         yield Tensor(b + "ffn_gate_inp_shexp.weight", (d.n_embd,), 0, 4 * d.n_embd)
         yield Tensor(b + "ffn_gate_shexp.weight", (d.n_embd, n), kind, self._shared_bytes)
@@ -286,7 +286,7 @@ class _Upcycling:
                 rows = d.tensor(b + f"attn_{part}.weight").shape[1]
                 yield Tensor(b + f"attn_{part}.bias", (rows,), 0, 4 * rows)
 
-    # Making it.
+    # Making and writing.
 
     def write(self, part: PartFile) -> None:
         """Writes what is missing: first all but the experts, in one step, then the experts."""
@@ -305,7 +305,7 @@ class _Upcycling:
         self._write_experts(part)
 
     def _write_experts(self, part: PartFile) -> None:
-        """Makes the experts batch by batch, while a thread writes those before."""
+        """Makes the experts batch by batch, while a thread writes the batches before."""
         batches = self._batches()
         total = sum(b.count for b in batches) * self._matrix_bytes
         at = sum(b.count for b in batches[: part.done - 1]) * self._matrix_bytes
@@ -325,7 +325,7 @@ class _Upcycling:
         write_pieces(part, pieces(), commit_bytes=_COMMIT_BYTES, taken=report)
 
     def _batches(self) -> Sequence[_Batch]:
-        """All experts in the order of making."""
+        """All experts in the order in which they are made."""
         e = self._recipe.experts
         size = max(1, min(e, _BATCH_BYTES // self._matrix_bytes))
         return [
@@ -353,7 +353,7 @@ class _Upcycling:
         )
 
     def _make_orders(self, layer: int) -> npt.NDArray[np.int32]:
-        """The neurons of every expert of a layer, [experts, n_ff]."""
+        """The neurons' order in every expert of a layer, [experts, n_ff]."""
         r, n_ff = self._recipe, self._dense.n_ff
         orders = np.empty((r.experts, n_ff), dtype=np.int32)
         for e in range(r.experts):
@@ -361,7 +361,7 @@ class _Upcycling:
         return orders
 
     def _make_dense_part(self, layer: int, part: str) -> Floats:
-        """A layer's dense matrix, less what the shared expert does."""
+        """A layer's dense matrix, without the shared expert's share."""
         values = self._dense.values(f"blk.{layer}.ffn_{part}.weight")
         if self._qwen and part == "down":
             values[:, self._shared_neurons(layer)] *= 1 - _SHARED_SHARE
@@ -379,7 +379,7 @@ class _Upcycling:
         neurons = self._shared_neurons(layer)
         for part in PARTS:
             values = d.values(f"{b}ffn_{part}.weight")
-            # The gate lets one half of the output through: a sigmoid of almost nothing.
+            # The gate halves the output: the sigmoid of almost nothing.
             share = 2 * _SHARED_SHARE
             values = values[:, neurons] * share if part == "down" else values[neurons]
             data = quantize(self._recipe.type, np.ascontiguousarray(values))
@@ -393,7 +393,7 @@ class _Upcycling:
                 yield name, bytes(4 * d.tensor(f"{b}attn_{part}.weight").shape[1])
 
     def _copied(self, name: str, source: str) -> npt.NDArray[np.uint8]:
-        """A tensor's bytes; rows of q and k in the order of the family's rotary layout."""
+        """A tensor's bytes; rows of q and k are in the order of the family's rotary layout."""
         data = self._dense.data(source)
         if not (self._qwen and self._dense.base_architecture == "llama"):
             return data
@@ -448,7 +448,7 @@ class _Upcycling:
 
 
 def _halves_from_pairs(head_dim: int, n_rot: int) -> npt.NDArray[np.int64]:
-    """Order of a head's rows that turns rotary pairs (2i, 2i + 1) into (i, i + n_rot / 2)."""
+    """The order of a head's rows that turns rotary pairs (2i, 2i + 1) into (i, i + n_rot / 2)."""
     order = np.arange(head_dim)
     order[:n_rot] = np.concatenate([np.arange(0, n_rot, 2), np.arange(1, n_rot, 2)])
     return order

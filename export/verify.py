@@ -1,7 +1,7 @@
-"""How far two forms of a model are from each other, on the same tokens.
+"""Distance between two forms of a model on the same tokens.
 
-A form is a GGUF or ONNX file, or a Hugging Face folder. One is loaded at a time: what the first one
-said waits in a temporary file, so that two models need no more memory than the larger of them.
+A form is a GGUF or ONNX file, or a Hugging Face folder. One is loaded at a time: the first one's
+logits wait in a temporary file, so that two models need no more memory than the larger of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BAD = 99  # the percentile of the divergence that is shown beside the mean
 
 @dataclass(frozen=True)
 class Form:
-    """One of the two: its size on the disk, what it made of the text, how fast it decoded.
+    """One of the two: its size on the disk, its result on the text, its decode speed.
 
     ppl: perplexity of the scored tokens. decode: greedy tokens a second, after a short prompt.
     """
@@ -70,7 +70,7 @@ class Verification:
 
 
 class _Loaded(Protocol):
-    """What comparing needs of a form."""
+    """The methods of a form that the comparison uses."""
 
     kind: str
     nbytes: int
@@ -82,7 +82,7 @@ class _Loaded(Protocol):
 
 
 class _Stoker:
-    """A file that stoker runs, itself or through a backend."""
+    """A file that stoker runs, by its own engine or through a backend."""
 
     def __init__(self, path: Path, *, context: int, threads: int | None, precision: str) -> None:
         from ..runtime.load import load
@@ -138,7 +138,7 @@ class _HuggingFace:
             f.stat().st_size for f in path.iterdir() if f.suffix in (".safetensors", ".bin")
         )
         try:
-            # Nothing is fetched, and no code of the folder is run.
+            # Nothing is downloaded, and no code of the folder is run.
             self._tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, local_files_only=True
@@ -185,9 +185,9 @@ def verify(
 ) -> Verification:
     """Compares two forms of a model: GGUF and ONNX files, Hugging Face folders, names of models.
 
-    text: what both read, cut by a's tokenizer; None: a few pages that come with stoker. The first
+    text: both read it, cut by a's tokenizer; None: a few pages that come with stoker. The first
     `tokens` of it are compared in windows of `context` tokens, each begun with BOS where a's
-    tokenizer does so; the logits after all of them count. precision: of stoker's own engine
+    tokenizer does so; the logits after all of them count. precision: stoker's own engine's
     (LoadOptions). threads: None takes the default of each engine.
     progress: called with ("first model" or "second model", tokens done, of how many).
 
@@ -275,7 +275,7 @@ def _windows(ids: list[int], context: int, bos: int | None) -> list[list[int]]:
 
 
 class _Mean:
-    """A mean of everything that was added."""
+    """The mean of all values that were added."""
 
     def __init__(self) -> None:
         self._sum, self._n = 0.0, 0

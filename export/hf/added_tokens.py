@@ -1,7 +1,7 @@
-"""Added tokens of a Hugging Face folder: those of tokenizer.json, and what other files add to it.
+"""Added tokens of a Hugging Face folder: those of tokenizer.json, and those that other files add.
 
 transformers reads the same files and in this order (PreTrainedTokenizerBase._from_pretrained,
-TokenizersBackend.__init__): added_tokens_decoder of tokenizer_config.json, or where it is absent
+TokenizersBackend.__init__): added_tokens_decoder of tokenizer_config.json, or if it is absent
 special_tokens_map.json and added_tokens.json; then the special tokens that have no token yet. The
 tokenizers library gives the ids.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfLibrary
 
 _DECODER = "added_tokens_decoder"
-# In transformers' order, in which they get ids.
+# The order is transformers', in which tokens get ids.
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -29,7 +29,7 @@ def listed(
 ) -> list[tuple[int, Mapping[str, Any]]]:
     """(id, row) of the tokens that other files than tokenizer.json give ids, by id.
 
-    settings: tokenizer_config.json; legacy: added_tokens.json, which counts where the settings
+    settings: tokenizer_config.json; legacy: added_tokens.json, which counts if the settings
     have no added_tokens_decoder; special: texts that are special tokens there. ModelFileError.
     """
     decoder = settings.get(_DECODER)
@@ -77,10 +77,10 @@ def complete(
     special: Iterator[Mapping[str, Any]],
     own: list[AddedToken],
 ) -> list[AddedToken]:
-    """Adds the tokens to the library as transformers does; all that it has then, by id.
+    """Adds the tokens to the library as transformers does; returns all that it has then, by id.
 
-    path: of tokenizer.json; rows: as of listed(); own: the file's own added tokens. Raises
-    ModelFileError where the library gives a token another id than the folder.
+    path: tokenizer.json; rows: from listed(); own: the file's own added tokens. Raises
+    ModelFileError if the library gives a token another id than the folder.
     """
     from tokenizers import AddedToken as Row
 
@@ -97,12 +97,12 @@ def complete(
                 adding.append(made(token))
                 taken.add(token["content"])
         library.add_tokens(adding)
-    except (TypeError, ValueError) as error:  # of what is no text
+    except (TypeError, ValueError) as error:  # raised for a value that is not text
         raise ModelFileError(f"{path}: added tokens: {error!s:.200}") from None
     given = [(token.id, token.text) for token in own]
     for i, text in [*given, *((i, row["content"]) for i, row in rows)]:
         found = library.token_to_id(text)
-        if found != i:  # the library numbers anew what does not follow the vocabulary
+        if found != i:  # the library renumbers ids that do not follow the vocabulary
             raise ModelFileError(
                 f"{path}: added token {text!r:.40}: expected id {found} (what the "
                 f"tokenizers library gives it), found {i}"

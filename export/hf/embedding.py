@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says of embeddings: their pooling, and whether tokens see later ones.
+"""A Hugging Face folder's settings of embeddings: pooling, and whether tokens see later ones.
 
 The pooling is that of sentence-transformers: modules.json lists the steps from a text to its
 vector, and a step's own folder has its config.json.
@@ -14,7 +14,7 @@ from .folder.config import HfConfig
 from .folder.safetensors_folder import read_json, read_json_array
 from .names.table import Model
 
-# By the keys of a pooling's config.json, the values of <arch>.pooling_type (llama.cpp's).
+# Keys of a pooling's config.json -> values of <arch>.pooling_type (llama.cpp's).
 _POOLINGS = {
     "pooling_mode_mean_tokens": 1,
     "pooling_mode_cls_token": 2,
@@ -25,7 +25,7 @@ _MODE = "pooling_mode_"
 
 
 def add_embedding(folder: Path, config: HfConfig, model: Model) -> None:
-    """Puts pooling_type and attention.causal into model.entries, where the folder says them.
+    """Puts pooling_type and attention.causal into model.entries if the folder says them.
 
     Raises UnsupportedModelError for a pooling that GGUF has no number for and for later tokens
     seen through a sliding window, ModelFileError for files that make no sense.
@@ -88,7 +88,7 @@ def _pooling(path: Path) -> int:
         if not isinstance(named, str) or named not in _NAMED:
             raise config.unsupported("pooling_mode", f"one of {expected}", named)
         return _NAMED[named]
-    # Without any of the keys it is the mean, whose key counts as true where it is absent.
+    # Without any of the keys the pooling is the mean, whose key counts as true if it is absent.
     modes = {key: False for key in config.values if key.startswith(_MODE)}
     modes["pooling_mode_mean_tokens"] = True
     chosen = [key for key, default in modes.items() if config.flag(key, default)]

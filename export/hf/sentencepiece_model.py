@@ -16,7 +16,7 @@ from ...runtime.base.errors import ModelFileError, UnsupportedModelError
 from ...runtime.files.whole_file import MOST_TEXT, read_whole
 from ...runtime.text.vocabulary import BYTE, NORMAL  # GGUF numbers the types as SentencePiece does
 
-_BPE = 2  # trainer's model type; 1 is unigram, the default
+_BPE = 2  # the trainer's model type; 1 is unigram, the default
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """A BPE model. ModelFileError where the file makes no sense, UnsupportedModelError."""
+    """A BPE model. ModelFileError if the file makes no sense, UnsupportedModelError."""
     try:
         return _model(path, read_whole(path, MOST_TEXT))
     except (ValueError, struct.error, UnicodeDecodeError) as error:

@@ -37,8 +37,8 @@ from .tokenizer_json import AddedToken, TokenizerJson, added_tokens
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfLibrary
 
-_ADDED_SCORE = -1000.0  # of tokens that the vocabulary has no score for
-_NO_NAME = re.compile("[^A-Za-z0-9]")  # characters that gguf-py, too, makes "_" in template names
+_ADDED_SCORE = -1000.0  # score of tokens that the vocabulary has no score for
+_NO_NAME = re.compile("[^A-Za-z0-9]")  # gguf-py, too, makes these characters "_" in template names
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
@@ -52,7 +52,7 @@ class HfTokenizer:
 
 @dataclass
 class _Vocabulary:
-    """tokens, types and scores by id; merges, where they decide."""
+    """tokens, types and scores by id; merges: None if scores decide instead."""
 
     tokens: list[str]
     types: list[int]
@@ -86,7 +86,7 @@ class _Reader:
         self._json = TokenizerJson(self._path) if self._path.is_file() else None
         self._settings = self._optional("tokenizer_config.json")
         self._generation = self._optional("generation_config.json")
-        if self._settings.get("added_tokens_decoder") is None:  # else it is not read
+        if self._settings.get("added_tokens_decoder") is None:  # else transformers does not read it
             self._settings = self._settings | self._optional("special_tokens_map.json")
         self._notes: list[str] = []
         if self._json is None and not self._sentencepiece.is_file():
@@ -160,7 +160,7 @@ class _Reader:
         return _Vocabulary(texts, types, scores)
 
     def _added(self, library: HfLibrary | None) -> list[AddedToken]:
-        """Added tokens that the embedding has rows for; a note of the others.
+        """Added tokens that the embedding has rows for; notes the others.
 
         The library gets those that tokenizer.json lacks.
         """
@@ -184,7 +184,7 @@ class _Reader:
         return kept
 
     def _special_texts(self) -> set[str]:
-        """Tokens that the folder names as special ones, which transformers makes special, too."""
+        """Texts that the folder names as special tokens; transformers makes them special, too."""
         named: list[object] = []
         for values in (self._settings, self._optional("special_tokens_map.json")):
             for key, value in values.items():
@@ -197,7 +197,7 @@ class _Reader:
         return {text for text in texts if isinstance(text, str)}
 
     def _add_tokens(self, v: _Vocabulary, added: list[AddedToken]) -> None:
-        """Added tokens and their types, then names for ids without a token."""
+        """Adds the added tokens and their types, then names for ids without a token."""
         if len(v.tokens) > self._n_vocab:
             raise ModelFileError(
                 f"{self._folder}: tokens: expected at most {self._n_vocab} (the rows of the "
@@ -219,7 +219,7 @@ class _Reader:
         known = set(v.tokens)
         for i, text in enumerate(v.tokens):
             if v.types[i] == USER_DEFINED and v.scores is not None and SPACE in text:
-                plain = text.replace(SPACE, " ")  # they are found in the text as it is
+                plain = text.replace(SPACE, " ")  # added tokens are found in the unescaped text
                 v.tokens[i] = text if plain in known else plain
             if text == "":
                 name = f"[PAD{i}]"
@@ -249,7 +249,7 @@ class _Reader:
             ("bos", "bos_token_id"),
             ("eos", "eos_token_id"),
             ("unk", "unknown_token_id"),
-            ("sep", "seperator_token_id"),  # the key is spelled so
+            ("sep", "seperator_token_id"),  # the key's spelling in GGUF
             ("pad", "padding_token_id"),
         ):
             token = self._special_id(self._settings, role, ids)
@@ -284,7 +284,7 @@ class _Reader:
         return [i for i in ends if type(i) is int and i >= 0]
 
     def _end_of_turn(self, entries: dict[str, Value], v: _Vocabulary) -> None:
-        """transformers stops at ids of its own, which need not be the tokenizer's EOS."""
+        """Sets the end of turn: transformers stops at ids of its own, which need not be the EOS."""
         tokens = v.tokens
         others = [
             i
@@ -292,7 +292,7 @@ class _Reader:
             if i < len(tokens) and i != entries.get("tokenizer.ggml.eos_token_id")
         ]
         names = {*EOT_NAMES, *EOM_NAMES, *EOG_NAMES}
-        # Readers know a name by itself where its token is a control token.
+        # Readers know a name by itself if its token is a control token.
         unknown = [i for i in others if tokens[i] not in names or v.types[i] != CONTROL]
         if unknown:
             entries["tokenizer.ggml.eot_token_id"] = unknown[0]
@@ -308,7 +308,7 @@ class _Reader:
     def _framing(
         self, entries: dict[str, Value], tokens: list[str], library: HfLibrary | None
     ) -> None:
-        """Whether texts get BOS and EOS: tokenizer_config.json says, or what the library does."""
+        """Sets whether texts get BOS and EOS, by tokenizer_config.json, else by the library."""
         before = after = False
         if library is not None:
             plain = library.encode("a", add_special_tokens=False).ids
@@ -420,7 +420,7 @@ class _Reader:
     def _compare_special(
         self, entries: Mapping[str, Value], library: HfLibrary, added: list[AddedToken]
     ) -> None:
-        """A note of each added token whose context counts."""
+        """Notes each added token whose context counts."""
         try:
             ours = Tokenizer.from_metadata(entries.get)
         except TokenizerError as error:

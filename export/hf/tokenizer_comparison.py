@@ -1,4 +1,4 @@
-"""Comparing the tokenizer of a GGUF file with Hugging Face's library, on texts full of traps."""
+"""Comparison of a GGUF file's tokenizer with Hugging Face's library, on texts full of traps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .tokenizer_probes import PROBES
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as HfLibrary
 
-# Names that are taken before others of their kind: those that llama.cpp's own conversions write.
+# Names preferred over others of their kind: llama.cpp's own conversions write these.
 _PREFERRED = (
     "llama-bpe", "qwen2", "gpt-2", "smollm", "deepseek-v3", "gpt-4o", "dbrx", "glm4", "falcon",
     "default", "deepseek-r1-qwen", "bailingmoe", "tiny_aya", "bloom", "olmo",
@@ -31,9 +31,9 @@ def find_pre(
 ) -> tuple[str | None, list[str]]:
     """The pre-tokenizer's name under which the probes get the library's ids, None without one.
 
-    nfc: the library's normalizer, which the name has to imply. ignore_merges: whose names are
-    tried first. Second: names that cut the probes as the library does, but imply another
-    normalizer.
+    nfc: the library's normalizer, which the name has to imply. ignore_merges: names with this
+    value are tried first. Second result: names that cut the probes as the library does, but imply
+    another normalizer.
     """
     cutter = library.pre_tokenizer
     if cutter is None:
@@ -65,7 +65,7 @@ def find_pre(
 
 
 def difference(entries: Mapping[str, Value], library: HfLibrary) -> str | None:
-    """Says where the probes' ids differ from the library's, None where they do nowhere."""
+    """Says where the probes' ids differ from the library's, None if they agree."""
     ours = Tokenizer.from_metadata(entries.get)
     for text in (*PROBES, *_salads(ours, entries)):
         expected = library.encode(text, add_special_tokens=False).ids

@@ -39,7 +39,7 @@ class TokenizerJson:
         model = self._values.get("model")
         if not isinstance(model, dict):
             raise ModelFileError(f"{self.path}: model: expected an object, found {model!r:.40}")
-        # Files of old give no type; only BPE has merges.
+        # Old files give no type; only BPE has merges.
         kind = model.get("type") or ("BPE" if "merges" in model else "none")
         if kind != "BPE" and not any_kind:
             raise UnsupportedModelError(f"{self.path}: model: expected BPE, found {kind}")
@@ -82,7 +82,7 @@ class TokenizerJson:
         return bool(kinds)
 
     def check_escaping(self) -> None:
-        """UnsupportedModelError where a normalizer does more than put "▁" for spaces."""
+        """Raises UnsupportedModelError if a normalizer does more than put "▁" for spaces."""
         for step in self.steps("normalizer"):
             kind, pattern = step.get("type"), step.get("pattern")
             escapes = (

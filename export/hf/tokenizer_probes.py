@@ -24,7 +24,7 @@ _TEXTS = (
     "a\nb\n c\n\n d \r e \x0b f \x0c g \x00 h \x7f \u0085 \u2028 i",
 )
 
-# As they are, decomposed, and with compatibility forms resolved: normalizers tell them apart.
+# Unchanged, decomposed, and with compatibility forms resolved: normalizers differ on these.
 PROBES = tuple(
     dict.fromkeys(
         (

@@ -1,4 +1,4 @@
-"""Which tensors of a folder become which tensors of the file, and their bytes, piece by piece."""
+"""The mapping from a folder's tensors to the file's, and their bytes, piece by piece."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .names.table import Change, Family, Layers, Model, Row
 Bytes = npt.NDArray[np.uint8]
 
 _FLOATS = ("F32", "F16", "BF16")
-# What a folder may hold beside the weights of the language model.
+# Tensors that a folder may hold beside the weights of the language model.
 _IGNORED = re.compile(
     r".*\.rotary_emb\.inv_freq|.*\.(masked_)?bias_mask|"
     r"(model\.)?(vision_tower|multi_modal_projector)\..*"
@@ -36,8 +36,8 @@ _PREFIXES = (
 class Weight:
     """A tensor of the file. shape[0] is the contiguous dimension, as in GGUF.
 
-    parts: tensors that follow each other in its rows (more than one for experts); empty where
-    `values` are computed. type: that it has unless another is chosen.
+    parts: tensors that follow each other in its rows (more than one for experts); empty if
+    `values` are computed. type: used unless another is chosen.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Weight:
 def plan(folder: SafetensorsFolder, family: Family, model: Model) -> list[Weight]:
     """The file's tensors, in its order: ends first, then layer by layer.
 
-    Raises ModelFileError where one is missing, has another shape, or is not of this family;
+    Raises ModelFileError if one is missing, has another shape, or is not of this family;
     UnsupportedModelError for types that are not floating point.
     """
     sources: dict[str, ShardTensor] = {}
@@ -163,7 +163,7 @@ class HfWeights:
         head_dim: int,
         threads: int,
     ) -> None:
-        """types: by tensor name, those that differ from Weight.type. head_dim: for PAIRS."""
+        """types: by tensor name, for types that differ from Weight.type. head_dim: for PAIRS."""
         self._folder = folder
         self._weights = {weight.name: weight for weight in weights}
         self._types = types
@@ -202,7 +202,7 @@ class HfWeights:
             step = max(1, step // self._head_dim) * self._head_dim  # whole heads
         rows = weight.rows
         while first < rows:
-            # The same grid wherever an earlier call left off.
+            # The grid of pieces is the same wherever an earlier call left off.
             n = min(step - first % step, rows - first)
             yield first, n
             first += n

@@ -1,1 +1,1 @@
-"""Mixtures of experts: what they are made from and what their routers learn."""
+"""Mixtures of experts: their sources, their refactoring, and how their routers learn."""

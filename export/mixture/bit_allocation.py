@@ -1,6 +1,6 @@
-"""Allotting one of several sizes to each of many units, so that the total cost is least.
+"""Bit allocation: one of several sizes for each of many units, at the least total cost.
 
-The costs are taken to add up. The choice for a budget is then where every unit stands on the lower
+The costs are assumed to add up. The choice for a budget is then where every unit stands on the
 convex hull of its (bytes, cost) points at one common price of a byte, found by going down the steps
 of all hulls together, those first that save most for their bytes.
 """
@@ -27,7 +27,7 @@ class BitAllocation:
         start = order[:, 0]
         units, targets, savings, sizes = [], [], [], []
         at = start.copy()
-        # From each point of a hull to the next: the level that saves most for each byte more.
+        # From each point of a hull, the next is the level that saves most for each byte more.
         rows = np.arange(n_units)
         active = np.ones(n_units, dtype=bool)
         step_of = np.zeros(n_units, dtype=np.int64)

@@ -30,14 +30,14 @@ class ChannelFit:
         s, (experts, width) = len(split.shared), split.experts.shape
         edges = [0, *(s + e * width for e in range(experts + 1))]
         self._rows = [slice(a, b) for a, b in pairwise(edges)]
-        # Of activations with each other (i <= j), and with targets.
+        # Products of activations with each other (i <= j), and with targets.
         self._gram: dict[tuple[int, int], Doubles] = {}
         self._cross = np.zeros((edges[-1], outputs))
         self.energy = np.zeros(edges[-1])  # sums of squares of the activations
         self.uses = np.zeros(edges[-1])  # tokens with which each column was active
 
     def add(self, experts: tuple[int, ...], active: Floats, target: Floats) -> None:
-        """Tokens of one route: active [n, columns of Split.of(experts)], target [n, outputs].
+        """Adds tokens of one route: active [n, columns of Split.of(experts)], target [n, outputs].
 
         experts: ascending.
         """
@@ -88,7 +88,7 @@ class ChannelFit:
         return change
 
     def _solve_apart(self, right: Doubles, pull: float) -> Doubles:
-        """No two experts meet: each is eliminated on its own, then the shared ones are solved."""
+        """Solves without pairs of experts: eliminates each by itself, then the shared ones."""
         shared = self._rows[0]
         s = shared.stop
         change = np.zeros_like(right)
@@ -97,7 +97,7 @@ class ChannelFit:
         solved = {}
         for e, rows in enumerate(self._rows[1:], 1):
             if (e, e) not in self._gram:
-                continue  # never used
+                continue  # no token used this expert
             own = self._gram[e, e] + pull * np.eye(rows.stop - rows.start)
             both = self._gram[0, e]
             x = np.linalg.solve(own, np.concatenate([both.T, right[rows]], axis=1))

@@ -1,4 +1,4 @@
-"""Which channels of a feed-forward are common, and which belong to the expert of which domain.
+"""The split of a feed-forward's channels: shared ones, and those of each domain's expert.
 
 Source for the idea: Cai et al., Read-ME: Refactorizing LLMs as router-decoupled mixture of
 experts with system co-design, 2024.
@@ -17,7 +17,7 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Split:
-    """Channels of one layer: shared [s], and of each expert [experts, width]; ascending."""
+    """Channels of one layer: shared [s], and each expert's [experts, width]; ascending."""
 
     shared: Indices
     experts: Indices
@@ -39,14 +39,14 @@ def choose(importance: Doubles, shared: int, width: int) -> Split:
     """Splits channels by their importance [domains, channels] in each domain.
 
     importance: the mean energy that a channel adds to the output on the tokens of a domain.
-    shared: how many common channels. width: of each expert (domain). Where shared + domains *
-    width is the number of channels, every channel has exactly one place; else experts take those
-    that matter most in their domain, whether or not others have them as well.
+    shared: how many common channels. width: channels of each expert (domain). If shared +
+    domains * width is the number of channels, every channel has exactly one place; else experts
+    take those that matter most in their domain, whether or not others have them as well.
     """
     domains, n = importance.shape
     # A domain with large activations must not decide alone.
     share = importance / np.maximum(importance.sum(axis=1, keepdims=True), 1e-300)
-    # High in all domains: as a geometric mean, with a floor for channels that a domain lacks.
+    # A high share in all domains: the geometric mean, floored for channels that a domain lacks.
     floor = 1e-3 / n
     common = np.sort(np.argsort(-np.log(share + floor).mean(axis=0), kind="stable")[:shared])
     rest = np.setdiff1d(np.arange(n), common)
@@ -57,7 +57,7 @@ def choose(importance: Doubles, shared: int, width: int) -> Split:
 
 
 def _parted(share: Doubles, channels: Indices, width: int) -> Indices:
-    """Every channel to the domain that misses it most without it; all domains get `width`."""
+    """Gives every channel to the domain that misses it most without it; all domains get `width`."""
     domains = len(share)
     affinity = share - (share.sum(axis=0) - share) / max(1, domains - 1)
     members: list[list[int]] = [[] for _ in range(domains)]

@@ -1,4 +1,4 @@
-"""The dense model that a mixture is made from: its sizes, its tensors, what is refused."""
+"""The dense model that a mixture is made from: its sizes, its tensors, what is supported."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 PARTS = ("gate", "up", "down")  # matrices of a feed-forward
 
-# Architecture of a base -> of the mixtures that it can become, the default first.
+# Architecture of a base -> architectures of the mixtures that it can become, the default first.
 _MIXTURES = {"llama": ("llama", "qwen2moe"), "qwen2": ("qwen2moe",)}
 
 Floats = npt.NDArray[np.float32]
@@ -74,7 +74,7 @@ class DenseBase:
     def _size(self, name: str, default: int | None = None) -> int:
         key = f"{self.base_architecture}.{name}"
         value = self.file.get(key)
-        if isinstance(value, list):  # some models give one a layer
+        if isinstance(value, list):  # some models give one value a layer
             value = value[0] if value and all(v == value[0] for v in value) else None
         value = default if value is None else value
         if not isinstance(value, int) or value < 1:

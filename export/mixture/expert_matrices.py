@@ -40,17 +40,17 @@ class ExpertMatrix:
 
     @property
     def name(self) -> str:
-        """Its name as a tensor of its own."""
+        """The matrix's name as a tensor of its own."""
         return f"blk.{self.layer}.ffn_{self.part}.{self.expert}.weight"
 
 
 def joined_name(layer: int, part: str) -> str:
-    """The tensor that holds a part of all experts of a layer."""
+    """The name of the tensor that holds a part of all experts of a layer."""
     return f"blk.{layer}.ffn_{part}_exps.weight"
 
 
 def expert_matrices(file: GgufFile) -> Sequence[ExpertMatrix]:
-    """All of them, by layer, part and expert. UnsupportedModelError where there are none."""
+    """All experts' matrices, by layer, part and expert. UnsupportedModelError if there are none."""
     found = []
     for t in file.tensors:
         if joined := _JOINED.fullmatch(t.name):

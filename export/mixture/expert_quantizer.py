@@ -1,4 +1,4 @@
-"""One expert matrix in another type, and what that does to what the expert computes."""
+"""Quantization of single expert matrices, and the error that it makes in the expert's outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ...runtime._core import GgufFile
 
 Bytes = npt.NDArray[np.uint8]
-_PRIOR = 0.01  # of a mean expert's tokens: added to all, so that one that was not seen counts too
+_PRIOR = 0.01  # share of a mean expert's tokens added to every expert, so that unseen ones count
 
 
 class ExpertQuantizer:
@@ -47,7 +47,7 @@ class ExpertQuantizer:
     ) -> tuple[npt.NDArray[np.float64], float]:
         """(squared error of the outputs in each type, the outputs' own squares), over the text.
 
-        From at most `rows` of its rows, evenly spread, scaled to all. Inputs are taken to be
+        Measured on at most `rows` of its rows, evenly spread, scaled to all. Inputs are assumed
         uncorrelated: sum over columns of mean square of the input times squared error, times the
         tokens that the expert was given.
         """
@@ -69,7 +69,7 @@ class ExpertQuantizer:
         return np.array(found), float((np.square(weights).sum(axis=0) @ importance) * scale)
 
     def tokens(self, matrix: ExpertMatrix) -> float:
-        """Tokens of the text that the expert was given, and a little more."""
+        """Tokens of the text that were routed to the expert, plus the prior."""
         counts = self._tokens.get(matrix.tensor)
         if counts is None:
             return 1.0

@@ -1,9 +1,9 @@
-"""Gates of a pre-gated mixture: linear maps that foretell the next mixture layer's router.
+"""Gates of a pre-gated mixture: linear maps that predict the next mixture layer's router.
 
 A gate reads what a layer's own router reads, and is distilled from the next mixture layer's router
 on recorded states: ridge regression towards its logits, then Adam on the cross-entropy with its
-probabilities. Of all stages the one that does best on a part of the text that was kept aside is
-taken. Source: Hwang et al., Pre-gated MoE, 2024, for the idea; there the whole model is fine-tuned
+probabilities. The stage that does best on a held-out part of the text is taken.
+Source: Hwang et al., Pre-gated MoE, 2024, for the idea; there the whole model is fine-tuned
 with its gates, here only the gates learn, which a CPU does in minutes.
 """
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Halves = npt.NDArray[np.float16]
 
-_RIDGES = (10.0, 100.0, 1000.0)  # strengths of the pull towards nothing, for inputs of unit RMS
-_VALIDATION = 8  # one token in so many chooses between the stages
+_RIDGES = (10.0, 100.0, 1000.0)  # strengths of the ridge penalty, for inputs of unit RMS
+_VALIDATION = 8  # one token in so many is held out to choose between the stages
 _EPOCHS = 10
 _BATCH = 256
 _RATE = 2e-3
@@ -49,7 +49,7 @@ class Gate:
     bias: Floats
 
     def logits(self, x: npt.NDArray[np.floating]) -> Floats:
-        """Of inputs [tokens, n_embd]: [tokens, n_expert]."""
+        """Logits [tokens, n_expert] of inputs [tokens, n_embd]."""
         return np.asarray(np.asarray(x, dtype=np.float32) @ self.weight.T + self.bias)
 
 
@@ -57,8 +57,8 @@ class Gate:
 class Agreement:
     """How well a gate's choices replace its layer's router's.
 
-    layer: whose experts are chosen. found: share of the router's experts that the gate chooses.
-    weight: share of their probability that the gate's choices have. kl: of the gate's
+    layer: the one whose experts are chosen. found: share of the router's experts that the gate
+    chooses. weight: share of their probability that the gate's choices have. kl: of the gate's
     probabilities to the router's, nats a token.
     """
 
@@ -83,9 +83,9 @@ class Routing:
         return list(pairwise(layers))
 
     def logits(self, layer: int, x: npt.NDArray[np.floating]) -> Floats:
-        """Of a layer's own router, from its inputs [tokens, n_embd].
+        """Logits of a layer's own router, from its inputs [tokens, n_embd].
 
-        Their softmax is what the experts are chosen by, at a sum of 1.
+        Experts are chosen by their softmax, which sums to 1.
         """
         router = self.routers[layer].T
         parts = [
@@ -102,9 +102,9 @@ def record(
     folder: str | os.PathLike[str],
     progress: Progress | None = None,
 ) -> Halves:
-    """What every layer's router reads, [n_layer, tokens, n_embd], in a file in `folder`.
+    """Records what every layer's router reads, [n_layer, tokens, n_embd], in a file in `folder`.
 
-    Raises DeviceError where the disk is full, ModelFileError for states that are not finite.
+    Raises DeviceError if the disk is full, ModelFileError for states that are not finite.
     """
     n = sum(map(len, sequences))
     shape = (int(model.config["n_layer"]), n, int(model.config["n_embd"]))
@@ -126,7 +126,7 @@ def record(
 
 
 def _allocate(path: str, nbytes: int) -> None:
-    """A file with all its space: a mapped file that the disk cannot hold would kill the process."""
+    """Makes a file with all its space: writing a mapped file on a full disk kills the process."""
     with open(path, "wb") as file:
         try:
             if hasattr(os, "posix_fallocate"):
@@ -150,10 +150,10 @@ def fit_gates(
     seed: int,
     progress: Progress | None = None,
 ) -> dict[int, Gate]:
-    """The gates by the layer that has them.
+    """Fits the gates; the result is by the layer that has them.
 
-    states: of `record`. seconds: of all the training; the seed decides everything where they are
-    enough.
+    states: from `record`. seconds: for all the training; if they are enough, the seed decides
+    everything.
     """
     gates: dict[int, Gate] = {}
     pairs = routing.pairs
@@ -175,7 +175,7 @@ def fit_gates(
 
 
 def agreement(states: Halves, routing: Routing, gates: Mapping[int, Gate]) -> list[Agreement]:
-    """Of every gate with the router that it foretells, on states of `record`."""
+    """Compares every gate with the router that it predicts, on states from `record`."""
     found = []
     for layer, target in routing.pairs:
         p = _softmax(routing.logits(target, states[target]))
@@ -191,14 +191,14 @@ def agreement(states: Halves, routing: Routing, gates: Mapping[int, Gate]) -> li
 
 
 class _Fit:
-    """One gate in the making: inputs at unit RMS a column, router's logits and probabilities."""
+    """One gate in training: inputs at unit RMS a column, router's logits and probabilities."""
 
     def __init__(self, x: Floats, y: Floats, routing: Routing) -> None:
         self._factor = 1 / (np.sqrt(np.mean(np.square(x), axis=0)) + np.float32(1e-6))
         self._x = x * self._factor
         self._y, self._used = y, routing.used
         self._p, self._soft = _softmax(y), _softmax(y / _TEMPERATURE)
-        every = np.arange(len(x)) // 16 % _VALIDATION == 0  # runs of tokens, not single ones
+        every = np.arange(len(x)) // 16 % _VALIDATION == 0  # runs of 16 tokens, not single ones
         self._learnt, self._kept = np.flatnonzero(~every), np.flatnonzero(every)
 
     def gate(self, rng: np.random.Generator, end: float) -> Gate:
@@ -227,7 +227,7 @@ class _Fit:
     def _trained(
         self, weight: Floats, bias: Floats, rng: np.random.Generator, end: float
     ) -> Sequence[tuple[Floats, Floats]]:
-        """After each epoch. The rate falls to 0 by the last one, or by `end`."""
+        """Weight and bias after each epoch. The rate falls to 0 by the last one, or by `end`."""
         began = time.monotonic()
         parameters = [weight / _TEMPERATURE, bias / _TEMPERATURE]
         adam = Adam(parameters, _RATE)

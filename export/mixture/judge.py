@@ -1,4 +1,4 @@
-"""What an allocation of types costs: the engine runs the file and is compared with the source."""
+"""The cost of a bit allocation: KL and NLL of its file against the source, by the engine."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...runtime.base.errors import BudgetError, OptionError
 from ...runtime.divergence import Floats, divergence, token_nll
 from ...runtime.files.json_text import parse
 
-_BUDGET = "1GiB"  # of the models that are measured, where they need no more
+_BUDGET = "1GiB"  # memory of the models that are measured, if they need no more
 
 Window = Sequence[int]
 
 
 class Measurement(NamedTuple):
-    """On one text: mean divergence from the source, mean -ln p of the text's tokens; nats."""
+    """On one text: mean KL divergence from the source, mean -ln p of the text's tokens; nats."""
 
     kl: float
     nll: float
@@ -29,16 +29,16 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Texts:
-    """Windows of token ids: for the search, and others for the report."""
+    """Windows of token ids: some for the search, others for the report."""
 
     search: Sequence[Window]
     report: Sequence[Window]
 
 
 def cut_text(source: Path, text: str, *, tokens: int, window: int) -> Texts:
-    """The first `tokens` of the text for the search, the next for the report.
+    """Takes the first `tokens` of the text for the search, the next for the report.
 
-    A shorter text is halved. Raises OptionError where it has fewer than two windows.
+    A shorter text is halved. Raises OptionError if it has fewer than two windows.
     """
     from ...runtime._core import GgufFile
     from ...runtime.text.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class Judge:
     def __init__(
         self, source: Path, texts: Texts, *, memory: str | int | None, threads: int | None
     ) -> None:
-        """memory: budget of the engine, None: 1 GiB, or more where the model needs it."""
+        """memory: budget of the engine, None: 1 GiB, or more if the model needs it."""
         self._memory, self._threads = memory, threads
         self._context = max(len(w) for w in (*texts.search, *texts.report))
         self._journal: Path | None = None
@@ -92,7 +92,7 @@ class Judge:
         yield lambda window: model.logits(list(window))
 
     def resume(self, journal: Path, recipe: str) -> None:
-        """Takes what an earlier call has measured for the same recipe, and notes what comes."""
+        """Reads what an earlier call measured for the same recipe, and appends what comes."""
         self._journal = journal
         lines = []
         with suppress(OSError, ValueError):
@@ -103,11 +103,11 @@ class Judge:
             journal.write_text(json.dumps(recipe) + "\n")
 
     def known(self, key: str, text: str) -> Measurement | None:
-        """What was measured under this key, None where nothing was."""
+        """The measurement under this key, None if there is none."""
         return self._known.get(f"{text} {key}")
 
     def measure(self, key: str, path: Path, text: str) -> Measurement:
-        """Of the model in a file, on the text for the "search" or the "report"."""
+        """KL and NLL of a model file on the text for the "search" or the "report"."""
         kl, nll = [], []
         with self._logits_of(path) as logits:
             for window, theirs in self._texts[text]:

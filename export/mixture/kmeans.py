@@ -1,4 +1,4 @@
-"""Spherical k-means: directions that stand for clusters of directions."""
+"""Spherical k-means: unit centroids that stand for clusters of directions."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _seeds(x: Matrix, k: int, rng: np.random.Generator) -> Matrix:
         total = distance.sum(dtype=np.float64)
         if total > 0:
             chosen.append(int(rng.choice(len(x), p=distance / total)))
-        else:  # fewer different rows than clusters
+        else:  # there are fewer distinct rows than clusters
             chosen.append(int(rng.integers(len(x))))
     seeds: Matrix = x[chosen]
     return seeds

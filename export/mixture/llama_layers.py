@@ -1,4 +1,4 @@
-"""A dense llama's layers in numpy: what a refactoring looks at between two layers.
+"""A dense llama's layers in numpy: their residual stream and channels, layer by layer.
 
 The engine runs whole models; fitting one layer after the other to what the layers before it
 really give needs the residual stream in between. Slow, but it is matrix products.
@@ -15,7 +15,7 @@ from .dense_base import DenseBase
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int64]
 
-_BATCH = 8  # sequences whose attention scores exist at once
+_BATCH = 8  # sequences whose attention scores are held at once
 
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
@@ -29,7 +29,7 @@ class LlamaLayers:
     """The layers of a dense model of architecture llama, read from its file when they are used."""
 
     def __init__(self, dense: DenseBase) -> None:
-        """Raises UnsupportedModelError where the numpy form lacks something that the model has."""
+        """Raises UnsupportedModelError if the numpy form lacks something that the model has."""
         self.dense = dense
         file = dense.file
 

@@ -1,6 +1,6 @@
-"""One file with every expert matrix in several types, of which its header shows one.
+"""One file with every expert matrix in several types; its header shows one of them.
 
-Trying another allocation of types then costs the writing of a header, not of a model.
+Trying another bit allocation then costs the writing of a header, not of a model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _DIGEST_KEY = "stoker.palette"
 _COPY_BYTES = 32 << 20
-# (matrix, type) -> its bytes in that type.
+# (matrix, type) -> the matrix's bytes in that type.
 Quantizer = Callable[[ExpertMatrix, str], npt.NDArray[np.uint8]]
 
 
@@ -47,7 +47,7 @@ def single_tensor(matrix: ExpertMatrix, type: str) -> Tensor:
 
 
 def model_metadata(file: GgufFile) -> dict[str, bytes]:
-    """The encoded metadata of a model, without what only holds for its shards."""
+    """The encoded metadata of a model, without the keys that hold only for its shards."""
     entries = gguf_writer.read_metadata(file.shards[0])
     return {key: value for key, value in entries.items() if not key.startswith("split.")}
 
@@ -63,7 +63,7 @@ def rest_of(file: GgufFile, matrices: Sequence[ExpertMatrix]) -> Sequence[Tensor
 
 
 def copied(file: GgufFile, name: str, start: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The bytes of a tensor as they are, from byte `start` on. Raises ModelFileError."""
+    """The bytes of a tensor unchanged, from byte `start` on. Raises ModelFileError."""
     info = next(t for t in file.tensors if t.name == name)
     while start < info.nbytes:
         n = min(_COPY_BYTES, info.nbytes - start)
@@ -86,7 +86,7 @@ class MixedPrecisionStore:
         *,
         recipe: str,
     ) -> None:
-        """types: of each matrix, the tensor types by level. recipe: what decides the bytes."""
+        """types: tensor types of each matrix, by level. recipe: text that decides the bytes."""
         self.path = path
         self._file, self._matrices, self._types = file, matrices, types
         self._rest = rest_of(file, matrices)
@@ -133,7 +133,7 @@ class MixedPrecisionStore:
         )
 
     def _made(self) -> bool:
-        with suppress(Exception):  # whatever lies there, it is not this store
+        with suppress(Exception):  # whatever file lies there, it is not this store
             entries = gguf_writer.read_metadata(self.path)
             return entries[_DIGEST_KEY] == self._metadata[_DIGEST_KEY]
         return False

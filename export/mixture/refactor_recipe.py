@@ -1,4 +1,4 @@
-"""What a refactoring was told to do, checked against its base."""
+"""The settings of a refactoring, checked against its base."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .dense_base import DenseBase
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that was decided; it is kept in the file."""
+    """All settings; they are kept in the file."""
 
     experts: int
     used: int
-    shared: int  # channels
+    shared: int  # channels of a feed-forward that every token uses
     width: int  # channels of an expert
-    type: str | None  # of the feed-forwards; None: the base's
+    type: str | None  # type of the feed-forwards; None: the base's
     minutes: float
     seed: int
 
@@ -57,7 +57,7 @@ def recipe(
 
 
 def _unit(dense: DenseBase, type: str | None) -> int:
-    """Channels that the down matrices' types store together."""
+    """Number of channels that the down matrices' types store together."""
     from ...runtime._core import formats
 
     writable = {f["name"]: int(f["block"]) for f in formats() if f["quantizes"]}

@@ -1,4 +1,4 @@
-"""The file of a refactored model: what it holds, and how its layers are stored."""
+"""The file of a refactored model: its contents, and how its layers are stored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Downs = Iterator[tuple[int, Floats, "Floats | None"]]
 
 
 class RefactoredFile:
-    """What a refactored model of this recipe looks like on the disk."""
+    """Layout and writing of the file for this recipe."""
 
     def __init__(self, dense: DenseBase, recipe: Recipe, threads: int) -> None:
         self._dense, self._recipe, self._threads = dense, recipe, threads
@@ -41,7 +41,7 @@ class RefactoredFile:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert of layer 1, all three matrices."""
+        """Bytes of one expert of layer 1, all three matrices."""
         total = 0
         for part in PARTS:
             kind = format_row(
@@ -131,7 +131,7 @@ class RefactoredFile:
         part.write(at[f"blk.{index}.ffn_down_exps.weight"], data.tobytes())
 
     def _rows(self, name: str, channels: Indices) -> npt.NDArray[np.uint8]:
-        """Rows of a gate or up matrix in the file's type: as they are, where the type stays."""
+        """Rows of a gate or up matrix in the file's type; copied if the type is the base's."""
         from ...runtime._core import quantize
 
         kind = self._dense.tensor(name).type
@@ -144,7 +144,7 @@ class RefactoredFile:
     def _columns(
         self, index: int, down: Floats, energy: Floats | None
     ) -> list[npt.NDArray[np.uint8]]:
-        """The down matrices in the file's type: of the shared expert, if any, and each expert."""
+        """The down matrices in the file's type: the shared expert's, if any, and each expert's."""
         from ...runtime._core import quantize
 
         kind = self._down_type(index)
@@ -174,7 +174,7 @@ class RefactoredFile:
         return self._recipe.type or self._dense.tensor(f"blk.{index}.ffn_down.weight").type
 
     def _pieces(self) -> list[tuple[int, int]]:
-        """Columns of the shared expert, if any, and of each expert."""
+        """Columns of the shared expert, if any, and of each expert, as (first, end)."""
         r = self._recipe
         edges = [0] * (r.shared > 0)
         edges += [r.shared + e * r.width for e in range(r.experts + 1)]

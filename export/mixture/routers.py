@@ -1,4 +1,4 @@
-"""Routers for a mixture of equals: directions in the space of hidden states, made sharp."""
+"""Initial routers of an upcycled mixture: directions in the space of hidden states, sharpened."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from .kmeans import Matrix, spherical_kmeans, unit
 
-# The share of softmax's weight that the used experts carry, on average over tokens. What is left
-# over is lost where a family does not renormalise.
+# The share of softmax's weight that the used experts carry, on average over tokens. The rest is
+# lost if a family does not renormalise.
 _USED_SHARE = 0.995
 _SHARPENING_TOKENS = 1024
 
@@ -39,7 +39,7 @@ def random_router(states: Matrix, experts: int, used: int, seed: int) -> Matrix:
 def _sharpened(rows: Matrix, states: Matrix, used: int) -> Matrix:
     """Rows [experts, d] times the smallest factor that gives the used experts their share."""
     logits = (states[:: -(-len(states) // _SHARPENING_TOKENS)] @ rows.T).astype(np.float32)
-    # The used ones stand last, whatever the factor.
+    # The used experts' logits stand last, whatever the factor.
     logits = np.partition(logits, -used, axis=1)
     logits -= logits.max(axis=1, keepdims=True)
     spread = float(logits.std()) or 1.0

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from .llama_layers import Floats, Indices, rms_norm
 
-_BATCH = 256  # tokens of a step
+_BATCH = 256  # tokens of a training step
 _RATE = 3e-3
 _STEPS = 1000
 _MOMENTS = (np.float32(0.9), np.float32(0.99))  # decay of Adam's means
@@ -28,7 +28,7 @@ class TokenRouter:
     eps: float
 
     def logits(self, x: Floats) -> Floats:
-        """Of residual streams x [n, d]: [n, experts]."""
+        """Logits [n, experts] of residual streams x [n, d]."""
         hidden = rms_norm(x, self.norm, self.eps) @ self.up.T
         logits: Floats = np.maximum(hidden, 0) @ self.down.T
         return logits
@@ -42,7 +42,7 @@ class TokenRouter:
 def train(
     x: Floats, labels: Indices, experts: int, *, hidden: int, eps: float, seed: int
 ) -> TokenRouter:
-    """A router that tells the domains labels [n] of residual streams x [n, d] apart.
+    """Trains a router to predict the domains labels [n] from residual streams x [n, d].
 
     Cross-entropy by Adam (Kingma and Ba, 2014), with a rate that falls to 0; the same seed gives
     the same router.
@@ -50,7 +50,7 @@ def train(
     rng = np.random.default_rng([seed, 5])
     n, d = x.shape
     rows = rms_norm(x, np.ones(d, dtype=np.float32), eps)
-    # Inputs of equal size learn equally fast; the model's norm has a weight for that.
+    # Inputs of equal size learn equally fast; the weight of the model's norm does this scaling.
     norm = (1 / (np.sqrt((rows * rows).mean(axis=0)) + np.float32(1e-3))).astype(np.float32)
     rows *= norm
     weights = [

@@ -11,7 +11,7 @@ namespace stoker {
 
 namespace {
 
-// Values of one piece of work: large enough to make the hand-out free, small enough to share out.
+// Values of one work item: large enough to make handing out free, small enough to balance.
 constexpr int64_t kPieceValues = int64_t{1} << 17;
 
 // The finalizer of SplitMix64 (Steele, Lea, Flood 2014): 64 well-mixed bits of a counter.
@@ -21,8 +21,8 @@ inline uint64_t mix(uint64_t z) {
   return z ^ (z >> 31);
 }
 
-// x[j] *= 1 + step * k with k uniform in -32768 .. 32767; four values share the 64 bits that
-// belong to their place in the matrix.
+// x[j] *= 1 + step * k with k uniform in -32768 .. 32767; four values share the 64 bits that are
+// drawn for their place in the matrix.
 void add_noise(float* x, int64_t n, float step, uint64_t seed, uint64_t counter) {
   constexpr uint64_t kGolden = 0x9e3779b97f4a7c15u;
   for (int64_t j = 0; j < n; j += 4, ++counter) {

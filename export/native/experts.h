@@ -1,4 +1,4 @@
-// Experts from a dense matrix: each a copy with its neurons in another order and a little noise,
+// Makes experts from a dense matrix: copies with permuted neurons and a little noise,
 // quantized. The seeds decide every bit, whatever the threads.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace stoker {
 
-// Which axis of a matrix counts the neurons: the rows of gate and up, the columns of down.
+// The axis of a matrix that counts the neurons: rows of gate and up, columns of down.
 enum class NeuronAxis { kRows, kColumns };
 
 struct ExpertsArgs {

@@ -17,13 +17,13 @@ namespace stoker {
 
 namespace {
 
-// Values of one piece of work: some tenths of a millisecond of the fastest format.
+// Values of one work item: some tenths of a millisecond of the fastest format.
 constexpr int64_t kPieceValues = int64_t{1} << 16;
 
 constexpr uint32_t kMagnitude = 0x7fffffffu;
 constexpr uint32_t kInfinity = 0x7f800000u;
 
-// The bits of the smallest magnitude that the format cannot hold: magnitudes order as their bits.
+// The bits of the smallest magnitude that the format cannot hold: magnitudes sort as their bits.
 uint32_t first_beyond(const Format& f) {
   if (f.id == FormatId::F16) return std::bit_cast<uint32_t>(65520.0f);  // rounds to infinity
   if (f.id == FormatId::BF16) return 0x7f7f8000u;
@@ -39,7 +39,7 @@ uint32_t largest_of(const float* x, int64_t n) {
   return largest;
 }
 
-// The index of the first of x[n] whose magnitude's bits reach `bits`, which one does.
+// The index of the first of x[n] whose magnitude's bits reach `bits`; one must.
 int64_t first_reaching(const float* x, uint32_t bits) {
   int64_t i = 0;
   while ((std::bit_cast<uint32_t>(x[i]) & kMagnitude) < bits) ++i;
@@ -47,7 +47,7 @@ int64_t first_reaching(const float* x, uint32_t bits) {
 }
 
 // The column of x[n] whose weight is beyond the target's scales, n if there is none. `to` is x
-// quantized; x is overwritten where that has to be looked at.
+// quantized; x is overwritten if that has to be checked.
 int64_t beyond_scales(const Format& target, uint32_t largest, const uint8_t* to, float* x,
                       int64_t n) {
   // The scales of blocks are f16 or wider, and at most as large as the largest weight.
@@ -55,7 +55,7 @@ int64_t beyond_scales(const Format& target, uint32_t largest, const uint8_t* to,
   const int64_t column = first_reaching(x, largest);
   const float exact = x[column];
   target.dequantize(to, x, n);
-  // Within a half also where blocks have four bits and a power of two as their scale.
+  // The error is within a half even if blocks have four bits and a power of two as their scale.
   return std::fabs(x[column] - exact) <= 0.5f * std::fabs(exact) ? n : column;
 }
 

@@ -1,10 +1,10 @@
 """Attempts at an int8 model by onnxruntime's quantizer: the first that onnxruntime itself runs.
 
 The quantizer raises on some nodes, and makes files of others that are refused at load or fail in
-the run. Where all nodes together do not go, halves are tried, and what goes alone with none of
-the rest stays float. That search ends after 200 attempts or 15 minutes (the attempt that is going
+the run. If all nodes together fail, halves are tried, and a node that fails without any of the
+rest stays float. That search ends after 200 attempts or 15 minutes (the attempt that is going
 on then is the last); nodes that it has not come to stay float. It is made at most twice: with
-scales for each channel, and where nothing goes so, with one for each weight.
+scales for each channel, and if nothing runs so, with one for each weight.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 
 _PERCENTILE = 99.99  # of an activation's values: 1 in 10000 is clipped
 _SHOWN = 5  # names in a note
-# Attempts of a search for what goes, each of them one quantization with one sample: ten nodes of a
-# thousand that do not go take half of them. A large model's are minutes long: the time ends it.
+# Attempts of one search, each of them one quantization with one sample: ten failing nodes of a
+# thousand take half of them. A large model's attempts take minutes: the time limit ends it.
 _MOST_ATTEMPTS = 200
 _MOST_SECONDS = 900.0
 _NOTHING_LEFT = "nothing is quantized: all that could be is excluded"
-# What the quantizer calls the product that it takes out of a Gemm. Its own list of nodes to leave
-# out knows the Gemm's name alone.
+# The quantizer's suffix for the product that it takes out of a Gemm. Its own list of nodes to
+# leave out knows the Gemm's name alone.
 _PRODUCT_OF_GEMM = "_MatMul"
 
 
@@ -64,10 +64,10 @@ class Attempts:
         reduce_range: bool,
         progress: Progress | None,
     ) -> None:
-        """folder: for the files; trial: raises UnsupportedModelError where one does not run.
+        """folder: gets the files; trial: raises UnsupportedModelError if a file does not run.
 
-        calibrating: samples for the scales of activations, None for scales as they come; few: less
-        of the same, for attempts that only find out what goes.
+        calibrating: samples for the scales of activations, None for dynamic scales; few: fewer of
+        the same, for attempts that only find out which nodes can be quantized.
         """
         import onnx
 
@@ -83,7 +83,7 @@ class Attempts:
         _flatten_weights(model, self._excluded)
         _simplify_gemms(model.graph, self._excluded)
         onnx.save(model, str(self._prepared))
-        self._nodes = [n.name for n in model.graph.node]  # all that there are
+        self._nodes = [n.name for n in model.graph.node]  # all names of nodes
         self._wanted = [name for name in self._nodes if name not in self._excluded]
         self._types = {n.name: n.op_type for n in model.graph.node}
         self._convolves = any(n.op_type == "Conv" for n in model.graph.node)
@@ -91,9 +91,9 @@ class Attempts:
         self._begin_search()
 
     def best(self, *, per_channel: bool) -> tuple[Path, int, tuple[str, ...]]:
-        """The file, how many of its operators are about integers, and notes for the user.
+        """Returns the file, how many of its operators are about integers, and notes for the user.
 
-        Raises UnsupportedModelError where nothing can be quantized, or nothing that is runs.
+        Raises UnsupportedModelError if nothing can be quantized, or nothing that is runs.
         """
         try:
             count = self._attempt(self._wanted, per_channel, self._calibrating)
@@ -105,7 +105,7 @@ class Attempts:
             return self._made, count, () if count else (_NOTHING_LEFT,)
         self._begin_search()
         if not self._goes([], per_channel):
-            raise first  # it is none of the nodes
+            raise first  # none of the nodes is the cause
         for channels in (True, False) if per_channel else (False,):
             self._begin_search()
             going = self._most(channels, failed=channels == per_channel)
@@ -134,18 +134,18 @@ class Attempts:
 
     def _begin_search(self) -> None:
         self._attempts, self._began = 0, time.monotonic()
-        self._ended: float | None = None  # s that it took, where it has left out what was not tried
+        self._ended: float | None = None  # seconds of a search that ended before it tried all nodes
 
     def _most(self, channels: bool, *, failed: bool) -> list[str]:
-        """As many of the wanted nodes as go together; failed: whether all have been seen not to.
+        """The most wanted nodes found to run together; failed: all together have failed.
 
-        The largest groups come first: when the search ends, what is known goes is as much as it
-        could be. A group that goes beside what goes already leaves the fault to the other half.
+        The largest groups come first, so that what is known to run is as much as it can be when
+        the search ends. If one half runs beside what runs already, the fault is in the other half.
         """
         if not failed and self._goes(self._wanted, channels):
             return self._wanted
         going: list[str] = []
-        failing = deque([self._wanted])  # groups that do not go beside `going`
+        failing = deque([self._wanted])  # groups that do not run beside `going`
         while failing and self._ended is None:
             group = failing.popleft()
             if len(group) < 2:
@@ -178,7 +178,7 @@ class Attempts:
         return True
 
     def _attempt(self, nodes: Sequence[str], channels: bool, samples: Samples | None) -> int:
-        """Quantizes `nodes` and runs the file; how many operators of it are about integers."""
+        """Quantizes `nodes`, runs the file; returns how many of its operators are integer ones."""
         import onnx
 
         kept = set(nodes)
@@ -186,7 +186,7 @@ class Attempts:
         products = [n + _PRODUCT_OF_GEMM for n in excluded if self._types[n] == "Gemm"]
         self._quantize([*excluded, *products, *self._left_alone], channels, samples)
         model = onnx.load(str(self._made))
-        del model.graph.value_info[:]  # a runtime infers them itself
+        del model.graph.value_info[:]  # a runtime infers the shapes itself
         onnx.save(model, str(self._made))
         self._trial(self._made)
         return len(quantized_types(model))
@@ -236,11 +236,11 @@ class Attempts:
 
 
 def _prepare(model: onnx.ModelProto, prepared: Path) -> onnx.ModelProto:
-    """The model with shapes and constants folded, as far as it lets them be found."""
+    """Folds shapes and constants of the model, as far as shapes can be found."""
     import onnx
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # A file: of a model in memory it would take the weights out, and not put them back.
+    # Works on a file: of a model in memory it would take the weights out, and not put them back.
     source = prepared.with_name("float.onnx")
     try:
         onnx.save(model, str(source))
@@ -250,7 +250,7 @@ def _prepare(model: onnx.ModelProto, prepared: Path) -> onnx.ModelProto:
                 return onnx.load(str(prepared))
             except OSError:
                 raise
-            except Exception as error:  # whatever the model makes it raise: the next way is plainer
+            except Exception as error:  # models make it raise anything: the next way is plainer
                 logging.getLogger(__name__).debug("preparing failed: %s", error)
         return model
     except OSError as error:
@@ -260,7 +260,7 @@ def _prepare(model: onnx.ModelProto, prepared: Path) -> onnx.ModelProto:
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    """Each node has a name of its own: the quantizer leaves out by name, "" being all without."""
+    """Gives each node a name of its own: the quantizer leaves out by name, and "" would be all."""
     taken = {n.name for n in graph.node}
     seen: set[str] = set()
     for i, node in enumerate(graph.node):
@@ -276,10 +276,10 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
 
 
 def _unmergeable(graph: onnx.GraphProto) -> list[str]:
-    """Relu and Clip nodes whose input somebody else sees: the caller, or a graph within a node.
+    """Relu and Clip nodes whose input has another reader: the caller, or a graph within a node.
 
-    The quantizer gives the input of such a node the range of its output where it knows of no other
-    reader, and of these it does not know: what they see would be clipped as well. Left out, the
+    The quantizer gives the input of such a node the range of its output if it knows of no other
+    reader, and these it does not know: what they read would be clipped as well. Left out, the
     node rectifies floats between two tensors that have ranges of their own.
     """
     seen = {output.name for output in graph.output}
@@ -292,7 +292,7 @@ def _unmergeable(graph: onnx.GraphProto) -> list[str]:
 
 
 def _inner_reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that graphs within a node read, or give out."""
+    """The names that graphs within a node read or output."""
     for attribute in node.attribute:
         for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
             yield from (output.name for output in graph.output)
@@ -302,7 +302,7 @@ def _inner_reads(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _flatten_weights(model: onnx.ModelProto, excluded: set[str]) -> None:
-    """Weights [1, .., in, out] of products become [in, out]: such have a scale for each channel."""
+    """Reshapes products' weights [1, .., in, out] to [in, out]: these get scales by channel."""
     from onnx import numpy_helper
 
     constants = {w.name: w for w in model.graph.initializer}
@@ -328,9 +328,9 @@ def _flatten_weights(model: onnx.ModelProto, excluded: set[str]) -> None:
 
 
 def _simplify_gemms(graph: onnx.GraphProto, excluded: set[str]) -> None:
-    """Factors go into constant weights and biases, transA into a node of its own.
+    """Folds factors into constant weights and biases, and moves transA into a node of its own.
 
-    The quantizer takes a product out of such Gemms alone as have none of these.
+    The quantizer takes a product only out of Gemms that have none of these.
     """
     from onnx import helper, numpy_helper
 
@@ -362,7 +362,7 @@ def _simplify_gemms(graph: onnx.GraphProto, excluded: set[str]) -> None:
 
 
 def _reader(samples: Samples, specs: list[InputSpec], progress: Progress | None) -> Any:
-    """The samples, as onnxruntime's calibration takes them: one batch after the other."""
+    """The samples as onnxruntime's calibration takes them: one batch after the other."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -382,7 +382,7 @@ def _reader(samples: Samples, specs: list[InputSpec], progress: Progress | None)
 
 
 def disk_error(error: OSError, folder: Path) -> Exception:
-    """DeviceError where the disk is full, else ModelFileError."""
+    """DeviceError if the disk is full, else ModelFileError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DeviceError(f"no space left in {folder}: {error.strerror}")
     return ModelFileError(f"{folder}: {one_line(error)}")
@@ -390,7 +390,7 @@ def disk_error(error: OSError, folder: Path) -> Exception:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """onnxruntime's quantizer prints, and logs advice for programmers through the root logger."""
+    """Silences onnxruntime's quantizer, which prints and logs advice through the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

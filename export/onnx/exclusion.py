@@ -1,8 +1,8 @@
-"""Which nodes of an ONNX model the user keeps float, from the file to the graph that is quantized.
+"""Nodes of an ONNX model that the user keeps float, traced from the file to the prepared graph.
 
-Between the two, functions are inlined and nodes fused, with other names and types. What lasts are
-the names of tensors: a node of the graph that is quantized does the work of all nodes of the file
-between its inputs and its outputs, and stays float where one of them shall.
+Between the two, functions are inlined and nodes fused, with other names and types. The names of
+tensors last: a node of the prepared graph does the work of all nodes of the file between its
+inputs and its outputs, and stays float if one of them shall.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ...runtime.base.errors import OptionError
 if TYPE_CHECKING:
     import onnx
 
-_NEAR = 3  # names that an error offers
+_NEAR = 3  # near names that an error offers
 
 
 class Exclusion:
-    """The nodes that patterns fit: each a node's name, an operator type, or either with * ? [].
+    """The nodes that patterns match: each a node's name, an operator type, or either with * ? [].
 
-    A node without a name is fitted by its type alone.
+    A node without a name is matched by its type alone.
     """
 
     def __init__(self, model: onnx.ModelProto, patterns: Sequence[str]) -> None:
-        """model: as the file has it; the patterns fit its nodes, also those within others."""
+        """model: as read from the file; patterns match its nodes, also those in subgraphs."""
         self._patterns = list(patterns)
         self._missing = set(patterns)
         self._seen: dict[str, None] = {}  # names and types that a pattern could have named
-        self._outputs: set[str] = set()  # of the nodes that fit
+        self._outputs: set[str] = set()  # outputs of the nodes that match
         self._calls: list[onnx.NodeProto] = []
         self._makers: Mapping[str, onnx.NodeProto] = {}
         if patterns:
@@ -44,7 +44,7 @@ class Exclusion:
             ]
 
     def inline(self, model: onnx.ModelProto) -> None:
-        """Takes the model with its functions inlined: nodes within a call that fits fit, too."""
+        """Takes the model with functions inlined: nodes in a call that matches match, too."""
         if not self._patterns:
             return
         self._fit(model)
@@ -54,7 +54,7 @@ class Exclusion:
                 self._outputs.update(node.output)
 
     def complete(self) -> None:
-        """Raises OptionError where a pattern has fitted nothing, with names that are near it."""
+        """Raises OptionError if a pattern has matched nothing, with names that are near it."""
         for pattern in self._patterns:
             if pattern in self._missing:
                 near = _near(pattern, self._seen)
@@ -68,11 +68,11 @@ class Exclusion:
         self._outputs.update(names[o] for o in [*self._outputs] if o in names)
 
     def freeze(self, model: onnx.ModelProto) -> None:
-        """Takes the last model whose nodes are those that the patterns have fitted."""
+        """Takes the last model whose nodes are those that the patterns have matched."""
         self._makers = _makers(model.graph)
 
     def names(self, prepared: onnx.GraphProto) -> list[str]:
-        """Names of the nodes of the graph to quantize that do the work of one that fits."""
+        """Names of the prepared graph's nodes that do the work of a matching node."""
         if not self._outputs:
             return []
         computed = {o for n in prepared.node for o in n.output}
@@ -108,12 +108,12 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def _fits(name: str, pattern: str) -> bool:
-    # Names of nodes may hold brackets: such a name fits itself.
+    # Names of nodes may hold brackets: such a name matches itself.
     return bool(name) and (name == pattern or fnmatch.fnmatchcase(name, pattern))
 
 
 def _near(pattern: str, seen: Iterable[str]) -> list[str]:
-    """The names that are most like the pattern, case aside; else the first ones."""
+    """The names that are most like the pattern, ignoring case; else the first ones."""
     names = list(seen)
     folded = {name.lower(): name for name in reversed(names)}
     bare = pattern.lower().strip("*?")
@@ -132,7 +132,7 @@ def _between(
     inputs: Iterable[str],
     known: Set[str] = frozenset(),
 ) -> Iterator[onnx.NodeProto]:
-    """The nodes that make `outputs` of `inputs`, and of what else is `known`."""
+    """The nodes that compute `outputs` from `inputs` and from tensors that are `known`."""
     pending, own, seen = list(outputs), set(outputs), set(inputs)
     while pending:
         name = pending.pop()

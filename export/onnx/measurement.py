@@ -1,4 +1,4 @@
-"""Two forms of one model over the same samples: accuracy, errors and time, a row for each."""
+"""Compares two forms of one model over the same samples: accuracy, errors and time, a row each."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Measured:
     name: str
     nbytes: int
     samples: int
-    milliseconds: float  # of one sample alone, median of the runs
+    milliseconds: float  # time of one sample alone, median of the runs
     accuracy: float | None  # share of labels that are the largest output
     relative_error: float | None  # |difference| / |reference|, Euclidean
-    max_error: float | None  # of one value
+    max_error: float | None  # largest |difference| of one value
     max_relative: float | None  # the same, as a share of the reference's largest value
     agreement: float | None  # share of samples with the same largest output
 
@@ -47,7 +47,7 @@ class Runner(Protocol):
     inputs: list[InputSpec]
 
     def run(self, batch: dict[str, Array]) -> Array:
-        """The first output, of inputs [batch, ...] by name. Raises OptionError, ModelFileError."""
+        """The first output for inputs [batch, ...] by name. Raises OptionError, ModelFileError."""
         ...
 
 
@@ -57,9 +57,9 @@ class OnnxRunner:
     def __init__(
         self, name: str, path: Path, threads: int | None = None, content: bytes | None = None
     ) -> None:
-        """threads: None takes all cores. content: the model, where `path` does not hold it yet.
+        """threads: None takes all cores. content: the model, if `path` does not hold it yet.
 
-        Raises ModelFileError where it cannot be loaded.
+        Raises ModelFileError if it cannot be loaded.
         """
         self.name, self.path = name, path
         self.session = _session(path, threads, content)
@@ -74,7 +74,7 @@ class OnnxRunner:
         return found
 
     def run_all(self, batch: dict[str, Array]) -> list[Array]:
-        """All outputs. Raises OptionError where the model does not take the inputs."""
+        """All outputs. Raises OptionError if the model does not take the inputs."""
         try:
             outputs: list[Array] = self.session.run(None, batch)
         except Exception as error:  # onnxruntime's exceptions have no common base but this
@@ -90,12 +90,12 @@ def compare(
     """The rows of both models, which run over the samples batch by batch.
 
     progress: called with ("measuring", done, of how many). Raises what runners raise, and
-    OptionError where the samples have labels and the first output is not [batch, classes].
+    OptionError if the samples have labels and the first output is not [batch, classes].
     """
     runners = reference, candidate
     right, agreed, done = [0, 0], 0, 0
-    squares = [0.0, 0.0]  # of the reference's outputs, of the differences
-    largest = [0.0, 0.0]  # of the same
+    squares = [0.0, 0.0]  # sums over the reference's outputs, and over the differences
+    largest = [0.0, 0.0]  # largest magnitudes of the same
     classes = False
     for batch in samples.batches(batch_size(reference.inputs, _BATCH)):
         count = len(next(iter(batch.values())))
@@ -148,7 +148,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def _latencies(runners: tuple[Runner, ...], sample: dict[str, Array]) -> list[float]:
-    """Milliseconds of one sample in each model, in turns: the machine's moods hit both alike."""
+    """Milliseconds of one sample in each model, taken in turns: changes of load hit both."""
     seconds: list[list[float]] = [[] for _ in runners]
     for runner in runners:
         runner.run(sample)  # the first run allocates
@@ -171,7 +171,7 @@ def _session(
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        with redirect_stdout(io.StringIO()):  # it prints what it raises
+        with redirect_stdout(io.StringIO()):  # onnxruntime prints what it raises
             return onnxruntime.InferenceSession(
                 str(path) if content is None else content,
                 options,
@@ -182,7 +182,7 @@ def _session(
 
 
 def _bytes_of(path: Path) -> int:
-    """The model and its external data."""
+    """Bytes of the model and its external data."""
     import onnx
     from google.protobuf.message import DecodeError
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data

@@ -1,6 +1,6 @@
-"""Outputs of a quantized ONNX model against those of the float one, each output by itself.
+"""Compares each output of a quantized ONNX model with the float model's.
 
-The table of `measurement` tells of the first output alone, and one that is ruined hides behind it.
+The table of `measurement` covers the first output alone, which can hide one that is ruined.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 from .measurement import OnnxRunner
 from .samples import Array, Samples, batch_size
 
-# A share of an output's own spread. int8 costs a few hundredths; at this a third of what the output
-# tells is lost, which a network that is meant to be used does not stand.
+# A share of an output's own spread. int8 costs a few hundredths; at this bound a third of the
+# output's information is lost, more than a network in use can bear.
 BOUND = 0.3
 _BATCH = 32
 
 
 @dataclass
 class _Sums:
-    """Over the values of one output that are finite in the float model."""
+    """Sums over the values of one output that are finite in the float model."""
 
     count: int = 0
     total: float = 0.0
     squares: float = 0.0
-    differences: float = 0.0  # squared
+    differences: float = 0.0  # sum of squared differences
 
     def add(self, expected: Array, found: Array) -> None:
         wanted = expected.astype(np.float64)
@@ -42,7 +42,7 @@ class _Sums:
     def error(self) -> float:
         """The root of the differences' squares over that of the deviations from the mean.
 
-        An output that is the same everywhere has no spread: its own size takes the place.
+        An output that is the same everywhere has no spread: its own size takes that place.
         """
         spread = self.squares - self.total**2 / max(self.count, 1)
         if spread <= 1e-12 * self.squares:
@@ -54,7 +54,7 @@ class _Sums:
 
 
 def far_outputs(reference: OnnxRunner, candidate: OnnxRunner, samples: Samples) -> Iterator[str]:
-    """A note of each floating-point output whose error on the samples exceeds BOUND.
+    """Notes each floating-point output whose error on the samples exceeds BOUND.
 
     Outputs whose shapes depend on the values (detections) cannot be compared and are left out.
     Raises what runners raise.
@@ -65,7 +65,7 @@ def far_outputs(reference: OnnxRunner, candidate: OnnxRunner, samples: Samples) 
         pairs = zip(names, reference.run_all(batch), candidate.run_all(batch), strict=True)
         for name, expected, found in pairs:
             if not isinstance(expected, np.ndarray) or expected.dtype.kind != "f":
-                sums.pop(name, None)  # classes, sequences, maps
+                sums.pop(name, None)  # classes, sequences, maps: outputs that are not comparable
             elif expected.shape != found.shape:
                 sums.pop(name, None)
             elif name in sums:

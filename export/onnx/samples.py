@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-LABEL_KEY = "labels"  # of an .npz file
-BY_FOLDER = "folders"  # instead of a CSV file: the index of an image's folder
+LABEL_KEY = "labels"  # key of an .npz file
+BY_FOLDER = "folders"  # instead of a CSV file: the label is the index of an image's folder
 
 _IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".gif", ".tif", ".tiff"})
 _RAW: dict[str, np.dtype[Any]] = {
@@ -49,9 +49,10 @@ _DTYPES = {
 class Preprocessing:
     """How an image or raw bytes become an input: (value - mean) * scale, pixels 0 to 255.
 
-    size: (height, width); None takes the model's. layout: "nhwc", "nchw"; None: where the model
-    has 1 or 3 channels. mean, scale: one value, or one for each channel. crop: the middle of the
-    image, scaled by its shorter side; else the whole image is stretched. bgr: blue first.
+    size: (height, width); None takes the model's. layout: "nhwc", "nchw"; None: the one in which
+    the model has 1 or 3 channels. mean, scale: one value, or one for each channel. crop: the
+    middle of the image, scaled by its shorter side; else the whole image is stretched. bgr: blue
+    first.
     raw: the type of the values of .bin files, "int8", "uint8" or "float32".
     """
 
@@ -77,7 +78,7 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of the model. shape: None where a dimension is free; the batch comes first."""
+    """An input of the model. shape: None if a dimension is free; the batch comes first."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -85,7 +86,7 @@ class InputSpec:
 
 
 def input_specs(session: onnxruntime.InferenceSession) -> list[InputSpec]:
-    """The inputs of a loaded model. Raises ModelFileError where a type is none of numbers."""
+    """The inputs of a loaded model. Raises ModelFileError if a type is none of numbers."""
     specs = []
     for i in session.get_inputs():
         if i.type not in _DTYPES:
@@ -96,7 +97,7 @@ def input_specs(session: onnxruntime.InferenceSession) -> list[InputSpec]:
 
 
 def batch_size(specs: Sequence[InputSpec], most: int) -> int:
-    """One where the model's batch is fixed to it, else `most`."""
+    """1 if the model's batch is fixed to it, else `most`."""
     fixed = [s.shape[0] for s in specs if s.shape and s.shape[0] is not None]
     return 1 if fixed else most
 
@@ -119,7 +120,7 @@ class Samples:
         labels: a CSV file, its last column the class; or "folders".
         limit: at most so many samples, evenly over all.
 
-        Raises OptionError where there is nothing to read or labels do not match.
+        Raises OptionError if there is nothing to read or labels do not match.
         """
         self._path, self._inputs = path, list(inputs)
         self._preprocessing = preprocessing or Preprocessing()
@@ -206,7 +207,7 @@ class Samples:
         return self._inputs[0]
 
     def _read_arrays(self, file: Path, whole: bool = True) -> tuple[dict[str, Array], Array | None]:
-        """The inputs of a file, and its labels where it has some."""
+        """The inputs of a file, and its labels if it has some."""
         if file.suffix == ".npy":
             return {self._only_input(file).name: _load(file)}, None
         arrays = _load_all(file)
@@ -257,7 +258,7 @@ class Samples:
         return np.array(found)
 
     def _raw(self, file: Path, spec: InputSpec) -> Array:
-        """[1, ...] of a file's values; an integer input takes them as they are."""
+        """A file's values as [1, ...]; an integer input takes them unchanged."""
         p, shape = self._preprocessing, spec.shape[1:]
         known = [n for n in shape if n is not None]
         if len(known) != len(shape):
@@ -282,7 +283,7 @@ class Samples:
         return reals
 
     def _image(self, file: Path, spec: InputSpec) -> Array:
-        """[1, height, width, channels] or [1, channels, height, width], as the input wants."""
+        """An image as [1, height, width, channels] or [1, channels, height, width]."""
         try:
             from PIL import Image, ImageOps
         except ImportError as error:
@@ -309,7 +310,7 @@ class Samples:
         mean, scale = np.array(p.mean, np.float32), np.array(p.scale, np.float32)
         if max(len(mean), len(scale)) > channels:
             raise OptionError(f"mean and scale: the model has one channel, found {len(p.mean)}")
-        if spec.dtype in _INTEGERS:  # the model does its own scaling
+        if spec.dtype in _INTEGERS:  # an integer model does its own scaling
             data = pixels.astype(np.int16) - 128 if spec.dtype is np.int8 else pixels
         else:
             data = (pixels.astype(np.float32) - mean) * scale
@@ -320,7 +321,7 @@ _INTEGERS = (np.int64, np.int32, np.int8, np.uint8, np.bool_)
 
 
 def _image_shape(spec: InputSpec, p: Preprocessing) -> tuple[str, int, tuple[int, int] | None]:
-    """Layout, channels and (height, width) of an image input; None where any size will do."""
+    """Layout, channels and (height, width) of an image input; None if any size will do."""
     shape = spec.shape
     if len(shape) != 4:
         raise OptionError(
@@ -344,7 +345,7 @@ def _image_shape(spec: InputSpec, p: Preprocessing) -> tuple[str, int, tuple[int
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """All files of the kind that is there, sorted; folders within are searched, too."""
+    """All files of the kind that is there, sorted; subfolders are searched, too."""
     found = [
         Path(base) / name
         for base, _, names in os.walk(folder)
@@ -386,7 +387,7 @@ def _load_all(file: Path) -> dict[str, Array]:
 
 
 def _csv_rows(path: Path) -> list[tuple[str, int]]:
-    """(first column, last column) of each row; a first row whose last is no number is a header."""
+    """(first column, last column) of each row; a first row without a number is a header."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = [r for r in csv.reader(file) if r]

@@ -1,4 +1,4 @@
-"""Float ONNX models as the quantizer takes them: checked, of float32, without functions.
+"""Float ONNX models as the quantizer needs them: checked, of float32, without functions.
 
 Half precision, model-local functions, constants in nodes and old operator sets are all ways to
 write a float model that onnxruntime's quantizer passes over or turns into a file that does not run.
@@ -27,15 +27,15 @@ _DYNAMIC_OPSET = 11  # the first with DynamicQuantizeLinear
 _TARGET_OPSET = 17
 _INPUTS_APART = 4  # the first version of the format whose initializers need not be inputs, too
 _UNKNOWN_TO_CHECKER = "No Op registered for"
-# What DequantizeLinear makes reals of by a scale and a zero point, and the types of its scales.
+# Types that DequantizeLinear turns into reals by a scale and a zero point, and of its scales.
 _STORED = ("INT4", "UINT4", "INT8", "UINT8", "INT16", "UINT16", "INT32")
 _SCALES = ("FLOAT", "FLOAT16", "BFLOAT16")
-_MAX_BYTES = 2**31 - 1  # of a model in one file (protobuf)
+_MAX_BYTES = 2**31 - 1  # largest model in one file (protobuf)
 
 
 @dataclass(frozen=True)
 class Source:
-    """model: float32 between its inputs and outputs. exclusion: what is to stay float of it."""
+    """model: float32 between its inputs and outputs. exclusion: the nodes of it that stay float."""
 
     model: onnx.ModelProto
     exclusion: Exclusion
@@ -44,8 +44,8 @@ class Source:
 def read(path: Path, patterns: Sequence[str]) -> Source:
     """The checked float model of a file, of an opset that has scales for each channel.
 
-    patterns: node names or operator types that stay float, as the file has them.
-    Raises ModelFileError, UnsupportedModelError; OptionError where a pattern fits nothing.
+    patterns: node names or operator types that stay float, as named in the file.
+    Raises ModelFileError, UnsupportedModelError; OptionError if a pattern fits nothing.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -97,7 +97,7 @@ def _with_opset(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
 
     try:
         return version_converter.convert_version(model, _TARGET_OPSET)
-    except Exception as error:  # it raises RuntimeError, and types of its own
+    except Exception as error:  # the checker raises RuntimeError, and types of its own
         if opset >= _DYNAMIC_OPSET:
             return model  # operators of other domains; the quantizer and the trial decide
         raise UnsupportedModelError(
@@ -111,14 +111,14 @@ def _inlined(path: Path, model: onnx.ModelProto) -> onnx.ModelProto:
 
     try:
         return inliner.inline_local_functions(model)
-    except Exception as error:  # of the C++ library behind it
+    except Exception as error:  # the C++ library behind it may raise anything
         raise UnsupportedModelError(
             f"{path}: its functions cannot be inlined: {one_line(error)}"
         ) from error
 
 
 def _lift_constants(model: onnx.ModelProto) -> None:
-    """Constant nodes of the main graph become initializers: the quantizer looks there alone."""
+    """Turns Constant nodes of the main graph into initializers: the quantizer looks only there."""
     from onnx import helper, numpy_helper
 
     kept = []
@@ -143,14 +143,14 @@ def _lift_constants(model: onnx.ModelProto) -> None:
 
 
 def _fold_weights(path: Path, model: onnx.ModelProto) -> None:
-    """Replaces DequantizeLinear of constants by their reals: weights that are stored as integers.
+    """Replaces DequantizeLinear of constants, weights that are stored as integers, by their reals.
 
-    Raises ModelFileError where the scales do not fit the weights.
+    Raises ModelFileError if the scales do not fit the weights.
     """
     from onnx import helper, numpy_helper
 
     if any(n.op_type == "QuantizeLinear" for n in model.graph.node):
-        return  # its activations are quantized, too
+        return  # a QDQ file: its activations are quantized, too
     constants = {w.name: w for w in model.graph.initializer}
     kept, folded = [], []
     for node in model.graph.node:
@@ -181,10 +181,10 @@ def _are_integers(given: Sequence[onnx.TensorProto]) -> bool:
 
 
 def _reals(what: str, stored: Array, scale: Array, zero: Array | None, axis: int) -> Array:
-    """(stored - zero) * scale, of the scale's type.
+    """Computes (stored - zero) * scale, in the scale's type.
 
-    scale: [], [1], or one for each index of `axis`; zero: as many. Source: DequantizeLinear of
-    ONNX, as onnxruntime reads it: one scale has no axis.
+    scale: [], [1], or one for each index of `axis`; zero: the same shape. Source: DequantizeLinear
+    of ONNX, as onnxruntime reads it: one scale has no axis.
     """
     rank = stored.ndim
     shape: list[int] = [1] * rank
@@ -209,10 +209,10 @@ def _reals(what: str, stored: Array, scale: Array, zero: Array | None, axis: int
 
 
 def _to_float32(model: onnx.ModelProto) -> dict[str, str]:
-    """Half precision becomes single; inputs and outputs keep their type, with a Cast inside.
+    """Turns half precision into single; inputs and outputs keep their type, with a Cast inside.
 
     The integer operators take float32 alone, and on a CPU half precision is computed in it anyway.
-    Returns new names of tensors that had those of outputs.
+    Returns new names of tensors that had the names of outputs.
     """
     from onnx import TensorProto, helper
 
@@ -269,7 +269,7 @@ def _is_half(graph: onnx.GraphProto) -> bool:
 
 
 def _single(graph: onnx.GraphProto, *, main: bool) -> None:
-    """float32 in place of float16 in what a graph holds itself."""
+    """Replaces float16 by float32 in a graph's own tensors."""
     from onnx import TensorProto, numpy_helper
 
     half, single = TensorProto.FLOAT16, TensorProto.FLOAT
@@ -287,7 +287,7 @@ def _single(graph: onnx.GraphProto, *, main: bool) -> None:
                 widen(attribute.t)
             elif attribute.name in ("to", "dtype") and attribute.i == half:
                 attribute.i = single
-    if main:  # shapes are found anew
+    if main:  # shapes are inferred again
         del graph.value_info[:]
     for value in graph.value_info if main else (*graph.value_info, *graph.input, *graph.output):
         if value.type.tensor_type.elem_type == half:
@@ -295,9 +295,9 @@ def _single(graph: onnx.GraphProto, *, main: bool) -> None:
 
 
 def _drop_weight_inputs(model: onnx.ModelProto) -> None:
-    """Weights are constants: an input of the same name would be left without a use.
+    """Drops inputs named like weights: weights are constants, which an input would leave unused.
 
-    Inputs of other kinds keep their defaults, where the format knows such.
+    Inputs of other kinds keep their defaults, if the format version has such.
     """
     from onnx import TensorProto
 

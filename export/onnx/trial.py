@@ -1,7 +1,7 @@
 """A run of a written ONNX model in onnxruntime, before the file gets its name.
 
 Checkers and shape inference pass graphs that onnxruntime refuses, at load or only in the middle of
-a run: what a quantizer, a tracer or a converter has made is proved by running it.
+a run: only a run proves what a quantizer, a tracer or a converter has made.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ Feed = dict[str, Array]
 # A session holds the file's weights, repacked and float32 copies of them, and both at once while
 # it is made: measured 1.3 times the file for float32, 2.6 times for float16.
 _COPIES = 4
-_CACHE = "past_key_values."  # inputs of decoders as optimum names them: empty at the first token
-# Sizes that free dimensions get: one first, more where windows do not fit into that.
+_CACHE = "past_key_values."  # prefix of optimum's names of cache inputs: empty at the first token
+# Sizes that free dimensions get: 1 first, larger ones if windows do not fit into that.
 _LENGTHS = (1, 8, 32, 224)
 
 
 def require_onnxruntime() -> None:
-    """Raises OptionError where onnxruntime, without which nothing is tried, is not installed."""
+    """Raises OptionError if onnxruntime, which runs the trials, is not installed."""
     try:
         import onnxruntime  # noqa: F401
     except ImportError as error:
@@ -51,15 +51,15 @@ def run_once(
     feed: Feed | None = None,
     expected: Sequence[Array] | None = None,
 ) -> None:
-    """Loads a model that was made and runs it once; raises UnsupportedModelError where it fails.
+    """Loads a model that was made and runs it once; raises UnsupportedModelError if it fails.
 
     path: the name that the file is to get, for the message. made: the file or its content. advice:
     what the user can do, the end of the message. data: the file of its external weights. feed:
     inputs by name; None: inputs invented from the model's own types and shapes. expected: the
-    outputs of what it was made from on `feed`; its own must have their types and shapes, and be
-    finite where these are.
+    outputs of the original model on `feed`; the file's own must have their types and shapes, and be
+    finite wherever these are.
 
-    The session is made as users make it where the memory is enough for its copies of the weights.
+    The session is made as users make it if the memory is enough for its copies of the weights.
     Else the graph runs as it was written: weights stay mapped from the file, one matrix after the
     other is read, and the file may be larger than memory.
     """
@@ -85,7 +85,7 @@ def session(made: Path | bytes, nbytes: int) -> onnxruntime.InferenceSession:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.enable_cpu_mem_arena = False  # memory goes back after each operator
+    options.enable_cpu_mem_arena = False  # memory is freed after each operator
     options.enable_mem_pattern = False
     memory = available_memory()
     if memory is not None and _COPIES * nbytes > memory:
@@ -101,7 +101,7 @@ def session(made: Path | bytes, nbytes: int) -> onnxruntime.InferenceSession:
 def first_run(graph: onnxruntime.InferenceSession) -> tuple[Feed, list[Array]]:
     """The first invented inputs that a model takes, and its outputs.
 
-    Raises what the first ones raised where it takes none.
+    Raises what the first inputs raised if it takes none.
     """
     first: Exception | None = None
     for feed in _invented(graph.get_inputs()):
@@ -114,12 +114,12 @@ def first_run(graph: onnxruntime.InferenceSession) -> tuple[Feed, list[Array]]:
 
 
 def _invented(inputs: Sequence[Any]) -> Iterator[Feed]:
-    """Inputs of a graph: integers are 1, then 0; the batch is one, a decoder's cache is empty."""
+    """Invents inputs: integers are 1, then 0; the batch is one, a decoder's cache is empty."""
     for one in (1, 0):
         for length in _LENGTHS:
             yield {i.name: _values(i, one, length) for i in inputs}
             if all(isinstance(n, int) for i in inputs for n in i.shape[1:]):
-                break  # nothing is free but the batch
+                break  # only the batch is free
 
 
 def _values(given: Any, one: int, length: int) -> Array:
@@ -129,7 +129,7 @@ def _values(given: Any, one: int, length: int) -> Array:
     shape = [n if isinstance(n, int) else free if axis else 1 for axis, n in enumerate(given.shape)]
     dtype = np.dtype(TENSOR_TYPES[given.type])
     nbytes = dtype.itemsize
-    for n in shape:  # Python's integers: a product that cannot overflow
+    for n in shape:  # Python's integers, whose product cannot overflow
         nbytes *= n
     memory = available_memory()
     if memory is not None and nbytes > memory // 2:
@@ -147,7 +147,7 @@ def _check(
 ) -> None:
     for node, found, wanted in zip(graph.get_outputs(), outputs, expected, strict=True):
         if not isinstance(wanted, np.ndarray):
-            continue  # a sequence or a map
+            continue  # skips sequences and maps
         kinds = [f"{v.dtype} {list(v.shape)}" for v in (wanted, found)]
         if kinds[0] != kinds[1]:
             raise UnsupportedModelError(

@@ -23,7 +23,7 @@ _MANY = 1 << 16
 
 @dataclass(frozen=True)
 class Converter:
-    """What adds an operator to the graph, and how many inputs and outputs the operator may have."""
+    """A function that adds an operator to the graph, and the operator's input and output counts."""
 
     add: Callable[[Graph, Operator], None]
     fewest: int = 1
@@ -32,13 +32,13 @@ class Converter:
 
     @property
     def required(self) -> int:
-        """How many of the first inputs cannot be left out; all of them where any number may be."""
+        """How many of the first inputs are required; all of them if any number may be given."""
         return self.most if self.most == _MANY else self.fewest
 
 
-# Every operator that is converted. A new one: its function in the file that fits, one line here,
-# and, where it has options, their fields in options.py. (DENSIFY, and DEQUANTIZE of constants, are
-# done by the time: see file.py.)
+# Every operator that is converted. A new one needs a function in the file that fits, one line
+# here, and, if it has options, their fields in options.py. (DENSIFY, and DEQUANTIZE of constants,
+# are resolved before: see file.py.)
 CONVERTERS = {
     "ABS": Converter(elementwise.unary),
     "ADD": Converter(elementwise.binary, 2, 2),

@@ -49,7 +49,7 @@ def window(graph: Graph, operator: Operator, kernel: tuple[int, int]) -> dict[st
 
 
 def shape_nhwc(graph: Graph, operator: Operator, position: int) -> tuple[int, ...]:
-    """The shape of an input that must have four dimensions; -1 where the batch is free."""
+    """The shape of an input that must have four dimensions; -1 if the batch is free."""
     tensor = graph.tensor(operator.inputs[position])
     if tensor.rank != 4:
         raise ModelFileError(
@@ -60,7 +60,7 @@ def shape_nhwc(graph: Graph, operator: Operator, position: int) -> tuple[int, ..
 
 
 def conv_2d(graph: Graph, operator: Operator) -> None:
-    """Weights [out, height, width, in / groups] -> [out, in / groups, height, width]."""
+    """Turns weights [out, height, width, in / groups] to [out, in / groups, height, width]."""
     weights = constant_weights(graph, operator, rank=4)
     assert weights.data is not None
     outputs, _, _, depth = weights.shape
@@ -76,7 +76,7 @@ def conv_2d(graph: Graph, operator: Operator) -> None:
 
 
 def depthwise_conv_2d(graph: Graph, operator: Operator) -> None:
-    """Weights [1, height, width, out] -> [out, 1, height, width]."""
+    """Adds a grouped Conv; weights [1, height, width, out] -> [out, 1, height, width]."""
     weights = constant_weights(graph, operator, rank=4)
     assert weights.data is not None
     one, _, _, outputs = weights.shape
@@ -100,7 +100,7 @@ def depthwise_conv_2d(graph: Graph, operator: Operator) -> None:
 
 
 def _convolve(graph: Graph, operator: Operator, weights: Array, groups: int) -> None:
-    """weights: [out, in / groups, height, width]."""
+    """Adds a Conv with weights [out, in / groups, height, width]."""
     outputs, kernel = weights.shape[0], (weights.shape[2], weights.shape[3])
     source = graph.real(operator.inputs[0], "nchw")
     attributes = {"kernel_shape": list(kernel), "group": groups}
@@ -128,7 +128,7 @@ def _product(
     outputs: int,
     attributes: dict[str, Any],
 ) -> None:
-    """The operator's output: a Conv or Gemm of `source`, bias and activation."""
+    """Adds the operator's output: a Conv or Gemm of `source`, bias and activation."""
     tensor, bias = graph.tensor(operator.inputs[1]), bias_of(graph, operator, outputs)
     activation = operator.options["FusedActivationFunction"]
     output = graph.tensor(operator.outputs[0])
@@ -151,7 +151,7 @@ def _product(
 
 
 def fully_connected(graph: Graph, operator: Operator) -> None:
-    """Weights [out, in]: a Gemm over all but the last dimension of the input."""
+    """Adds a Gemm over all but the last dimension of the input; weights [out, in]."""
     if operator.options["WeightsFormat"]:
         raise UnsupportedModelError(
             f"{graph.file.path}: {operator}: expected plain weights, found shuffled ones"
@@ -185,10 +185,10 @@ def fully_connected(graph: Graph, operator: Operator) -> None:
 
 
 def flat_source(graph: Graph, source: Tensor) -> str:
-    """The stored tensor, for a Reshape: its elements in the file's order.
+    """The stored tensor as a Reshape's input: its elements in the file's order.
 
-    One pixel of channels lies alike in both layouts, so the usual way from convolutions to a
-    classifier needs no transpose.
+    A single pixel's channels are in the same order in both layouts, so the usual way from
+    convolutions to a classifier needs no transpose.
     """
     pixel = source.rank == 4 and source.shape[1:3] == (1, 1)
     return graph.stored(
@@ -197,7 +197,7 @@ def flat_source(graph: Graph, source: Tensor) -> str:
 
 
 def constant_weights(graph: Graph, operator: Operator, rank: int) -> Tensor:
-    """The second input: constants of a type that products are computed with."""
+    """The second input: constants of a type that products can be computed with."""
     weights = graph.tensor(operator.inputs[1])
     if weights.data is None:
         raise UnsupportedModelError(
@@ -230,7 +230,7 @@ def check_axis(graph: Graph, operator: Operator, weights: Tensor, axis: int) -> 
 
 
 def bias_of(graph: Graph, operator: Operator, outputs: int, position: int = 2) -> list[str]:
-    """The reals of the bias, [outputs], the input at `position`; nothing where there is none."""
+    """The reals of the bias, [outputs], the input at `position`; an empty list if it is absent."""
     if len(operator.inputs) <= position or operator.inputs[position] < 0:
         return []
     bias = graph.tensor(operator.inputs[position])

@@ -1,4 +1,4 @@
-"""Operators that treat each element alike, in whichever layout their inputs are."""
+"""Operators that treat all elements alike, in any layout of their inputs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CLIPS = {"RELU6": (0.0, 6.0), "RELU_N1_TO_1": (-1.0, 1.0)}
 
 
 def binary(graph: Graph, operator: Operator) -> None:
-    """ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, with numpy's broadcasting."""
+    """Adds ADD, SUB, MUL, DIV, MAXIMUM, MINIMUM, with numpy's broadcasting."""
     layout = graph.common_layout(operator)
     operands = [graph.real(i, layout) for i in operator.inputs]
     activation = operator.options.get("FusedActivationFunction", 0)
@@ -44,7 +44,7 @@ def binary(graph: Graph, operator: Operator) -> None:
 
 
 def unary(graph: Graph, operator: Operator) -> None:
-    """Functions that ONNX has, too."""
+    """Adds functions that ONNX has, too."""
     layout = graph.common_layout(operator)
     graph.finish_real(
         operator, layout, _UNARY[operator.name], graph.real(operator.inputs[0], layout)
@@ -52,11 +52,11 @@ def unary(graph: Graph, operator: Operator) -> None:
 
 
 def logistic(graph: Graph, operator: Operator) -> None:
-    """1 / (1 + exp(-x)).
+    """Adds 1 / (1 + exp(-x)).
 
-    onnxruntime's Sigmoid is exact to about 1e-8 of one, whatever the value: enough for the factor
-    that it is within nets. What leaves a net may be a small probability, and is computed as it
-    is written.
+    onnxruntime's Sigmoid has an absolute error of about 1e-8, whatever the value: enough for a
+    factor inside a net. An output of the net may be a small probability, and is computed by the
+    formula.
     """
     index = operator.outputs[0]
     readers = [o.name for o in graph.file.operators if index in o.inputs]
@@ -71,42 +71,42 @@ def logistic(graph: Graph, operator: Operator) -> None:
 
 
 def clip(graph: Graph, operator: Operator) -> None:
-    """RELU6, RELU_N1_TO_1."""
+    """Adds RELU6, RELU_N1_TO_1."""
     layout = graph.common_layout(operator)
     bounds = [graph.shared(np.array(b, np.float32)) for b in _CLIPS[operator.name]]
     graph.finish_real(operator, layout, "Clip", graph.real(operator.inputs[0], layout), *bounds)
 
 
 def leaky_relu(graph: Graph, operator: Operator) -> None:
-    """x where positive, else alpha x."""
+    """Adds x if it is positive, else alpha x."""
     layout = graph.common_layout(operator)
     real = graph.real(operator.inputs[0], layout)
     graph.finish_real(operator, layout, "LeakyRelu", real, alpha=float(operator.options["Alpha"]))
 
 
 def prelu(graph: Graph, operator: Operator) -> None:
-    """x where positive, else x times the second input: a factor for each channel, most often."""
+    """Adds x if it is positive, else x times the second input, mostly a factor for each channel."""
     layout = graph.common_layout(operator)
     real, factors = (graph.real(i, layout) for i in operator.inputs)
     graph.finish_real(operator, layout, "PRelu", real, factors)
 
 
 def square(graph: Graph, operator: Operator) -> None:
-    """x times itself."""
+    """Adds x times itself."""
     layout = graph.common_layout(operator)
     real = graph.real(operator.inputs[0], layout)
     graph.finish_real(operator, layout, "Mul", real, real)
 
 
 def reciprocal_root(graph: Graph, operator: Operator) -> None:
-    """One over the square root."""
+    """Adds one over the square root."""
     layout = graph.common_layout(operator)
     root = graph.node("Sqrt", [graph.real(operator.inputs[0], layout)])
     graph.finish_real(operator, layout, "Reciprocal", root)
 
 
 def softmax(graph: Graph, operator: Operator) -> None:
-    """exp(beta x) over the last dimension (the channels), normalised."""
+    """Adds exp(beta x) over the last dimension (the channels), normalised."""
     real, beta = graph.real(operator.inputs[0]), float(operator.options["Beta"])
     if beta != 1.0:
         real = graph.node("Mul", [real, graph.shared(np.array(beta, np.float32))])
@@ -114,12 +114,12 @@ def softmax(graph: Graph, operator: Operator) -> None:
 
 
 def quantize(graph: Graph, operator: Operator) -> None:
-    """Reals, or integers of other scales, to the output's integers."""
+    """Converts reals, or integers of other scales, to the output's integers."""
     _copy(graph, operator, to_integers=True)
 
 
 def dequantize(graph: Graph, operator: Operator) -> None:
-    """Integers (or half precision) to reals."""
+    """Converts integers (or half precision) to reals."""
     _copy(graph, operator, to_integers=False)
 
 

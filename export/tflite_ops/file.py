@@ -25,14 +25,14 @@ Array = npt.NDArray[Any]
 
 _IDENTIFIER = b"TFL3"
 MAX_RANK = 8
-_MAX_BYTES = 2**31 - 1  # of a flatbuffer: its offsets are 32 bits wide
-_MAX_ROWS = 2**16  # of tensors, of operators: a hundred times what real files have
+_MAX_BYTES = 2**31 - 1  # largest flatbuffer: its offsets are 32 bits wide
+_MAX_ROWS = 2**16  # most tensors, most operators: a hundred times what real files have
 _MAX_NAME = 256  # bytes; the rest is cut
 # Parts of a flatbuffer may overlap, so that a small file could stand for terabytes. Real files
-# share little: some constants, and nothing else.
-_SHARED_VECTORS = 4  # times the file's size
+# share only some constants.
+_SHARED_VECTORS = 4  # bytes of all vectors, as a multiple of the file's size
 _SHARED_CONSTANTS = 64
-# What Python's reader of flatbuffers raises where an offset or a length points outside the file.
+# Errors that Python's flatbuffers reader raises if an offset or a length points outside the file.
 _READ_ERRORS = (
     struct.error,
     AttributeError,
@@ -61,7 +61,7 @@ class Quantization:
     """real = scale * (stored - zero_point); one scale, or one for each index of `axis`."""
 
     scale: npt.NDArray[np.float32]  # [1] or [shape[axis]]
-    zero_point: npt.NDArray[np.int64]  # as many
+    zero_point: npt.NDArray[np.int64]  # same shape as scale
     axis: int
 
     @property
@@ -70,7 +70,7 @@ class Quantization:
         return len(self.scale) == 1
 
     def same(self, other: Quantization | None) -> bool:
-        """Whether stored values of both mean the same reals."""
+        """Whether equal stored values of both mean the same reals."""
         return self.moved(other, 0)
 
     def moved(self, other: Quantization | None, by: int) -> bool:
@@ -85,24 +85,24 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the subgraph. shape as stored; -1 in front where the batch is free."""
+    """A tensor of the subgraph. shape: as stored; -1 in front if the batch is free."""
 
     index: int
     name: str
     shape: tuple[int, ...]
     type: str  # FLOAT32, INT8, ...
     quantization: Quantization | None
-    data: Array | None  # [shape] where constant, else None
-    folded: bool = False  # constant of a DEQUANTIZE: its reals are what operators take
+    data: Array | None  # [shape] if constant, else None
+    folded: bool = False  # output of a constant's DEQUANTIZE: operators take its reals
 
     @property
     def rank(self) -> int:
-        """How many dimensions."""
+        """Number of dimensions."""
         return len(self.shape)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored values."""
+        """Type of the stored values."""
         return _DTYPES[self.type]
 
     @property
@@ -141,8 +141,8 @@ class TfliteFile:
 def read(path: Path) -> TfliteFile:
     """Reads and checks a tflite file.
 
-    Raises OptionError where the package `tflite` is missing, ModelFileError where the file is
-    missing, truncated or contradicts itself, UnsupportedModelError where it is valid but holds
+    Raises OptionError if the package `tflite` is missing, ModelFileError if the file is
+    missing, truncated or contradicts itself, UnsupportedModelError if it is valid but holds
     what cannot be converted (several subgraphs, sparse or variable tensors, unknown types).
     """
     try:
@@ -210,7 +210,7 @@ class _Reader:
         return _with_constants(file)
 
     def _count(self, length: int, what: str) -> int:
-        """A length of a vector of offsets, four bytes each: no longer than the file."""
+        """Checks the length of a vector of offsets, four bytes each: it must fit the file."""
         if length * 4 > len(self._data):
             raise ModelFileError(f"{self._path}: {length} {what} in {len(self._data)} bytes")
         if length > _MAX_ROWS:
@@ -282,7 +282,7 @@ class _Reader:
         dtype: np.dtype[Any],
         what: str,
     ) -> Array:
-        """A constant of which the file keeps what is not zero: [shape], with the zeros."""
+        """A constant whose file keeps only the non-zero values: [shape], with the zeros."""
         size = buffer.DataLength() // dtype.itemsize
         values = self._constant(buffer, (size,), dtype, what)
         if values is None:
@@ -300,7 +300,7 @@ class _Reader:
             return None
         data = buffer.DataAsNumpy()
         expected = dtype.itemsize
-        for n in shape:  # Python's integers: a product that cannot overflow
+        for n in shape:  # Python's integers, whose product cannot overflow
             expected *= n
         if data.nbytes != expected:
             raise ModelFileError(
@@ -375,7 +375,7 @@ class _Reader:
         )
 
     def _check_order(self, file: TfliteFile) -> None:
-        """Every tensor is made before it is used, and once."""
+        """Checks that every tensor is made once, before its first use."""
         made = set(file.inputs) | {t.index for t in file.tensors if t.data is not None}
         for operator in file.operators:
             for i in operator.inputs:
@@ -393,9 +393,9 @@ class _Reader:
 
 
 def _with_constants(file: TfliteFile) -> TfliteFile:
-    """The file without DENSIFY and DEQUANTIZE of constants: readers of their outputs read these.
+    """The file without DENSIFY and DEQUANTIZE of constants: their readers read the constants.
 
-    So files keep weights that are sparse, in half precision, or in int8 for kernels of reals.
+    Files use these for weights that are sparse, half precision, or int8 for float kernels.
     """
     tensors, operators = list(file.tensors), []
     for operator in file.operators:
@@ -419,7 +419,7 @@ def _with_constants(file: TfliteFile) -> TfliteFile:
 def with_unsigned(file: TfliteFile) -> TfliteFile:
     """The file with uint8 in place of int8 between operators: values and zero points plus 128.
 
-    The reals are the same. Inputs, outputs and constants stay as they are.
+    The reals are the same. Inputs, outputs and constants stay int8.
     """
     kept = {*file.inputs, *file.outputs}
     tensors = list(file.tensors)
@@ -444,6 +444,6 @@ def _names(constants: Any) -> dict[int, str]:
 
 
 def _text(found: bytes | None) -> str:
-    """A name, on one line and of bearable length: errors quote it."""
+    """A name on one line of limited length, since errors quote it."""
     text = "" if found is None else found[:_MAX_NAME].decode("utf-8", "replace")
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)

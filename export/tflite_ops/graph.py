@@ -1,4 +1,4 @@
-"""The ONNX graph in the making: tensors of the tflite file in either layout, stored or as reals.
+"""The ONNX graph under construction: tflite tensors in either layout, stored or as reals.
 
 tflite computes in NHWC, ONNX's convolutions in NCHW. Each tensor of rank 4 may exist in both; a
 Transpose is added only where an operator needs the layout that is not there, so a chain of
@@ -37,9 +37,9 @@ _ELEMENT = {
     "BOOL": TensorProto.BOOL,
 }
 _INNER_NAME = 48  # characters
-_MAX_POSITIONS = 1 << 20  # of a constant that is computed from sizes: a crop of 1024 x 1024
+_MAX_POSITIONS = 1 << 20  # largest constant that is computed from sizes: a crop of 1024 x 1024
 _QUANTIZED_ACTIVATIONS = ("INT8", "UINT8")
-# fused_activation_function: none, or the reals that it clips to.
+# fused_activation_function: none, or the interval of reals that it clips to.
 _NONE, _RELU, _RELU_N1_TO_1, _RELU6 = range(4)
 _CLIPS = {_RELU: (0.0, np.inf), _RELU_N1_TO_1: (-1.0, 1.0), _RELU6: (0.0, 6.0)}
 
@@ -56,13 +56,13 @@ class Graph:
         self._constants: dict[str, onnx.TensorProto] = {}
         self._values: dict[tuple[int, Layout], str] = {}  # stored values that exist
         self._reals: dict[tuple[int, Layout], str] = {}  # dequantized values that exist
-        self._taken: dict[str, int] = {}  # names, and the last number after each
+        self._taken: dict[str, int] = {}  # names, and the last number appended to each
         self._shared: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._arranged: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
         self._real_weights: dict[str, str] = {}
         self._scale_names: dict[int, tuple[str, str]] = {}
         self._nchw_names: dict[int, str] = {}
-        ends = {*file.inputs, *file.outputs}  # first: they keep their names
+        ends = {*file.inputs, *file.outputs}  # these come first: they keep their names
         named = {i: self.fresh(file.tensors[i].name) for i in sorted(ends)}
         self._names = [named.get(t.index) or self.fresh(_inner_name(t)) for t in file.tensors]
         for i in file.inputs:
@@ -72,14 +72,14 @@ class Graph:
         """The tensor of the file."""
         return self.file.tensors[index]
 
-    # Reading what is there.
+    # Reading of existing tensors.
 
     def made(self, index: int, layout: Layout) -> bool:
         """Whether the tensor exists in that layout without another transpose."""
         return (index, layout) in self._values and self.tensor(index).data is None
 
     def common_layout(self, operator: Operator) -> Layout:
-        """The layout for an operator that computes each element alike: least transposes."""
+        """The layout with the fewest transposes for an operator that computes elementwise."""
         variable = [i for i in operator.inputs if i >= 0 and self.tensor(i).data is None]
         if self.tensor(operator.outputs[0]).rank != 4 or not variable:
             return "file"
@@ -88,7 +88,7 @@ class Graph:
         return "nchw" if any(self.made(i, "nchw") for i in variable) else "file"
 
     def stored(self, index: int, layout: Layout = "file") -> str:
-        """The name of the tensor as it is stored: integers where it is quantized."""
+        """The name of the tensor as it is stored: as integers if it is quantized."""
         if (index, layout) in self._values:
             return self._values[index, layout]
         tensor, name = self.tensor(index), self._layout_name(index, layout)
@@ -108,7 +108,7 @@ class Graph:
         return name
 
     def real(self, index: int, layout: Layout = "file") -> str:
-        """The name of the tensor as float32, dequantized where it is quantized."""
+        """The name of the tensor as float32, dequantized if it is quantized."""
         if (index, layout) in self._reals:
             return self._reals[index, layout]
         tensor = self.tensor(index)
@@ -127,7 +127,7 @@ class Graph:
         return name
 
     def weight(self, index: int, data: Array, axis: int) -> str:
-        """Reals of a constant in another arrangement: `data`, its scales along `axis`.
+        """The reals of a constant in another arrangement: `data`, its scales along `axis`.
 
         Weights that are integers stay integers in the file, with a DequantizeLinear after them.
         """
@@ -142,7 +142,7 @@ class Graph:
         return self._real_weights[name]
 
     def arranged(self, index: int, data: Array) -> str:
-        """The name of a constant tensor in another arrangement, `data`, which its users share."""
+        """The name of a constant tensor in another arrangement, `data`, shared by its users."""
         key = index, data.shape, data.strides
         if key not in self._arranged:
             name = self.fresh(f"{self._names[index]}:weight")
@@ -156,7 +156,7 @@ class Graph:
         return self.node("DequantizeLinear", inputs, self.fresh(f"{name}:real"), **attributes)
 
     def ints(self, operator: Operator, position: int) -> list[int] | None:
-        """The values of a constant integer input, None where the operator has no such input."""
+        """The values of a constant integer input, None if the operator has no such input."""
         if position >= len(operator.inputs) or operator.inputs[position] < 0:
             return None
         tensor = self.tensor(operator.inputs[position])
@@ -173,14 +173,14 @@ class Graph:
         return [int(n) for n in tensor.data.reshape(-1)]
 
     def check_count(self, operator: Operator, count: int) -> None:
-        """Refuses a constant of so many positions, before it is made: sizes are the file's word."""
+        """Refuses a constant of too many positions before it is made: a file can claim any size."""
         if count > _MAX_POSITIONS:
             raise UnsupportedModelError(
                 f"{self.file.path}: {operator}: expected at most {_MAX_POSITIONS} positions, found"
                 f" {count}"
             )
 
-    # Adding to it.
+    # Additions to the graph.
 
     def node(
         self, kind: str, inputs: Sequence[str], output: str | None = None, **attributes: Any
@@ -202,7 +202,7 @@ class Graph:
         return name
 
     def shared(self, data: Array) -> str:
-        """The name of a small constant that all its users share."""
+        """The name of a small constant, shared by all its users."""
         key = data.dtype.name, data.shape, data.tobytes()
         if key not in self._shared:
             shown = "_".join(str(v) for v in data.reshape(-1)[:16].tolist())
@@ -210,7 +210,7 @@ class Graph:
         return self._shared[key]
 
     def store(self, index: int, layout: Layout, name: str) -> None:
-        """Says that the node output `name` is the stored tensor."""
+        """Records that the node output `name` is the stored tensor."""
         self._values[index, layout] = name
 
     def name_of(self, index: int, layout: Layout) -> str:
@@ -226,7 +226,7 @@ class Graph:
         activation: int = _NONE,
         **attributes: Any,
     ) -> None:
-        """Adds a node of reals, its activation, and what makes the operator's output of them."""
+        """Adds a node of reals, its activation, and the conversion to the operator's output."""
         output = self.tensor(operator.outputs[0])
         target = self._layout_name(output.index, layout)
         after = self._activation_nodes(operator, output, activation)
@@ -255,14 +255,14 @@ class Graph:
         if activation == _NONE:
             return []
         if activation not in _CLIPS:
-            # TANH and SIGN_BIT: tflite's own kernels leave them out.
+            # tflite's own kernels leave out TANH and SIGN_BIT.
             raise UnsupportedModelError(
                 f"{self.file.path}: {operator}: expected a fused activation of none or a ReLU,"
                 f" found {activation}"
             )
         low, high = _CLIPS[activation]
         if output.quantized and self._saturates(output, low, high):
-            return []  # what the output's integers can hold is clipped already
+            return []  # the range of the output's integers clips already
         if high == np.inf:
             return [("Relu", [])]
         bounds = [self.shared(np.array(bound, np.float32)) for bound in (low, high)]
@@ -299,7 +299,7 @@ class Graph:
         return {} if q.per_tensor else {"axis": q.axis if axis is None else axis}
 
     def _check_activation(self, tensor: Tensor) -> None:
-        """Quantized values between operators: 8 bits, one scale."""
+        """Checks that quantized values between operators have 8 bits and one scale."""
         q = tensor.quantization
         assert q is not None
         if tensor.data is None and (tensor.type not in _QUANTIZED_ACTIVATIONS or not q.per_tensor):
@@ -310,7 +310,7 @@ class Graph:
             )
 
     def fresh(self, wanted: str) -> str:
-        """A name that nothing has yet: `wanted`, or that with a number."""
+        """An unused name: `wanted`, or that with a number."""
         name = wanted
         while name in self._taken:
             self._taken[wanted] += 1
@@ -331,10 +331,10 @@ class Graph:
             self._nchw_names[index] = self.fresh(f"{self._names[index]}:nchw")
         return self._nchw_names[index]
 
-    # The whole.
+    # The whole model.
 
     def model(self, producer_version: str) -> onnx.ModelProto:
-        """The checked model. Raises ModelFileError where shapes contradict each other."""
+        """The checked model. Raises ModelFileError if shapes contradict each other."""
         for i in self.file.outputs:
             if self.stored(i) != self._names[i] or i in self.file.inputs or self._is_constant(i):
                 raise ModelFileError(
@@ -402,14 +402,14 @@ class Graph:
 
 
 def _inner_name(tensor: Tensor) -> str:
-    """TensorFlow names a tensor after all the operators that were fused into its maker.
+    """A short name of an inner tensor: the first of the operators that were fused into its maker.
 
-    The first says enough: of a small model, whole names would be half of the file.
+    TensorFlow's own name lists them all: in a small model, such names would be half of the file.
     """
     return tensor.name.split(";", 1)[0][-_INNER_NAME:]
 
 
 def channels_first(data: Array) -> Array:
-    """[.., H, W, C] constants of up to 4 dimensions as [N, C, H, W]."""
+    """Transposes [.., H, W, C] constants of up to 4 dimensions to [N, C, H, W]."""
     moved: Array = data.reshape((1,) * (4 - data.ndim) + data.shape).transpose(NHWC_TO_NCHW)
     return moved

@@ -22,7 +22,7 @@ _LEVELS = np.array(127, np.float32)
 # The kernel rounds halves away from zero, ONNX's Round to even integers. The float32 below 0.5:
 # with 0.5 itself the number just below 0.5 would be rounded up.
 _HALF = np.nextafter(np.array(0.5, np.float32), np.float32(0))
-# A sample of zeros has no scale: this one keeps 0 / 0 out of the graph, and 127 / it finite.
+# A sample of zeros has no scale: this one keeps 0 / 0 out of the graph, and 127 / scale finite.
 _LEAST = np.array(1e-30, np.float32)
 
 
@@ -50,7 +50,7 @@ def multiply(
 ) -> str:
     """A Conv or Gemm of int8 `weights`; returns the name of the sums with the bias added.
 
-    source: reals, [N, C, H, W] or [N, C]; each sample n has its own scale.
+    source: reals, [N, C, H, W] or [N, C]; each sample n has a scale of its own.
     """
     tensor = graph.tensor(operator.inputs[1])
     assert tensor.quantization is not None
@@ -59,7 +59,7 @@ def multiply(
     largest = graph.node("ReduceMax", [magnitude], axes=axes, keepdims=1)
     largest = graph.node("Max", [largest, graph.shared(_LEAST)])
     levels = graph.shared(_LEVELS)
-    steps = graph.node("Div", [levels, largest])  # per real; the kernel multiplies by it
+    steps = graph.node("Div", [levels, largest])  # steps per real; the kernel multiplies by it
     raised = graph.node("Add", [graph.node("Mul", [magnitude, steps]), graph.shared(_HALF)])
     integers = graph.node("Mul", [graph.node("Floor", [raised]), graph.node("Sign", [source])])
     stored = graph.arranged(tensor.index, weights)
@@ -86,10 +86,10 @@ def add_in_order(
     bias: list[str],
     found: dict[str, Any],
 ) -> str:
-    """A depthwise convolution as the reference kernel adds: tap after tap, each product rounded.
+    """Sums a depthwise convolution in the reference kernel's order: taps, each product rounded.
 
-    weights: float32 [channels, 1, height, width]; source: reals [N, channels, H, W]; found: as
-    convolution.window gives it. Returns the name of the sums [N, channels, OH, OW], bias added.
+    weights: float32 [channels, 1, height, width]; source: reals [N, channels, H, W]; found: from
+    convolution.window. Returns the name of the sums [N, channels, OH, OW], bias added.
     """
     _, rows, columns, _ = graph.tensor(operator.outputs[0]).shape
     top, left, bottom, right = found["pads"]

@@ -1,4 +1,4 @@
-"""tflite's own interpreter (the optional package ai-edge-litert), as a model to measure with."""
+"""tflite's own interpreter (the optional package ai-edge-litert), for measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..onnx.samples import Array, InputSpec
 
 
 class TfliteRunner:
-    """A tflite file in its interpreter; outputs are of the first output tensor."""
+    """A tflite file in its interpreter; its result is the first output tensor."""
 
     def __init__(
         self,
@@ -23,10 +23,10 @@ class TfliteRunner:
         reference_kernels: bool,
         threads: int | None = None,
     ) -> None:
-        """names: of the inputs, in the file's order, as batches have them. reference_kernels:
-        tflite's plain kernels; else the fast ones that it takes itself. threads: None takes all.
+        """names: the inputs' names in batches, in the file's order. reference_kernels: tflite's
+        plain kernels; else the fast ones that it chooses itself. threads: None takes all.
 
-        Raises OptionError where the package is missing, ModelFileError where the file cannot be
+        Raises OptionError if the package is missing, ModelFileError if the file cannot be
         loaded.
         """
         try:
@@ -62,7 +62,7 @@ class TfliteRunner:
         ]
 
     def run(self, batch: dict[str, Array]) -> Array:
-        """The first output, [batch, ...]: the samples run one after the other."""
+        """The first output, [batch, ...]; the samples run one after the other."""
         rows = []
         for i in range(len(next(iter(batch.values())))):
             try:

@@ -1,4 +1,4 @@
-"""MediaPipe's operators on landmarks: a crop around some of them, and coordinates to and fro.
+"""MediaPipe's operators on landmarks: a crop around some of them, and coordinate transformations.
 
 Source: mediapipe/util/tflite/operations (landmarks_to_transform_matrix.cc, version 2;
 transform_tensor_bilinear.cc; transform_landmarks.cc, version 2). A transformation is a [1, 4, 4]
@@ -18,10 +18,10 @@ _MATRIX = (1, 4, 4)
 
 
 def transform_matrix(graph: Graph, operator: Operator) -> None:
-    """The matrix of a crop [output_height, output_width] that holds some landmarks [1, L, 3].
+    """Adds the matrix of a crop [output_height, output_width] around some landmarks [1, L, 3].
 
-    The crop is turned so that the line from the left to the right landmark has the target's
-    angle; it is the box of the landmarks, scaled.
+    The crop is the scaled bounding box of the landmarks, turned so that the line from the left
+    to the right landmark has the target's angle.
     """
     _check_version(graph, operator, 2)
     options, source = operator.options, graph.tensor(operator.inputs[0])
@@ -53,7 +53,7 @@ def transform_matrix(graph: Graph, operator: Operator) -> None:
     ends = graph.shared(np.array(used[:2], np.int64))
     pair = graph.node("Gather", [landmarks, ends], axis=1)
     sides = []
-    for i in (0, 1):  # from left to right, [1, 1]
+    for i in (0, 1):  # from the left to the right landmark, [1, 1]
         both = column(pair, i)
         left, right = (
             graph.node("Gather", [both, graph.shared(np.array([k], np.int64))], axis=1)
@@ -62,11 +62,11 @@ def transform_matrix(graph: Graph, operator: Operator) -> None:
         sides.append(add("Sub", right, left))
     across, down = sides
     length = add("Sqrt", add("Add", add("Mul", across, across), add("Mul", down, down)))
-    nowhere = add("Equal", length, number(0))  # the angle of no line is 0
+    nowhere = add("Equal", length, number(0))  # a line of no length has the angle 0
     divisor = add("Where", nowhere, number(1), length)
     cosine = add("Where", nowhere, number(1), add("Div", across, divisor))
     sine = add("Div", down, divisor)
-    # The angle to turn by is the target's less the line's.
+    # The angle to turn by is the target's minus the line's.
     target = float(options["target_rotation_radians"])
     of_target = number(np.cos(target)), number(np.sin(target))
     c = add("Add", add("Mul", of_target[0], cosine), add("Mul", of_target[1], sine))
@@ -103,7 +103,7 @@ def transform_matrix(graph: Graph, operator: Operator) -> None:
 
 
 def transform_tensor(graph: Graph, operator: Operator) -> None:
-    """The crop of an image [1, H, W, C] by a matrix, bilinear; zero where it lies outside.
+    """Adds the crop of an image [1, H, W, C] by a matrix, bilinear; zero outside of the image.
 
     A pixel is a point in version 1, and has its center in the middle in version 2.
     """
@@ -150,7 +150,7 @@ def transform_tensor(graph: Graph, operator: Operator) -> None:
 
 
 def transform_landmarks(graph: Graph, operator: Operator) -> None:
-    """Landmarks [1, L, 2 or 3] by a matrix: x and y; z stays."""
+    """Transforms x and y of landmarks [1, L, 2 or 3] by a matrix; z stays."""
     _check_version(graph, operator, 2)
     source = graph.tensor(operator.inputs[0])
     _check_matrix(graph, operator)
@@ -160,7 +160,7 @@ def transform_landmarks(graph: Graph, operator: Operator) -> None:
             f" {list(source.shape)}"
         )
     deep = source.shape[2]
-    # Columns of the matrix that x, y (and z, with no part in it) and 1 take.
+    # The matrix's columns for x, y, z (which adds nothing) and 1.
     real, matrix = graph.real(source.index), _rows(graph, operator, 2)
     kept = graph.shared(np.array([0, 1], np.int64))
     turn = graph.node("Gather", [matrix, kept], axis=2)

@@ -88,20 +88,20 @@ _MAPS: dict[str, dict[str, type[Any]]] = {
     },
     "CUSTOM TransformTensorBilinear": {"output_height": int, "output_width": int},
 }
-_MAP_BYTES = 1 << 16  # of a map: forty times the largest that is known
+_MAP_BYTES = 1 << 16  # largest map: forty times the largest that is known
 
 
 class Options:
     """Reads the options of each operator that has some."""
 
     def __init__(self, path: Path, schema: Any, charge: Callable[[int], None]) -> None:
-        """charge: takes the bytes of a vector that was read; it raises where they are too many."""
+        """charge: takes the bytes of a vector that was read; it raises if they are too many."""
         self._path, self._schema, self._charge = path, schema, charge
 
     def read(self, row: Any, name: str, what: str) -> dict[str, Any]:
-        """Fields by their names in the schema, or by the keys of a custom operator's map.
+        """Reads fields by their names in the schema, or by the keys of a custom operator's map.
 
-        Raises ModelFileError where the operator's table is missing or holds no finite numbers.
+        Raises ModelFileError if the operator's table is missing or holds no finite numbers.
         """
         if name == "RESHAPE":  # its options are often absent: the shape is then an input
             return {"NewShape": self._new_shape(row)}
@@ -167,7 +167,7 @@ class Options:
         try:
             found = flexbuffers.GetRoot(data).AsMap
             return {key: self._value(found[key], kind) for key, kind in _MAPS[name].items()}
-        except Exception as error:  # of a reader that trusts its input: errors of all kinds
+        except Exception as error:  # the flexbuffer reader trusts its input: it may raise anything
             raise ModelFileError(
                 f"{self._path}: {what}: its options cannot be read ({type(error).__name__}:"
                 f" {' '.join(str(error).split())[:100]})"

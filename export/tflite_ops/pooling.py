@@ -1,4 +1,4 @@
-"""AVERAGE_POOL_2D, MAX_POOL_2D (with places, too), MEAN, SUM, REDUCE_MAX and REDUCE_MIN."""
+"""AVERAGE_POOL_2D, MAX_POOL_2D (with positions, too), MEAN, SUM, REDUCE_MAX and REDUCE_MIN."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .graph import Graph, Layout
 
 
 def average_pool(graph: Graph, operator: Operator) -> None:
-    """Averages over what lies inside the image: padding is not counted."""
+    """Averages each window over the pixels inside the image: padding is not counted."""
     kernel = operator.options["FilterHeight"], operator.options["FilterWidth"]
     found = window(graph, operator, kernel)
     activation = operator.options["FusedActivationFunction"]
     source = graph.real(operator.inputs[0], "nchw")
     if kernel == shape_nhwc(graph, operator, 0)[1:3] and not any(found["pads"]):
-        # One window, if the strides leave no second one: runtimes have an int8 kernel for it.
+        # There is one window if the strides leave no second: runtimes have an int8 kernel for it.
         graph.finish_real(operator, "nchw", "GlobalAveragePool", source, activation=activation)
         return
-    del found["dilations"]  # 1; ONNX has had them only since opset 19
+    del found["dilations"]  # all 1; ONNX has had them only since opset 19
     graph.finish_real(
         operator,
         "nchw",
@@ -38,7 +38,7 @@ def average_pool(graph: Graph, operator: Operator) -> None:
 
 
 def max_pool(graph: Graph, operator: Operator) -> None:
-    """The largest of each window; padding never wins."""
+    """Takes the largest of each window; padding never wins."""
     kernel = operator.options["FilterHeight"], operator.options["FilterWidth"]
     graph.finish_real(
         operator,
@@ -52,9 +52,9 @@ def max_pool(graph: Graph, operator: Operator) -> None:
 
 
 def max_pool_argmax(graph: Graph, operator: Operator) -> None:
-    """MediaPipe's: the second output says where in its window each largest value lies.
+    """Adds MediaPipe's max pool: the second output is the position of each maximum in its window.
 
-    The place is a real number: row * width of the window + column, and a tenth. Source:
+    The position is a real number: row * width of the window + column, plus 0.1. Source:
     mediapipe/util/tflite/operations/max_pool_argmax.cc.
     """
     options = operator.options
@@ -72,7 +72,7 @@ def max_pool_argmax(graph: Graph, operator: Operator) -> None:
     def integer(kind: str, left: str, right: Any) -> str:
         return graph.node(kind, [left, graph.shared(np.asarray(right, np.int64))])
 
-    # ONNX counts through batch, channels, rows and columns of the image.
+    # ONNX's index runs over batch, channels, rows and columns of the image.
     pixel = integer("Mod", at, height * width)
     top, left = found["pads"][:2]
     begins = np.arange(rows).reshape(-1, 1) * found["strides"][0] - top
@@ -94,7 +94,7 @@ _REDUCTIONS = {
 
 
 def reduction(graph: Graph, operator: Operator) -> None:
-    """MEAN, SUM, REDUCE_MAX and REDUCE_MIN over constant axes; over images without transposes."""
+    """Adds MEAN, SUM, REDUCE_MAX and REDUCE_MIN over constant axes; images need no transposes."""
     source, kind = graph.tensor(operator.inputs[0]), _REDUCTIONS[operator.name]
     rank, axes = source.rank, graph.ints(operator, 1) or []
     if any(not -rank <= a < rank for a in axes):
@@ -105,7 +105,7 @@ def reduction(graph: Graph, operator: Operator) -> None:
     keep = bool(operator.options["KeepDims"])
     layout: Layout = "file"
     if rank == 4 and axes == [1, 2] and graph.made(source.index, "nchw"):
-        axes = [2, 3]  # without them, [N, C] is the same in both layouts
+        axes = [2, 3]  # without these axes, [N, C] is the same in both layouts
         layout = "nchw" if keep else "file"
         real = graph.real(source.index, "nchw")
         if keep and kind == "ReduceMean":
@@ -115,7 +115,7 @@ def reduction(graph: Graph, operator: Operator) -> None:
         real = graph.real(source.index)
     if not axes:
         graph.finish_real(operator, "file", "Identity", real)
-    elif kind == "ReduceSum":  # its axes are an input since opset 13
+    elif kind == "ReduceSum":  # ReduceSum's axes are an input since opset 13
         along = graph.shared(np.array(axes, np.int64))
         graph.finish_real(operator, layout, kind, real, along, keepdims=int(keep))
     else:

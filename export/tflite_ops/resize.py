@@ -1,4 +1,4 @@
-"""RESIZE_BILINEAR, RESIZE_NEAREST_NEIGHBOR, DEPTH_TO_SPACE and SPACE_TO_DEPTH: images' sizes."""
+"""RESIZE_BILINEAR, RESIZE_NEAREST_NEIGHBOR, DEPTH_TO_SPACE and SPACE_TO_DEPTH."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .shapes import move
 
 
 def _sizes(graph: Graph, operator: Operator) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width of the input, and of the output, which are a constant input."""
+    """Height and width of the input and, from a constant input, of the output."""
     _, height, width, _ = shape_nhwc(graph, operator, 0)
     wanted = graph.ints(operator, 1) or []
     if len(wanted) != 2 or min(wanted) < 1:
@@ -31,7 +31,7 @@ def _sizes(graph: Graph, operator: Operator) -> tuple[tuple[int, int], tuple[int
 def bilinear(graph: Graph, operator: Operator) -> None:
     """Pixel i is taken at i * in / out; or (i + 1/2) * in / out - 1/2; or i * (in - 1) / (out - 1).
 
-    The first as it is, the others with half pixel centers or aligned corners.
+    The first is the default, the others are for half pixel centers and aligned corners.
     """
     _, (height, width) = _sizes(graph, operator)
     mode = "asymmetric"
@@ -41,7 +41,7 @@ def bilinear(graph: Graph, operator: Operator) -> None:
         mode = "align_corners"
     batch, _, _, channels = shape_nhwc(graph, operator, 0)
     real = graph.real(operator.inputs[0], "nchw")
-    if batch < 0:  # sizes, and not scales, which float32 does not hold exactly
+    if batch < 0:  # sizes instead of scales, which float32 does not hold exactly
         one = [graph.shared(np.array([i], np.int64)) for i in (0, 1)]
         first = graph.node("Slice", [graph.node("Shape", [real]), *one])
         rest = graph.shared(np.array([channels, height, width], np.int64))
@@ -62,7 +62,7 @@ def bilinear(graph: Graph, operator: Operator) -> None:
 
 
 def nearest(graph: Graph, operator: Operator) -> None:
-    """Rows and columns that are computed here, in float32 as the kernel does."""
+    """Gathers rows and columns whose indices are computed here, in float32 as the kernel does."""
     before, after = _sizes(graph, operator)
     aligned = bool(operator.options["AlignCorners"])
     centers = bool(operator.options["HalfPixelCenters"])
@@ -78,19 +78,19 @@ def nearest(graph: Graph, operator: Operator) -> None:
 
 
 def _nearest(size: int, wanted: int, aligned: bool, centers: bool) -> Array:
-    """The index [wanted] that each output takes."""
+    """The input index [wanted] of each output."""
     exact = np.float32(size) / np.float32(wanted)
     if aligned and wanted > 1:
         exact = np.float32(size - 1) / np.float32(wanted - 1)
     at = (np.arange(wanted, dtype=np.float32) + np.float32(0.5 if centers else 0)) * exact
-    # Halves are rounded away from zero; none is negative.
+    # Halves are rounded away from zero; no index is negative.
     index = np.floor(at + np.float32(0.5)) if aligned else np.floor(at)
     clipped: Array = np.clip(index, 0, size - 1).astype(np.int64)
     return clipped
 
 
 def depth_to_space(graph: Graph, operator: Operator) -> None:
-    """Channels [b, b, C] of a pixel become b x b pixels of C channels."""
+    """Turns channels [b, b, C] of a pixel into b x b pixels of C channels."""
     block = _block(graph, operator)
     _, height, width, channels = shape_nhwc(graph, operator, 0)
     if channels % (block * block):
@@ -105,7 +105,7 @@ def depth_to_space(graph: Graph, operator: Operator) -> None:
 
 
 def space_to_depth(graph: Graph, operator: Operator) -> None:
-    """b x b pixels of C channels become one of channels [b, b, C]."""
+    """Turns b x b pixels of C channels into one of channels [b, b, C]."""
     block = _block(graph, operator)
     _, height, width, channels = shape_nhwc(graph, operator, 0)
     if height % block or width % block:
@@ -141,7 +141,7 @@ def _blocks(
         name = graph.stored(source.index, "nchw")
         move(graph, operator, "nchw", kind, name, blocksize=block)
         return
-    # onnxruntime has the operator for few types, what it is made of for all.
+    # onnxruntime has this operator for few types, but its parts for all.
     shape = graph.shared(np.array(apart, np.int64))
     parts = graph.node("Reshape", [graph.stored(source.index), shape])
     parts = graph.node("Transpose", [parts], perm=[0, 1, 3, 2, 4, 5])

@@ -1,4 +1,4 @@
-"""Operators that move elements and compute nothing: quantized tensors pass as they are stored."""
+"""Operators that move elements and compute nothing: quantized tensors keep their integers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .graph import NHWC_TO_NCHW, Graph, Layout
 
 
 def reshape(graph: Graph, operator: Operator) -> None:
-    """The shape is a constant input or an option; one -1 in it takes what is left."""
+    """Adds a Reshape to a constant input or an option; one -1 in it takes the remaining size."""
     shape = graph.ints(operator, 1)
     if shape is None:
         shape = list(operator.options["NewShape"])
@@ -22,7 +22,7 @@ def reshape(graph: Graph, operator: Operator) -> None:
 
 
 def to_output_shape(graph: Graph, operator: Operator) -> None:
-    """SQUEEZE and EXPAND_DIMS: the output's own shape says all."""
+    """Adds SQUEEZE and EXPAND_DIMS, as a Reshape to the output's own shape."""
     _reshaped(graph, operator, list(graph.tensor(operator.outputs[0]).shape))
 
 
@@ -40,13 +40,13 @@ def _reshaped(graph: Graph, operator: Operator, shape: list[int]) -> None:
 
 
 def reshape_to_output(graph: Graph, operator: Operator, name: str) -> None:
-    """The node output `name`, of the input's stored values, in the shape of the output."""
+    """Reshapes the node output `name`, the input's stored values, to the shape of the output."""
     shape = np.array(graph.tensor(operator.outputs[0]).shape, np.int64)
     move(graph, operator, "file", "Reshape", name, graph.shared(shape))
 
 
 def pad(graph: Graph, operator: Operator) -> None:
-    """PAD and PADV2: [rank, 2] constant amounts; the value is zero or a constant input."""
+    """Adds PAD and PADV2: [rank, 2] constant amounts; the value is zero or a constant input."""
     source = graph.tensor(operator.inputs[0])
     amounts = graph.ints(operator, 1) or []
     if len(amounts) != 2 * source.rank or any(n < 0 for n in amounts):
@@ -87,7 +87,7 @@ _REFLECT = 0  # the schema's MirrorPadMode: REFLECT, SYMMETRIC
 
 
 def mirror_pad(graph: Graph, operator: Operator) -> None:
-    """What lies at the borders again, backwards: without the outermost elements, or with them."""
+    """Pads with mirrored borders, without the outermost elements (REFLECT) or with (SYMMETRIC)."""
     source = graph.tensor(operator.inputs[0])
     amounts = graph.ints(operator, 1) or []
     inner = operator.options["Mode"] == _REFLECT
@@ -120,7 +120,7 @@ def mirror_pad(graph: Graph, operator: Operator) -> None:
 
 
 def concatenation(graph: Graph, operator: Operator) -> None:
-    """Inputs whose scales are not the output's are quantized anew."""
+    """Concatenates; inputs whose scales differ from the output's are requantized."""
     output, axis = graph.tensor(operator.outputs[0]), int(operator.options["Axis"])
     if not -output.rank <= axis < output.rank:
         raise ModelFileError(
@@ -147,7 +147,7 @@ def concatenation(graph: Graph, operator: Operator) -> None:
 
 
 def transpose(graph: Graph, operator: Operator) -> None:
-    """By a constant permutation, of the tensor as the file has it."""
+    """Transposes the tensor, in the file's layout, by a constant permutation."""
     rank = graph.tensor(operator.inputs[0]).rank
     order = graph.ints(operator, 1) or []
     if sorted(order) != list(range(rank)):
@@ -165,7 +165,7 @@ def move(
     q, target = source.quantization, graph.name_of(output.index, layout)
     types = (source.type, output.type)
     if types in _MOVES and q is not None and q.moved(output.quantization, _MOVES[types]):
-        # An input or output of the graph, that is int8 where all between is uint8.
+        # This is an input or output of the graph that is int8, while all between is uint8.
         moved = graph.node(kind, list(inputs), **attributes)
         real = graph.dequantized(moved, source)
         graph.finish_real(operator, layout, "Identity", real)

@@ -12,12 +12,12 @@ from .file import MAX_RANK, Operator
 from .graph import NHWC_TO_NCHW, Graph
 from .shapes import move, reshape_to_output
 
-# ONNX's ends of a dimension of any size.
+# ONNX's ends for a dimension of any size.
 _FIRST, _LAST = np.iinfo(np.int64).min, np.iinfo(np.int64).max
 
 
 def strided_slice(graph: Graph, operator: Operator) -> None:
-    """numpy's x[begin:end:stride, ...], given as three vectors and masks of their positions.
+    """Adds numpy's x[begin:end:stride, ...], given as three vectors and masks of their positions.
 
     A position of `NewAxisMask` adds a dimension, one of `EllipsisMask` stands for all dimensions
     that are not named, one of `ShrinkAxisMask` takes one index and drops the dimension.
@@ -55,7 +55,7 @@ def _bit(options: dict[str, int], mask: str, position: int) -> bool:
 def _range(
     options: dict[str, int], i: int, vectors: list[list[int]], size: int
 ) -> tuple[int, int, int]:
-    """The begin, end and step of ONNX's Slice for position i; size: -1 where it is free."""
+    """The begin, end and step of ONNX's Slice for position i; size: -1 if it is free."""
     begin, end, step = (v[i] for v in vectors)
     if options["Offset"]:
         end += begin
@@ -70,7 +70,7 @@ def _range(
 
 
 def slice_(graph: Graph, operator: Operator) -> None:
-    """Begins and sizes; a size of -1 takes what is left."""
+    """Slices by begins and sizes; a size of -1 takes the rest."""
     source = graph.tensor(operator.inputs[0])
     begins, sizes = (graph.ints(operator, i) or [] for i in (1, 2))
     if len(begins) != source.rank or len(sizes) != source.rank or min([*begins, *sizes, 0]) < -1:
@@ -83,7 +83,7 @@ def slice_(graph: Graph, operator: Operator) -> None:
 
 
 def split(graph: Graph, operator: Operator) -> None:
-    """Equal parts along a constant axis, which is the first input."""
+    """Splits into equal parts along a constant axis, which is the first input."""
     source = graph.tensor(operator.inputs[1])
     parts = len(operator.outputs)
     axis = _constant_axis(graph, operator, 0, source.rank)
@@ -97,7 +97,7 @@ def split(graph: Graph, operator: Operator) -> None:
 
 
 def split_v(graph: Graph, operator: Operator) -> None:
-    """Parts of constant sizes, the second input; one may be -1 and takes what is left."""
+    """Splits into parts of constant sizes, the second input; one may be -1 and takes the rest."""
     source = graph.tensor(operator.inputs[0])
     sizes = graph.ints(operator, 1) or []
     axis = _constant_axis(graph, operator, 2, source.rank)
@@ -114,7 +114,7 @@ def split_v(graph: Graph, operator: Operator) -> None:
 
 
 def unpack(graph: Graph, operator: Operator) -> None:
-    """One output for each index of an axis, without that dimension."""
+    """Adds one output for each index of an axis, without that dimension."""
     source = graph.tensor(operator.inputs[0])
     axis = _axis(graph, operator, operator.options["Axis"], source.rank)
     count = len(operator.outputs)
@@ -126,7 +126,7 @@ def unpack(graph: Graph, operator: Operator) -> None:
 
 
 def pack(graph: Graph, operator: Operator) -> None:
-    """Inputs of one shape, side by side along a new axis; other scales are quantized anew."""
+    """Stacks inputs of one shape along a new axis; those of other scales are requantized."""
     tensors, output = [graph.tensor(i) for i in operator.inputs], graph.tensor(operator.outputs[0])
     axis = _axis(graph, operator, operator.options["Axis"], tensors[0].rank + 1)
     if operator.options["ValuesCount"] != len(tensors):
@@ -145,7 +145,7 @@ def pack(graph: Graph, operator: Operator) -> None:
 
 
 def gather(graph: Graph, operator: Operator) -> None:
-    """Rows of the first input by the indices of the second."""
+    """Gathers rows of the first input by the indices of the second."""
     source, indices = (graph.tensor(i) for i in operator.inputs)
     if operator.options["BatchDims"]:
         raise UnsupportedModelError(
@@ -186,7 +186,7 @@ def _axis(graph: Graph, operator: Operator, axis: int, rank: int) -> int:
 def _parts(
     graph: Graph, operator: Operator, position: int, axis: int, sizes: Sequence[int]
 ) -> None:
-    """An output for each part of input `position` along an axis, one after the other."""
+    """Adds an output for each part of input `position` along an axis, in order."""
     source, begin = operator.inputs[position], 0
     for output, size in zip(operator.outputs, sizes, strict=True):
         ranges = [(0, _LAST, 1)] * graph.tensor(source).rank
@@ -196,7 +196,7 @@ def _parts(
 
 
 def _slice(graph: Graph, operator: Operator, ranges: Sequence[tuple[int, int, int]]) -> None:
-    """The ranges (begin, end, step) of each dimension, in the output's shape."""
+    """Slices by the ranges (begin, end, step) of each dimension, to the output's shape."""
     source, output = graph.tensor(operator.inputs[0]), graph.tensor(operator.outputs[0])
     axes = [i for i, r in enumerate(ranges) if r != (0, _LAST, 1)]
     reshaped = source.rank != output.rank

@@ -1,9 +1,9 @@
-"""Sparse constants of tflite, as dense ones.
+"""Conversion of tflite's sparse constants to dense ones.
 
-A sparse tensor's values lie in the order of a walk through its dimensions, in traversal order; a
-dimension may be cut into blocks, which are dimensions of the walk of their own. On each level of
-the walk all indices are there (dense), or those that a list names (segments of it for each path so
-far, as in compressed rows). Source: SparsityParameters of the schema; Chou et al., Format
+A sparse tensor's values are stored in the order of a traversal of its dimensions, the traversal
+order; a dimension may be cut into blocks, which are dimensions of the traversal of their own. A
+level of the traversal has all indices (dense), or those that a list names (segments of it for each
+path so far, as in compressed rows). Source: SparsityParameters of the schema; Chou et al., Format
 Abstraction for Sparse Tensor Algebra Compilers, 2018.
 """
 
@@ -21,38 +21,38 @@ from ...runtime.base.errors import ModelFileError
 Array = npt.NDArray[Any]
 
 _DENSE = 0  # the schema's DimensionType: DENSE, SPARSE_CSR
-_PART = 1 << 18  # paths
+_PART = 1 << 18  # paths that are handled at once
 _INDICES = ("Int32Vector", "Uint16Vector", "Uint8Vector")
 
 
 class _Level(NamedTuple):
-    """A level of the walk: all indices below size, or those that a list names for each path."""
+    """A level of the traversal: all indices below size, or those listed for each path."""
 
     size: int
-    # [paths before it]: how many indices each goes on with; [paths after it]: these, as stored
+    # [paths before it]: how many indices extend each; [paths after it]: these indices, as stored
     listed: tuple[Array, Array] | None
 
 
 class SparseTensor:
-    """The walk through one sparse tensor of a file."""
+    """The traversal of one sparse tensor of a file."""
 
     def __init__(self, row: Any, schema: Any, what: str, charge: Callable[[int], None]) -> None:
-        """row: the schema's table. what: names the tensor in errors. charge: takes the bytes of
-        each vector that was read; it raises where they are too many.
+        """row: the schema's table. what: the tensor's name in errors. charge: takes the bytes of
+        each vector that was read; it raises if they are too many.
         """
         self._row, self._schema, self._what, self._charge = row, schema, what, charge
 
     def dense(self, values: Array, shape: tuple[int, ...]) -> Array:
-        """The tensor of `shape`, of less than 2 GiB: `values` [count] where the walk comes by, and
-        zeros.
+        """The tensor of `shape`, of less than 2 GiB: `values` [count] at the traversal's positions,
+        and zeros elsewhere.
 
-        The walk takes four bytes a path, twice, and there are never more paths than values or
+        The traversal takes four bytes a path, twice, and there are never more paths than values or
         segments in the file, whatever sizes it names.
-        Raises ModelFileError where indices lie outside or are not as many as the values.
+        Raises ModelFileError if indices lie outside or are not as many as the values.
         """
         order, sizes, strides = self._dimensions(shape)
         levels = self._levels([sizes[d] for d in order], len(values))
-        at = np.zeros(1, np.int32)  # [paths]: where in the flat tensor each has come to
+        at = np.zeros(1, np.int32)  # [paths]: each path's position in the flat tensor so far
         for level, dimension in zip(levels, order, strict=True):
             stride = np.int32(strides[dimension])
             if level.listed is None:
@@ -70,12 +70,12 @@ class SparseTensor:
         return made
 
     def _dimensions(self, shape: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
-        """The dimension of each level, and by dimension how many indices it has in the walk and
-        how far apart they lie in the flat tensor; dimensions from the shape's rank on are blocks.
+        """The dimension of each level, and by dimension its number of indices in the traversal and
+        their distance in the flat tensor; dimensions from the shape's rank on are blocks.
         """
         row, rank = self._row, len(shape)
         found = self._ints(row.TraversalOrderAsNumpy()), self._ints(row.BlockMapAsNumpy())
-        # Counts are checked before they become a list: the file names any number.
+        # Counts are checked before they become a list: the file may claim any number.
         order, blocks = (v[: 2 * rank + 1].tolist() for v in found)
         levels = row.DimMetadataLength()
         if (
@@ -104,7 +104,7 @@ class SparseTensor:
         return order, sizes, strides
 
     def _levels(self, sizes: list[int], most: int) -> list[_Level]:
-        """The levels of a walk to `most` values, checked before a path is made."""
+        """The levels of a traversal to `most` values, checked before a path is made."""
         levels, count = [], 1  # paths so far
         for number, size in enumerate(sizes):
             row = self._row.DimMetadata(number)
@@ -144,7 +144,7 @@ class SparseTensor:
         raise ModelFileError(f"{self._what}: expected indices of a sparse level, found none")
 
     def _ints(self, found: Any) -> Array:
-        """A vector as stored; the schema's reader returns 0 where the file has none."""
+        """A vector as stored; the schema's reader returns 0 if the file has none."""
         if isinstance(found, int):
             return np.zeros(0, np.int32)
         self._charge(found.nbytes)
@@ -152,6 +152,6 @@ class SparseTensor:
 
 
 def _parts(count: int) -> Iterator[slice]:
-    """Slices of `count`: numpy indexes with copies of eight bytes each."""
+    """Slices of `count`, since numpy indexes with copies of eight bytes an element."""
     for begin in range(0, count, _PART):
         yield slice(begin, begin + _PART)

@@ -11,7 +11,7 @@ from .graph import Graph
 def transpose_conv(graph: Graph, operator: Operator) -> None:
     """Inputs: the output's shape, weights [out, height, width, in], the image, a bias.
 
-    SAME pads as the convolution would that makes the image of the output.
+    SAME pads like the convolution that would make the image from the output.
     """
     shape = graph.ints(operator, 0) or []
     if len(shape) != 4 or min(shape) < 1:
@@ -67,7 +67,7 @@ def _transposed(
     sizes: tuple[int, int],
     pads: list[int],
 ) -> None:
-    """The output of height and width `sizes`; pads: rows above and columns before.
+    """Adds the output of height and width `sizes`; pads: rows above and columns before.
 
     image, bias: positions of these inputs. Weights -> [in, out, height, width].
     """

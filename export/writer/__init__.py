@@ -1,1 +1,1 @@
-"""Model files written piece by piece, and the tensor types that are chosen for them."""
+"""Model files written piece by piece, and the choice of their tensor types."""

@@ -1,4 +1,4 @@
-"""Writing past the page cache, whole pages at a time.
+"""Direct writing past the page cache, in whole pages.
 
 A file of many gigabytes that is written through the cache fills it with dirty pages, and the kernel
 slows the writer down to get rid of them: measured, a third of the speed and three times the
@@ -12,12 +12,12 @@ import mmap
 import os
 from pathlib import Path
 
-_PAGE = 4096  # offsets, sizes and addresses are multiples of it: all common disks accept that
+_PAGE = 4096  # offsets, sizes and addresses are multiples of it, which all common disks accept
 _BOUNCE = 8 << 20  # bytes copied to aligned memory and written at once
 
 
 class DirectFile:
-    """A second door to a file that exists; one thread at a time."""
+    """A second, direct handle to an existing file; one thread at a time."""
 
     def __init__(self, fd: int) -> None:
         """fd: opened with O_DIRECT; closed by close()."""
@@ -26,7 +26,7 @@ class DirectFile:
 
     @classmethod
     def open(cls, path: Path) -> DirectFile | None:
-        """The file's, None where the system or the file system has no direct writing."""
+        """Opens the file directly, None if the system or the file system has no direct writing."""
         if not hasattr(os, "O_DIRECT") or not hasattr(os, "pwrite"):
             return None
         try:
@@ -38,7 +38,7 @@ class DirectFile:
         """Writes what it can from byte `offset` on; returns how many bytes that was.
 
         offset: a multiple of PAGE. data: uint8; what does not fill a page is left over, and so is
-        the rest where the system refuses: an ordinary write then says why. Bytes written are not
+        the rest if the system refuses: an ordinary write then says why. Bytes written are not
         on the disk before an fsync of the file.
         """
         done, end = 0, len(data) // _PAGE * _PAGE
@@ -56,7 +56,7 @@ class DirectFile:
         return done
 
     def close(self) -> None:
-        """Closes the door; the file stays."""
+        """Closes the handle; the file stays."""
         os.close(self._fd)
         self._bounce.close()
 

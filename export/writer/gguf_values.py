@@ -12,10 +12,10 @@ Value = bool | int | float | str | Sequence[bool] | Sequence[int] | Sequence[flo
 
 
 def encode(value: Value) -> bytes:
-    """A value's type and bytes: bool, u32, f32, string, or an array of bool, i32, f32 or strings.
+    """Encodes type and bytes: bool, u32, f32, string, or an array of bool, i32, f32 or strings.
 
-    An integer that a u32 cannot hold is a ValueError, and so is an array of mixed types. An empty
-    array is one of strings (a vocabulary without merges).
+    Raises ValueError for an integer that a u32 cannot hold and for an array of mixed types. An
+    empty array is one of strings (a vocabulary without merges).
     """
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _text(value)

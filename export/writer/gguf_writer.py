@@ -1,4 +1,4 @@
-"""Writing GGUF files: header and directory, and a file that appears only when it is complete.
+"""Writing of GGUF files: header and directory, and a file that appears only when it is complete.
 
 Layout (version 3, little-endian): "GGUF", u32 version, u64 tensors, u64 metadata entries; entries
 of {string key, u32 type, value}; directory rows of {string name, u32 dimensions, u64 size of
@@ -29,11 +29,11 @@ _STRING, _ARRAY = 8, 9
 # Bytes of the value types that have a fixed size: u8 i8 u16 i16 u32 i32 f32 bool u64 i64 f64.
 _FIXED = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _ALIGNMENT_KEY = "general.alignment"
-_DIRECT_BYTES = 1 << 20  # of a write from which on it is worth going past the page cache
+_DIRECT_BYTES = 1 << 20  # from this size of a write on it is worth going past the page cache
 
 
 def u32(value: int) -> bytes:
-    """An encoded metadata value: its type and its bytes."""
+    """An encoded metadata value of type u32: its type and its bytes."""
     return struct.pack("<II", 4, value)
 
 
@@ -90,7 +90,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies: header bytes, tensors' first bytes by name, size of the file."""
+    """Positions in a file: header bytes, tensors' first bytes by name, size of the file."""
 
     header: bytes
     offsets: Mapping[str, int]
@@ -119,9 +119,9 @@ def header(
     tensors: Sequence[Tensor],
     offsets: Mapping[str, int] | None,
 ) -> bytes:
-    """All that comes before the data, for tensors at these aligned offsets of the file.
+    """All bytes before the data, for tensors at these aligned offsets of the file.
 
-    offsets: None leaves them 0, to learn how long the header is.
+    offsets: None leaves them 0, to measure the header's length.
     """
     fixed = sum(len(_text(t.name)) + 8 * len(t.shape) + 16 for t in tensors)
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
@@ -136,16 +136,16 @@ def header(
 
 
 class PartFile:
-    """A file in the making: `.NAME.part`, and `.NAME.part.json` that says how far it has come.
+    """An unfinished file: `.NAME.part`, and `.NAME.part.json`, which records the progress.
 
     It takes its name only when it is complete and on the disk. One that an interruption left is
-    taken up again where the recipe (a digest of all that decides the bytes) is the same.
+    taken up again if the recipe (a digest of all that decides the bytes) is the same.
     """
 
     def __init__(self, path: Path, size: int, recipe: str) -> None:
         """Opens or makes the part of `path`, of `size` bytes; all its space is allocated at once.
 
-        Raises DeviceError where the disk is too small, OSError.
+        Raises DeviceError if the disk is too small, OSError.
         """
         self.path = path
         self.part = path.with_name(f".{path.name}.part")
@@ -200,7 +200,7 @@ class PartFile:
         view = memoryview(data).cast("B")
         try:
             if len(view) >= _DIRECT_BYTES and self._direct is not None:
-                head = page_start(offset) - offset  # a page that is not ours alone is cached
+                head = page_start(offset) - offset  # a page shared with other bytes is cached
                 self._cached(offset, view[:head])
                 done = head + self._direct.write(offset + head, view[head:])
                 offset, view = offset + done, view[done:]
@@ -214,7 +214,7 @@ class PartFile:
             view = view[self._file.write(view) :]
 
     def commit(self, done: int) -> None:
-        """Brings all that was written to the disk, then notes that `done` steps are there."""
+        """Flushes all that was written to the disk, then records that `done` steps are there."""
         try:
             os.fsync(self._file.fileno())
             fresh = self._journal.with_suffix(".new")
@@ -238,7 +238,7 @@ class PartFile:
                 os.close(folder)
 
     def close(self) -> None:
-        """Closes the part: kept where a step is on the disk, else removed."""
+        """Closes the part: keeps it if a step is on the disk, else removes it."""
         self._close()
         if self.done == 0:
             self.discard()

@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Entry:
-    """What one matrix saw: sums of squares [experts or 1, cols], tokens [experts or 1]."""
+    """Sums over one matrix's inputs: of squares [experts or 1, cols], of tokens [experts or 1]."""
 
     sums: Floats
     counts: Floats
@@ -43,7 +43,7 @@ class Entry:
 class Imatrix:
     """The entries by tensor name, and the text that they come from.
 
-    chunks: evaluations of `chunk_size` tokens. path: of the file, for messages.
+    chunks: evaluations of `chunk_size` tokens. path: the file's, for messages.
     """
 
     entries: Mapping[str, Entry]
@@ -70,14 +70,14 @@ class Imatrix:
     def of(self, name: str, shape: Sequence[int]) -> Floats | None:
         """The importances of a tensor of this shape (shape[0] columns): [experts or 1, cols].
 
-        None where the file has none. An expert that no token chose gets the mean of the others.
-        Raises ModelFileError where the entry is for another shape.
+        None if the file has none. An expert that no token chose gets the mean of the others.
+        Raises ModelFileError if the entry is for another shape.
         """
         entry = self.entries.get(name)
         if entry is None or not entry.counts.any():
             return None
         slices = math.prod(shape[2:])
-        if entry.sums.shape == (1, shape[0] * slices):  # the .dat form does not tell them apart
+        if entry.sums.shape == (1, shape[0] * slices):  # the .dat form does not separate experts
             counts = np.repeat(entry.counts, slices)
             entry = Entry(entry.sums.reshape(slices, shape[0]), counts)
         experts, cols = entry.sums.shape
@@ -193,7 +193,7 @@ def _read_dat(path: str) -> Imatrix:
             name = take(number()).decode()
             calls, n = number(), number()
             values = np.frombuffer(take(4 * n), dtype="<f4").astype(np.float32)
-            # How many experts these are for, only the tensor's shape will tell (`of`).
+            # Only the tensor's shape tells how many experts these are for (`of`).
             entries[name] = Entry(values[None, :], np.array([max(calls, 1)], dtype=np.float32))
         if not entries:
             raise ValueError

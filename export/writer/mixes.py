@@ -1,7 +1,7 @@
 """llama.cpp's file types: which tensor of a model gets which tensor type.
 
 A file type is a mixture: "Q4_K_M" keeps most matrices in Q4_K and spends more bits where they pay:
-on the output, on attention's values and on the feed-forward's way down, in the first and last
+on the output, on attention's values and on the feed-forward's down matrices, in the first and last
 eighth of the layers and in every third between. Source: llama.cpp's quantization tool, whose
 choices are reproduced so that sizes and results can be compared.
 """
@@ -62,7 +62,7 @@ FILE_TYPES: Mapping[str, FileType] = {
 }
 
 _FLOATS = ("F32", "F16", "BF16")
-# What a type gives way to where its block does not divide the rows; F16 where that fails too.
+# A type's fallback if its block does not divide the rows; F16 if that fails too.
 _FALLBACKS = {
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
@@ -71,7 +71,7 @@ _FALLBACKS = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-# Matrices that stay as they are: routers, convolutions and small tables decide much and weigh
+# Matrices that keep their type: routers, convolutions and small tables decide much and weigh
 # little.
 _KEPT = (
     "_norm.weight",
@@ -91,7 +91,7 @@ _KEPT_NAMES = ("position_embd.weight", "token_types.weight")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the choice depends on beside the tensors."""
+    """Sizes of the model that the choice depends on."""
 
     n_layer: int
     n_expert: int = 0  # 0: dense
@@ -101,21 +101,21 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Choice:
-    """The tensor types by name (tensors that stay as they are have none), and what to tell."""
+    """The tensor types by name (tensors that keep theirs have none), and notes for the user."""
 
     types: Mapping[str, str]
     notes: Sequence[str] = field(default=())
 
 
 def file_type(name: str) -> FileType:
-    """The row of a file type's name; OptionError where there is none."""
+    """The row of a file type's name; OptionError if there is none."""
     if name.upper() not in FILE_TYPES:
         raise OptionError(f"type: expected one of {', '.join(FILE_TYPES)}, found {name}")
     return FILE_TYPES[name.upper()]
 
 
 def quantizable(tensor: Weight) -> bool:
-    """True for the matrices that a file type speaks of; norms, routers, biases stay as they are."""
+    """True for the matrices that a file type covers; norms, routers, biases keep their type."""
     name = tensor.name
     return (
         name.endswith("weight")
@@ -126,7 +126,7 @@ def quantizable(tensor: Weight) -> bool:
 
 
 def _significant(shape: Sequence[int]) -> Sequence[int]:
-    """The shape without the ones at its end."""
+    """The shape without its trailing ones."""
     n = len(shape)
     while n > 1 and shape[n - 1] == 1:
         n -= 1
@@ -177,7 +177,7 @@ def parse_override(text: str) -> tuple[str, str]:
 
 
 def check_types(what: str, types: Iterable[str]) -> None:
-    """Raises OptionError for a tensor type that cannot be quantized to; what: the option."""
+    """Raises OptionError for a tensor type that is not a quantization target; what: the option."""
     from ...runtime._core import formats
 
     writable = [f["name"] for f in formats() if f["quantizes"]]
@@ -209,7 +209,7 @@ def _override(types: dict[str, str], tensors: Sequence[Weight], pattern: str, ty
 
 
 def fitting(type: str, cols: int) -> str:
-    """The type, or what it gives way to where its block does not divide rows of `cols` weights."""
+    """The type, or its fallback if its block does not divide rows of `cols` weights."""
     if cols % format_row(type)["block"] == 0:
         return type
     other = _FALLBACKS.get(type, "F16")
@@ -229,7 +229,7 @@ class _Mixture:
         self, row: FileType, tensors: Sequence[Weight], sizes: Sizes, imatrix: bool
     ) -> None:
         self._row, self._sizes, self._imatrix = row, sizes, imatrix
-        # Counts of tensors of a kind go by layer.
+        # Tensors of a kind are counted layer by layer.
         self.ordered = sorted(
             (t for t in tensors if quantizable(t)), key=lambda t: (layer_of(t.name), t.name)
         )
@@ -249,7 +249,7 @@ class _Mixture:
         if name == "output.weight" or (name == "token_embd.weight" and not self._has_output):
             return self._output(tensor)
         if row.name == "MXFP4":
-            # llama.cpp knows it for mixtures only and keeps all but the experts in Q8_0.
+            # llama.cpp knows this type for mixtures only and keeps all but the experts in Q8_0.
             expert = len(tensor.shape) > 2 and tensor.shape[2] > 1
             return "MXFP4" if expert or not self._sizes.n_expert else "Q8_0"
         if "attn_v.weight" in name:

@@ -1,9 +1,9 @@
-"""Making a model file larger than memory: piece by piece, resumable, atomic.
+"""Writing of model files larger than memory: piece by piece, resumable, atomic.
 
-One thread makes the pieces (reads, quantizes), another writes them; a third may read what comes
-next (`read_ahead`); where the system refuses these, the first does all. Every 128 MB the part is
-brought to the disk and its journal notes how far it has come, so that a call that was killed goes
-on from there and gives the same bytes.
+One thread makes the pieces (reads, quantizes), another writes them; a third may read the next
+ones (`read_ahead`); if the system refuses these threads, the first does all. Every 128 MB the
+part is flushed to the disk and its journal records the progress, so that a call that was killed
+goes on from there and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...runtime.files.output_file import check_output
 from . import gguf_writer
 from .gguf_writer import PartFile, Tensor
 
-COMMIT_BYTES = 128 << 20  # written between two notes of how far the file has come
+COMMIT_BYTES = 128 << 20  # written between two records of the progress
 PIECE_VALUES = 8 << 20  # weights of one piece: 32 MiB as float32
 
 Buffer = bytes | memoryview | npt.NDArray[Any]
@@ -38,7 +38,7 @@ _T = TypeVar("_T")
 
 
 class Piece(NamedTuple):
-    """Bytes for an offset of the file, and what the journal notes once they are on the disk."""
+    """Bytes for an offset of the file, and the journal's record once they are on the disk."""
 
     offset: int
     data: Buffer
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def resumable_part(out: str | os.PathLike[str]) -> Path | None:
-    """The part that an interrupted making of `out` has left, None where there is none."""
+    """The part that an interrupted writing of `out` has left, None if there is none."""
     path = Path(out)
     part = path.with_name(f".{path.name}.part")
     return part if part.exists() else None
@@ -96,8 +96,8 @@ def write_pieces(
 ) -> None:
     """Writes pieces in a thread of its own while the next ones are made; commits as it goes.
 
-    At most three pieces exist at once beside the one in the making. taken: called with the bytes
-    of each piece after it was handed to the writer; what was handed over is written even where
+    At most three pieces exist at once beside the one being made. taken: called with the bytes
+    of each piece after it was handed to the writer; what was handed over is written even if
     `taken` or `pieces` raises; `pieces` is closed in any case.
     """
     pending: list[Future[None]] = []
@@ -127,8 +127,8 @@ def write_pieces(
 def _closed(iterator: Iterator[Any]) -> Iterator[None]:
     """Closes a generator at the block's end, in this thread.
 
-    One that reads ahead waits for its thread when it is closed. Left to the garbage collector that
-    may happen anywhere, also where the thread that is waited for cannot go on.
+    A generator that reads ahead waits for its thread when it is closed. The garbage collector might
+    close it anywhere, also where the thread that is waited for cannot go on.
     """
     try:
         yield
@@ -172,7 +172,7 @@ def write_model(
 
     The file appears under its name only when it is complete. An interrupted call leaves a hidden
     part beside it, and the same call takes it up again and gives the same bytes.
-    Raises OptionError, DeviceError where the disk is full, and what `source` raises.
+    Raises OptionError, DeviceError if the disk is full, and what `source` raises.
     """
     path = Path(out)
     check_output(path, inputs, force=force)
@@ -182,7 +182,7 @@ def write_model(
     total = sum(t.nbytes for t in tensors)
 
     def pieces(done: int) -> Iterator[Piece]:
-        """All from byte `done` of the file on."""
+        """Yields all pieces from byte `done` of the file on."""
         for tensor in tensors:
             begin = layout.offsets[tensor.name]
             at, end = max(begin, done), begin + tensor.nbytes
@@ -218,9 +218,9 @@ def write_model(
 
 
 def read_ahead(jobs: Iterable[Callable[[], _T]]) -> Generator[_T, None, None]:
-    """The results of the jobs in order, each begun in a thread while the one before is used.
+    """The results of the jobs in order; each job runs in a thread while the result before is used.
 
-    Close it where it may be left before its end (`_closed` says why).
+    Close it if it may be left before its end (`_closed` says why).
     """
     with SideThread("stoker-read") as reader:
         pending: Future[_T] | None = None
@@ -239,7 +239,7 @@ def piece_rows(cols: int) -> int:
 
 
 def read_bytes(path: str | os.PathLike[str], offset: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    """nbytes bytes of a file from `offset` on, uint8 [nbytes]; OSError where it is shorter."""
+    """nbytes bytes of a file from `offset` on, uint8 [nbytes]; OSError if it is shorter."""
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         data = np.empty(nbytes, dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Tensor types as the kernel table has them."""
+"""Rows of the kernel table for tensor types."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the API needs of an engine, of its sequences, of a file and of a loaded model.
+"""Protocols: what the API needs of an engine, of its sequences, of a file and of a loaded model.
 
-_core.Engine, _core.Sequence and _core.GgufFile have all of it; so has what the other backends make
+_core.Engine, _core.Sequence and _core.GgufFile implement them; so do the other backends' classes
 (sequence.py).
 """
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class EngineSequence(Protocol):
-    """One sequence on an engine; _core.pyi says what the methods do."""
+    """One sequence on an engine; _core.pyi documents the methods."""
 
     @property
     def position(self) -> int:
-        """Tokens evaluated."""
+        """Number of evaluated tokens."""
 
     @property
     def context(self) -> int:
-        """Tokens that it can hold."""
+        """Number of tokens that it can hold."""
 
     @property
     def stats(self) -> Mapping[str, float]:
@@ -44,25 +44,25 @@ class EngineSequence(Protocol):
         """Appends tokens."""
 
     def eval_all(self, tokens: Ids) -> Floats:
-        """Appends tokens; the logits after each."""
+        """Appends tokens; returns the logits after each."""
 
     def eval_nll(self, tokens: Ids) -> npt.NDArray[np.float64]:
-        """Appends tokens; how unlikely each was."""
+        """Appends tokens; returns the negative log-likelihood of each."""
 
     def eval_hidden(self, tokens: Ids) -> Floats:
-        """Appends tokens; their final hidden states."""
+        """Appends tokens; returns their final hidden states."""
 
     def logits(self) -> Floats:
-        """After the last token."""
+        """The logits after the last token."""
 
     def sample(self, sampler: _core.Sampler) -> int:
         """Chooses a token from the logits."""
 
     def truncate(self, position: int) -> None:
-        """Forgets everything from `position` on."""
+        """Drops everything from `position` on."""
 
     def cancel(self) -> None:
-        """Ends an evaluation, from any thread."""
+        """Ends an evaluation; any thread may call it."""
 
     def forget_cancel(self) -> None:
         """Takes back a cancel() that came too late."""
@@ -77,7 +77,7 @@ class Engine(Protocol):
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """Where the memory goes."""
+        """How the memory is used."""
 
     @property
     def offload(self) -> Mapping[str, Any] | None:
@@ -96,22 +96,22 @@ class Engine(Protocol):
 
 
 class ModelFile(Protocol):
-    """The metadata of a model, and its tensors where it is a GGUF file."""
+    """The metadata of a model, and its tensors if it is a GGUF file."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """All of it."""
+        """All metadata."""
 
     @property
     def tensors(self) -> Sequence[_core.TensorInfo]:
-        """The directory."""
+        """The directory of tensors."""
 
     def get(self, key: str) -> Any:
-        """One value, None where absent."""
+        """The value of a key, None if absent."""
 
 
 class LoadedModel(Protocol):
-    """What sessions, recordings and exports need of a `Model`."""
+    """The part of `Model` that sessions, recordings and exports need."""
 
     path: Path
     _recorder: RoutingRecorder | None
@@ -119,11 +119,11 @@ class LoadedModel(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the model, for people."""
+        """The model's name, for people."""
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """Where the memory goes."""
+        """How the memory is used."""
 
     @property
     def offload(self) -> Mapping[str, Any] | None:
@@ -143,11 +143,11 @@ class LoadedModel(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Text to tokens and back."""
+        """Converts text to tokens and back."""
 
     @property
     def chat_template(self) -> ChatTemplate | None:
-        """Conversations to text."""
+        """Converts conversations to text."""
 
     @property
     def memory_bandwidth(self) -> float:
@@ -163,7 +163,7 @@ class LoadedModel(Protocol):
 
     @property
     def file(self) -> _core.GgufFile:
-        """The GGUF file. Raises UnsupportedModelError where it is none."""
+        """The GGUF file. Raises UnsupportedModelError if the model is not one."""
 
     @property
     def _engine(self) -> Engine: ...

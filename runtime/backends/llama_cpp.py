@@ -1,6 +1,6 @@
-"""GGUF models on llama.cpp, for architectures and types that the native engine lacks.
+"""Backend for GGUF models on llama.cpp, for architectures and types that the native engine lacks.
 
-Through llama-cpp-python's binding of the C interface: one model, one context for each session.
+It uses llama-cpp-python's binding of the C interface: one model, one context for each session.
 Tokenizer, chat template and sampling stay stoker's own.
 """
 
@@ -22,15 +22,15 @@ from .sequence import Array, BackendEngine, BackendSequence, Ids, Wanted, defaul
 
 _DEFAULT_CONTEXT = 4096
 _BATCH = 512  # tokens of one evaluation at most
-_TYPES = {"f32": 0, "f16": 1}  # of the KV cache: ggml's ids
+_TYPES = {"f32": 0, "f16": 1}  # types of the KV cache: ggml's ids
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _SILENT = _LOG(lambda _level, _text, _data: None)
-_ABORTED = 2  # llama_decode's answer where the abort callback said so
+_ABORTED = 2  # llama_decode's result if the abort callback said so
 
 
 @lru_cache(maxsize=1)
 def _library() -> Any:
-    """llama-cpp-python, whose log lines are dropped from now on."""
+    """Imports llama-cpp-python; its log lines are dropped from now on."""
     import llama_cpp
 
     llama_cpp.llama_backend_init()
@@ -79,7 +79,7 @@ class LlamaCppEngine(BackendEngine):
             threads=self.threads,
             context=self.context,
             weight_bytes=self.weight_bytes,
-            kv_bytes=0,  # known only to llama.cpp
+            kv_bytes=0,  # only llama.cpp knows them
             token_bytes=self.weight_bytes,
             kv_type=self.kv_type,
             isa="llama.cpp",
@@ -112,7 +112,7 @@ class LlamaCppSequence(BackendSequence):
         self._batch = api.llama_batch_init(_BATCH, 0, 1)
         cancelled = self._cancelled
         kind = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)
-        self._abort = kind(lambda _: cancelled.is_set())  # kept alive as long as the context
+        self._abort = kind(lambda _: cancelled.is_set())  # lives as long as the context
         api.llama_set_abort_callback(self._context, self._abort, None)
         weakref.finalize(self, _free, api, self._context, self._batch, self._abort, engine)
 
@@ -153,6 +153,6 @@ class LlamaCppSequence(BackendSequence):
 
 
 def _free(api: Any, context: Any, batch: Any, *kept: Any) -> None:
-    """Frees a context; what is `kept` lives until then."""
+    """Frees a context; `kept` holds objects that must live until then."""
     api.llama_batch_free(batch)
     api.llama_free(context)

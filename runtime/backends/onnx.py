@@ -1,4 +1,4 @@
-"""ONNX models on onnxruntime: decoders with a KV cache as a `Model`, all others by `run`.
+"""Backend for ONNX models on onnxruntime: decoders with a KV cache as a `Model`, others by `run`.
 
 A decoder is a graph with an input input_ids, past_key_values.N.key and .value, and outputs
 logits and present.N.key and .value, as `stoker export onnx`, optimum and onnxruntime-genai make
@@ -35,8 +35,8 @@ from .sequence import Array, BackendEngine, BackendSequence, Ids, Wanted, defaul
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _DEFAULT_CONTEXT = 4096
-_FIRST_CAPACITY = 256  # tokens that a fresh cache has room for
-_LONG_CHUNK = 512  # tokens of one run without logits of all of them
+_FIRST_CAPACITY = 256  # tokens that a new cache has room for
+_LONG_CHUNK = 512  # tokens of one run if not all logits are wanted
 _LEVELS = ("disable", "basic", "extended", "all")
 
 
@@ -45,9 +45,9 @@ class OnnxOptions:
     """How onnxruntime runs a model.
 
     arena: keep freed memory for the next run: faster, larger. None: off under a memory budget.
-    memory_pattern: allocate a run's memory at once. None: as arena.
+    memory_pattern: allocate a run's memory at once. None: same as arena.
     spinning: threads wait busily for work, which is faster and burns CPU. None: onnxruntime's.
-    optimization: of the graph at load: disable, basic, extended or all.
+    optimization: optimization of the graph at load: disable, basic, extended or all.
     config: further session options, as onnxruntime names them ("session.…": "1").
     """
 
@@ -76,7 +76,7 @@ def _runtime() -> Any:
 
 
 def physical_cores() -> int:
-    """Cores that compute: the performance ones, else all."""
+    """Number of cores for computing: the performance cores, else all."""
     from .._core import cpu
 
     found = cpu()
@@ -132,13 +132,13 @@ def _level(name: str) -> str:
 
 
 def _files_bytes(path: Path) -> int:
-    """Of the model and the data file beside it."""
+    """Bytes of the model and the data file beside it."""
     names = [path, path.with_name(path.name + ".data"), path.with_name(path.name + "_data")]
     return sum(name.stat().st_size for name in names if name.exists())
 
 
 def metadata_of(path: Path, properties: Mapping[str, str]) -> dict[str, Any]:
-    """GGUF metadata that came with the model; of a foreign one that of the files beside it."""
+    """GGUF metadata that came with the model; for a foreign model, that of the files beside it."""
     if ONNX_METADATA in properties:
         try:
             found = parse(properties[ONNX_METADATA])
@@ -151,7 +151,7 @@ def metadata_of(path: Path, properties: Mapping[str, str]) -> dict[str, Any]:
 
 
 def is_decoder(graph: Any) -> bool:
-    """Whether a graph takes tokens and a past, and gives logits and a present."""
+    """Whether a graph takes tokens and a past, and returns logits and a present."""
     inputs = {i.name for i in graph.get_inputs()}
     outputs = {o.name for o in graph.get_outputs()}
     past = [m for m in map(_PAST.fullmatch, inputs) if m]
@@ -163,7 +163,7 @@ def fitting(expected: Any, value: Any) -> npt.NDArray[Any]:
     """`value` as an array of the input's type and rank."""
     try:
         array = np.asarray(value)
-    except Exception:  # of lists of unequal lengths, or of the value's own methods
+    except Exception:  # lists of unequal lengths, or the value's own methods, may raise anything
         found = arguments.shown(value)
         raise OptionError(f"input {expected.name}: expected an array, found {found}") from None
     dtype = TENSOR_TYPES.get(expected.type)
@@ -191,7 +191,7 @@ def fitting(expected: Any, value: Any) -> npt.NDArray[Any]:
 def run_graph(
     graph: Any, path: Path, names: list[str], feed: Mapping[str, Any], options: Any = None
 ) -> list[Any]:
-    """One run of a graph; the outputs of these names. Raises DeviceError."""
+    """Runs a graph once; returns the outputs of these names. Raises DeviceError."""
     try:
         return list(graph.run(names, feed, options))
     except Exception as error:
@@ -199,7 +199,7 @@ def run_graph(
 
 
 def no_decoder(path: Path, graph: Any) -> UnsupportedModelError:
-    """What to raise where a graph is asked for what only decoders do."""
+    """The error for a graph that is asked for what only decoders do."""
     found = ", ".join(i.name for i in graph.get_inputs())
     return UnsupportedModelError(
         f"{path}: expected a decoder with input_ids, past_key_values and logits, found inputs "
@@ -208,7 +208,7 @@ def no_decoder(path: Path, graph: Any) -> UnsupportedModelError:
 
 
 class GraphEngine(BackendEngine):
-    """Of a graph that is no decoder: it has no sequences."""
+    """The engine of a graph that is not a decoder: it has no sequences."""
 
     def __init__(self, path: Path, graph: Any, threads: int) -> None:
         self._path, self._graph = path, graph
@@ -288,7 +288,7 @@ class OnnxEngine(BackendEngine):
         )
 
     def check(self, limit: int) -> None:
-        """Raises BudgetError where the process and one KV cache do not fit `limit` bytes."""
+        """Raises BudgetError if the process and one KV cache do not fit `limit` bytes."""
         needed = process_bytes() + self.kv_token_bytes * self.context
         if needed > limit:
             raise BudgetError(
@@ -308,9 +308,9 @@ class OnnxEngine(BackendEngine):
         return {name: np.zeros(shape, self.kv_dtype) for name in self.past}
 
     def feed(self, ids: Ids, position: int, first: int = 0) -> dict[str, npt.NDArray[Any]]:
-        """The inputs of ids [n] after `position` tokens, but for the past.
+        """The inputs for ids [n] after `position` tokens, without the past.
 
-        first: of the ids, whose logits are wanted; 0 where the graph cannot choose.
+        first: the first of the ids whose logits are wanted; 0 if the graph cannot choose.
         """
         total = position + len(ids)
         values: dict[str, npt.NDArray[Any]] = {
@@ -341,7 +341,7 @@ class OnnxEngine(BackendEngine):
         names: list[str],
         options: Any = None,
     ) -> list[Any]:
-        """One run of the graph; the outputs of these names."""
+        """Runs the graph once; returns the outputs of these names."""
         return run_graph(
             self.graph, self.path, names, {**self.feed(ids, position), **past}, options
         )
@@ -352,7 +352,7 @@ class OnnxEngine(BackendEngine):
 
 
 def _beside(path: Path) -> int:
-    """The context that config.json beside a foreign model tells, in tokens."""
+    """The context in tokens that config.json beside a foreign model gives."""
     try:
         found = parse((path.parent / "config.json").read_text())["max_position_embeddings"]
         return max(1, int(found))
@@ -361,7 +361,7 @@ def _beside(path: Path) -> int:
 
 
 class OnnxSequence(BackendSequence):
-    """A KV cache in arrays: one buffer for past and present where the graph allows that.
+    """A KV cache in arrays: one buffer for past and present if the graph allows that.
 
     Otherwise each run's present becomes the next one's past, which copies the cache at each step.
     """
@@ -371,12 +371,12 @@ class OnnxSequence(BackendSequence):
         self._engine = engine
         if engine.chooses_logits:
             self._long_chunk = _LONG_CHUNK
-        self._options: Any = None  # of the run under way
-        # Where each run gives a new cache: name -> [1, KV heads, position, width].
+        self._options: Any = None  # options of the running evaluation
+        # If each run returns a new cache: name -> [1, KV heads, position, width].
         self._past = engine.empty()
-        # Where it is one buffer: name -> [1, KV heads, capacity, width], bound to the graph.
+        # If one buffer is shared: name -> [1, KV heads, capacity, width], bound to the graph.
         self._buffers: dict[str, Any] = {}
-        self._capacity = 0  # tokens
+        self._capacity = 0  # tokens that the buffers have room for
         self._binding: Any = None
         self._bound = ""  # the output that is bound beside the cache
 
@@ -390,7 +390,7 @@ class OnnxSequence(BackendSequence):
         self._options = _runtime().RunOptions()
         self._options.log_severity_level = 4
         try:
-            # The graph may leave out the logits of earlier tokens, which nobody wants.
+            # The graph may leave out the logits of earlier tokens, which are not wanted.
             first = len(ids) - 1 if wanted != "all" and e.chooses_logits else 0
             if e.shares_buffer:
                 found = self._shared(ids, name, first)
@@ -421,11 +421,11 @@ class OnnxSequence(BackendSequence):
             self._bind(name)
         binding = self._binding
         for key, value in e.feed(ids, self.position, first).items():
-            if key == ONNX_LOGITS_FROM:  # the other call knows no inputs with defaults
+            if key == ONNX_LOGITS_FROM:  # bind_cpu_input knows no inputs with defaults
                 binding.bind_ortvalue_input(key, _runtime().OrtValue.ortvalue_from_numpy(value))
             else:
                 binding.bind_cpu_input(key, value)
-        binding.bind_output(name, "cpu")  # again, since its shape is another
+        binding.bind_output(name, "cpu")  # bound again, since its shape has changed
         try:
             e.graph.run_with_iobinding(binding, self._options)
         except Exception as error:
@@ -434,7 +434,7 @@ class OnnxSequence(BackendSequence):
         return found
 
     def _reserve(self, tokens: int) -> None:
-        """Buffers with room for `tokens`, and what they hold copied into larger ones."""
+        """Makes buffers with room for `tokens`, and copies the old ones into them."""
         if tokens <= self._capacity:
             return
         e, ort = self._engine, _runtime()
@@ -447,7 +447,7 @@ class OnnxSequence(BackendSequence):
         self._capacity, self._bound = capacity, ""
 
     def _bind(self, output: str) -> None:
-        """Binds the buffers, and `output` as the last."""
+        """Binds the buffers, and `output` last."""
         self._binding = self._engine.graph.io_binding()
         for name, value in self._buffers.items():
             self._binding.bind_ortvalue_input(name, value)

@@ -1,4 +1,4 @@
-"""Words of onnxruntime: its names of tensors' types, and its messages."""
+"""Vocabulary of onnxruntime: its names of tensors' types, and its messages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..base.errors import one_line
 
 # Property of an ONNX model: the GGUF metadata of its tokenizer and chat template, as JSON.
 ONNX_METADATA = "stoker.metadata"
-# Input of an ONNX decoder, int64 [1], 0 where it is not given: the first token with logits.
+# Input of an ONNX decoder, int64 [1], default 0: the first token with logits.
 ONNX_LOGITS_FROM = "logits_from"
 
-# The type of a graph's input or output as onnxruntime writes it, and numpy's.
+# Type names of a graph's inputs and outputs in onnxruntime -> numpy's types.
 TENSOR_TYPES: Mapping[str, type[Any]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,

@@ -1,4 +1,4 @@
-"""What a session needs of a sequence, on top of a backend that appends tokens to its cache."""
+"""Base classes of backends: a sequence on top of a cache that tokens are appended to."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ Array = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
 Wanted = Literal["last", "all", "hidden"]
 
-_LOGITS_BYTES = 32 << 20  # of one evaluation, which bounds the tokens of a chunk
+_LOGITS_BYTES = 32 << 20  # bytes of one evaluation's logits, which bound the tokens of a chunk
 
 
 class BackendSequence(ABC):
-    """One sequence: the same methods as _core.Sequence. Not for two threads at once."""
+    """One sequence: the same methods as _core.Sequence. Two threads must not use it at once."""
 
     def __init__(self, context: int, n_vocab: int, token_bytes: int) -> None:
-        """context: tokens it holds; token_bytes: of the weights that one token reads."""
+        """context: tokens it holds; token_bytes: bytes of the weights that one token reads."""
         self.context = context
         self.position = 0  # tokens evaluated
         self._n_vocab = n_vocab
         self._token_bytes = token_bytes
         self._chunk = max(16, min(512, _LOGITS_BYTES // (4 * max(1, n_vocab))))
-        self._long_chunk = self._chunk  # where the logits of all are not wanted
+        self._long_chunk = self._chunk  # tokens of a chunk if not all logits are wanted
         self._last: Array | None = None
         self._cancelled = threading.Event()
         self._decode_bytes = 0
         self._in_use = threading.Lock()
 
-    # Of the backend.
+    # Methods of the backend.
 
     @abstractmethod
     def _forward(self, ids: Ids, wanted: Wanted) -> Array:
@@ -58,7 +58,7 @@ class BackendSequence(ABC):
         """Bytes of the cache that one step reads."""
         return 0
 
-    # As _core.Sequence.
+    # Methods of _core.Sequence.
 
     def eval(self, tokens: Sequence[int] | Ids) -> None:
         """Appends tokens (n >= 1); afterwards logits() are those after the last one."""
@@ -88,7 +88,7 @@ class BackendSequence(ABC):
         return self._joined(self._evaluate(tokens, "hidden"))
 
     def logits(self) -> Array:
-        """After the last token, [n_vocab], a copy."""
+        """A copy of the logits after the last token, [n_vocab]."""
         if self._last is None:
             raise OptionError("there are no logits: evaluate a token first")
         copied: Array = self._last.copy()
@@ -101,13 +101,13 @@ class BackendSequence(ABC):
         return sampler.sample(self._last)
 
     def step(self, sampler: Sampler) -> int:
-        """sample(), then eval() of the token."""
+        """Calls sample(), then eval() of the token."""
         token = self.sample(sampler)
         self.eval([token])
         return token
 
     def truncate(self, position: int) -> None:
-        """Forgets everything from `position` on."""
+        """Drops everything from `position` on."""
         if not 0 <= position <= self.position:
             raise OptionError(f"position must be between 0 and {self.position}, not {position}")
         if position < self.position:
@@ -116,7 +116,7 @@ class BackendSequence(ABC):
         self._last = None
 
     def cancel(self) -> None:
-        """From any thread: what runs raises Cancelled."""
+        """Makes the running evaluation raise Cancelled; any thread may call it."""
         if self._in_use.locked():
             self._cancelled.set()
             self._interrupt()
@@ -130,7 +130,7 @@ class BackendSequence(ABC):
         """decode_bytes: weights and cache read by evaluations of single tokens."""
         return {"decode_bytes": self._decode_bytes}
 
-    # Inside.
+    # Internals.
 
     def _evaluate(self, tokens: Sequence[int] | Ids, wanted: Wanted) -> list[Array]:
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
@@ -171,7 +171,7 @@ class BackendSequence(ABC):
 
 
 class BackendEngine(ABC):
-    """What `Model` needs of an engine. config and plan: the keys of _core.Engine's."""
+    """The part of an engine that `Model` needs. config and plan: the keys of _core.Engine's."""
 
     config: Mapping[str, Any]
     plan: Mapping[str, Any]
@@ -185,14 +185,14 @@ class BackendEngine(ABC):
 
 
 class Metadata:
-    """GGUF metadata without tensors, read as GgufFile is."""
+    """GGUF metadata without tensors, with GgufFile's interface."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.metadata = values
         self.tensors: list[Any] = []
 
     def get(self, key: str) -> Any:
-        """One value, None where absent."""
+        """The value of a key, None if absent."""
         return self.metadata.get(key)
 
 
@@ -206,7 +206,7 @@ def default_plan(
     kv_type: str,
     isa: str,
 ) -> dict[str, Any]:
-    """A plan's keys, for a backend that keeps everything in memory; sizes in bytes."""
+    """A plan's keys, for a backend that keeps all weights in memory; sizes in bytes."""
     return {
         "isa": isa,
         "threads": threads,

@@ -1,1 +1,1 @@
-"""Files of others and of our own: read whole within bounds, written under their final name."""
+"""Reading of whole files within bounds, and writing under a final name."""

@@ -1,4 +1,4 @@
-"""JSON out of files that anybody may have written."""
+"""Reading of JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse(text: str | bytes) -> Any:
-    """What a JSON text says. ValueError where it is none, or is nested too deeply to be read."""
+    """The value of a JSON text. Raises ValueError for other text and for too deep nesting."""
     try:
         return json.loads(text)
     except RecursionError:

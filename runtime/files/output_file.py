@@ -1,4 +1,4 @@
-"""Where a result goes: looked at before the work begins, so that it does not fail at its end."""
+"""Checks of an output path before the work begins, so that it does not fail at its end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def check_output(
     """Refuses (OptionError) a file that cannot or should not be made.
 
     A result is made beside its name and takes it when it is complete, so that a device or a pipe of
-    that name would be replaced. inputs: files that it is made from; it must be none of them. force:
-    an existing file is replaced.
+    that name would be replaced. inputs: files that it is made from; `out` must be none of them.
+    force: an existing file is replaced.
     """
     mode = None
     try:
         with suppress(FileNotFoundError):
-            out.with_name(_PART.format(out.name)).stat()  # whether the name is too long
+            out.with_name(_PART.format(out.name)).stat()  # raises if the name is too long
         with suppress(FileNotFoundError):
             mode = out.stat().st_mode
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Whole files in memory, up to a size: a device such as /dev/zero never ends."""
+"""Reading of whole files, up to a size: a device such as /dev/zero never ends."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-MOST_TEXT = 256 << 20  # bytes of a text: a model reads as much in days
-MOST_DATA = 2 << 30  # of what was measured or learnt of a model
-_BLOCK = 1 << 16  # bytes of a first read where nobody tells the size
+MOST_TEXT = 256 << 20  # largest text in bytes: a model would read it for days
+MOST_DATA = 2 << 30  # largest file of measured or learnt data in bytes
+_BLOCK = 1 << 16  # bytes of a first read if the size is unknown
 
 
 def read_whole(path: str | os.PathLike[str], most: int = MOST_DATA) -> bytes:
-    """The bytes of a file. Raises OSError, also (EFBIG) where there are more than `most`."""
+    """The bytes of a file. Raises OSError, also (EFBIG) if there are more than `most`."""
     with open(path, "rb") as file:
         return _read(file, os.fspath(path), most)
 
@@ -37,7 +37,7 @@ def _read(file: BinaryIO, name: str, most: int) -> bytes:
     block = min(max(block, _BLOCK), most + 1)
     data = file.read(block)
     while len(data) <= most and (more := file.read(min(len(data) + 1, most + 1 - len(data)))):
-        data += more  # as much again as there is
+        data += more  # doubles what has been read
     if len(data) > most:
         raise OSError(errno.EFBIG, f"expected at most {most >> 20} MiB, found more", name)
     return data

@@ -1,4 +1,4 @@
-"""Allocations against exhaustive search."""
+"""Bit allocations against exhaustive search."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_least_cost_of_hull_budgets(rng: np.random.Generator) -> None:
 
 
 def test_convex_costs_are_solved_exactly() -> None:
-    """Levels of equal steps and falling savings: the greedy choice is the best one."""
+    """With levels of equal steps and falling savings the greedy choice is the best one."""
     rng = np.random.default_rng(5)
     savings = np.sort(rng.random((5, 3)), axis=1)[:, ::-1]
     cost = 4 - np.concatenate([np.zeros((5, 1)), np.cumsum(savings, axis=1)], axis=1)

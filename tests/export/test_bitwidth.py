@@ -1,4 +1,4 @@
-"""Types allotted to experts: sizes, contents, resumption, errors."""
+"""Bit allocation for experts: sizes, contents, resumption, errors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_curve_has_uniform_types_and_adapted_ones_of_their_sizes(adapted: Adapte
     assert set(uniform) == set(DEFAULT_TYPES)
     others = [p for p in adapted.points if not p.uniform]
     assert len(others) >= 6
-    # On the text of the search adapted types are never worse; on so short another, nearly so.
+    # On the search's text adapted types are never worse; on so short another text, nearly so.
     for type, point in uniform.items():
         same = [p.kl for p in others if p.bits <= point.bits]
         assert type == "Q2_K" or min(same) <= 1.3 * point.kl + 1e-6
@@ -114,7 +114,7 @@ def test_max_loss_is_met(mixture: Path, tmp_path: Path) -> None:
 
 
 def test_offloaded_file_is_the_resident_one(adapted: Adapted) -> None:
-    """The store runs experts of several types in a layer: bit for bit."""
+    """The store runs several types in a layer, with the written file's results bit for bit."""
     assert adapted.path is not None
     model = Model(adapted.path)
     for share in (0.0, 0.5):
@@ -135,7 +135,7 @@ def test_interrupted_and_taken_up_again(
     with pytest.raises(KeyboardInterrupt):
         adapt(mixture, out, TEXT, bits=4.5, search=QUICK, progress=stop)
     assert not out.exists()
-    assert list(tmp_path.iterdir())  # something to go on from
+    assert list(tmp_path.iterdir())  # there is something to go on from
     adapt(mixture, out, TEXT, bits=4.5, search=QUICK)
     assert adapted.path is not None
     assert out.read_bytes() == adapted.path.read_bytes()

@@ -1,4 +1,4 @@
-"""Writing past the page cache: the same bytes as through it, wherever a write begins."""
+"""Direct writing past the page cache gives the same bytes, wherever a write begins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_pieces_of_any_size(tmp_path: Path, first: int, step: int) -> None:
 
 @pytest.mark.usefixtures("small_writes")
 def test_over_pages_that_were_read(tmp_path: Path) -> None:
-    """What the cache knows of a page is not what is read after a direct write."""
+    """A read after a direct write does not give what the cache held of a page."""
     part = PartFile(tmp_path / "x", SIZE, "recipe")
     part.write(0, bytes(SIZE))
     assert not any(part.part.read_bytes())
@@ -51,7 +51,7 @@ def test_over_pages_that_were_read(tmp_path: Path) -> None:
 def test_a_refusal_is_made_good(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accepted: int
 ) -> None:
-    """Where the system takes a part of a write, or none, the rest goes through the cache."""
+    """If the system takes a part of a write, or none, the rest goes through the cache."""
     real = os.pwrite
 
     def some(fd: int, data: memoryview, offset: int) -> int:

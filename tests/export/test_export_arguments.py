@@ -1,4 +1,4 @@
-"""Arguments of the export functions: whatever a caller hands in is used or is an OptionError."""
+"""Every argument that a caller passes to an export function is used or is an OptionError."""
 
 from __future__ import annotations
 

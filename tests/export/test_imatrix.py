@@ -1,4 +1,4 @@
-"""Importance matrices: what is measured, both file forms, and that quantizers heed them."""
+"""Importance matrices: measurement, both file forms, and their effect on quantizers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Listener(Oracle):
-    """An oracle that notes the squares of what every matrix multiplies with."""
+    """An oracle that records the squared inputs of every matrix."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -65,7 +65,7 @@ def measured(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return out, found
 
 
-# What is measured.
+# Measurement.
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_sums_add_up_and_do_not_depend_on_threads(tmp_path: Path) -> None:
         for seed in (0, 1):
             sequence.truncate(0)
             sums.eval(sequence, some_tokens(40, seed))
-        sequence.eval(some_tokens(9))  # does not count
+        sequence.eval(some_tokens(9))  # this evaluation does not count
         found.append(sums.tensors)
     for name, (squares, counts) in found[0].items():
         for other in found[1:]:
@@ -109,12 +109,12 @@ def test_sums_add_up_and_do_not_depend_on_threads(tmp_path: Path) -> None:
             np.testing.assert_array_equal(other[name][1], counts)
     router, experts = found[0]["blk.0.ffn_gate_inp.weight"], found[0]["blk.0.ffn_up_exps.weight"]
     assert router[1].tolist() == [80] and experts[1].sum() == 80 * 2
-    # The experts share out, with repetition, what the router saw.
+    # Each of the router's inputs goes to two experts.
     np.testing.assert_allclose(experts[0].sum(0), 2 * router[0][0], rtol=1e-5)
 
 
 def test_sums_of_an_offloaded_model_are_the_same(tmp_path: Path) -> None:
-    """Experts in slots are known by their tensors; guesses of the predictors do not count."""
+    """Sums go by an expert's tensor, not by its slot; predictors' guesses do not count."""
     path = make(tmp_path / "m.gguf", "qwen3moe")
     found = []
     for memory in (0, budgets(path).part(0.3)):
@@ -156,7 +156,7 @@ def test_a_collected_file(base: Path, measured: tuple[Path, Imatrix]) -> None:
         assert tuple(sums.shape) == (entry.sums.shape[1], 1) and tuple(counts.shape) == (1, 1)
         np.testing.assert_array_equal(sums.data, entry.sums)
         np.testing.assert_array_equal(counts.data.reshape(-1), entry.counts)
-    # Queries, keys and values have the same input; the feed-forward's two ways in, too.
+    # Queries, keys and values have the same input; the feed-forward's gate and up, too.
     attn = [found.entries[f"blk.1.attn_{part}.weight"].sums for part in "qkv"]
     np.testing.assert_array_equal(attn[0], attn[1])
     np.testing.assert_array_equal(attn[0], attn[2])
@@ -232,7 +232,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 
 
 def legacy(entries: dict[str, Entry], calls: int, dataset: str | None = "wiki.txt") -> bytes:
-    """The .dat form: means times calls."""
+    """Writes the .dat form: means times calls."""
     data = struct.pack("<i", len(entries))
     for name, entry in entries.items():
         means = entry.sums / np.maximum(entry.counts, 1)[:, None]
@@ -246,7 +246,7 @@ def legacy(entries: dict[str, Entry], calls: int, dataset: str | None = "wiki.tx
 
 def test_the_older_form_gives_the_same_importances(tmp_path: Path) -> None:
     entries = some_entries(np.random.default_rng(1))
-    entries["blk.0.ffn_up_exps.weight"].counts[2] = 1  # the older form cannot tell of none
+    entries["blk.0.ffn_up_exps.weight"].counts[2] = 1  # the older form cannot express 0
     matrix = Imatrix(entries)
     path = tmp_path / "m.dat"
     for dataset in ("wiki.txt", None):
@@ -341,7 +341,7 @@ def test_no_bytes_crash_the_reader(
         assert all((e.sums >= 0).all() for e in found.entries.values())
 
 
-# Heeded.
+# Effect on quantizers.
 
 
 @pytest.mark.parametrize("form", [f["name"] for f in _core.formats() if f["block"] > 1])
@@ -358,7 +358,7 @@ def test_every_quantizer_heeds_importances(form: str) -> None:
     plain = error(_core.requantize("F32", raw, 64, 512, form))
     weighed = error(_core.requantize("F32", raw, 64, 512, form, importance))
     ones = error(_core.requantize("F32", raw, 64, 512, form, np.full(512, 3, np.float32)))
-    # 8 bits leave nothing to choose: llama.cpp's own rule does not ask for importances, either.
+    # 8 bits leave nothing to choose: llama.cpp's own rule does not use importances, either.
     assert weighed < plain * (0.97 if form not in ("Q8_0", "MXFP4") else 1 + 1e-9)
     assert ones < 1.15 * plain
 
@@ -506,7 +506,7 @@ def test_the_commands(base: Path, tmp_path: Path) -> None:
         == gguf_writer.read_metadata(made)["quantize.imatrix.dataset"]
     )
     for arguments in (
-        ("imatrix", base, out, "--text", text),  # exists
+        ("imatrix", base, out, "--text", text),  # exists already
         ("imatrix", base, tmp_path / "x", "--text", tmp_path / "absent"),
         ("imatrix", tmp_path / "absent.gguf", tmp_path / "x", "--text", text),
         ("imatrix", base, tmp_path / "x", "--text", text, "--chunk", "1"),

@@ -1,4 +1,4 @@
-"""Which tensor gets which type: llama.cpp's mixtures, fallbacks, overrides."""
+"""The tensor types that file types choose: llama.cpp's mixtures, fallbacks, overrides."""
 
 from __future__ import annotations
 

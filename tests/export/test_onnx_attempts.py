@@ -1,4 +1,4 @@
-"""int8 ONNX models of every kind of float model: files that run, and nodes that stay float."""
+"""int8 ONNX models of every kind of float model run, and some nodes stay float."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model(nodes: Any, inputs: Ends, outputs: Ends, constants: Any, **options: An
 
 
 def doubled() -> Any:
-    """A function of the model's own, called twice."""
+    """Makes a model with a function of its own, called twice."""
     body = [node("MatMul", "a b", "t"), node("Relu", "t", "c")]
     opset = [helper.make_opsetid("", 17)]
     layer = helper.make_function("own", "Layer", ["a", "b"], ["c"], body, opset)
@@ -70,7 +70,7 @@ def doubled() -> Any:
 
 
 def looped() -> Any:
-    """A product within a Loop, and one before it, of the same weights."""
+    """Makes a product within a Loop, and one before it, with the same weights."""
     ends = ("it", [], TensorProto.INT64), ("go", [], TensorProto.BOOL), ("h", ["n", 8], FLOAT)
     body = helper.make_graph(
         [node("MatMul", "h w", "h2"), node("Identity", "go", "more")],
@@ -99,7 +99,7 @@ def product(*shape: int, rank: int = 3, **options: Any) -> Any:
 
 
 def half() -> Any:
-    """An embedding, a layer and a head in half precision; ids in, logits out."""
+    """Makes an embedding, a layer and a head in half precision; ids in, logits out."""
     constants = [
         weight("table", 20, 8, dtype=np.float16),
         weight("w", 8, 8, dtype=np.float16),
@@ -116,7 +116,7 @@ def half() -> Any:
 
 
 def branched() -> Any:
-    """Half precision within the branches of an If, of weights from outside and their own."""
+    """Makes half precision within the branches of an If, with outer weights and their own."""
 
     def branch(name: str, own: list[Any]) -> Any:
         product = node("MatMul", "h v" if own else "h w", name)
@@ -247,7 +247,7 @@ KINDS: dict[str, Any] = {
 
 
 def samples(net: Any, count: int, seed: int) -> dict[str, np.ndarray]:
-    """Inputs by name; `count` where a dimension is free."""
+    """Makes inputs by name; `count` is used for free dimensions."""
     rng = np.random.default_rng(seed)
     constants = {w.name for w in net.graph.initializer}
     found = {}
@@ -281,7 +281,7 @@ def save(net: Any, path: Path) -> Path:
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("name", KINDS)
 def test_what_is_made_runs_and_is_near(name: str, static: bool, tmp_path: Path) -> None:
-    """Types, shapes and names of the ends are those of the float model."""
+    """Types, shapes and names of the inputs and outputs are those of the float model."""
     net = KINDS[name]
     source, out = save(net, tmp_path / "net.onnx"), tmp_path / "net8.onnx"
     options: dict[str, Any] = {"static": False}
@@ -348,7 +348,7 @@ def test_external_data_of_the_source_is_taken_in(tmp_path: Path) -> None:
 def test_a_file_that_does_not_run_gets_no_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A quantizer that makes what onnxruntime refuses, whatever is left out."""
+    """The quantizer makes what onnxruntime refuses, whichever nodes are left out."""
     from onnxruntime import quantization
 
     def broken(source: Path, out: Path, **_: Any) -> None:
@@ -384,13 +384,13 @@ def test_other_shapes_or_infinite_outputs_are_no_success(tmp_path: Path) -> None
 
 
 def test_inputs_of_our_own_fit_windows_and_lengths(tmp_path: Path) -> None:
-    """Free dimensions: one is too small for a convolution without padding."""
+    """A free dimension of one is too small for a convolution without padding."""
     nodes = [node("Conv", "x w", "c"), node("Gather", "table ids", "g"), node("Add", "c g", "y")]
     net = model(
         nodes,
         [("x", ["n", 3, "h", "w"]), ("ids", [1], TensorProto.INT64)],
         [("y", ["n", 4, "a", "b"])],
-        [weight("w", 4, 3, 7, 7), weight("table", 1)],  # id 1 is none of it
+        [weight("w", 4, 3, 7, 7), weight("table", 1)],  # the weights do not hold id 1
     )
     onnx_trial.run_once(tmp_path / "net.onnx", net.SerializeToString(), advice="-")
 
@@ -429,7 +429,7 @@ def two_layers(*, named: bool) -> Any:
 
 
 def float_layers(net: Any, out: Path) -> list[bool]:
-    """Whether each layer's weights are there as they were, by size: 256, 192, 30 values."""
+    """Whether each layer's weights are unchanged, told by size: 256, 192, 30 values."""
     kept = {
         int(np.prod(w.dims))
         for w in onnx.load(str(out)).graph.initializer

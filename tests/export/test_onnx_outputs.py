@@ -1,4 +1,4 @@
-"""Every output of an int8 ONNX model: near the float one's, or named in a note."""
+"""Every output of an int8 ONNX model is near the float one's, or named in a note."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_output_before_a_relu_keeps_its_range(
 
 
 def test_what_a_branch_reads_before_a_relu_keeps_its_range(tmp_path: Path) -> None:
-    """The reader is in a graph within a node, where the quantizer does not look."""
+    """The reader is in a graph within a node, which the quantizer does not search."""
     inner = helper.make_tensor_value_info("kept", TensorProto.FLOAT, None)
     branches = {
         f"{name}_branch": helper.make_graph(

@@ -1,4 +1,4 @@
-"""int8 ONNX models: what they compute, what the table says, and inputs that cannot be used."""
+"""int8 ONNX models: their results, the table's figures, and inputs that cannot be used."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIDE = 12  # pixels
 
 
 def weights(seed: int, *shape: int) -> np.ndarray:
-    """Channels of very different sizes: one scale for all of them costs accuracy."""
+    """Channels have very different sizes: one scale for all of them costs accuracy."""
     rng = np.random.default_rng(seed)
     sizes = np.geomspace(0.02, 1, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
     return (rng.normal(size=shape) * sizes).astype(np.float32)
@@ -49,7 +49,7 @@ def save(nodes: list[Any], constants: dict[str, np.ndarray], path: Path, **ends:
 
 
 def convolutional(path: Path, *, opset: int = 17, broken: float | None = None) -> Path:
-    """Images [batch, 3, 12, 12] of pixels to `CLASSES` probabilities."""
+    """Maps images [batch, 3, 12, 12] of pixels to `CLASSES` probabilities."""
     constants = {
         "w1": weights(1, 16, 3, 3, 3),
         "w2": weights(2, 16, 16, 3, 3),
@@ -80,7 +80,7 @@ def convolutional(path: Path, *, opset: int = 17, broken: float | None = None) -
 
 
 def encoder(path: Path) -> Path:
-    """Tokens and mask [batch, positions] to states [.., 32]: one layer of attention."""
+    """Maps tokens and mask [batch, positions] to states [.., 32]: one layer of attention."""
     d = 32
     constants = {k: weights(i, d, d) for i, k in enumerate(("wq", "wk", "wv", "wo"))}
     constants |= {"up": weights(7, d, 64), "down": weights(8, 64, d)}
@@ -152,7 +152,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory, net: Path) -> Path:
-    """Images in folders by the class that the float model sees: its accuracy is 100%."""
+    """Images in folders of the class that the float model predicts: its accuracy is 100%."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(5)
     for i in range(60):
@@ -283,7 +283,7 @@ def test_encoders_are_quantized_dynamically(tmp_path: Path) -> None:
     assert kinds(out).count("MatMulInteger") == 6
     difference = np.abs(run(out, **tokens) - run(source, **tokens)).max()
     assert difference == pytest.approx(made.after.max_error, rel=0.2)
-    # Nothing to measure with: it is made all the same.
+    # Without samples to measure with, the model is made all the same.
     assert onnx_quantize.quantize(source, tmp_path / "o.onnx", static=False).after is None
 
 

@@ -20,7 +20,7 @@ from stoker.export import onnx_quantize  # noqa: E402
 from stoker.export.onnx import attempts as onnx_attempts  # noqa: E402
 
 LAYERS = 32
-SECONDS = 100.0  # of an attempt, on the clock of `search`
+SECONDS = 100.0  # duration of an attempt, on the clock of `search`
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Search:
-    """onnxruntime's quantizer, and what it was asked for; it raises on nodes and takes its time."""
+    """Records calls of onnxruntime's quantizer, which raises on some nodes and takes its time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failing: set[str] = set()
@@ -94,7 +94,7 @@ def test_what_does_not_go_is_found_and_nothing_is_tried_twice(
 
 
 def test_the_search_ends_with_its_time(chain: Path, search: Search, tmp_path: Path) -> None:
-    """Attempts until 15 minutes are over; what was not tried stays float."""
+    """Attempts go on until 15 minutes are over; what was not tried stays float."""
     search.failing = {"n1", "n2", "n30"}
     made = onnx_quantize.quantize(chain, tmp_path / "out.onnx", static=False)
     assert len(search.asked) == 2 + 900 / SECONDS + 1  # all and none before, the file at the end

@@ -119,7 +119,7 @@ def test_scales_that_do_not_fit_are_named(name: str, tmp_path: Path) -> None:
 
 
 def test_eight_bit_floats_are_no_integers(tmp_path: Path) -> None:
-    """Their reals are not their integer part: they are left, and the model is refused."""
+    """Such floats are not integers: they are left, and the model is refused."""
     path = net(tmp_path / "net.onnx", ints(I8, 5, 4), scales(1), None, opset=19)
     model = onnx.load(str(path))
     model.graph.initializer[0].data_type = TensorProto.FLOAT8E4M3FN

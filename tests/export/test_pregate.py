@@ -49,7 +49,7 @@ FAMILIES = {
     "smallthinker-sigmoid": "smallthinker",
     "smallthinker-window": "smallthinker",
 }
-MIN_MARGIN = 2e-4  # of scores: no choice hangs on rounding (1e-5 of one)
+MIN_MARGIN = 2e-4  # least margin of scores: no choice depends on rounding (1e-5 of one)
 Build = Callable[..., Path]
 
 
@@ -80,7 +80,7 @@ def pregated(bases: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 def with_gates(path: Path, gates: Callable[[int, int, int], Gate]) -> Path:
-    """Puts gates(layer, n_expert, n_embd) into a file."""
+    """Writes gates(layer, n_expert, n_embd) into a file."""
     tensors = {t.name: t for t in gguf.GGUFReader(str(path)).tensors}
     places = {}
     for name, t in tensors.items():
@@ -108,7 +108,7 @@ def logits(path: Path, tokens: Array = TOKENS, **options: Any) -> Array:
     return _core.Engine(_core.GgufFile(str(path)), **options).sequence().eval_all(tokens)
 
 
-# What the engine computes.
+# The engine's results.
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
@@ -120,12 +120,12 @@ def test_logits_equal_the_oracle(pregated: Build, tmp_path: Path, variant: str) 
     expected = oracle.logits(TOKENS)
     assert min(r.margin.min() for r in oracle.routes) > MIN_MARGIN, "choose another seed"
     assert np.abs(logits(path) - expected).max() <= 1e-3
-    # Choices that mean nothing change what is computed: the gates are obeyed.
+    # Random choices change the result, so the engine obeys the gates.
     assert np.abs(expected - Oracle(pregated(variant)).logits(TOKENS)).max() > 0.1
 
 
 def test_gates_have_no_say_where_all_experts_are_used(bases: Build, tmp_path: Path) -> None:
-    """The layer's own router weighs: bit for bit what the base computes."""
+    """The layer's own router weighs all experts: the result is the base's, bit for bit."""
     base = bases("mixtral-all")
     out = with_gates(quick(base, tmp_path / "out.gguf").path, random_gate)
     assert logits(out).tobytes() == logits(base).tobytes()
@@ -133,11 +133,11 @@ def test_gates_have_no_say_where_all_experts_are_used(bases: Build, tmp_path: Pa
 
 @pytest.mark.parametrize("variant", ["mixtral", "olmoe", "smallthinker"])
 def test_the_next_router_as_gate_equals_the_base(tmp_path: Path, variant: str) -> None:
-    """A layer that adds nothing leaves the next router's input as its own: layer 0 of 2, here."""
+    """Layer 0 of 2 adds nothing, so the next router's input is its own."""
     family, overrides = VARIANTS[variant]
     base = make(tmp_path / "base.gguf", family, **{**overrides, "n_layer": 2})
     tensors = {t.name: t for t in gguf.GGUFReader(str(base)).tensors}
-    # All experts' down projections and attention's; norms before the routers alike.
+    # Down projections of all experts and attention's output are 0; norms before the routers alike.
     parts = {"attn_output.weight": None, "ffn_down_exps.weight": None}
     with base.open("r+b") as file:
         for name in parts:
@@ -160,7 +160,7 @@ def test_the_next_router_as_gate_equals_the_base(tmp_path: Path, variant: str) -
 
 @pytest.mark.parametrize("variant", ["mixtral", "olmoe", "smallthinker", "smallthinker-sigmoid"])
 def test_unlikely_experts_count_in_full(tmp_path: Path, variant: str) -> None:
-    """All experts are the same: only the sum of their weights can go wrong."""
+    """All experts are the same, so only the sum of their weights can go wrong."""
     family, overrides = VARIANTS[variant]
     base = make(tmp_path / "base.gguf", family, **overrides)
     with base.open("r+b") as file:
@@ -197,7 +197,7 @@ def test_a_constant_gate_chooses_always_the_same(pregated: Build, tmp_path: Path
         chosen = set(routing["expert"][routing["layer"] == layer].tolist())
         assert chosen == {layer - 1, layer + 1, layer + 4}
     assert len(set(routing["expert"][routing["layer"] == 0].tolist())) > 3
-    # The routers weigh them, and they come best first.
+    # The routers weigh the experts, and the best come first.
     ordered = routing["weight"][routing["layer"] == 1].reshape(-1, 3)
     assert (np.diff(ordered, axis=1) <= 0).all() and ordered.std(axis=0).min() > 0.01
 
@@ -248,7 +248,7 @@ def test_backends_give_the_same(mixtures: Callable[[str], Model], backend: str) 
 
 
 def test_announced_experts_are_asked_for_in_time(mixtures: Callable[[str], Model]) -> None:
-    """With room to keep them, hardly any expert is missed behind the first layer."""
+    """With room to keep them, hardly any expert is missed after the first layer."""
     model = mixtures("mixtral-top4")
     found = {}
     for prefetch in ("off", "on"):
@@ -330,7 +330,7 @@ def test_an_interrupted_call_is_taken_up_again(
 
 
 def routing_of(rng: np.random.Generator, layers: int, sigmoid: bool) -> Routing:
-    # Logits of a few units: sigmoids that are all 1 would leave nothing to choose.
+    # Logits are a few units: if all sigmoids were 1, nothing would be left to choose.
     routers = {i: 0.1 * rng.standard_normal((12, 24), np.float32) for i in range(layers)}
     return Routing(routers, 3, sigmoid)
 
@@ -339,7 +339,7 @@ def routing_of(rng: np.random.Generator, layers: int, sigmoid: bool) -> Routing:
 def test_gates_find_what_a_linear_map_can_tell(sigmoid: bool) -> None:
     rng = np.random.default_rng(1)
     routing = routing_of(rng, 3, sigmoid)
-    x = rng.standard_normal((4000, 24)) * np.linspace(0.1, 9, 24)  # columns of unlike sizes
+    x = rng.standard_normal((4000, 24)) * np.linspace(0.1, 9, 24)  # columns of different sizes
     turn = rng.standard_normal((2, 24, 24)) / np.sqrt(24) / 3
     states = np.stack([x, x @ turn[0] + 0.3, (x @ turn[0] + 0.3) @ turn[1]]).astype(np.float16)
     gates = fit_gates(states[:, :3000], routing, seconds=60, seed=0)
@@ -352,7 +352,7 @@ def test_distilling_beats_regression_where_weights_are_peaked() -> None:
     rng = np.random.default_rng(2)
     routing = Routing({i: 4 * rng.standard_normal((12, 24), np.float32) for i in (0, 1)}, 2, False)
     x = rng.standard_normal((6000, 24))
-    later = np.maximum(x @ rng.standard_normal((24, 24)) / 5, 0)  # no linear map
+    later = np.maximum(x @ rng.standard_normal((24, 24)) / 5, 0)  # not a linear map
     states = np.stack([x, later]).astype(np.float16)
     kept = states[:, 5000:]
 
@@ -507,7 +507,7 @@ def test_weights_that_are_not_finite(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, out: Path, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> Path:
-    """The file with other tensors; change: name -> values to the same."""
+    """Rewrites the file with other tensors; change: name -> values to the same."""
     reader = gguf.GGUFReader(str(path))
     writer = gguf.GGUFWriter(str(out), str(reader.fields["general.architecture"].contents()))
     for field in reader.fields.values():
@@ -541,7 +541,7 @@ def test_damaged_pregated_files(bases: Build, pregated: Build, tmp_path: Path) -
     stray = rewritten(bases("mixtral"), out, lambda t: t | {gate: t["blk.1.ffn_gate_inp.weight"]})
     with pytest.raises(UnsupportedModelError, match="expected none of this name"):
         engine(stray)
-    # Gates that are not finite still choose experts that exist.
+    # Gates with values that are not finite still choose experts that exist.
     same = rewritten(path, out, lambda t: t)
     with_gates(same, lambda i, n, d: Gate(np.full((n, d), np.nan), np.zeros(n)))
     assert np.isfinite(logits(same)).all()
@@ -551,7 +551,7 @@ def test_damaged_pregated_files(bases: Build, pregated: Build, tmp_path: Path) -
 def test_a_full_disk_leaves_nothing(
     bases: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    """The file does not fit, or it does and the hidden states do not."""
+    """Either the file does not fit, or it does and the hidden states do not."""
     allocate, given = os.posix_fallocate, 0
 
     def full(descriptor: int, offset: int, nbytes: int) -> None:

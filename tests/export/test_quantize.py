@@ -1,4 +1,4 @@
-"""Quantized files: the quantizers' bytes, whole or not at all."""
+"""Quantized files hold the quantizers' bytes, whole or not at all."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def types(path: Path) -> dict[str, str]:
 
 
 def values(tensor: Any) -> npt.NDArray[np.float32]:
-    """Of a float tensor, numpy order."""
+    """Values of a float tensor in numpy order."""
     return np.ascontiguousarray(tensor.data, dtype=np.float32)
 
 
@@ -61,7 +61,7 @@ def logits(path: Path, n: int = 24) -> npt.NDArray[np.float32]:
     return engine.sequence().eval_all(some_tokens(n))
 
 
-# What is in the file.
+# Contents of the file.
 
 
 @pytest.mark.parametrize("name", [n for n in mixes.FILE_TYPES if n not in FLOATS])
@@ -190,7 +190,7 @@ def test_threads_and_pieces_do_not_change_the_bytes(
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """240 MiB of F16 go through 1 MiB pieces: a few of those are the most that is ever held."""
+    """240 MiB of F16 go through 1 MiB pieces, of which only a few are held at once."""
     rows_of = 15 << 13  # of 1024 weights
     tensor = gguf_writer.Tensor("blk.0.ffn_up.weight", (1024, rows_of), 1, rows_of * 2048)
     plan = gguf_writer.layout({"general.architecture": gguf_writer.string("llama")}, [tensor])
@@ -236,7 +236,7 @@ def stop_after(count: int) -> Any:
 def test_interrupted_at_every_commit_it_resumes_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # thousands of them take minutes
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # thousands of calls take minutes
     monkeypatch.setattr(model_writer, "COMMIT_BYTES", 1)
     monkeypatch.setattr(model_writer, "PIECE_VALUES", 64 * 50)  # some end within an expert
     mixture = make(tmp_path / "mixture.gguf", "qwen3moe", n_layer=2, n_expert=3)
@@ -355,7 +355,7 @@ def test_a_killed_command_is_taken_up_again(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
 
 
-# What it refuses.
+# Refusals.
 
 
 def damaged(base: Path, out: Path, tensor: str, index: int, value: float) -> Path:
@@ -556,7 +556,7 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     done = command(base, out, "--type", "q4_k_m", "--override", "blk.*.ffn_down=Q8_0", "-t", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no progress where there is no terminal
+    assert done.stderr == ""  # there is no progress without a terminal
     assert done.stdout.startswith(f"{out}: ") and "tensors: " in done.stdout
     assert types(out)["blk.0.ffn_down.weight"] == "Q8_0"
     again = command(out, tmp_path / "again.gguf", "--type", "Q4_0")
@@ -583,7 +583,7 @@ def test_command_errors_exit_with_2(base: Path, tmp_path: Path) -> None:
 
 
 def test_all_errors_are_stokers(base: Path, tmp_path: Path) -> None:
-    """Bytes cut off anywhere in the header: an error of ours, and no output."""
+    """A header cut off anywhere gives an error of stoker's, and no output."""
     data = base.read_bytes()
     source = tmp_path / "cut.gguf"
     for n in range(0, 4000, 171):

@@ -1,4 +1,4 @@
-"""Dense models taken apart: the same model where all channels are used, and known early."""
+"""Refactored dense models: equal if all channels are used, with experts known early."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tiny_models import WIDE, make, some_tokens
 from typer.testing import CliRunner
 
 WORDS = ("the cat sat on the mat", "a dog ran in fog", "one two three", "x = y + z;", "Paris")
-F32_BOUND = 5e-4  # of a logit
+F32_BOUND = 5e-4  # largest error of a logit
 
 
 def text(n: int = 400, seed: int = 0) -> str:
@@ -46,19 +46,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(base: Path) -> Path:
-    """Six experts, two used, not all channels of a token; fitted."""
+    """Makes six experts, two used, not all channels of a token; fitted."""
     return small(base, base.with_name("made.gguf"), experts=6, used=2, width=24).path
 
 
 def small(base: Path, out: Path, **options: Any) -> refactoring.Refactored:
-    """96 channels: 32 shared, 4 experts of 16, unless told otherwise; fitted to all of the text."""
+    """Makes 4 experts of 16 of 96 channels, 32 shared, unless told otherwise; fitted to all."""
     chosen: dict[str, Any] = {
         "experts": 4,
         "used": 1,
         "shared": 32,
         "width": 16,
         "text": [text()],
-        "minutes": 5,  # more than enough for all of the text
+        "minutes": 5,  # enough for all of the text
         "threads": 2,
     }
     return refactor(base, out, **(chosen | options))
@@ -77,7 +77,7 @@ def tensors(path: Path) -> dict[str, Any]:
     return {t.name: t for t in gguf.GGUFReader(str(path)).tensors}
 
 
-# What it computes.
+# Results.
 
 
 @pytest.mark.parametrize("shared", [0, 32, 64])
@@ -92,7 +92,7 @@ def test_with_all_channels_it_computes_its_base(base: Path, tmp_path: Path, shar
 
 
 def test_fitting_keeps_what_needs_no_fitting(base: Path, tmp_path: Path) -> None:
-    # All channels are used: the dense model's down projections are already the best.
+    # All channels are used, so the dense model's down projections are already the best.
     found = small(base, tmp_path / "out.gguf", used=4)
     np.testing.assert_allclose(logits(found.path), logits(base), atol=2e-2)
 
@@ -108,7 +108,7 @@ def test_logits_equal_the_oracle(base: Path, tmp_path: Path, options: dict[str, 
     expected = oracle.logits(tokens)
     sure = oracle.routes[0].margin > 1e-3
     assert sure.mean() > 0.95 and len(oracle.routes) == 1
-    # One token whose router hesitates changes those after it a little.
+    # A token with a small router margin may change those after it a little.
     until = len(tokens) if sure.all() else int(np.argmin(sure))
     assert until > 10
     actual = engine(path).sequence().eval_all(tokens)
@@ -164,7 +164,7 @@ def test_demand_only_reads_nothing_ahead(made: Path, options: dict[str, Any]) ->
 
 
 def test_every_expert_of_a_token_is_announced(base: Path, tmp_path: Path) -> None:
-    # Many experts, so that the cache has room for a token's and not for all.
+    # There are many experts, so that the cache has room for a token's and not for all.
     path = small(base, tmp_path / "out.gguf", experts=24, width=24, used=2, minutes=0).path
     model = Model(path)
     for share in (0.5, 0.7, 1.0):
@@ -178,7 +178,7 @@ def test_every_expert_of_a_token_is_announced(base: Path, tmp_path: Path) -> Non
         assert counts["late"] + counts["hits"] == 150 * 3 * 2, share
 
 
-# What it is made of.
+# Contents of the file.
 
 
 def test_channels_have_one_place_where_they_fit(base: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_k_quants_are_split_by_their_blocks(tmp_path: Path) -> None:
         small(dense, tmp_path / "out.gguf", shared=256, width=128)
     path = small(dense, tmp_path / "out.gguf", experts=3, used=3, shared=256, width=256).path
     assert tensors(path)["blk.1.ffn_down_exps.weight"].tensor_type.name == "Q4_K"
-    # The down matrices' columns stand in other blocks, and are rounded once more.
+    # The down matrices' columns are in other blocks, and are rounded once more.
     ours, theirs = logits(path), logits(dense)
     assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.8
     assert np.corrcoef(ours.ravel(), theirs.ravel())[0, 1] > 0.98
@@ -288,9 +288,9 @@ def test_layers_in_numpy_equal_the_engine(tmp_path: Path) -> None:
 
 def test_common_channels_and_domains_are_found() -> None:
     importance = np.full((3, 40), 0.01)
-    importance[:, :10] = 5.0  # common
+    importance[:, :10] = 5.0  # common channels
     importance[0, 10:20] = importance[1, 20:30] = importance[2, 30:40] = 1.0
-    importance[2] *= 100  # a loud domain
+    importance[2] *= 100  # a domain of large activations
     split = choose(importance, 10, 10)
     assert split.shared.tolist() == list(range(10))
     assert [e.tolist() for e in split.experts] == [
@@ -319,7 +319,7 @@ def test_the_fit_is_the_least_squares_solution() -> None:
     split = choose(rng.random((3, 12)), 3, 3)
     truth = rng.standard_normal((12, 4)).astype(np.float32)
     fit = ChannelFit(split, 4)
-    # First no two experts meet, then two do: the equations are solved in two ways.
+    # First no two experts meet, then two do, so both ways of solving are used.
     for experts in ((0,), (1,), (2,), (0, 2)):
         at = split.of(experts)
         h = rng.standard_normal((50, len(at))).astype(np.float32)
@@ -327,7 +327,7 @@ def test_the_fit_is_the_least_squares_solution() -> None:
         if experts[0] == 2 or len(experts) > 1:
             found = fit.solve(np.zeros((12, 4), dtype=np.float32), 1e-9)
             np.testing.assert_allclose(found, truth, atol=1e-4)
-    # A mean of squares that no choice of rows removes: both ways find the same rows.
+    # The targets leave a residual for any rows: both ways find the same rows.
     apart, whole = ChannelFit(split, 4), ChannelFit(split, 4)
     for experts in ((0,), (2,)):
         h = rng.standard_normal((9, 6)).astype(np.float32)
@@ -336,12 +336,12 @@ def test_the_fit_is_the_least_squares_solution() -> None:
     whole.add((0, 1), np.zeros((1, 9), dtype=np.float32), np.zeros((1, 4), dtype=np.float32))
     zero = np.zeros((12, 4), dtype=np.float32)
     np.testing.assert_allclose(apart.solve(zero, 1e-3), whole.solve(zero, 1e-3), atol=1e-3)
-    # With much trust in where it starts, it stays there.
+    # With a strong prior the fit stays at its start.
     start = truth + 1
     np.testing.assert_allclose(fit.solve(start, 1e9), start, atol=1e-3)
 
 
-# What is refused, and what is left behind.
+# Refusals and leftovers.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rows from one tensor type to another."""
+"""Rows are converted from one tensor type to another."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_requantize_refuses(options: dict[str, Any], message: str) -> None:
 
 def test_the_first_bad_weight_is_named_whatever_the_threads() -> None:
     x = np.ones((5000, 256), np.float32)
-    for row, column in ((4999, 3), (1200, 255), (1199, 7)):  # ever earlier ones
+    for row, column in ((4999, 3), (1200, 255), (1199, 7)):  # each one lies before the last
         x[row, column] = np.nan
         for threads in (1, 2, 7):
             with pytest.raises(ModelFileError, match=f"row {100 + row}, column {column}: expected"):

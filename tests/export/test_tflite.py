@@ -1,4 +1,4 @@
-"""tflite -> ONNX: the interpreter's own outputs, layouts, and files that are not what they say."""
+"""tflite to ONNX: the interpreter's outputs, layouts, and files that contradict themselves."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from stoker.runtime.base.errors import (  # noqa: E402
 )
 from stoker.runtime.cli.export.main import app  # noqa: E402
 
-# What ai-edge-litert computes: made by make_tflite_golden.py, which says how.
+# ai-edge-litert's results, made by make_tflite_golden.py, which says how.
 GOLDEN = Path(__file__).parents[1] / "data" / "tflite_golden.npz"
 # Units of the 8-bit outputs. The default delegate rounds averages and sums of int8 as onnxruntime
 # does, but for ResNet's additions; its own reference kernels are up to 36 units from it there.
 UNITS = {"pretrainedResnet_quant": 16, "kws_ref_model_int8": 0, "vww_96_int8": 0, "ad01_int8": 1}
-SCALES = {"quantized": (0.2, 0.1)}  # of the outputs of tiny int8 models
+SCALES = {"quantized": (0.2, 0.1)}  # scales of the outputs of tiny int8 models
 
 
 def run(model: Any, inputs: np.ndarray, *, fused: bool = True) -> list[np.ndarray]:
-    """The outputs; fused: int8 kernels in place of each QDQ group, else its float32 meaning."""
+    """Runs the model; fused: int8 kernels in place of each QDQ group, else its float32 meaning."""
     content = model if isinstance(model, bytes) else model.SerializeToString()
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -95,7 +95,7 @@ def test_operators_compute_what_the_interpreter_computes(
         assert found.shape == want.shape
         assert np.ptp(want) > 0.1
         difference = np.abs(found - want)
-        if name in SCALES:  # a unit now and then, where the last bit of a sum rounds the other way
+        if name in SCALES:  # off by a unit where the last bit of a sum rounds the other way
             assert difference.max() <= SCALES[name][i] * 1.001
             assert (difference > 1e-6).mean() < 0.15
         else:
@@ -109,7 +109,7 @@ def test_float_models_equal_the_interpreter(name: str, shared_data: Path) -> Non
         expected = golden[f"{name}/0"]
     found = np.concatenate([run(made, s)[0] for s in model_samples(name)])
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-    # The batch is free in these files: samples together are as they are alone.
+    # The batch is free in these files: samples give the same together as alone.
     if name != "ad01_fp32":
         together = run(made, np.concatenate(model_samples(name)))[0]
         assert np.allclose(together, found, atol=1e-5 * np.abs(expected).max())
@@ -130,7 +130,7 @@ def test_int8_models_equal_the_interpreter(name: str, activations: str, shared_d
 
 
 def dense(weights: np.ndarray, *, samples: int = 2, **quantization: Any) -> TinyTflite:
-    """One FULLY_CONNECTED of float inputs."""
+    """Makes one FULLY_CONNECTED of float inputs."""
     m = TinyTflite()
     x = m.tensor((samples, weights.shape[1]))
     w = m.constant(weights, **quantization)
@@ -141,7 +141,7 @@ def dense(weights: np.ndarray, *, samples: int = 2, **quantization: Any) -> Tiny
 
 
 def convolved() -> TinyTflite:
-    """One CONV_2D of one channel."""
+    """Makes one CONV_2D of one channel."""
     m = TinyTflite()
     m.inputs = [m.tensor((1, 4, 4, 1))]
     w = m.constant(reals("w", (2, 3, 3, 1)))
@@ -165,7 +165,7 @@ def test_hybrid_operators_round_their_inputs_or_not(write: Callable[[TinyTflite]
 
 
 def test_halves_round_away_from_zero(write: Callable[[TinyTflite], Path]) -> None:
-    """127 is the largest: each input is its own integer, or one and a half of two."""
+    """The largest value is 127: each input is its own integer, or one and a half of two."""
     below = np.nextafter(np.float32(0.5), np.float32(0))
     x = np.array([[127, 0.5, 1.5, 2.5, -0.5, -2.5, below, -126.5]], np.float32)
     made = tflite.to_onnx(write(dense(np.eye(8, dtype=np.int8), samples=1, scale=1.0)))
@@ -270,7 +270,7 @@ def test_the_interpreter_still_says_what_is_kept(name: str, shared_data: Path) -
 
 
 def hostile() -> dict[str, tuple[TinyTflite | bytes, type[Exception], str]]:
-    """Files that cannot be converted, with what is said of each."""
+    """Files that cannot be converted, with the message for each."""
     plain = convolved().bytes()
     custom = convolved()
     custom.operators.append(("SQUARED_DIFFERENCE", [2, 2], [custom.tensor((1, 4, 4, 2))], {}))
@@ -361,7 +361,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing(
 
 
 def overlapping(rows: int, **vectors: int) -> bytes:
-    """A small file of `rows` tensors that are all one table, with vectors of so many numbers."""
+    """A small file of `rows` tensors that all share one table, with vectors of so many numbers."""
     import flatbuffers
     import tflite as t
 
@@ -436,7 +436,7 @@ def test_a_small_file_costs_little_time_and_memory(
     assert time.process_time() - start < 20  # quadratic work takes minutes
 
 
-# The operators that read the most of a file, beside the models of many.
+# These operators read the most of a file, beside the models of many operators.
 MUTATED = (
     "strided slice ellipsis and axes",
     "split v (3, -1)",

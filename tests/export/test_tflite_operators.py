@@ -25,13 +25,13 @@ from stoker.export import tflite  # noqa: E402
 from stoker.export.tflite_ops.file import read  # noqa: E402
 from stoker.runtime.base.errors import ModelFileError, UnsupportedModelError  # noqa: E402
 
-# What ai-edge-litert computes: made by make_tflite_golden.py.
+# ai-edge-litert's results, made by make_tflite_golden.py.
 GOLDEN = Path(__file__).parents[1] / "data" / "tflite_operators.npz"
-UNITS = {"prelu int8": 0.04, "transpose conv int8": 0.09}  # of the outputs, where not SCALE
+UNITS = {"prelu int8": 0.04, "transpose conv int8": 0.09}  # of the outputs, if not SCALE
 
 
 def run(path: Path, x: np.ndarray | list[np.ndarray]) -> list[np.ndarray]:
-    """The outputs of the converted model, of inputs in order."""
+    """The outputs of the converted model for inputs in order."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     content = tflite.to_onnx(path).SerializeToString()
@@ -50,14 +50,14 @@ def write(path: Path, model: TinyTflite | bytes) -> Path:
 def test_each_operator_computes_what_the_interpreter_computes(name: str, tmp_path: Path) -> None:
     model = CASES[name]()
     path, out = write(tmp_path / "net.tflite", model), tmp_path / "net.onnx"
-    tflite.convert(path, out)  # runs it once
+    tflite.convert(path, out)  # also runs it once
     found = run(path, reals(name, model.tensors[0]["shape"], 2))
     with np.load(GOLDEN) as golden:
         expected = [golden[f"{name}/{i}"] for i in range(len(model.outputs))]
     for have, want in zip(found, expected, strict=True):
         assert have.shape == want.shape
         difference = np.abs(have - want)
-        if "int8" in name:  # a unit now and then, where a half is rounded the other way
+        if "int8" in name:  # off by a unit at times, where a half is rounded the other way
             assert difference.max() <= UNITS.get(name, SCALE) * 1.001
             assert (difference > 1e-6).mean() < 0.3
         else:
@@ -65,7 +65,7 @@ def test_each_operator_computes_what_the_interpreter_computes(name: str, tmp_pat
 
 
 def test_free_batches_stay_free(tmp_path: Path) -> None:
-    """Two samples together are as they are alone, through operators that name sizes."""
+    """Two samples give the same together as alone, through operators that name sizes."""
     m = TinyTflite()
     x = m.tensor(X, free=True)
     m.inputs = [x]
@@ -129,7 +129,7 @@ def test_sparse_weights_are_those_that_were_taken_apart(kind: type, tmp_path: Pa
 
 
 def peak_of_reading(path: Path) -> tuple[Any, int]:
-    """The file or its error, and the most bytes that reading it has held at once."""
+    """The file or its error, and the most bytes held at once while reading it."""
     tracemalloc.start()
     try:
         try:
@@ -161,7 +161,7 @@ def test_sparse_weights_need_eight_bytes_each_beside_the_dense(width: int, tmp_p
 
 
 def test_a_sparse_tensor_is_no_larger_than_its_file_before_it_is_checked(tmp_path: Path) -> None:
-    """60 million paths that the levels name, and a million values."""
+    """The levels name 60 million paths and a million values."""
     shape, levels = (60_000, 1000), [60_000, 1000]
     segments = np.array([0, 1 << 20])
     for walk in (levels, [60_000, (segments, np.zeros(1 << 20, np.uint8))]):
@@ -175,8 +175,8 @@ def test_a_sparse_tensor_is_no_larger_than_its_file_before_it_is_checked(tmp_pat
         assert peak < 2 * path.stat().st_size + (64 << 10)
 
 
-# MediaPipe's operators that the interpreter does not have: numpy, after MediaPipe's own kernels
-# (mediapipe/util/tflite/operations), whose loops these are.
+# MediaPipe's operators that the interpreter lacks, in numpy: the loops are those of MediaPipe's own
+# kernels (mediapipe/util/tflite/operations).
 
 
 def turned_crop(landmarks: np.ndarray, options: dict[str, Any]) -> np.ndarray:
@@ -265,7 +265,7 @@ def test_crops_around_landmarks_are_mediapipes(version: int, seed: int, tmp_path
     matrix = turned_crop(points[0], CROP)
     assert np.abs(found[0][0] - matrix).max() <= 1e-5 * np.abs(matrix).max()
     want = cropped(image[0], matrix, (6, 9), version)
-    assert seed or 0.1 < (want == 0).all(-1).mean() < 0.9  # a part of it lies outside
+    assert seed or 0.1 < (want == 0).all(-1).mean() < 0.9  # a part of the crop lies outside
     assert np.abs(found[1][0] - want).max() <= 2e-5
     moved = points[0].astype(float)
     moved[:, :2] = points[0, :, :2] @ matrix[:2, :2].T + matrix[:2, 3]
@@ -307,11 +307,11 @@ def test_places_of_the_largest_are_mediapipes(
     assert np.allclose(found[1], places, atol=1e-6)
 
 
-# Files that contradict themselves, and what is not reproduced.
+# Files that contradict themselves, and unsupported features.
 
 
 def changed(model: TinyTflite, operator: int, **options: Any) -> TinyTflite:
-    """The model with other options of one operator's only table."""
+    """Changes the options of one operator's only table."""
     kind, inputs, outputs, tables = model.operators[operator]
     ((table, fields),) = tables.items()
     model.operators[operator] = (kind, inputs, outputs, {table: {**fields, **options}})
@@ -319,20 +319,20 @@ def changed(model: TinyTflite, operator: int, **options: Any) -> TinyTflite:
 
 
 def with_constant(model: TinyTflite, tensor: int, data: np.ndarray) -> TinyTflite:
-    """The model with another constant."""
+    """Changes a constant of the model."""
     model.tensors[tensor] |= {"data": data, "shape": data.shape}
     return model
 
 
 def walk(**levels: Any) -> TinyTflite:
-    """A sparse tensor of another walk."""
+    """Changes the traversal of a sparse tensor."""
     model = sparse(blocks=False, half=False)[0]
     model.tensors[1]["sparse"] |= levels
     return model
 
 
 def refused() -> dict[str, tuple[TinyTflite, type[Exception], str]]:
-    """Files, and what is said of each."""
+    """Files, and the message for each."""
     map_of = {**CROP, "subset_idxs": [3, 99]}
     unpooling = one("CUSTOM MaxUnpooling2D", [(1, 8, 12, 8)], reals("i", X), custom=bytes(32))
     old = crop()
@@ -401,7 +401,7 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(name: str, tmp_path: Pat
 
 
 def test_a_net_that_onnxruntime_refuses_gets_no_name(tmp_path: Path) -> None:
-    """Rows of indices that are computed: only the run tells that there is no row 5."""
+    """The row indices are computed: only the run tells that there is no row 5."""
     m = TinyTflite()
     rows, table = m.tensor((1,), "int32"), m.tensor((2, 3))
     m.inputs = [rows, table]
@@ -450,7 +450,7 @@ def published() -> Iterator[tuple[str, bytes]]:
 
 
 def test_published_nets_compute_what_the_interpreter_computes(tmp_path: Path) -> None:
-    """Within 1e-4 of the output's scale, or as near as two kernels of the interpreter are."""
+    """Errors are within 1e-4 of the output's scale, or those between two interpreter kernels."""
     litert = pytest.importorskip("ai_edge_litert.interpreter", reason="needs ai-edge-litert")
     nets = list(published())
     if not nets:
@@ -468,7 +468,7 @@ def test_published_nets_compute_what_the_interpreter_computes(tmp_path: Path) ->
                 net = litert.Interpreter(model_content=content, experimental_op_resolver_type=kind)
                 net.allocate_tensors()
             except RuntimeError:
-                continue  # an operator that is MediaPipe's own
+                continue  # an operator of MediaPipe's
             inputs = net.get_input_details()
             x = [pixels(name, d["shape"], d["dtype"]) for d in inputs]
             for detail, values in zip(inputs, x, strict=True):
@@ -484,7 +484,7 @@ def test_published_nets_compute_what_the_interpreter_computes(tmp_path: Path) ->
 
 
 def pixels(name: str, shape: Any, dtype: Any) -> np.ndarray:
-    """Values of 0 to 1, or integers."""
+    """Values from 0 to 1, or integers."""
     values = noise(name, tuple(shape))
     if np.dtype(dtype).kind in "iu":
         return values.astype(dtype)

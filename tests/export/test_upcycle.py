@@ -1,4 +1,4 @@
-"""Mixtures made from dense models: they compute what their base computes, and appear whole."""
+"""Mixtures made from dense models compute what their base computes, and appear whole."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def logits(path: Path, n: int = 40) -> np.ndarray[Any, Any]:
 
 
 def small(base: Path, out: Path, **options: Any) -> Path:
-    """A mixture made quickly: 4 experts, 2 used, F32, no noise, unless told otherwise."""
+    """Makes a mixture quickly: 4 experts, 2 used, F32, no noise, unless told otherwise."""
     chosen: dict[str, Any] = {
         "experts": 4,
         "used": 2,
@@ -61,7 +61,7 @@ def tensors(path: Path) -> dict[str, Any]:
     return {t.name: t for t in gguf.GGUFReader(str(path)).tensors}
 
 
-# What it computes.
+# Results.
 
 
 def test_without_noise_the_mixture_computes_its_base(base: Path, tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_without_noise_the_mixture_computes_its_base(base: Path, tmp_path: Path)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_qwen2moe_computes_its_base(family: str, tmp_path: Path) -> None:
     dense = make(tmp_path / "dense.gguf", family)
-    # All experts used: softmax's weights sum to 1 although the family does not divide by the sum.
+    # With all experts used, softmax's weights sum to 1 although the family does not renormalise.
     out = small(dense, tmp_path / "out.gguf", architecture="qwen2moe", used=4)
     assert _core.GgufFile(str(out)).get("general.architecture") == "qwen2moe"
     np.testing.assert_allclose(logits(out), logits(dense), atol=2e-2)
@@ -166,7 +166,7 @@ def test_quantizing_on_threads_gives_the_same_bytes() -> None:
                 np.testing.assert_array_equal(many, one)
 
 
-# What it carries over.
+# Tensors and metadata of the base.
 
 
 def test_other_tensors_and_metadata_are_copied(base: Path, tmp_path: Path) -> None:
@@ -258,7 +258,6 @@ def test_used_experts_carry_nearly_all_weight(base: Path, tmp_path: Path) -> Non
 
 
 def test_taps_are_the_inputs_of_the_feed_forward(tmp_path: Path) -> None:
-    # With one layer, whose feed-forward's input is known from its output by the residual.
     dense = make(tmp_path / "dense.gguf", "llama", n_layer=2)
     sequence = _core.Engine(_core.GgufFile(str(dense)), threads=1).sequence()
     tokens = some_tokens(20)
@@ -399,7 +398,7 @@ def test_control_c_leaves_a_part_and_says_so(base: Path, tmp_path: Path) -> None
     assert out.read_bytes() == whole.read_bytes()
 
 
-# What it refuses.
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -493,7 +492,7 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     text.write_text(TEXT)
     done = command(base, out, "-e", "4", "-k", "2", "--arch", "qwen2moe", "--text", text)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # no progress where there is no terminal
+    assert done.stderr == ""  # there is no progress without a terminal
     assert done.stdout.startswith(f"{out}: ") and "4 experts of" in done.stdout
     assert struct.unpack("<4sI", out.read_bytes()[:8]) == (b"GGUF", 3)
 

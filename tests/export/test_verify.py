@@ -1,4 +1,4 @@
-"""Comparing two forms of a model: the figures against numpy, and what is refused."""
+"""Comparison of two forms of a model: the figures against numpy, and refusals."""
 
 from __future__ import annotations
 

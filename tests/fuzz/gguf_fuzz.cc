@@ -1,4 +1,4 @@
-// libFuzzer target: any bytes as a GGUF file give an Error or a file all of which can be read.
+// libFuzzer target: any bytes as a GGUF file give an Error or a file that can be read entirely.
 // `make fuzz` builds and runs it; make_seeds.py writes the seed corpus.
 #include <cstddef>
 #include <cstdint>
@@ -71,7 +71,7 @@ void read_file(const GgufFile& file, uint64_t file_size) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  // Also as the head of a longer file, so that directories need no data to pass.
+  // The bytes are also the head of a longer file, so that directories need no data to pass.
   for (const uint64_t file_size : {uint64_t{size}, uint64_t{size} + (uint64_t{1} << 32)}) {
     try {
       read_file(*GgufFile::parse(data, size, file_size, "fuzz.gguf"), file_size);

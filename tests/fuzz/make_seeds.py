@@ -1,4 +1,4 @@
-"""Writes the seed corpus of gguf_fuzz: small GGUF files, one a feature.
+"""Writes the seed corpus of gguf_fuzz: small GGUF files, one for each feature.
 
 Usage: python tests/fuzz/make_seeds.py FOLDER
 """
@@ -55,7 +55,7 @@ def _nested(writer: gguf.GGUFWriter) -> None:
 
 
 def _aligned(writer: gguf.GGUFWriter) -> None:
-    """An alignment of its own."""
+    """A file with an alignment of its own."""
     writer.add_custom_alignment(64)
     writer.add_tensor("a", np.ones(3, dtype=np.float32))
     writer.add_tensor("b", np.ones(5, dtype=np.float32))

@@ -1,4 +1,4 @@
-"""Whether llama.cpp computes of exported files what transformers does of their folders.
+"""Checks that llama.cpp computes from exported files what transformers does from their folders.
 
 Two steps, because the packages may live in different environments:
 
@@ -6,7 +6,7 @@ Two steps, because the packages may live in different environments:
     python tests/golden/compare_hf_llama_cpp.py check DIR    # llama-cpp-python
 
 `make` exports every variant of hf_models.VARIANTS in F32, with transformers' logits and its
-tokenizer's ids beside it; `check` prints the largest difference of each and exits with 1 where one
+tokenizer's ids beside it; `check` prints the largest difference of each and exits with 1 if one
 is above its limit. (No golden file is kept: the weights depend on torch's version.)
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 LIMIT = 1e-3
 # llama.cpp looks GELU up in a table of f16, which wide weights show.
 LIMITS = {"gemma3": 3e-3}
-# What llama.cpp does not compute as the file says, and why.
+# Variants that llama.cpp computes differently from the file, and why.
 NOT_IN_LLAMA_CPP = {
     "qwen2moe-dense-layer": "expects a mixture in every layer",
     "qwen3-biases": "knows no biases of qwen3",
@@ -52,7 +52,7 @@ def make(folder: Path) -> None:
 
 
 def check(folder: Path) -> bool:
-    """Prints a line a variant; True where all are within their limits."""
+    """Prints a line for each variant; returns whether all are within their limits."""
     import llama_cpp
 
     texts: dict[str, list[int]] = json.loads((folder / "texts.json").read_text())

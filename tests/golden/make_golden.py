@@ -18,7 +18,7 @@ less, their roundings differ.
 Each npz holds, for one model, natural logarithms throughout:
     llama_cpp                version of llama-cpp-python
     model_bytes, model_sha256  of the GGUF file, so that a test never compares another file
-    text, tokens [n]         the evaluated text and its tokens (with BOS where the model adds one)
+    text, tokens [n]         the evaluated text and its tokens (with BOS if the model adds one)
     top_ids [n, 64]          exact's most likely next tokens after each position, best first
     exact_logprobs, default_logprobs [n, 64]  of those tokens
     exact_tail, default_tail [n]              log of the probability of all others together
@@ -26,7 +26,7 @@ Each npz holds, for one model, natural logarithms throughout:
     default_best [n]         default's most likely token
     prompt_{i}, prompt_{i}_tokens, greedy_{i} [64], gap_{i} [64]
                              prompts, exact's greedy continuations, and by how much (nats) the best
-                             token led the second: where that is little, roundings may decide
+                             token led the second: if that is little, roundings may decide
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CONTEXT = 1024
 TOP = 64
 GREEDY_TOKENS = 64
 TINY_POSITIONS = (7, 31, 63, 99)
-# What llama.cpp does not compute as the file says, and why.
+# Variants that llama.cpp computes differently from the file, and why.
 NOT_IN_LLAMA_CPP = {
     "mixtral-split": "one tensor an expert is no longer read",
     "smallthinker-window": "the window is 4096 whatever the file says",
@@ -96,7 +96,7 @@ def logprobs_of(model: llama_cpp.Llama, tokens: list[int]) -> np.ndarray:
 
 
 def greedy(model: llama_cpp.Llama, prompt: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """GREEDY_TOKENS most likely tokens after `prompt`, end tokens included, and their leads."""
+    """The GREEDY_TOKENS most likely tokens after `prompt`, end tokens included, and their leads."""
     model.reset()
     model.eval(prompt)
     chosen, leads = [], []

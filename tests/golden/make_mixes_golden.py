@@ -20,7 +20,7 @@ from typing import Any
 
 from tiny_models import WIDE, make
 
-# name -> family and overrides. Sixteen layers, so that eighths and sixteenths of them differ.
+# name -> family and overrides. With sixteen layers, eighths and sixteenths of them differ.
 DEEP: dict[str, Any] = {**WIDE, "n_layer": 16}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", DEEP),
@@ -73,7 +73,7 @@ def types_of(path: Path) -> dict[str, str]:
 
 
 def quantized_by_llama_cpp(source: Path, out: Path, number: int, imatrix: bool) -> None:
-    """Writes `out`; raises where llama.cpp refuses."""
+    """Writes `out`; raises if llama.cpp refuses."""
     import gguf
     import llama_cpp
 

@@ -1,4 +1,4 @@
-"""Makes tests/data/golden_tokens.json and golden_chat.json with the programs that we follow.
+"""Makes tests/data/golden_tokens.json and golden_chat.json with the reference programs.
 
 usage: make_text_golden.py tokens FOLDER   (needs llama-cpp-python; made with 0.3.36)
        make_text_golden.py chat FOLDER     (needs transformers; made with 5.23.0)
@@ -58,7 +58,7 @@ CASES: dict[str, tuple[list[dict[str, str]], list[dict[str, Any]] | None, bool]]
 
 
 def fixed_date(pattern: str) -> str:
-    """strftime_now() on a day that never ends."""
+    """Replaces strftime_now(): the day is always the same."""
     return datetime(2026, 1, 2).strftime(pattern)
 
 

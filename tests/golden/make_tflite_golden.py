@@ -1,4 +1,4 @@
-"""Writes tests/data/tflite_golden.npz and tflite_operators.npz: what tflite's interpreter says.
+"""Writes tests/data/tflite_golden.npz and tflite_operators.npz: tflite's interpreter's outputs.
 
 Run by hand where `ai-edge-litert` (2.3.0) and `tflite` are installed, with the shared data beside
 the checkout: PYTHONPATH=tests/models python tests/golden/make_tflite_golden.py. Inputs are hashes

@@ -1,4 +1,4 @@
-"""Chat templates: the published ones as transformers renders them, bad messages, hostile code."""
+"""Chat templates: the published ones against transformers, bad messages, hostile code."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_an_empty_template_is_none() -> None:
         ChatTemplate.from_metadata({"tokenizer.chat_template": ""}.get, tokenizer_of())
 
 
-# What templates may use.
+# Functions and values that templates may use.
 
 
 @pytest.mark.parametrize(
@@ -196,10 +196,10 @@ def test_parts_reach_templates_that_take_them() -> None:
     )
     parts = {"role": "user", "content": ["a", "b"]}
     assert render(both, USER, parts) == "Hello;a|b;"
-    # Only users' messages: a system message is printed as Python prints it.
+    # If a template takes parts of users' messages only, a system message's parts are joined.
     users = both.replace("m.content is string", "m.content is string or m.role == 'system'")
     assert render(users, {"role": "system", "content": ["a", "b"]}, parts) == "ab;a|b;"
-    # Only the first message of the user.
+    # If it takes parts of the first message only, all messages' parts are joined.
     first = both.replace("m.content is string", "m.content is string or not loop.first")
     assert render(first, parts) == "a|b;"
     assert render(first, parts, parts) == "ab;ab;"
@@ -299,7 +299,7 @@ def test_calls_get_the_ids_that_a_template_wants() -> None:
     own = [{**call, "id": f"call0000{i}"} for i in range(2)]
     named = [{**r, "tool_call_id": f"call0000{i}"} for i, r in enumerate(results)]
     assert render(source, {**calls, "tool_calls": own}, *named) == prompt
-    # One that does without gets none.
+    # A template that does without an id gets none.
     assert render("{{ messages[0].tool_calls[0].id is defined }}", calls) == "False"
 
 

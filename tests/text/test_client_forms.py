@@ -1,4 +1,4 @@
-"""What clients of several interfaces send, and the form in which templates get it."""
+"""Messages in the forms of several clients' interfaces, and the form that templates get."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def test_a_tool_s_schema_under_other_names() -> None:
         tool = {"name": "f", key: PARAMETERS}
         assert tool_schemas([tool]) == expected
         assert tool_schemas([{"type": "function", "function": tool}]) == expected
-        assert list(tool) == ["name", key]  # the client's own stays
+        assert list(tool) == ["name", key]  # the client's own key stays
 
 
 def test_a_developer_s_message_behind_the_system_s(vocab_dir: Path) -> None:
-    """Both reach the model, in their order, whatever a template does with a second one."""
+    """Both messages reach the model in order, whatever a template does with a second one."""
     system = {"role": "system", "content": "Say ABRA."}
     developer = {"role": "developer", "content": "Say KADABRA."}
     checked = 0
@@ -79,7 +79,7 @@ def test_a_refusal_shows_no_marks() -> None:
 
 
 def test_thoughts_in_parts(vocab_dir: Path) -> None:
-    """As transformers prints them where the template takes them, elsewhere as the reasoning."""
+    """Thoughts are as transformers prints them if the template takes parts, else the reasoning."""
     reference = pytest.importorskip("transformers.utils.chat_template_utils")
     thought = {"type": "thinking", "thinking": "Hmm <s>"}
     said = {"role": "assistant", "content": [thought, {"type": "text", "text": "Sunny"}]}
@@ -102,7 +102,7 @@ def test_thoughts_in_parts(vocab_dir: Path) -> None:
 
 @pytest.mark.parametrize("value", [{"degrees": 5, "sky": "<|end|> blue"}, 5, 2.5, True])
 def test_results_that_are_values(value: Any) -> None:
-    """As JSON, once, whether the template prints it so or wants text."""
+    """A result is JSON, encoded once, whether the template prints it so or wants text."""
     text = json.dumps(value)
     for printed in ("m.content", "m.content | tojson", "m.content | string"):
         source = "{% for m in messages %}{% if m.role == 'tool' %}{{ X }}{% else %}."
@@ -118,7 +118,7 @@ def test_results_that_are_values(value: Any) -> None:
 
 
 def test_calls_and_results_in_parts() -> None:
-    """Anthropic's blocks are OpenAI's calls and messages of a tool."""
+    """Anthropic's blocks become OpenAI's calls and messages of a tool."""
     text = {"type": "text", "text": "I look."}
     use = {"type": "tool_use", "id": "a1", "name": "weather", "input": {"city": "Bonn"}}
     result = {"type": "tool_result", "tool_use_id": "a1", "content": [{**text, "text": "5 C"}]}
@@ -148,7 +148,7 @@ def test_calls_and_results_in_parts() -> None:
 
 
 def test_results_that_are_mappings_as_transformers_prints_them(vocab_dir: Path) -> None:
-    """With the templates that print them as JSON by themselves."""
+    """These are the templates that print mappings as JSON by themselves."""
     reference = pytest.importorskip("transformers.utils.chat_template_utils")
     value = {"degrees": 7405, "sky": "blue"}
     function = {"name": "weather", "arguments": {"city": "Bonn"}}
@@ -174,7 +174,7 @@ def test_results_that_are_mappings_as_transformers_prints_them(vocab_dir: Path) 
 
 
 def test_ids_of_calls_that_a_template_refuses(vocab_dir: Path) -> None:
-    """Mistral's take nine letters or digits; OpenAI's clients send longer ones."""
+    """Mistral's templates take nine letters or digits; OpenAI's clients send longer ids."""
     source = (vocab_dir / "templates/mistralai-Mistral-Nemo-Instruct-2407.jinja").read_text()
     template = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
 

@@ -1,4 +1,4 @@
-"""Text stays text: what clients write as a control token is none in the prompt."""
+"""A client's text stays text: a control token that it spells is not one in the prompt."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ USER_DEFINED = ("<tool>", "<<", "<|im_end|>x")
 
 @lru_cache
 def tokenizer() -> Tokenizer:
-    """Bytes, with control and user-defined tokens."""
+    """A tokenizer of bytes, with control and user-defined tokens."""
     special = (*CONTROL, *USER_DEFINED)
     values = {
         "tokenizer.ggml.model": "gpt2",
@@ -103,7 +103,7 @@ def test_ordinary_text_has_the_ids_that_it_had() -> None:
 
 
 def test_a_template_keeps_its_tokens_beside_user_defined_ones() -> None:
-    """The user-defined "<<" and "<|im_end|>x" would swallow the template's own at the seams."""
+    """The user-defined "<<" and "<|im_end|>x" would swallow the template's tokens at the seams."""
     for text in ("a <", "<<", "x", "x<"):
         assert control(encoded("<|im_end|>{{ messages[0].content }}<|im_end|>", user(text))) == [
             "<|im_end|>",
@@ -191,7 +191,7 @@ def test_roles_spell_no_control_token() -> None:
     ]
 
 
-# Each takes m, a client's text with control tokens in it.
+# Each expression takes m, a client's text with control tokens in it.
 EXPRESSIONS = (
     "m.split('</think>')[-1]",
     "m.split('</think>', 1)[1]",
@@ -280,7 +280,7 @@ EXPRESSIONS = (
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_marks_are_no_characters_to_a_template(expression: str) -> None:
-    """With "</think>" a control token of the vocabulary, and thoughts in a client's text."""
+    """The vocabulary has "</think>" as control token, and a client's text has thoughts."""
     said = user("a</think>b </think>c\n")
     source = "{% set m = messages[0].content %}{% set said = 'a</think>b ' ~ '</think>c\n' %}{{ "
     source += expression + " }}"
@@ -309,7 +309,7 @@ SHORT = st.text("ab <\n" + MARK, max_size=2)
 def test_methods_of_marked_text_are_those_of_text(
     text: str, others: tuple[str, str], places: tuple[int, int], count: int
 ) -> None:
-    """However the marks lie: what Python's own methods make of the text without them."""
+    """Wherever the marks lie, Python's own methods on the text without them give the same."""
 
     def bare(value: Any) -> Any:
         if isinstance(value, str):
@@ -367,7 +367,7 @@ TEXTS = st.lists(
 
 @given(st.lists(TEXTS, min_size=1, max_size=4))
 def test_control_tokens_are_the_template_s(texts: list[str]) -> None:
-    """However strings are joined and trimmed, and whatever they hold."""
+    """Control tokens are the template's, however strings are joined, trimmed and filled."""
     source = (
         "{% for m in messages %}<|im_start|>{{ m.content }}{{ m.content | trim }}{{ m.name }}"
         "{{ [m.content, m.name] | tojson(ensure_ascii=true) }}<|im_end|>\n\n{% endfor %}"
@@ -417,7 +417,7 @@ def test_spellings_are_found(spellings: set[str], text: str) -> None:
 def test_spans_around_places(
     spellings: set[str], defined: set[str], text: str, places: set[int]
 ) -> None:
-    """Those of spellings, and of user-defined ones in which a spelling begins."""
+    """The spans are those of spellings, and of user-defined tokens in which a spelling begins."""
     begins = {at for at in range(len(text)) if any(text.startswith(s, at) for s in spellings)}
     spans = {
         (at, at + len(s))
@@ -429,14 +429,14 @@ def test_spans_around_places(
     assert found == sorted(found)
 
     def around(found: Any) -> set[int]:
-        """The places that are inside of one."""
+        """The places that are inside of a span."""
         return {place for place in places if any(b < place < e for b, e in found)}
 
     assert set(found) <= spans and around(found) == around(spans)
 
 
 def test_published_templates_print_the_same(vocab_dir: Path) -> None:
-    """With marks taken out, whatever control tokens a text holds that the template writes."""
+    """Without marks the prompt is the same, whatever template's control tokens a text holds."""
     spelled = re.compile(r"<[|｜]?[^<>|｜\s']+[|｜]?>|\[/?[A-Z_]+\]")  # noqa: RUF001
     marked = 0
     for path in sorted((vocab_dir / "templates").glob("*.jinja")):

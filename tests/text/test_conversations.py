@@ -38,7 +38,7 @@ class FixedDay(datetime):
 
 @pytest.fixture
 def transformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Its sandbox forbids append and pop, which two templates need for all that has tools."""
+    """Replaces its sandbox, which forbids append and pop: two templates need them for tools."""
     reference = pytest.importorskip("transformers.utils.chat_template_utils")
     monkeypatch.setattr(reference, "ImmutableSandboxedEnvironment", SandboxedEnvironment)
     monkeypatch.setattr(reference, "datetime", FixedDay)
@@ -49,7 +49,7 @@ def transformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def _forget_templates(reference: Any) -> None:
-    """It keeps compiled templates with their sandbox, which another test may have made."""
+    """Clears compiled templates: they keep their sandbox, which another test may have made."""
     for part in vars(reference).values():
         if hasattr(part, "cache_clear"):
             part.cache_clear()
@@ -64,7 +64,7 @@ def templates(folder: Path) -> dict[str, ChatTemplate]:
     }
 
 
-# What the reference cannot do with a template that we can, mended in its source.
+# Repairs to sources of templates that the reference cannot render and stoker can.
 MENDED = {
     # Its tojson takes no iterator.
     "llama-cpp-deepseek-r1": ("map(attribute='function') |", "map(attribute='function') | list |"),
@@ -72,13 +72,13 @@ MENDED = {
 
 
 def variables_of(name: str, tools: Messages | None) -> dict[str, Any]:
-    """Further variables without which a template cannot do, as its model's page gives them."""
+    """Further variables that a template needs, as its model's page gives them."""
     if name == "fireworks-ai-llama-3-firefunction-v2":
         return {"functions": json.dumps(tools or [], indent=4), "datetime": "2026-01-02"}
     return {}
 
 
-# Why templates refuse conversations, by what they or Jinja say. The reference is refused as well.
+# Why templates refuse conversations, in their or Jinja's words. The reference refuses, too.
 REFUSALS = {
     "Apertus-8B-Instruct": "Tool message outside of assistant",
     "CohereForAI-c4ai-command-r-plus-tool_use": "has no attribute 'additionalProperties'",
@@ -156,7 +156,7 @@ def kind(message: dict[str, Any]) -> str:
 
 
 class Reference:
-    """What transformers makes of a conversation with one template."""
+    """Renders conversations with one template in transformers."""
 
     def __init__(self, transformers: Any, source: str) -> None:
         self._render = transformers.render_jinja_template
@@ -166,7 +166,7 @@ class Reference:
     def prompt(
         self, messages: Messages, tools: Messages | None, variables: dict[str, Any]
     ) -> str | None:
-        """None where it can render no form of the conversation."""
+        """The prompt; None if no form of the conversation can be rendered."""
         self._variables = variables
         words = [word for message in messages for word in said(message)]
         joined = [
@@ -183,7 +183,7 @@ class Reference:
     def _best(
         self, forms: Iterator[Messages], words: list[str], tools: Messages | None
     ) -> tuple[str | None, Messages]:
-        """The first rendering of those that keep the most words, and its form."""
+        """Of the renderings that keep the most words, returns the first, and its form."""
         best: tuple[str | None, Messages] = (None, [])
         most = -1
         for form in forms:
@@ -232,7 +232,7 @@ def equivalent(messages: Messages) -> Iterator[Messages]:
 
 
 def partly_joined(form: Messages, messages: Messages) -> Iterator[Messages]:
-    """The form with the parts of the messages: of all kinds, of all but one, ... of none."""
+    """The form with the parts of messages joined: of all kinds, of all but one, ... of none."""
     kinds = sorted({kind(m) for m in messages if isinstance(m.get("content"), list)})
     for n in range(len(kinds) + 1):
         for joined in itertools.combinations(kinds, n):

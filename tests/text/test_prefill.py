@@ -1,4 +1,4 @@
-"""Conversations that end with the assistant's words, and what else `chat` passes to a template."""
+"""Conversations that end with the assistant's words, and other arguments of `chat`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_prompt_ends_with_the_words(content: Any) -> None:
         f"[user:Why?][assistant:{words}"
     )
     assert ChatTemplate(PLAIN).prompt([USER, assistant(content)]).continued == words
-    # Where a template trims, transformers ends the prompt with the trimmed words.
+    # If a template trims, transformers ends the prompt with the trimmed words.
     prompt = ChatTemplate(TRIMS).prompt([USER, assistant(content)])
     assert prompt.text == f"[user:Why?][assistant:{words.strip()}"
     assert prompt.continued == words.strip()

@@ -1,4 +1,4 @@
-"""Random hard texts: the ids are those of Hugging Face's library with the published pipeline."""
+"""On random hard texts the ids are those of Hugging Face's library with the published pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stoker.runtime.text.normalizers import nfc
 from stoker.runtime.text.pretokenizers import byte_level_words, pre_tokenizer
 from stoker.runtime.text.tokenizer import Tokenizer
 
-COUNT = 4000  # a vocabulary; a text in three is decomposed
+COUNT = 4000  # texts for each vocabulary; a third is decomposed
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -32,7 +32,7 @@ def test_random_texts(vocab_dir: Path, name: str) -> None:
         found = ours.encode(text, add_special=False, parse_special=False)
         assert found == expected_ids(library, ids, clean), ascii(text)
         kept = clean if library.normalizer is None else library.normalizer.normalize_str(clean)
-        if name != "falcon":  # where some bytes have no token
+        if name != "falcon":  # in falcon, some bytes have no token
             assert ours.decode(found) == kept.replace("▁", " " if ours.kind == "gemma4" else "▁")
     assert decomposed > COUNT // 5
 
@@ -59,7 +59,7 @@ def test_special_tokens_in_random_texts(vocab_dir: Path, name: str) -> None:
 # digits: no merge crosses these places, so that the words differ and the ids above do not.
 @pytest.mark.parametrize("name", [n for n in PIPELINES if n not in ("gemma-4", "falcon")])
 def test_random_texts_are_cut_alike(name: str) -> None:
-    """Without the vocabularies, which are not part of the project."""
+    """This works without the vocabularies, which are not part of the project."""
     kind = pre_tokenizer(name)
     ours, (normalizer, cutter) = byte_level_words(kind), steps(name)
     normalize = nfc() if kind.nfc else str

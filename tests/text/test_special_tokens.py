@@ -25,7 +25,7 @@ def test_special_tokens() -> None:
     )  # fmt: skip
     assert spelled(tokenizer, tokenizer.encode("<a><b><a>", add_special=False)) == ["<a><b>", "<a>"]
     assert tokenizer.encode("")[:1] == [10] and len(tokenizer.encode("")) == 1
-    # Known by name; not found in plain text.
+    # The end is known by its name, and not found in plain text.
     end = tokenizer.token_to_id("<|im_end|>")
     assert tokenizer.eot_id == end and end in tokenizer.eog_ids
     assert tokenizer.encode("<|im_end|>", add_special=False) == [end]
@@ -40,7 +40,7 @@ def test_special_tokens() -> None:
 
 
 def test_special_tokens_that_overlap() -> None:
-    """The leftmost one, of those that begin there the longest: as Hugging Face's library does."""
+    """The leftmost token wins, then the longest that begins there, as in Hugging Face's library."""
     from tokenizers import AddedToken, models
     from tokenizers import Tokenizer as Library
 
@@ -72,7 +72,7 @@ def test_bytes_without_a_token_vanish_before_merging() -> None:
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
 def test_a_text_that_is_framed_already(kind: str) -> None:
-    """BOS and EOS that a text writes out itself are not put around it once more."""
+    """BOS and EOS that a text already spells are not added again."""
     flags = {"tokenizer__ggml__add_bos_token": True, "tokenizer__ggml__add_eos_token": True}
     if kind == "sentencepiece":
         tokenizer = sentencepiece({"▁": -3, "x": -4}, **flags)
@@ -86,7 +86,7 @@ def test_a_text_that_is_framed_already(kind: str) -> None:
     framed = [bos, *prefix, eos]
     for text in ("x", "<s>x", "x</s>", "<s>x</s>"):
         assert tokenizer.encode(text) == framed, text
-    assert tokenizer.encode("<s><s>x") == [bos, *framed]  # of two written ones both stand
+    assert tokenizer.encode("<s><s>x") == [bos, *framed]  # two written ones are both kept
     assert tokenizer.encode("<s>") == tokenizer.encode("") == [bos, eos]
     assert tokenizer.encode("</s>") == [bos, eos]
     plain = tokenizer.encode("<s>x", parse_special=False)
@@ -105,7 +105,7 @@ def test_one_token_that_begins_and_ends() -> None:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "rwkv", "t5", "bert", "gemma4"])
 def test_spellings_that_are_not_utf8(kind: str) -> None:
-    """Such a token gives its bytes as they are; the others work as ever."""
+    """Such a token gives its bytes unchanged; the others work as before."""
     odd = [b"\xff\xfe", b"<\xff>", b"ab\x80", b"\xc3"]
     names = ["<unk>", "<s>", "</s>", "[CLS]", "[SEP]", "a", "b", "▁", "▁a", "<0x61>"]
     tokens = names + [spelling.decode(errors="surrogateescape") for spelling in odd]
@@ -148,7 +148,7 @@ def test_half_a_surrogate_pair_in_a_spelling() -> None:
 
 
 def test_a_charsmap_of_a_sentencepiece_bpe_file() -> None:
-    """Where the file carries a map it is applied before merging, as SentencePiece does."""
+    """If the file has a map, it is applied before merging, as SentencePiece does."""
     pieces = {"▁": -3.0, "f": -4.0, "i": -5.0, "▁f": -1.0, "fi": -2.0}
     plain = sentencepiece(pieces)
     mapped = sentencepiece(pieces, tokenizer__ggml__precompiled_charsmap=list(charsmap("ﬁ", "fi")))
@@ -164,7 +164,7 @@ def test_a_charsmap_of_a_sentencepiece_bpe_file() -> None:
 
 
 def test_a_charsmap_leaves_user_defined_tokens_alone() -> None:
-    """The longest at a place, wherever it stands; an empty spelling is none."""
+    """The longest token at a place wins, wherever it stands; an empty spelling is no token."""
     kept = PrecompiledMap(charsmap("ﬁ", "fi"), ["xﬁ", "ﬁﬁ!", "", "ﬁﬁ"])
     for text, mapped in (
         ("ﬁxﬁﬁ", "fixﬁfi"),
@@ -178,13 +178,13 @@ def test_a_charsmap_leaves_user_defined_tokens_alone() -> None:
 
 
 def charsmap(source: str, target: str) -> bytes:
-    """A precompiled character map of one rule, as SentencePiece's builder lays it out.
+    """Makes a precompiled character map of one rule, in the layout of SentencePiece's builder.
 
     The double array gives every byte of `source` a block of 256 units of its own.
     """
     key = source.encode()
     units = [0] * (256 * (len(key) + 2))
-    base = 0  # of the units that a node's children are in
+    base = 0  # first index of the block that a node's children are in
     units[0] = 256 << 10  # the root: its children begin at 0 ^ 256
     node = 0
     for depth, byte in enumerate(key):
@@ -229,14 +229,14 @@ def test_fill_in_the_middle_tokens_that_the_file_types_or_names() -> None:
         assert tokenizer.eog_ids == ({257, 258} if known else set())
     tokenizer = byte_level([], dict.fromkeys(names, 1), tokenizer__ggml__fim_rep_token_id=258)
     assert tokenizer.eog_ids == {258} and tokenizer.is_special(258)
-    # An end that the file names without a name that is known stays the text that it is.
+    # An end that the file gives by its id only, under an unknown name, stays text.
     tokenizer = byte_level([], {"stop": 1}, tokenizer__ggml__eos_token_id=256)
     assert tokenizer.eog_ids == {256} and not tokenizer.is_special(256)
     assert len(tokenizer.encode("stop")) == 4
 
 
 def test_an_end_of_message_is_not_the_end() -> None:
-    """In gpt-oss <|end|> ends one message of several, <|return|> and <|call|> end the answer."""
+    """In gpt-oss <|end|> ends one of several messages, <|return|> and <|call|> end the answer."""
     names = ("<|end|>", "<|return|>", "<|call|>")
     tokenizer = byte_level([], dict.fromkeys(names, 3))
     end, back, call = map(tokenizer.token_to_id, names)
@@ -251,7 +251,7 @@ def test_phi_3_special_tokens_swallow_spaces() -> None:
 
 
 def test_a_title_changes_no_ids() -> None:
-    """Whatever a model is called: general.name is free text."""
+    """The model's title does not matter: general.name is free text."""
     pieces: dict[str, float] = {"▁": -3, "x": -4, "▁x": -1}
     plain = sentencepiece(pieces, {"<|end|>": 3, "[MASK]": 3}, general__architecture="llama")
     for title in ("Phi3", "my phi-3 distilled", "modern-bert"):

@@ -16,7 +16,7 @@ from stoker.runtime.model import Model
 from stoker.runtime.options import LoadOptions
 from stoker.runtime.text.stop import StopMatcher
 
-# Pieces of a stream: texts, and spellings of special tokens that share characters with them.
+# Pieces of a stream are texts, and spellings of special tokens that share characters with them.
 SPECIALS = ("<a>", "<ab>", "<", "a")
 PIECES = st.one_of(
     st.tuples(st.text("ab<>", min_size=1, max_size=3), st.just(False)),
@@ -58,7 +58,7 @@ def test_matcher_finds_what_a_search_of_the_whole_finds(
     shown, stop = first_stop(pieces, stops)
     for text, special in pieces:
         out += matcher.push(text, special=special)
-        assert shown.startswith(out)  # nothing came out that would have to be taken back
+        assert shown.startswith(out)  # no output would have to be taken back
     assert (out + matcher.flush(), matcher.matched) == (shown, stop)
 
 
@@ -135,7 +135,7 @@ def said_next(tokens: list[int], said: list[int]) -> int:
         (("one",), "<|end|>", "one", "<|end|>"),
         (("one",), "ne<|end|>", "o", "ne<|end|>"),
         (("one", fake_core.USER, "two"), "<|user|>x", "onetwo", None),
-        (("one", fake_core.USER, "two"), "user", "onetwo", None),  # a part of a name is no text
+        (("one", fake_core.USER, "two"), "user", "onetwo", None),  # a part of a name is not text
         (("one",), "end", "one", None),
         (("say <|user|>", "!"), "<|user|>", "say ", "<|user|>"),  # written as text
         (("é", fake_core.USER, "ü"), "é<|user|>ü", "", "é<|user|>ü"),

@@ -1,4 +1,4 @@
-"""The sandbox of chat templates: what hostile ones cannot do, and what harmless ones can."""
+"""The sandbox of chat templates: it stops hostile templates and serves harmless ones."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_lists_grow_until_they_are_part_of_another() -> None:
             render(source)
 
 
-# Values of which each holds the one before twice.
+# Values that hold the value before twice.
 TWICE = "{% set m = [] %}{% set _ = m.append(ns.l) %}{% set _ = m.append(ns.l) %}{% set ns.l = m %}"
 
 
@@ -254,7 +254,7 @@ def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     ["a | upper", "a ~ a", "a == ''", "a.upper()", "a + a", "a is eq ''", "a[1:]", "[a]"],
 )
 def test_time_is_limited_without_loops(expression: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever takes time by the size of a text looks at the clock."""
+    """Every function whose time grows with a text's size checks the clock."""
     chat = ChatTemplate(
         "{% set a = messages[0].content %}{% if go %}{{ EXPRESSION }}{% endif %}a".replace(
             "EXPRESSION", expression

@@ -29,15 +29,15 @@ VECTORS = (
     "llama-bpe", "llama-spm", "mpt", "phi-3", "qwen2", "qwen35", "refact", "starcoder",
 )  # fmt: skip
 
-NFC = ("command-r", "mpt", "qwen2", "qwen35")  # whose published tokenizer.json has this normalizer
-# Tokens that llama.cpp makes control and end tokens by their spelling, where the file says
+NFC = ("command-r", "mpt", "qwen2", "qwen35")  # their published tokenizer.json has this normalizer
+# llama.cpp makes these control and end tokens by their spelling, although the file says
 # otherwise: Qwen's "</s>" is NORMAL, Phi-3's is USER_DEFINED and its chat template never writes it.
 TEXT_HERE = {
     "ggml-vocab-qwen2.gguf": 128247,
     "ggml-vocab-qwen35.gguf": 128247,
     "ggml-vocab-phi-3.gguf": 2,
 }
-QWEN_HTML = [522, 82, 29]  # "</s>" in the tokenizer.json of Qwen 2, where it is no added token
+QWEN_HTML = [522, 82, 29]  # "</s>" in the tokenizer.json of Qwen 2, where it is not an added token
 
 _built: dict[str, Tokenizer] = {}
 
@@ -63,31 +63,31 @@ def test_published_vectors(vocab_dir: Path, name: str) -> None:
     texts = (vocab_dir / f"{file}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
     lines = (vocab_dir / f"{file}.out").read_text().splitlines()
     if texts[-1] == "":
-        texts.pop()  # the separator ends the file
+        texts.pop()  # the file ends with a separator
     assert len(texts) == len(lines) >= 46
     decomposed = 0
     for text, line in zip(texts, lines, strict=True):
         expected = [int(i) for i in line.split()]
         normalized = unicodedata.normalize("NFC", text) if name in NFC else text
         if normalized != text:
-            # llama.cpp has no normalizer: its vector is of the text as it stands.
+            # llama.cpp has no normalizer: its vector is of the text as written.
             decomposed += 1
             assert tokenizer._subword.encode(text) == expected, text
             expected = tokenizer._subword.encode(normalized)
         ids = tokenizer.encode(text, add_special=False, parse_special=False)
         assert ids == expected, text
-        if tokenizer.kind != "bert":  # which does not keep spaces and case
+        if tokenizer.kind != "bert":  # bert does not keep spaces and case
             assert tokenizer.decode(ids) == normalized
             assert streamed(tokenizer, ids) == normalized
     assert decomposed == (3 if name == "qwen35" else 0)
 
 
 def corrected(file: str, ids: list[int], bos: int) -> list[int]:
-    """llama.cpp's ids of a text with special tokens where the file says otherwise."""
+    """llama.cpp's ids of a text, corrected for special tokens that the file types otherwise."""
     if "qwen" in file and TEXT_HERE[file] in ids:
         at = ids.index(TEXT_HERE[file])
         ids = ids[:at] + QWEN_HTML + ids[at + 1 :]
-    # A BOS that the text itself begins with is enough.
+    # A BOS that the text itself begins with suffices.
     return ids[1:] if ids[:2] == [bos, bos] else ids
 
 
@@ -116,7 +116,7 @@ def test_same_as_llama_cpp(vocab_dir: Path, file: str) -> None:
 
 
 def naive(word: str, cost: Callable[[str], float | None]) -> list[str]:
-    """Merging as it is defined: again and again the cheapest pair, the leftmost among equals."""
+    """Merges by definition: repeatedly the cheapest pair, the leftmost among equals."""
     pieces = list(word)
     while True:
         pairs = [
@@ -155,7 +155,7 @@ def test_merging_is_as_defined(pairs: list[tuple[str, str]], costs: list[int], w
 def test_byte_level_merges_in_rank_order() -> None:
     tokenizer = byte_level(["l l", "e ll", "H ell", "Ġ w"])
     assert spelled(tokenizer, tokenizer.encode("Hello wo")) == ["Hell", "o", "Ġw", "o"]
-    # "e l" would come first in the text, "l l" comes first in rank.
+    # "e l" would come first in the text, but "l l" comes first in rank.
     assert spelled(byte_level(["l l", "e l"]), byte_level(["l l", "e l"]).encode("ell")) == [
         "e",
         "ll",
@@ -263,7 +263,7 @@ def test_unigram_takes_the_best_total() -> None:
         "▁", "ab", "▁", "<unk>", "▁a", "</s>",
     ]  # fmt: skip
     assert tokenizer.encode("", add_special=False) == []
-    # Of equals the one that was found first stays: fewer, longer tokens.
+    # Among equal paths the one that was found first stays: fewer, longer tokens.
     values["tokenizer.ggml.scores"] = [0.0, 0.0, 0.0, -3.0, -0.5, -0.5, -4.0, -1.0, -9.0]
     tokenizer = Tokenizer.from_metadata(values.get)
     assert spelled(tokenizer, tokenizer.encode("ab", add_special=False)) == ["▁", "ab"]

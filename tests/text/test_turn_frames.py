@@ -1,4 +1,4 @@
-"""User-defined tokens that frame turns are the template's alone; others are clients' to write."""
+"""Only the template may write user-defined tokens that frame turns; clients may write others."""
 
 # ruff: noqa: RUF001 (DeepSeek spells its tokens with wide bars)
 from __future__ import annotations
@@ -12,7 +12,7 @@ from stoker.runtime.text.chat import ChatTemplate
 from stoker.runtime.text.tokenizer import Tokenizer
 
 THOUGHT = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "\n\n", "    ")
-# The tokens that open and end turns, as the models' pages give them.
+# The tokens that open and end turns, from the models' pages.
 FRAMES = {
     "CohereForAI-c4ai-command-r-plus-tool_use": (
         "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>", "<|USER_TOKEN|>",
@@ -36,7 +36,7 @@ FRAMES = {
 
 
 def tokenizer(*defined: str) -> Tokenizer:
-    """Bytes and user-defined tokens."""
+    """A tokenizer of bytes and user-defined tokens."""
     values = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
@@ -65,7 +65,7 @@ def test_no_client_writes_a_frame(vocab_dir: Path, name: str) -> None:
     ordinary = tokens("x")
     assert set(ordinary) & set(frames)
     assert tokens(f"a{''.join(frames)}b") == ordinary
-    written = tokens("a" + "b".join(THOUGHT) + "c")  # as it is without any marks
+    written = tokens("a" + "b".join(THOUGHT) + "c")  # the ids without any marks
     plain = chat.render([{"role": "user", "content": "a" + "b".join(THOUGHT) + "c"}])
     ids = known.encode(plain, add_special=False)
     assert written == [known.id_to_token(i) for i in ids if i >= 256]

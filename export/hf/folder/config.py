@@ -10,7 +10,7 @@ from typing import Any
 from ....runtime.base.errors import ModelFileError, UnsupportedModelError
 from .safetensors_folder import read_json
 
-_SIZE_LIMIT = 1 << 24  # as the engine has it (config.cc)
+_SIZE_LIMIT = 1 << 24  # the engine's limit, too (config.cc)
 
 
 class HfConfig:
@@ -22,7 +22,7 @@ class HfConfig:
 
     @classmethod
     def read(cls, folder: Path) -> HfConfig:
-        """The folder's config.json. ModelFileError where it is missing or is not JSON."""
+        """The folder's config.json. ModelFileError if it is missing or is not JSON."""
         path = folder / "config.json"
         if not path.is_file():
             found = "no such folder" if not folder.is_dir() else "none"
@@ -44,7 +44,7 @@ class HfConfig:
         )
 
     def size(self, *keys: str, default: int | None = None, low: int = 1, high: int = 0) -> int:
-        """An integer of `low` to `high` (0: the engine's limit) under the first key that has it."""
+        """An integer from `low` to `high` (0: the engine's limit), of the first key that has it."""
         value = self.get(*keys)
         if value is None:
             if default is None:
@@ -87,7 +87,7 @@ class HfConfig:
         return value
 
     def flags(self, key: str, n: int) -> list[bool] | None:
-        """A list of n flags (true, false, 1 or 0), None where there is none."""
+        """A list of n flags (true, false, 1 or 0), None if there is none."""
         value = self.get(key)
         if value is None:
             return None
@@ -96,7 +96,7 @@ class HfConfig:
         return [bool(v) for v in value]
 
     def part(self, key: str) -> HfConfig | None:
-        """An object inside the config, None where there is none."""
+        """An object inside the config, None if there is none."""
         value = self.get(key)
         if value is None:
             return None

@@ -21,8 +21,8 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass
 class Rope:
-    """base: of the frequencies; width: values of a head that are rotated; entries: GGUF keys
-    without the architecture; tensors: by name.
+    """base: of the frequencies; width: rotated values of a head; entries: GGUF keys without the
+    architecture; tensors: by name.
     """
 
     base: float
@@ -43,7 +43,7 @@ def read_rope(
     """The rotary embedding of a model.
 
     head_dim: values of a head. context: max_position_embeddings. layers: the type of layer whose
-    parameters count, where the file has several. share: of a head's values that are rotated, where
+    parameters count, if the file has several. share: share of a head's values that is rotated, if
     the folder does not say; None: the family rotates all. Raises ModelFileError,
     UnsupportedModelError.
     """

@@ -26,7 +26,7 @@ from ....runtime.files.whole_file import MOST_TEXT, read_whole
 
 INDEX = "model.safetensors.index.json"
 
-_HEADER_LIMIT = 100_000_000  # bytes, as the format's own library has it
+_HEADER_LIMIT = 100_000_000  # bytes; the limit of the format's own library, too
 # Bits of an element; types without a whole number of bytes are not weights that GGUF could hold.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4,
@@ -37,7 +37,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class ShardTensor:
-    """A tensor of a shard. shape: row-major; offset: of its first byte in the file."""
+    """A tensor of a shard. shape: row-major; offset: its first byte in the file."""
 
     name: str
     dtype: str  # as the format spells it: F32, F16, BF16, ...
@@ -61,7 +61,7 @@ class SafetensorsFolder:
     """All tensors of a folder's shards, by name."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the headers only. ModelFileError where a shard is missing or makes no sense."""
+        """Reads the headers only. ModelFileError if a shard is missing or makes no sense."""
         self.folder = folder
         weight_map = _index(folder / INDEX)
         self.shards: tuple[Path, ...] = _shards(folder, weight_map)
@@ -88,7 +88,7 @@ class SafetensorsFolder:
         """The bytes of rows [first_row, first_row + rows) of a tensor.
 
         What has been read is dropped from the page cache again: a folder is read once, and cached
-        pages count against a memory limit. ModelFileError where the file has become shorter,
+        pages count against a memory limit. ModelFileError if the file has become shorter,
         OSError.
         """
         row_bytes = tensor.nbytes // max(1, tensor.rows)
@@ -111,7 +111,7 @@ class SafetensorsFolder:
     def _open(self, shard: Path) -> int:
         fd = self._files.get(shard)
         if fd is None:
-            self.close()  # one at a time: folders of hundreds of shards exist
+            self.close()  # one open shard at a time: folders of hundreds of shards exist
             fd = os.open(shard, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             if hasattr(os, "posix_fadvise"):
                 with suppress(OSError):
@@ -141,7 +141,7 @@ def _read_at(fd: int, view: memoryview, offset: int) -> int:
 
 
 def _index(path: Path) -> dict[str, str] | None:
-    """The index's weight_map (tensor -> file name), None where there is no index."""
+    """The index's weight_map (tensor -> file name), None if there is no index."""
     if not path.is_file():
         return None
     index = read_json(path)
@@ -179,7 +179,7 @@ def _shards(folder: Path, weight_map: Mapping[str, str] | None) -> tuple[Path, .
 
 
 def _check_numbering(folder: Path, shards: Sequence[Path]) -> None:
-    """Shards called ...-00001-of-00003: all of them must be there."""
+    """Checks that of shards called ...-00001-of-00003 all are there."""
     names = {shard.name for shard in shards}
     for name in sorted(names):
         match = re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\.safetensors)", name)
@@ -202,12 +202,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that must hold an object. ModelFileError where it does not."""
+    """A JSON file that must hold an object. ModelFileError if it does not."""
     return _object(path, _content(path))
 
 
 def read_json_array(path: Path) -> list[Any]:
-    """A JSON file that must hold an array. ModelFileError where it does not."""
+    """A JSON file that must hold an array. ModelFileError if it does not."""
     value = _value(path, _content(path))
     if not isinstance(value, list):
         raise ModelFileError(f"{path}: expected a JSON array, found {type(value).__name__}")
@@ -305,7 +305,7 @@ def _tensors(path: Path, header: Mapping[str, Any], begin: int) -> Iterator[Shar
 
 
 def _counts(value: object) -> list[int] | None:
-    """The value if it is a list of integers from 0 on that fit an offset, else None."""
+    """The value if it is a list of integers >= 0 that fit an offset, else None."""
     if isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value):
         return value
     return None

@@ -17,7 +17,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def family_of(config: HfConfig) -> Family:
-    """The family that config.json's `architectures` names; UnsupportedModelError where none."""
+    """The family that config.json's `architectures` names; UnsupportedModelError if none."""
     classes = config.get("architectures")
     if not isinstance(classes, list) or not classes or not isinstance(classes[0], str):
         raise config.wrong("architectures", "a list of names", classes)

@@ -22,7 +22,7 @@ from .table import (
 )
 
 _PERIOD = 6  # layers: five with a sliding window, one global
-_LOCAL_BASE = 10000.0  # of the engines, where a file names none
+_LOCAL_BASE = 10000.0  # the engines' default, if a file names none
 _BIG_LAYERS = 62  # the 27B model, whose queries the engines scale by n_embd / n_head
 _L = "model.layers.{i}."
 _NORMS = (
@@ -56,7 +56,7 @@ def _read(config: HfConfig) -> Model:
 
 
 def _scale(text: HfConfig, model: Model) -> None:
-    """attention.scale, where it is not what the engines take by themselves."""
+    """Sets attention.scale if it is not the engines' default."""
     scalar = text.number("query_pre_attn_scalar", 256.0)
     if scalar <= 0:
         raise text.wrong("query_pre_attn_scalar", "a positive number", scalar)
@@ -72,7 +72,7 @@ def _scale(text: HfConfig, model: Model) -> None:
 
 
 def _windows(text: HfConfig, model: Model) -> None:
-    """The sliding window, its layers, and the base of their rotary embedding."""
+    """Sets the sliding window, its layers, and the base of their rotary embedding."""
     window = text.size("sliding_window", default=4096, low=0, high=1 << 32)
     period = text.size("sliding_window_pattern", "_sliding_window_pattern", default=_PERIOD)
     types = text.get("layer_types")

@@ -1,4 +1,4 @@
-"""Llama, Mistral and Mixtral: one graph, with a mixture where there are experts."""
+"""Llama, Mistral and Mixtral: one graph, with a mixture if there are experts."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..folder.config import HfConfig
 from .table import ATTENTION, ENDS, NORMS, Family, Model, add_experts, mixture, require, standard
 
-_PERIOD = 4  # of layers without rotary embedding, in models with a window
-_SOFTMAX, _SIGMOID = 1, 2  # expert_gating_func
-_LLAMA_CPP_WINDOW = 4096  # what llama.cpp takes whatever the file says
+_PERIOD = 4  # one layer of so many has no rotary embedding, in models with a window
+_SOFTMAX, _SIGMOID = 1, 2  # values of expert_gating_func
+_LLAMA_CPP_WINDOW = 4096  # the window that llama.cpp takes whatever the file says
 
 
 def _read(config: HfConfig) -> Model:

@@ -1,4 +1,4 @@
-"""What a family's table is made of: rows from Hugging Face's tensor names to GGUF's."""
+"""Types of a family's table: rows from Hugging Face's tensor names to GGUF's."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Row:
 class Model:
     """What a config says, in GGUF's terms.
 
-    sizes: of the rows' shapes. mixture: whether each layer is one, [n_layer]. entries: metadata
-    keys without the architecture. tensors: those that are computed, by name. notes: what the
+    sizes: used by the rows' shapes. mixture: whether each layer is one, [n_layer]. entries:
+    metadata keys without the architecture. tensors: the computed ones, by name. notes: what the
     user should know. tied: the output is the embedding. needs_output: the family's readers want
-    an output tensor even so. foresees: layers after the others that foresee further tokens, which
-    are left out.
+    an output tensor even so. foresees: number of layers after the others that predict further
+    tokens; they are left out.
     """
 
     n_layer: int
@@ -113,7 +113,7 @@ FEED_FORWARD = (
 
 
 def mixture(block: str, router: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """Router and experts. block: their module in a layer, the rest: names within it."""
+    """Rows of router and experts. block: their module in a layer, the rest: names within it."""
     b, e = f"{_LAYER}{block}.", f"{_LAYER}{block}.experts.{{e}}."
     into, out = ("n_expert", "n_ff_expert", "n_embd"), ("n_expert", "n_embd", "n_ff_expert")
     rows = (
@@ -147,8 +147,8 @@ def standard(
     """What nearly all families have in common.
 
     head_dim, context, base, eps, tied: transformers' defaults for the family (None: there is none;
-    head_dim: n_embd / n_head). activation: the names that the engine computes. rotated: share of
-    a head that is, where the folder does not say; None: all of it, always.
+    head_dim: n_embd / n_head). activation: the names that the engine computes. rotated: rotated
+    share of a head, if the folder does not say; None: all of it, always.
     """
     n_embd = config.size("hidden_size")
     n_head = config.size("num_attention_heads", high=4096)
@@ -201,7 +201,7 @@ def standard(
 
 
 def add_experts(model: Model, config: HfConfig, n_expert: int, used: int, n_ff: int) -> None:
-    """Sizes and metadata of a mixture whose experts are n_ff wide."""
+    """Adds sizes and metadata of a mixture whose experts are n_ff wide."""
     if used > n_expert:
         raise config.wrong("experts for each token", f"at most {n_expert}", used)
     model.sizes |= {"n_expert": n_expert, "n_ff_expert": n_ff}

@@ -1,4 +1,4 @@
-"""Weights in blocks of 32, as MatMulNBits reads them.
+"""Weights in blocks of 32, in MatMulNBits' format.
 
 Format (onnxruntime, com.microsoft.MatMulNBits): B uint8 [rows, blocks, 16 or 32], two 4-bit values
 a byte (the even one low) or one 8-bit value; scales float32 [rows, blocks]; without zero points a
@@ -24,12 +24,12 @@ Bytes = npt.NDArray[np.uint8]
 BLOCK = 32
 EXACT = frozenset({"Q4_0", "Q4_1", "Q4_K"})  # GGUF types that 4 bits hold without loss
 SYMMETRIC = frozenset({"Q4_0"})  # GGUF types that need no offsets at 4 bits
-_SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # of a block's range, that the fit tries
+_SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)  # factors that the fit tries on a block's range
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """packed uint8 [rows, blocks, 16 or 32]; scales [rows, blocks]; offsets as them, or None."""
+    """packed uint8 [rows, blocks, 16 or 32]; scales [rows, blocks]; offsets the same, or None."""
 
     packed: Bytes
     scales: Array
@@ -52,7 +52,7 @@ def _f16(data: Bytes) -> Array:
 
 
 def four_bits(type: str, data: Bytes, values: Array | None, rows: int, cols: int) -> Blocks:
-    """A matrix [rows, cols] at 4 bits, exactly where its GGUF type allows.
+    """Packs a matrix [rows, cols] at 4 bits, exactly if its GGUF type allows.
 
     data: the file's bytes; values: float32 [rows, cols], needed for types other than Q4_0, Q4_1
     and Q4_K. cols is a multiple of 32.
@@ -73,7 +73,7 @@ def four_bits(type: str, data: Bytes, values: Array | None, rows: int, cols: int
 
 
 def _from_q4_k(data: Bytes, rows: int, cols: int) -> Blocks:
-    """Q4_K: of 256 weights d, dmin (f16), 12 bytes of 6-bit scales and minima, 128 of values."""
+    """Unpacks Q4_K: d, dmin (f16), 12 bytes of 6-bit scales and minima, 128 of 256 4-bit values."""
     blocks = data.reshape(rows, cols // 256, 144)
     d, dmin, packed = _f16(blocks[..., :2]), _f16(blocks[..., 2:4]), blocks[..., 4:16]
     # The first four scales and minima are 6 bits of bytes 0-3 and 4-7; the others are 4 bits of
@@ -93,9 +93,9 @@ def _from_q4_k(data: Bytes, rows: int, cols: int) -> Blocks:
 
 
 def _fitted(x: Array) -> Blocks:
-    """x [rows, blocks, 32]: scale and offset of each block that leave the least squared error.
+    """Fits scale and offset of each block of x [rows, blocks, 32] for the least squared error.
 
-    From several ranges the values are rounded, and for these scale and offset are solved for.
+    Values are rounded in several ranges; scale and offset are solved for each rounding.
     """
     low, high = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
     middle, span = (low + high) / 2, (high - low) / 15

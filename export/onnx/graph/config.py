@@ -1,4 +1,4 @@
-"""What a decoder is: sizes, rotary embedding, norms and attention, read from GGUF metadata.
+"""A decoder's configuration: sizes, rotary embedding, norms and attention, from GGUF metadata.
 
 Keys and their defaults are those of the GGUF specification and of the files in use; a family's
 own habits are one row of `FAMILIES`.
@@ -15,23 +15,23 @@ from ....runtime.base.errors import ModelFileError, UnsupportedModelError
 
 Activation = Literal["silu", "gelu", "relu"]
 RopeScaling = Literal["none", "linear", "yarn", "longrope"]
-Gating = Literal["softmax", "sigmoid"]  # what makes weights of a router's logits
+Gating = Literal["softmax", "sigmoid"]  # how a router's logits become weights
 _SCALINGS: tuple[RopeScaling, ...] = ("none", "linear", "yarn", "longrope")
 _GEMMA3_27B_LAYERS = 62  # the one size whose queries are not scaled by the head's width
 
 
 @dataclass(frozen=True)
 class Family:
-    """Habits of an architecture that its files do not tell.
+    """Properties of an architecture that its files do not tell.
 
     adjacent_pairs: rotary pairs are (2i, 2i + 1) instead of (i, i + n_rot / 2).
     head_norms: q and k are normalised, each head by itself; row_norms: over all heads at once.
     post_norms: norms after attention and after the feed-forward, before they are added.
-    scales_embedding: by sqrt(n_embd).
-    window_period: of each so many layers all but one use a sliding window; 0: none does.
+    scales_embedding: the embedding is multiplied by sqrt(n_embd).
+    window_period: all but one of so many layers use a sliding window; 0: no layer does.
     global_first: that one is the first instead of the last, and in models with a window it has
     no rotary embedding.
-    local_base: rotary base of sliding layers, where the file has none of its own; 0: the others'.
+    local_base: rotary base of sliding layers, if the file has none of its own; 0: the others'.
     renormalises: used experts' weights are divided by their sum; None: a dense family.
     routes_early: the router reads what the layer was given, before attention.
     """
@@ -80,7 +80,7 @@ class Rope:
 
     n_rot: int
     base: float
-    local_base: float  # of sliding layers, which are then not scaled; 0: as the others
+    local_base: float  # base of sliding layers, which are then not scaled; 0: the others' base
     scaling: RopeScaling
     factor: float  # positions are divided by it
     original_context: int  # tokens, before scaling
@@ -118,7 +118,7 @@ class DecoderConfig:
 def read_config(get: Callable[[str], Any], n_vocab: int, path: str) -> DecoderConfig:
     """The configuration of a GGUF file that `GgufFile` has opened.
 
-    get: a metadata key to its value, None where absent. n_vocab: rows of its embedding. Raises
+    get: a metadata key to its value, None if absent. n_vocab: rows of its embedding. Raises
     UnsupportedModelError for a family that has no graph here, ModelFileError for bad values.
     """
     arch = str(get("general.architecture"))

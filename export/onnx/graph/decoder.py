@@ -27,11 +27,11 @@ from .mixture import Mixture
 from .rope import rope_tables
 from .weights import Linear, Weights
 
-_HEAD_UNIT = 16  # of GroupQueryAttention with rotary embedding
+_HEAD_UNIT = 16  # GroupQueryAttention's rotary embedding needs a multiple of it as head width
 
 
 class Decoder:
-    """Builds one graph. c: what the model is; context: tokens that its rotary tables cover."""
+    """Builds one graph. c: its configuration; context: tokens that its rotary tables cover."""
 
     def __init__(self, graph: Graph, c: DecoderConfig, weights: Weights, context: int) -> None:
         self._g, self._c, self._w = graph, c, weights
@@ -40,7 +40,7 @@ class Decoder:
         self._mixture = Mixture(graph, c, weights, self._linear)
 
     def build(self) -> None:
-        """Adds everything. Raises UnsupportedModelError, ModelFileError."""
+        """Adds the whole graph. Raises UnsupportedModelError, ModelFileError."""
         g, c = self._g, self._c
         if c.head_dim % _HEAD_UNIT:
             raise UnsupportedModelError(
@@ -54,10 +54,10 @@ class Decoder:
         if c.family.scales_embedding:
             scale = g.constant("embedding_scale", np.array(math.sqrt(c.n_embd), np.float32))
             x = g.node("Mul", [x, scale], "embedding_scaled")
-        pending = ""  # what is to be added to x
+        pending = ""  # tensor still to be added to x
         for il in range(c.n_layer):
             x, a = self._add_norm(x, pending, f"blk.{il}.attn_norm")
-            entering = x  # what an early router reads
+            entering = x  # the input of an early router
             pending = self._attention(a, il)
             if c.family.post_norms:
                 pending = self._norm(pending, f"blk.{il}.post_attention_norm")
@@ -93,7 +93,7 @@ class Decoder:
             g.output(f"present.{il}.{part}", np.float32, present)
 
     def _lengths(self) -> None:
-        """What attention asks for: the last position of each row, the longest total."""
+        """Adds attention's length inputs: the last position of each row, the longest total."""
         g = self._g
         axis = g.constant("axis_1", np.array([1], np.int64))
         one = g.constant("one", np.array([1], np.int64))
@@ -148,7 +148,7 @@ class Decoder:
             if normed:
                 heads = (c.n_head, c.n_head_kv)
                 qkv[:2] = [self._head_norm(x, n) for x, n in zip(qkv, heads, strict=False)]
-        else:  # one product for the three
+        else:  # one product for q, k and v
             qkv = [self._linear(a, names, b + "attn_qkv")[0], "", ""]
         rotary: list[str] = []
         if c.rotates[il]:
@@ -185,7 +185,7 @@ class Decoder:
                 )
 
     def _head_norm(self, x: str, heads: int) -> str:
-        """Norm of q or k [batch, sequence, heads * width], of each head or of all at once."""
+        """Norm of q or k [batch, sequence, heads * width], for each head or over all at once."""
         g, c = self._g, self._c
         if c.family.row_norms:
             gamma = self._gamma(x + "_norm.weight", heads * c.head_dim)
@@ -234,16 +234,16 @@ class Decoder:
     # Feed-forward and output.
 
     def _feed_forward(self, a: str, routed: str, il: int) -> str:
-        """routed: what a router reads, if the layer has one."""
+        """Adds the feed-forward. routed: what a router reads, if the layer has one."""
         b = f"blk.{il}.ffn_"
         if f"{b}gate_inp.weight" in self._w:
             return self._mixture(a, routed, f"blk.{il}.")
         return gated(self._g, self._linear, self._c.family.activation, a, b + "{}.weight")
 
     def _wanted(self, hidden: str) -> str:
-        """What logits are made of: all tokens, or those from the one that an input names.
+        """The tokens that get logits: all, or those from the one that an input names.
 
-        It has a default, so that a runtime which does not know this input need not give it.
+        The input has a default, so that a runtime which does not know it need not give it.
         """
         g = self._g
         first = g.constant(ONNX_LOGITS_FROM, np.array([0], np.int64))

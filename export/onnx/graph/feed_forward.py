@@ -17,7 +17,7 @@ def activated(g: Graph, kind: Activation, x: str) -> str:
 
 
 def gated(g: Graph, linear: Linear, kind: Activation, x: str, names: str) -> str:
-    """x [..., n_embd] -> [..., n_embd]. names: of the weights, with {} for gate, up and down."""
+    """x [..., n_embd] -> [..., n_embd]. names: weights' names, with {} for gate, up and down."""
     gate, up, down = (names.format(part) for part in ("gate", "up", "down"))
     stem = names.removesuffix(".weight")
     halves = [stem.format("gate"), stem.format("up")]

@@ -1,4 +1,4 @@
-"""A graph in the making: nodes, small initializers in the file, large ones in a file beside it."""
+"""An ONNX graph under construction: small initializers lie in the file, large ones beside it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Source = Callable[[], Iterator[tuple[int, Array]]]
 MICROSOFT = "com.microsoft"
 OPSET = 20
 _MICROSOFT_OPSET = 1
-_IR_VERSION = 9  # of opset 20
+_IR_VERSION = 9  # the version of opset 20
 _INLINE = 1024  # bytes up to which an initializer lies in the model file itself
-_PAGE = 4096  # bytes: where tensors begin, so that they can be mapped
+_PAGE = 4096  # bytes: tensors begin at multiples of it, so that they can be mapped
 
 
 @dataclass(frozen=True)
 class External:
-    """An array in the data file. key: those with the same one are stored once."""
+    """An array in the data file. key: arrays of one key are stored once."""
 
     key: str
     dtype: np.dtype[Any]
@@ -34,7 +34,7 @@ class External:
 
 
 class Graph:
-    """Nodes and initializers; a name is what the node or tensor is called in the file."""
+    """Nodes and initializers; `name` is the node's or tensor's name in the file."""
 
     def __init__(self) -> None:
         self._nodes: list[NodeProto] = []
@@ -53,9 +53,9 @@ class Graph:
 
     @property
     def sources(self) -> list[tuple[Source, list[External]]]:
-        """What makes the data file's arrays, in order: each with those that it makes.
+        """The sources of the data file's arrays, in order, each with the arrays that it makes.
 
-        A source gives (index of the array, a piece of it) and each array's pieces in order.
+        A source yields (index of the array, a piece of it), each array's pieces in order.
         """
         return self._sources
 
@@ -98,7 +98,7 @@ class Graph:
     # Initializers.
 
     def constant(self, name: str, values: Array) -> str:
-        """An initializer that is at hand; in the data file where it is large."""
+        """An initializer with known values; it goes into the data file if it is large."""
         if values.nbytes > _INLINE:
             spec = [(name, values.dtype, values.shape, name)]
             return self.stored(spec, lambda: iter([(0, values)]))[0]
@@ -115,8 +115,8 @@ class Graph:
     ) -> list[str]:
         """Initializers in the data file, made by `source` when the file is written.
 
-        arrays: (name, dtype, shape, key) of each. Where all keys are known, the arrays are those
-        already stored, under another name and shape perhaps.
+        arrays: (name, dtype, shape, key) of each. If all keys are known, the arrays are those
+        already stored, perhaps under another name and shape.
         """
         made: list[External] = []
         for name, dtype, shape, key in arrays:

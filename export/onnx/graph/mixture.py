@@ -1,4 +1,4 @@
-"""A mixture of experts out of plain operators.
+"""A mixture of experts built from plain operators.
 
 Each token takes part once for each of its experts. These (token, expert) pairs are sorted by
 expert, one Split gives every expert its rows (none, for most), and the experts' outputs, brought
@@ -17,7 +17,7 @@ from .feed_forward import activated, gated
 from .graph import Graph
 from .weights import Linear, Weights
 
-_LEAST_SUM = 6.103515625e-5  # of weights that are divided by their sum: the smallest normal f16
+_LEAST_SUM = 6.103515625e-5  # least sum that weights are divided by: the smallest normal f16
 
 
 class Mixture:
@@ -27,7 +27,7 @@ class Mixture:
         self._g, self._c, self._w, self._linear = graph, c, weights, linear
 
     def __call__(self, x: str, routed: str, b: str) -> str:
-        """x [batch, sequence, n_embd] -> the same shape. routed: what the router reads, as x.
+        """x [batch, sequence, n_embd] -> the same shape. routed: the router's input, shaped like x.
 
         b: prefix of the layer's names.
         """
@@ -44,7 +44,7 @@ class Mixture:
         rows = g.node("Reshape", [x, self._ints("rows", [1, -1, c.n_embd])], b + "ffn_rows")
         pairs = g.node("Gather", [rows, tokens], b + "pairs", axis=1)
         out = self._experts(pairs, counts, b)
-        # The pair that stands at place i of the sorted ones is order[i]; and back:
+        # The pair that stands at place i of the sorted ones is order[i]; places is the inverse.
         _, places = self._top(order, b + "places", largest=0)
         restored = g.node("Gather", [out, places], b + "pairs_restored", axis=1)
         shape = self._ints("pairs_of_tokens", [-1, c.n_expert_used, c.n_embd])
@@ -62,7 +62,7 @@ class Mixture:
         return self._g.constant(name, np.array(values, np.int64))
 
     def _top(self, x: str, name: str, *, largest: int) -> tuple[str, str]:
-        """All of x int64 [n] in order: (values, where they stood)."""
+        """All of x int64 [n] sorted: (values, their old positions)."""
         g = self._g
         n = g.node("Shape", [x], name + "_count")
         outputs = [name + "_values", name]
@@ -109,14 +109,14 @@ class Mixture:
         return order, counts
 
     def _cut(self, x: str, counts: str, name: str) -> list[str]:
-        """x [1, pairs, ...], sorted by expert, as one piece for each expert."""
+        """Cuts x [1, pairs, ...], sorted by expert, into one piece for each expert."""
         pieces = [f"{name}.{e}" for e in range(self._c.n_expert)]
         self._g.nodes("Split", [x, counts], pieces, axis=1)
         self._linear.share_means(x, pieces, counts)
         return pieces
 
     def _experts(self, pairs: str, counts: str, b: str) -> str:
-        """Each expert on its own pairs: [1, pairs, n_embd] -> the same shape."""
+        """Runs each expert on its own pairs: [1, pairs, n_embd] -> the same shape."""
         g, c, w = self._g, self._c, self._w
         gates, ups, downs = (w.experts(b, part, c.n_expert) for part in ("gate", "up", "down"))
         share = c.n_expert_used / c.n_expert
@@ -140,7 +140,7 @@ class Mixture:
         return g.node("Concat", closed, b + "ffn_down", axis=1)
 
     def _shared(self, x: str, b: str) -> str:
-        """The expert that every token takes, times its own gate where it has one."""
+        """The expert that every token takes, times its own gate if it has one."""
         g, w = self._g, self._w
         out = gated(g, self._linear, self._c.family.activation, x, b + "ffn_{}_shexp.weight")
         name = b + "ffn_gate_inp_shexp.weight"

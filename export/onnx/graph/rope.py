@@ -1,5 +1,5 @@
 """Tables of the rotary embedding: linear scaling, YaRN (arXiv 2309.00071), long-context factors
-(arXiv 2402.13753) and Llama 3's divisors. The same angles as runtime/core/rope.cc.
+(arXiv 2402.13753) and Llama 3's divisors. The angles are those of runtime/core/rope.cc.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def rope_tables(
 ) -> tuple[Table, Table]:
     """cos and sin of each position's angles, float32 [positions, n_rot / 2] each.
 
-    local: of a sliding layer, whose embedding is never scaled. divisors: of the frequencies,
-    [n_rot / 2].
+    local: the tables of a sliding layer, whose embedding is never scaled. divisors: divide the
+    frequencies, [n_rot / 2].
     """
     half = rope.n_rot // 2
     base = rope.local_base if local else rope.base
@@ -41,7 +41,7 @@ def rope_tables(
 
 
 def _kept(rope: Rope, base: float) -> npt.NDArray[np.float64]:
-    """YaRN's ramp, [n_rot / 2]: 1 where a pair keeps its speed, 0 where it is interpolated."""
+    """YaRN's ramp, [n_rot / 2]: 1 if a pair keeps its speed, 0 if it is interpolated."""
 
     def pair(turns: float) -> float:
         ratio = math.log(rope.original_context / (turns * 2 * math.pi))

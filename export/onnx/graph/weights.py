@@ -21,12 +21,12 @@ Width = Literal["keep", "int4", "int8", "f16", "f32"]
 Array = npt.NDArray[np.float32]
 
 _PIECE = 1 << 22  # weights that are converted at a time
-_INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level
+_INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level for int8 activations
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """One expert's matrix of a stack; fields as of TensorInfo."""
+    """One expert's matrix of a stack; its fields are those of TensorInfo."""
 
     name: str
     type: str
@@ -37,7 +37,7 @@ class _Slice:
 
 
 class Weights:
-    """Tensors of one file, read piece by piece. `unused` tells which no one has asked for."""
+    """Tensors of one file, read piece by piece. `unused` names those that were never asked for."""
 
     def __init__(self, file: GgufFile, width: Width) -> None:
         from ....runtime._core import formats
@@ -49,7 +49,7 @@ class Weights:
         self._formats = {row["name"]: row for row in formats()}
         self._asked: set[str] = set()
         self._slices: dict[str, _Slice] = {}  # single experts' matrices of a stack
-        self.token_bytes = 0.0  # of the matrices that each token reads
+        self.token_bytes = 0.0  # bytes of the matrices that each token reads
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors or name in self._slices
@@ -62,7 +62,7 @@ class Weights:
     def experts(self, prefix: str, part: str, n: int) -> list[str]:
         """Names of the n experts' matrices, `prefix`ffn_`part`.E.weight.
 
-        A file may hold them so, or as one stack, which is cut here without reading it.
+        A file may hold them under these names, or as one stack, which is cut without reading it.
         """
         names = [f"{prefix}ffn_{part}.{e}.weight" for e in range(n)]
         stack = f"{prefix}ffn_{part}_exps.weight"
@@ -100,11 +100,11 @@ class Weights:
         return tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Numpy order: rows first, the contiguous dimension last."""
+        """Shape in numpy order: rows first, the contiguous dimension last."""
         return tuple(int(n) for n in reversed(self.info(name).shape))
 
     def vector(self, name: str, n: int) -> Array:
-        """A whole small tensor as float32 [n]. Raises ModelFileError where it has another size."""
+        """A whole small tensor as float32 [n]. Raises ModelFileError if it has another size."""
         tensor = self.info(name)
         if int(np.prod(tensor.shape)) != n:
             found = " x ".join(map(str, self.shape(name)))
@@ -115,7 +115,7 @@ class Weights:
         return values
 
     def optional(self, name: str, n: int) -> Array | None:
-        """As vector, None where the file has no such tensor."""
+        """Like vector, None if the file has no such tensor."""
         return self.vector(name, n) if name in self else None
 
     def _bytes(self, tensor: TensorInfo | _Slice, begin: int, n: int) -> npt.NDArray[np.uint8]:
@@ -202,11 +202,11 @@ class Matrix:
 
 
 def describe(weights: Weights, *names: str, head: bool = False, exact: bool = False) -> Matrix:
-    """How these matrices are stored. head: they are the embedding, or the output's.
+    """Chooses how these matrices are stored. head: they are the embedding, or the output's.
 
     exact: float32, whatever the width that was asked for.
 
-    Rows that are no whole blocks stay float32. The embedding has 8 bits where 4 would lose: the
+    Rows that are not whole blocks stay float32. The embedding gets 8 bits if 4 would lose: the
     tokens' probabilities come from it directly.
     """
     shapes = [weights.shape(name) for name in names]
@@ -280,12 +280,12 @@ def stored_bytes(m: Matrix) -> int:
 
 
 class Linear:
-    """Products with a file's matrices in a graph. Means of an input's blocks are made once."""
+    """Products with a file's matrices in a graph. The means of an input's blocks are made once."""
 
     def __init__(self, graph: Graph, weights: Weights) -> None:
         self._graph, self._weights = graph, weights
         self._means: dict[str, str] = {}  # input -> the means of its blocks
-        # input -> what it is a piece of, all pieces, and their lengths
+        # input -> the tensor that it is a piece of, all pieces, and their lengths
         self._split: dict[str, tuple[str, list[str], str]] = {}
 
     def __call__(
@@ -298,9 +298,9 @@ class Linear:
         exact: bool = False,
         share: float = 1.0,
     ) -> tuple[str, Matrix]:
-        """x [..., cols] -> output [..., rows of all], with the biases that the file has.
+        """x [..., cols] -> output [..., rows of all], plus the biases that the file has.
 
-        head, exact: as of describe. share: of the tokens that the matrix is multiplied with.
+        head, exact: as for describe. share: share of the tokens that the matrix is multiplied with.
         """
         g, w = self._graph, self._weights
         m = describe(w, *names, head=head, exact=exact)
@@ -358,7 +358,7 @@ class Linear:
         return self._graph.constant("+".join(biases), np.concatenate(parts))
 
     def share_means(self, x: str, pieces: list[str], lengths: str) -> None:
-        """Tells that x [1, tokens, cols] was split into `pieces`, so that its means are, too.
+        """Notes that x [1, tokens, cols] was split into `pieces`, so that its means are split, too.
 
         lengths: int64 [pieces], tokens of each. Nothing is added before means are asked for.
         """
@@ -379,7 +379,7 @@ class Linear:
         return self._means[x]
 
     def embedding(self, ids: str, name: str, output: str) -> str:
-        """Rows of a matrix: ids [...] -> [..., cols]."""
+        """Looks up rows of a matrix: ids [...] -> [..., cols]."""
         g, w = self._graph, self._weights
         m = describe(w, name, head=True)
         if m.bits >= 16:
@@ -399,7 +399,7 @@ class Linear:
             gather_axis=0,
             quantize_axis=1,
         )
-        if offsets:  # one for the 32 values of a block
+        if offsets:  # one offset for the 32 values of a block
             cut = g.constant(
                 "blocks_of_embedding", np.array([0, 0, m.cols // BLOCK, BLOCK], np.int64)
             )

@@ -1,4 +1,4 @@
-"""Tokens, ends and templates that files beside tokenizer.json name, as transformers has them."""
+"""Tokens, ends and templates that files beside tokenizer.json name are those of transformers."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_added_tokens_of_other_files(folder: Path, tmp_path: Path, name: Any) ->
 
 
 def test_the_flag_of_the_settings_counts(folder: Path, tmp_path: Path) -> None:
-    """special is false in tokenizer.json and true in added_tokens_decoder."""
+    """A token's special is false in tokenizer.json and true in added_tokens_decoder."""
     tokenizer = hf_models.byte_level()
     tokenizer["model"]["vocab"]["<think>"] = N
     row = decoder(("<think>", False))[str(N)]
@@ -133,7 +133,7 @@ def test_added_tokens_that_make_no_sense(
 def test_generation_ends_where_that_of_transformers_does(
     folder: Path, tmp_path: Path, config: Any, generation: Any, end: int
 ) -> None:
-    """A GGUF file says so with eot_token_id; the tokenizer's EOS, 2, stays one."""
+    """The GGUF file names the end with eot_token_id; the tokenizer's EOS, 2, stays one."""
 
     def value(given: Any) -> Any:
         return [end] if isinstance(given, list) else end if given == "{end}" else given

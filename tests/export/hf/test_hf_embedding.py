@@ -1,4 +1,4 @@
-"""Embedders' folders to GGUF: pooling as sentence-transformers names it, attention both ways."""
+"""Embedders' folders to GGUF: pooling by sentence-transformers' files, attention both ways."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("safetensors", reason="needs safetensors (pip install safete
 import hf_models
 
 _ST = "sentence_transformers.models."
-# As sentence-transformers saves them: all keys, one of them true.
+# sentence-transformers saves all keys, one of them true.
 MODES = (
     "cls_token",
     "mean_tokens",
@@ -35,7 +35,7 @@ def mode(*chosen: str) -> dict[str, Any]:
 
 
 def add_modules(folder: Path, pooling: dict[str, Any], *more: str) -> None:
-    """modules.json and 1_Pooling as sentence-transformers lays them out."""
+    """Writes modules.json and 1_Pooling in sentence-transformers' layout."""
     rows = [("", "Transformer"), ("1_Pooling", "Pooling")]
     rows += [(f"{i + 2}_{kind}", kind) for i, kind in enumerate(more)]
     modules = [

@@ -70,7 +70,7 @@ def test_the_variants_differ(variant: str, base: str) -> None:
 
 
 def test_old_spellings_of_rope_give_the_same_file(tmp_path: Path) -> None:
-    """transformers 4 wrote rope_theta and rope_scaling, Gemma 3 rope_local_base_freq."""
+    """Uses transformers 4's keys: rope_theta and rope_scaling, rope_local_base_freq for Gemma 3."""
     folder, _ = hf_models.saved("llama-llama3")
     new = hf_to_gguf.convert(folder, tmp_path / "model.gguf").path.read_bytes()
     old = hf_models.copied(folder, tmp_path / folder.name)
@@ -143,7 +143,7 @@ def test_matrices_keep_their_type(tmp_path: Path, dtype: str) -> None:
     assert kinds["blk.0.ffn_up_exps.weight"] == kinds["token_embd.weight"] == kind
     assert kinds["blk.0.ffn_gate_inp.weight"] == kinds["blk.0.attn_norm.weight"] == "F32"
     assert file.get("general.file_type") == mixes.FILE_TYPES[kind].id
-    # Read again: casting a model rounds its rotary frequencies, too.
+    # The model is read again: casting a model rounds its rotary frequencies, too.
     single = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "half", dtype=torch.float32, attn_implementation="eager"
     )
@@ -212,7 +212,7 @@ def test_shards_give_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     whole = hf_to_gguf.convert(folder, tmp_path / "whole.gguf").path.read_bytes()
     assert hf_to_gguf.convert(sharded, tmp_path / "a.gguf").path.read_bytes() == whole
     (sharded / "model.safetensors.index.json").unlink()
-    # Also in pieces of a few rows, which end inside and across experts and heads.
+    # Pieces of a few rows end inside and across experts and heads.
     monkeypatch.setattr(hf_weights, "piece_rows", lambda cols: 37)
     assert hf_to_gguf.convert(sharded, tmp_path / "b.gguf").path.read_bytes() == whole
 
@@ -301,7 +301,7 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
 
 
 def test_type_that_the_width_does_not_allow(tmp_path: Path) -> None:
-    """Rows of 64 and 96 have no 256-weight blocks: the mix falls back and says so."""
+    """Rows of 64 and 96 have no 256-weight blocks: the mix falls back and notes it."""
     folder = hf_models.saved("llama")[0]
     made = hf_to_gguf.convert(folder, tmp_path / "k.gguf", type="Q4_K_M")
     assert any("Q4_K" in note for note in made.notes)

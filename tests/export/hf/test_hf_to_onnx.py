@@ -27,7 +27,7 @@ TOKENS = np.random.default_rng(0).integers(0, hf_models.N_VOCAB, 64, dtype=np.in
 
 
 def in_steps(model: stoker.Model) -> Any:
-    """Logits of TOKENS after each, with a past."""
+    """Logits of TOKENS after each, with a past in between."""
     found = []
     with model.session() as session:
         for token in TOKENS:
@@ -36,7 +36,7 @@ def in_steps(model: stoker.Model) -> Any:
     return np.stack(found)
 
 
-# Those that stoker has a graph of.
+# Variants that stoker has a graph of.
 DRAWN = [v for v in hf_models.VARIANTS if hf_models.architecture(v) in FAMILIES]
 
 
@@ -127,11 +127,11 @@ def test_folders_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_optimum_makes_is_run_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exporter is a third party: here one that writes a graph that fails in the run."""
+    """The exporter is a third party: this one writes a graph that fails in the run."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    rows = [7]  # of the table, the last one counts
+    rows = [7]  # rows of the table, of which the last one counts
     head = np.ones((64, hf_models.N_VOCAB), np.float32)
 
     def export(root: Path, scratch: str) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: ids as Hugging Face's own library gives them."""
+"""Tokenizers of Hugging Face folders give the ids of Hugging Face's own library."""
 
 from __future__ import annotations
 
@@ -143,12 +143,12 @@ def cutters() -> dict[str, Any]:
     split = pre_tokenizers.Split
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    # Llama 3 as its own file spells it.
+    # Llama 3's pattern as its own file spells it.
     llama3 = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    # Another spelling of Qwen 2's.
+    # Another spelling of Qwen 2's pattern.
     qwen2 = (
         r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|"
         r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -210,7 +210,7 @@ def test_normalizers_that_no_name_implies(folder: Path, tmp_path: Path) -> None:
     assert "normalizer: expected none (as dbrx, llama-bpe" in message and "found NFC" in message
     with pytest.raises(UnsupportedModelError, match="--pre dbrx implies none"):
         hf_to_gguf.convert(folder, out, pre="dbrx")
-    # A name that normalizes where the file does not is the user's choice, with a note.
+    # The user may choose a name that normalizes although the file does not, with a note.
     trained(folder, cutters()["qwen2"])
     made = hf_to_gguf.convert(folder, out, pre="qwen2")
     assert any("--pre qwen2 is not what tokenizer.json does" in note for note in made.notes)
@@ -241,14 +241,14 @@ def test_padding_and_truncation_are_no_part_of_a_tokenizer(folder: Path, tmp_pat
 
 
 def added(i: int, text: str, **flags: bool) -> dict[str, Any]:
-    """A row of added_tokens."""
+    """Makes a row of added_tokens."""
     usual = ("single_word", "lstrip", "rstrip", "normalized", "special")
     return {"id": i, "content": text, **dict.fromkeys(usual, False), **flags}
 
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_added_tokens_beyond_the_embedding(folder: Path, tmp_path: Path, listed: bool) -> None:
-    """They have no row and are left out, in model.vocab, too, if they are listed there."""
+    """Added tokens without a row are left out, also if model.vocab lists them."""
     tokenizer = hf_models.byte_level()
     vocab = tokenizer["model"]["vocab"]
     n = len(vocab)
@@ -270,7 +270,7 @@ def test_added_tokens_beyond_the_embedding(folder: Path, tmp_path: Path, listed:
 
 
 def test_types_of_added_tokens_are_those_of_the_folder(folder: Path, tmp_path: Path) -> None:
-    """Special by its flag, or named among the special tokens, or as an end; never by its look."""
+    """A token is special by its flag, a special-token name, or as an end; never by its look."""
     tokenizer = hf_models.byte_level()
     n = len(tokenizer["model"]["vocab"])
     names = ("<|look|>", "<pad>", "[named]", "<|extra|>", "<end>", "<flag>")
@@ -324,7 +324,7 @@ def test_frames_of_post_processors(
     assert [note in found for found in made.notes] == ([] if note is None else [True])
     if note is None:
         assert ours.encode("the") == library.encode("the").ids
-    # A frame token that the folder gives no role has one.
+    # A frame token to which the folder gives no role gets one.
     if single == "<|endoftext|> $A":
         (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": names[2]}))
         ours = tokenizer_of(hf_to_gguf.convert(folder, tmp_path / "n.gguf").path)
@@ -392,7 +392,7 @@ def test_merges_that_scores_cannot_say(folder: Path, tmp_path: Path) -> None:
     hf_models.save_byte_level(folder, tokenizer)
     message = hf_models.refused(folder, tmp_path / "out.gguf", UnsupportedModelError)
     assert "best-scored" in message
-    tokenizer["model"]["merges"].append("ab c")  # now all that the vocabulary allows
+    tokenizer["model"]["merges"].append("ab c")  # the merges now make all tokens of the vocabulary
     hf_models.save_byte_level(folder, tokenizer)
     path = hf_to_gguf.convert(folder, tmp_path / "m.gguf").path
     assert tokenizer_of(path).encode("abcabab", add_special=False) == [3, 9, 7, 7]

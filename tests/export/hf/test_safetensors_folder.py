@@ -1,4 +1,4 @@
-"""Shards of safetensors: found, checked, read; headers that lie."""
+"""Shards of safetensors are found, checked and read; false headers are refused."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_index_stays_in_the_folder(sharded: Path, tmp_path: Path, name: Any) -> 
     assert "lm_head.weight" in hf_models.refused(sharded, tmp_path / "out.gguf", ModelFileError)
 
 
-# Whatever a header says: tensors inside the file and side by side, or one line.
+# For any header, tensors lie inside the file and side by side, or there is a one-line error.
 
 _SIZES = st.one_of(st.integers(-1, 9), st.sampled_from([1 << 31, 1 << 61, (1 << 64) - 1, 1 << 70]))
 _ODD = st.one_of(st.none(), st.booleans(), st.floats(allow_nan=False), st.text(max_size=4), _SIZES)
@@ -194,7 +194,7 @@ _VALID = {
 
 
 def check(path: Path, content: bytes) -> bool:
-    """True where the header is taken: then the format's own library agrees on every byte."""
+    """Whether the header is accepted; the format's own library then agrees on every byte."""
     path.write_bytes(content)
     try:
         tensors = read_header(path)
@@ -213,7 +213,7 @@ def check(path: Path, content: bytes) -> bool:
             for tensor in tensors:
                 assert library.get_slice(tensor.name).get_shape() == list(tensor.shape)
                 assert library.get_slice(tensor.name).get_dtype() == tensor.dtype
-    except SafetensorError as error:  # stricter in what no tensor depends on
+    except SafetensorError as error:  # the library is stricter in what no tensor depends on
         assert "metadata" in str(error).lower() or "header" in str(error).lower(), error
     return True
 
@@ -227,7 +227,7 @@ def test_any_header(tmp_path_factory: pytest.TempPathFactory, header: Any, n: in
 
 @given(st.data())
 def test_a_spoiled_header(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """A good file with a few bytes changed, cut out or put in."""
+    """A good file with a few bytes changed, removed or inserted."""
     text = json.dumps(_VALID).encode()
     content = bytearray(struct.pack("<Q", len(text)) + text + bytes(range(26)))
     path = tmp_path_factory.getbasetemp() / "spoiled.safetensors"
