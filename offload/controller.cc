@@ -60,20 +60,29 @@ int Controller::bin(float score) {
   return static_cast<int>(std::clamp(b, 0.0f, static_cast<float>(kBins - 1)));
 }
 
-void Controller::begin(int64_t tokens, double now_s, double busy_s) {
-  tokens_ = tokens;
+void Controller::begin(const Step& step, double now_s, double busy_s) {
+  prompt_ = step.is_prompt();
+  if (!prompt_ && rows_ != step.size()) {
+    // Steps of different sizes take different times: the comparison begins anew.
+    if (rows_ > 0) token_s_ = with_s_ = without_s_ = 0;
+    if (trial_) active_ = !active_;
+    trial_ = false;
+    times_.clear();
+    phase_left_ = std::max(phase_left_, kTrial);
+    rows_ = step.size();
+  }
   began_s_ = now_s;
   busy_s_ = busy_s;
   for (auto& layer : pending_) {
     for (size_t k = 0; k < kKinds; ++k) {
-      if (k != kRememberedNext || tokens != 1) layer[k].made = false;
+      if (k != kRememberedNext || prompt_) layer[k].made = false;
     }
   }
 }
 
 void Controller::end(double now_s, double busy_s) {
   const double seconds = now_s - began_s_;
-  if (tokens_ == 1 && seconds > 0) weigh(seconds, std::min(1.0, (busy_s - busy_s_) / seconds));
+  if (!prompt_ && seconds > 0) weigh(seconds, std::min(1.0, (busy_s - busy_s_) / seconds));
 }
 
 void Controller::weigh(double token_s, double busy_share) {
@@ -122,7 +131,7 @@ void Controller::guessed(int64_t layer, const Guess& guess, std::span<const uint
                          std::vector<float>* probability) {
   const size_t n = guess.experts.size();
   probability->assign(n, 1.0f);
-  if (tokens_ != 1) return;  // of a prompt: nothing is known, and nearly all is used
+  if (prompt_) return;  // of a prompt: nothing is known, and nearly all is used
   const int64_t ahead = std::clamp<int64_t>(guess.layer - layer, 1, kMaxDistance);
   const size_t kind = !guess.remembered               ? static_cast<size_t>(ahead - 1)
                       : guess.layer >= shape_.n_layer ? kRememberedNext

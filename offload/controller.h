@@ -26,12 +26,12 @@ class Controller {
 
   // A chunk begins, and ends. now_s: steady clock; busy_s: seconds that the disk has been busy
   // since the start. An interrupted chunk has no end and does not count.
-  void begin(int64_t tokens, double now_s, double busy_s);
+  void begin(const Step& step, double now_s, double busy_s);
   void end(double now_s, double busy_s);
 
   // Layers ahead at which to guess, so that a read has time to arrive; a prompt's chunk takes long
   // enough in each layer for one.
-  int64_t distance() const { return tokens_ == 1 ? distance_ : 1; }
+  int64_t distance() const { return prompt_ ? 1 : distance_; }
   // A read took this long from its submission to its end.
   void read_took(double seconds) { read_s_ += (seconds - read_s_) * 0.02; }
   int64_t width() const { return width_; }
@@ -80,7 +80,8 @@ class Controller {
   std::vector<Record> came_true_;                     // [n_layer]
   std::vector<std::array<Pending, kKinds>> pending_;  // [n_layer]
   // The trial of prefetch against demand only.
-  int64_t tokens_ = 0;                 // of the chunk
+  bool prompt_ = true;                 // the chunk is one
+  int64_t rows_ = 0;                   // of the chunk
   double began_s_ = 0, busy_s_ = 0;    // of the chunk
   double read_s_ = 1e-3;               // decayed means: of a unit's read,
   double token_s_ = 0;                 // of a decoded token

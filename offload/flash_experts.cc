@@ -72,7 +72,7 @@ class FlashLease : public ExpertLease {
     s.hits += hits;
     s.late += late;
     s.misses += misses;
-    if (store_.tokens_ == 1) {
+    if (!store_.step_.is_prompt()) {
       s.decode_hits += hits;
       s.decode_late += late;
       s.decode_misses += misses;
@@ -115,7 +115,7 @@ class FlashLease : public ExpertLease {
       }
       const double stall = now() - began;
       store_.statistics_.stall_s += stall;
-      if (store_.tokens_ == 1) store_.statistics_.decode_stall_s += stall;
+      if (!store_.step_.is_prompt()) store_.statistics_.decode_stall_s += stall;
     }
     std::swap(give_, given_);
     for (int32_t i : given_) {
@@ -135,7 +135,7 @@ class FlashLease : public ExpertLease {
     while (missing_next_ < missing_.size()) {
       const int32_t index = missing_[missing_next_];
       const UnitId u = unit(static_cast<size_t>(index));
-      FlashExperts::Slot* slot = store_.cache_.take(u, store_.step(layer_), true);
+      FlashExperts::Slot* slot = store_.cache_.take(u, store_.visit(layer_), true);
       if (!slot) {
         if (store_.cancel_one()) continue;
         return;
@@ -172,15 +172,15 @@ class FlashLease : public ExpertLease {
   }
 
   void record() {
-    const size_t tokens = static_cast<size_t>(store_.tokens_);
+    const size_t tokens = static_cast<size_t>(store_.step_.size());
     const size_t used = routes_.expert.size() / tokens;
     for (size_t p = 0; p < routes_.expert.size(); ++p) {
       const int32_t e = routes_.expert[p];
+      const StepRow& row = store_.step_.rows[p / used];
       const auto at = std::lower_bound(experts_.begin(), experts_.end(), e) - experts_.begin();
       store_.trace_.push_back(
-          {static_cast<int32_t>(store_.pass_), static_cast<int32_t>(tokens),
-           static_cast<int32_t>(p / used), store_.history_.token(static_cast<int64_t>(p / used)),
-           static_cast<int16_t>(layer_), static_cast<int16_t>(p % used), e, routes_.weight[p],
+          {static_cast<int32_t>(store_.pass_), store_.step_.phase, static_cast<int32_t>(tokens),
+           static_cast<int32_t>(p / used), row.sequence, row.token, static_cast<int16_t>(layer_), static_cast<int16_t>(p % used), e, routes_.weight[p],
            source_[static_cast<size_t>(at)], wait_[static_cast<size_t>(at)]});
     }
   }
@@ -229,14 +229,13 @@ FlashExperts::~FlashExperts() {
   reader_->end(jobs);
 }
 
-void FlashExperts::begin(std::span<const int32_t> tokens, int64_t sequence,
-                         const std::function<void()>* poll) {
+void FlashExperts::begin(const Step& step, const std::function<void()>* poll) {
   ++pass_;
-  tokens_ = static_cast<int64_t>(tokens.size());
+  step_ = step;
   layer_ = -1;
   poll_ = poll;
   reap();
-  history_.begin(sequence, tokens);
+  history_.begin(step);
   cache_.policy().foresee();
   certain_.clear();
   certain_queued_ = 0;
@@ -247,11 +246,12 @@ void FlashExperts::begin(std::span<const int32_t> tokens, int64_t sequence,
     candidates_.clear();
   }
   publish();  // of a forward pass that was interrupted
-  controller_.begin(tokens_, now(), reader_->io().statistics().busy_s);
-  if (predictor_) predictor_->begin(tokens_);
+  controller_.begin(step, now(), reader_->io().statistics().busy_s);
+  if (predictor_) predictor_->begin(step);
 }
 
 void FlashExperts::end() {
+  step_.rows = {};
   controller_.end(now(), reader_->io().statistics().busy_s);
   publish();
 }
@@ -263,9 +263,9 @@ void FlashExperts::prefetch_certain(int64_t layer, const Routes& routes) {
   for (int32_t e : routes.expert) units_.push_back(layout_.unit(layer, e));
   std::sort(units_.begin(), units_.end());
   units_.erase(std::unique(units_.begin(), units_.end()), units_.end());
-  for (UnitId unit : units_) certain_.push_back({unit, step(layer), 1.0f, true});
+  for (UnitId unit : units_) certain_.push_back({unit, visit(layer), 1.0f, true});
   std::stable_sort(certain_.begin() + static_cast<int64_t>(certain_queued_), certain_.end(),
-                   [](const Candidate& a, const Candidate& b) { return a.step < b.step; });
+                   [](const Candidate& a, const Candidate& b) { return a.visit < b.visit; });
   queue_certain();
   pump();
 }
@@ -279,15 +279,15 @@ void FlashExperts::queue_certain() {
     room[c] = cache_.n_slots(static_cast<int>(c)) - 2 * used_;
   }
   const auto later = std::find_if(certain_.begin(), certain_.end(),
-                                  [&](const Candidate& w) { return w.step > step(layer_); });
-  const int64_t next_layer = later == certain_.end() ? 0 : later->step;
+                                  [&](const Candidate& w) { return w.visit > visit(layer_); });
+  const int64_t next_layer = later == certain_.end() ? 0 : later->visit;
   const size_t before = certain_queued_;
   for (size_t i = 0; i < certain_.size(); ++i) {
     const Candidate& next = certain_[i];
     int64_t& left = room[static_cast<size_t>(layout_.size_class(next.unit))];
     --left;
     if (i < certain_queued_) continue;
-    if (left < 0 && next.step > next_layer) break;
+    if (left < 0 && next.visit > next_layer) break;
     add_candidate(next);
     ++certain_queued_;
   }
@@ -299,10 +299,11 @@ std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<cons
   layer_ = layer;
   reap();
   Policy& policy = cache_.policy();
-  policy.begin_layer(layer, tokens_);
-  const size_t used = routes.expert.size() / static_cast<size_t>(tokens_);
+  policy.begin_layer(layer, step_.size(), step_.is_single());
+  const size_t rows = static_cast<size_t>(step_.size());
+  const size_t used = routes.expert.size() / rows;
   units_.resize(used);
-  for (size_t t = 0; t < static_cast<size_t>(tokens_); ++t) {
+  for (size_t t = 0; t < rows; ++t) {
     for (size_t j = 0; j < used; ++j) units_[j] = layout_.unit(layer, routes.expert[t * used + j]);
     policy.use(units_, std::span(routes.weight).subspan(t * used, used));
   }
@@ -311,7 +312,7 @@ std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<cons
   if (predictor_) predictor_->observe(layer, routes);
   // Candidates for this layer are moot now; the rest of them wait until its misses are on their
   // way.
-  const auto past = [&](const Candidate& w) { return w.step <= step(layer); };
+  const auto past = [&](const Candidate& w) { return w.visit <= visit(layer); };
   std::erase_if(candidates_, past);
   const auto queued = certain_.begin() + static_cast<int64_t>(certain_queued_);
   certain_queued_ -= static_cast<size_t>(std::count_if(certain_.begin(), queued, past));
@@ -335,11 +336,11 @@ void FlashExperts::look_ahead(int64_t layer, RouterProbe& ahead) {
     controller_.guessed(layer, guess, resident_, &probabilities_);
     if (!controller_.prefetches()) continue;
     // Every expert of a prompt's guess was chosen by some token.
-    const float threshold = tokens_ == 1 ? controller_.threshold() : 0;
+    const float threshold = step_.is_prompt() ? 0 : controller_.threshold();
     for (size_t i = 0; i < units_.size(); ++i) {
       // While the cache fills, an idle disk may as well fetch what is likely at some later time.
       if (probabilities_[i] < (cache_.has_free(units_[i]) ? kFillThreshold : threshold)) continue;
-      add_candidate({units_[i], step(guess.layer), probabilities_[i]});
+      add_candidate({units_[i], visit(guess.layer), probabilities_[i]});
     }
   }
   sort_candidates();
@@ -348,7 +349,7 @@ void FlashExperts::look_ahead(int64_t layer, RouterProbe& ahead) {
 
 void FlashExperts::add_candidate(const Candidate& candidate) {
   if (Slot* slot = cache_.find(candidate.unit)) {
-    slot->keep = std::max(slot->keep, candidate.step);
+    slot->keep = std::max(slot->keep, candidate.visit);
   } else {
     candidates_.push_back(candidate);
   }
@@ -357,7 +358,7 @@ void FlashExperts::add_candidate(const Candidate& candidate) {
 void FlashExperts::sort_candidates() {
   std::stable_sort(candidates_.begin(), candidates_.end(),
                    [](const Candidate& a, const Candidate& b) {
-                     return a.step != b.step ? a.step < b.step : a.probability > b.probability;
+                     return a.visit != b.visit ? a.visit < b.visit : a.probability > b.probability;
                    });
 }
 
@@ -397,7 +398,7 @@ void FlashExperts::submit(Slot& slot, bool demand) {
   ++slot.pins;
   slot.prefetched = !demand;
   reader_->io().submit(slot.job, demand);
-  reads_.push_back({&slot, step(layer_), demand});
+  reads_.push_back({&slot, visit(layer_), demand});
 }
 
 void FlashExperts::reap() {
@@ -419,7 +420,7 @@ void FlashExperts::land(size_t read_index) {
     const int64_t bytes = layout_.read_bytes(slot.unit);
     if (f.demand) controller_.read_took(slot.job.done_s - slot.job.submitted_s);
     (f.demand ? statistics_.demand_bytes : statistics_.prefetch_bytes) += bytes;
-    if (tokens_ == 1) statistics_.decode_bytes += bytes;
+    if (!step_.is_prompt()) statistics_.decode_bytes += bytes;
   } else {
     cache_.drop(slot);
   }
@@ -445,7 +446,7 @@ void FlashExperts::land_cancelled(size_t read_index) {
 void FlashExperts::cancel_stale() {
   for (size_t i = 0; i < reads_.size();) {
     const ReadInFlight& f = reads_[i];
-    const bool wanted = f.demand || f.slot->pins > 1 || f.step > step(layer_);
+    const bool wanted = f.demand || f.slot->pins > 1 || f.visit > visit(layer_);
     if (!wanted && reader_->io().cancel(f.slot->job)) {
       land_cancelled(i);
     } else {
@@ -467,7 +468,7 @@ bool FlashExperts::cancel_one() {
 void FlashExperts::pump() {
   if (candidates_.empty()) return;
   const int64_t most = cache_.n_slots() / 3;
-  const int64_t guesses = std::min(tokens_ == 1 ? kDecodeReads : kPromptReads, most);
+  const int64_t guesses = std::min(step_.is_prompt() ? kPromptReads : kDecodeReads * step_.size(), most);
   const int64_t certain = std::min(std::max(kCertainReads, guesses), most);
   size_t granted = 0, waiting = 0;
   while (granted < candidates_.size()) {
@@ -475,17 +476,17 @@ void FlashExperts::pump() {
     if (static_cast<int64_t>(reads_.size()) >= (w.certain ? certain : guesses)) break;
     ++granted;
     if (Slot* there = cache_.find(w.unit)) {
-      there->keep = std::max(there->keep, w.step);
+      there->keep = std::max(there->keep, w.visit);
       continue;
     }
-    Slot* slot = cache_.take(w.unit, step(layer_), false);
+    Slot* slot = cache_.take(w.unit, visit(layer_), false);
     if (!slot) {
       if (w.certain) candidates_[waiting++] = w;
       continue;
     }
-    slot->keep = w.step;
+    slot->keep = w.visit;
     submit(*slot, false);
-    reads_.back().step = w.step;
+    reads_.back().visit = w.visit;
     ++statistics_.prefetches;
   }
   candidates_.erase(candidates_.begin() + static_cast<int64_t>(waiting),

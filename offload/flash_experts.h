@@ -13,35 +13,19 @@
 #include "offload/controller.h"
 #include "offload/units/expert_store.h"
 #include "offload/flash_reader.h"
+#include "offload/statistics.h"
 #include "offload/predict/predictor.h"
 #include "offload/predict/token_history.h"
 
 namespace stoker {
 
-// Counts since the model was loaded. An acquired expert is a hit (in memory), late (its prefetch
-// was on the way) or a miss.
-struct StoreStatistics {
-  int64_t hits = 0, late = 0, misses = 0;
-  int64_t prefetches = 0;  // submitted
-  int64_t prefetches_used =
-      0;  // acquired by the forward pass that they were made for, late ones included
-  int64_t cancelled = 0;     // prefetches that never began
-  int64_t demand_bytes = 0;  // read from flash
-  int64_t prefetch_bytes = 0;
-  int64_t evictions = 0;
-  double stall_s = 0;  // compute waited for reads
-  // Of decode only (chunks of one token).
-  int64_t decode_hits = 0, decode_late = 0, decode_misses = 0;
-  int64_t decode_bytes = 0;
-  double decode_stall_s = 0;
-  std::vector<int64_t> layer_uses, layer_hits;  // [n_layer]
-};
-
 // One acquired expert, for traces.
 struct Access {
   int32_t evaluation = 0;  // chunks since the trace began
-  int32_t tokens = 0;      // of the chunk: 1 in decode
+  Phase phase = Phase::kPrompt;
+  int32_t tokens = 0;      // of the chunk
   int32_t token = 0;       // of the chunk
+  int64_t sequence = 0;    // of the token
   int32_t id = 0;          // of the token in the vocabulary
   int16_t layer = 0;
   int16_t rank = 0;  // 0: the router's first choice
@@ -67,8 +51,7 @@ class FlashExperts : public ExpertStore {
                const Options& options);
   ~FlashExperts() override;
 
-  void begin(std::span<const int32_t> tokens, int64_t sequence,
-             const std::function<void()>* poll) override;
+  void begin(const Step& step, const std::function<void()>* poll) override;
   void end() override;
   void prefetch_certain(int64_t layer, const Routes& routes) override;
   std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
@@ -78,8 +61,10 @@ class FlashExperts : public ExpertStore {
   const Layout& layout() const { return layout_; }
   const Cache& cache() const { return cache_; }
   const FlashReader& reader() const { return *reader_; }
-  // As they were between two chunks; for any thread.
+  // Since the load, as it was between two chunks; for any thread.
   StoreStatistics statistics() const;
+  // The same, now; under the pool's lease.
+  const StoreCounters& counters() const { return statistics_; }
   // How prefetch goes, for people; for any thread.
   std::string prefetch_description() const;
   // Another session's `bytes` come out of the cache, and go back to it. Between chunks. Throws
@@ -101,12 +86,12 @@ class FlashExperts : public ExpertStore {
   // A unit that may be prefetched.
   struct Candidate {
     UnitId unit;
-    int64_t step;
+    int64_t visit;  // of the layer it is for
     float probability;
     bool certain = false;  // it will be used: it waits for a slot where a guess is given up
   };
 
-  int64_t step(int64_t layer) const { return pass_ * layout_.n_layer() + layer; }
+  int64_t visit(int64_t layer) const { return pass_ * layout_.n_layer() + layer; }
   void submit(Slot& slot, bool demand);
   // Books the reads that have ended; land(): one of them.
   void reap();
@@ -133,17 +118,17 @@ class FlashExperts : public ExpertStore {
   const bool overlap_;
   const int64_t used_;  // experts of a layer that one token uses
   int64_t pass_ = 0;    // chunks so far
-  int64_t tokens_ = 1;  // of this chunk
+  Step step_;           // this chunk
   int64_t layer_ = -1;  // acquired last
   const std::function<void()>* poll_ = nullptr;
   struct ReadInFlight {
     Slot* slot;
-    int64_t step;  // that a prefetch is for
+    int64_t visit;  // that a prefetch is for
     bool demand;
   };
   std::vector<ReadInFlight> reads_;
-  std::vector<Candidate> candidates_;  // by step, then the likeliest first
-  std::vector<Candidate> certain_;     // of later layers, by step
+  std::vector<Candidate> candidates_;  // by visit, then the likeliest first
+  std::vector<Candidate> certain_;     // of later layers, by visit
   size_t certain_queued_ = 0;  // of them, from the first: those that are candidates or in the cache
   std::vector<Guess> guesses_;
   std::vector<UnitId> units_;

@@ -66,8 +66,8 @@ WeightStream::WeightStream(std::shared_ptr<FlashReader> reader, StreamPlan plan,
 
 WeightStream::~WeightStream() { drop(ring_.size()); }
 
-void WeightStream::begin(int64_t tokens, const std::function<void()>* poll) {
-  decode_ = tokens == 1;
+void WeightStream::begin(Phase phase, const std::function<void()>* poll) {
+  decode_ = phase != Phase::kPrompt;
   poll_ = poll;
   release();  // what a forward pass that failed has left
 }
@@ -168,13 +168,13 @@ int64_t WeightStream::lookup_bytes(const StreamTensor& lookup) {
   return static_cast<int64_t>(kLookupRows * row_span(lookup));
 }
 
-StreamStatistics WeightStream::statistics() const {
+StreamCounters WeightStream::statistics() const {
   return {bytes_.load(), stall_s_.load(), decode_bytes_.load(), decode_stall_s_.load()};
 }
 
 double WeightStream::flash_bandwidth(int64_t bytes, uint64_t seed) {
   if (streamed_.empty()) return 0;
-  begin(0, nullptr);
+  begin(Phase::kPrompt, nullptr);
   drop(ring_.size());
   size_t i = std::mt19937_64(seed)() % streamed_.size();
   next_ = streamed_[i];

@@ -11,19 +11,12 @@
 #include <vector>
 
 #include "offload/flash_reader.h"
+#include "offload/statistics.h"
 #include "offload/plan/stream_plan.h"
+#include "offload/units/step.h"
 #include "runtime/base/memory.h"
 
 namespace stoker {
-
-// Counts since the model was loaded.
-struct StreamStatistics {
-  int64_t bytes = 0;   // read from flash, looked-up rows included
-  double stall_s = 0;  // compute waited for reads
-  // Of decode only (chunks of one token).
-  int64_t decode_bytes = 0;
-  double decode_stall_s = 0;
-};
 
 // Used by one thread at a time: the evaluating one, under the pool's lease.
 class WeightStream {
@@ -36,9 +29,9 @@ class WeightStream {
   WeightStream(const WeightStream&) = delete;
   WeightStream& operator=(const WeightStream&) = delete;
 
-  // A chunk of tokens begins its forward pass. poll is called every 20 ms of waiting and may throw;
+  // A chunk of rows begins its forward pass. poll is called every 20 ms of waiting and may throw;
   // it must live until the forward pass ends.
-  void begin(int64_t tokens, const std::function<void()>* poll);
+  void begin(Phase phase, const std::function<void()>* poll);
 
   // The pieces of a tensor, by number: [first, last), ascending rows; empty: it is in memory.
   struct Range {
@@ -65,8 +58,8 @@ class WeightStream {
 
   const StreamPlan& plan() const { return plan_; }
   const FlashReader& reader() const { return *reader_; }
-  // For any thread.
-  StreamStatistics statistics() const;
+  // Since the load; for any thread.
+  StreamCounters statistics() const;
   // Bytes a second of reading `bytes` of the streamed pieces, as many reads under way as the
   // reader takes, from a random one on.
   double flash_bandwidth(int64_t bytes, uint64_t seed);

@@ -120,8 +120,9 @@ class Engine:
     def survives_fork(self) -> bool: ...  # works in a process that is forked after the load
     def record_routing(self, on: bool) -> None: ...  # OptionError where everything is in memory
     def take_routing(self) -> dict[str, npt.NDArray[Any]]:
-        """What was recorded since the last call: evaluation, tokens, token, layer, rank, expert,
-        weight, source (0 miss, 1 hit, 2 late) and wait_us, each [uses]."""
+        """What was recorded since the last call: evaluation, phase (0 prompt, 1 decode, 2 verify),
+        tokens, token, id, sequence, layer, rank, expert, weight, source (0 miss, 1 hit, 2 late) and
+        wait_us, each [uses]."""
     @property
     def routers(self) -> list[tuple[Any, Any, Any] | None]:
         """Of each layer (router [n_expert, n_embd], norm of what it reads [n_embd] or None for the
@@ -131,6 +132,15 @@ class Engine:
     def empty_cache(self) -> None: ...  # for measurements from cold
     def flash_bandwidth(self, nbytes: int, seed: int = 1) -> float: ...  # bytes/s
     def sequence(self) -> Sequence: ...
+    def eval(
+        self, rows: list[tuple[Sequence, int]], phase: str, all_logits: bool = False
+    ) -> npt.NDArray[np.float32] | None:
+        """Appends a token for each row, of any sequences of this engine, in one forward pass.
+
+        Rows of one sequence are in their order. Each sequence keeps the logits of its last row;
+        all_logits: returns those of every row, [rows, n_vocab]. Each row has the bits that it would
+        have alone. phase: prompt, decode (the next token of each) or verify (drafts).
+        """
 
 def architectures() -> list[str]:
     """The architectures that the engine runs (arch/archs.inc)."""
@@ -162,8 +172,15 @@ class Sequence:
     def position(self) -> int: ...  # tokens evaluated
     @property
     def context(self) -> int: ...
-    def eval(self, tokens: SequenceOf[int] | npt.NDArray[np.int32]) -> None:
-        """Appends tokens (n >= 1); afterwards logits() are those after the last one."""
+    def eval(
+        self, tokens: SequenceOf[int] | npt.NDArray[np.int32], phase: str = "prompt"
+    ) -> None:
+        """Appends tokens (n >= 1); afterwards logits() are those after the last one.
+
+        phase: what they are, prompt, decode (a token that was chosen) or verify (drafts).
+        """
+    def decode(self, token: int, sampler: Sampler) -> int:
+        """Appends a token that was chosen before; chooses the next and tells the sampler of it."""
     def logits(self) -> npt.NDArray[np.float32]: ...  # [n_vocab], a copy
     def eval_all(self, tokens: SequenceOf[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Appends tokens; returns the logits after each, [n, n_vocab]."""
@@ -195,7 +212,10 @@ class Sequence:
     def cancel(self) -> None: ...  # from any thread: eval raises Cancelled at the next layer
     def forget_cancel(self) -> None: ...  # one that came too late to meet an evaluation
     @property
-    def stats(self) -> dict[str, float]: ...  # bytes_read, seconds, tokens of prefill and decode
+    def stats(self) -> dict[str, Any]:
+        """Its part of what its evaluations cost: prompt_tokens, prompt_seconds, decode_tokens,
+        decode_seconds, decode_bytes; experts, stream: dicts of the counters of Engine.offload and
+        Engine.stream, None where there are none."""
 
 class ActivationSums:
     """Sums of the squares of what every matrix of an engine multiplies with."""
@@ -374,6 +394,8 @@ def simulate(
     expert: npt.NDArray[np.int32],
     weight: npt.NDArray[np.float32],
     token: npt.NDArray[np.int32],
+    decode: npt.NDArray[np.uint8],
+    sequence: npt.NDArray[np.int64],
     n_layer: int,
     n_expert: int,
     n_expert_used: int,

@@ -6,14 +6,14 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .base.errors import Cancelled, OptionError
 from .options import GenerationOptions
-from .statistics import Counter, ExpertStatistics, Statistics, StreamStatistics, peak_memory
+from .statistics import ExpertStatistics, Statistics, StreamStatistics, gained, peak_memory
 from .text.stop import StopMatcher
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class AnswerSession(Protocol):
     def _exclusive(self, caller: Generation | None = None) -> AbstractContextManager[None]: ...
     def _cancel(self, generation: Generation | None) -> None: ...
     def _advance_to(self, target: list[int]) -> int: ...
-    def _evaluate(self, *, decode: bool = False) -> None: ...
-    def _decode_bytes(self) -> int: ...
+    def _next(self, sampler: Sampler) -> int: ...
 
 
 class Generation:
@@ -109,8 +108,8 @@ class Generation:
         self._pieces: list[str] = []
         self._prepare_s = time.perf_counter() - started
         self._ttft_s = self._prefill_s = self._decode_s = 0.0
-        self._reused = self._decode_tokens = self._decode_bytes = 0
-        self._experts, self._stream = Counter(ExpertStatistics), Counter(StreamStatistics)
+        self._reused = 0
+        self._before: Mapping[str, Any] | None = None  # the sequence's stats as it began
         self._final: Statistics | None = None  # once it has ended
         self._cancel = threading.Event()
         self._thread: int | None = None  # that ran it last
@@ -128,6 +127,8 @@ class Generation:
         session = self._session
         if self._final is not None or session is None:
             return self._final or Statistics()
+        now = {} if self._before is None else session._sequence.stats
+        before = self._before or {}
         return Statistics(
             prompt_tokens=len(self._target),
             reused_tokens=self._reused,
@@ -135,13 +136,13 @@ class Generation:
             ttft_s=self._ttft_s,
             prefill_s=self._prefill_s,
             decode_s=self._decode_s,
-            decode_tokens=self._decode_tokens,
-            decode_bytes=self._decode_bytes,
+            decode_tokens=now.get("decode_tokens", 0) - before.get("decode_tokens", 0),
+            decode_bytes=now.get("decode_bytes", 0) - before.get("decode_bytes", 0),
             peak_memory=peak_memory(),
             memory_bandwidth=session._model.memory_bandwidth,
             flash_bandwidth=session._model.flash_bandwidth,
-            experts=self._experts.statistics(),
-            stream=self._stream.statistics(),
+            experts=gained(ExpertStatistics, before.get("experts"), now.get("experts")),
+            stream=gained(StreamStatistics, before.get("stream"), now.get("stream")),
         )
 
     def __iter__(self) -> Generation:
@@ -263,31 +264,29 @@ class Generation:
         """The next chunk, the last one with `finish_reason` already set; None at the end."""
         begin = time.perf_counter()
         if self._steps is None:
-            steps = self._steps = self._begin(session)
+            self._steps = self._begin(session)
             if self.options.max_tokens == 0:
                 self._end("length")
                 return None
-        elif self._cancel.is_set():
-            self._end("cancelled")
-            return None
+            choose = session._sequence.sample
         else:
-            steps = self._steps
-            bytes_before = session._decode_bytes()
-            with self._counting(session):
-                session._evaluate(decode=True)
-            self._decode_tokens += 1
-            self._decode_bytes += session._decode_bytes() - bytes_before
+            choose = session._next
+        if self._was_cancelled():
+            return None
+        token = choose(self._steps.sampler)
+        return None if self._was_cancelled() else self._take(session, token, begin)
+
+    def _was_cancelled(self) -> bool:
         if self._cancel.is_set():
             self._end("cancelled")
-            return None
-        return self._choose(session, steps, begin)
+        return self._cancel.is_set()
 
     def _begin(self, session: AnswerSession) -> _Steps:
         """Evaluates the prompt."""
         begin = time.perf_counter()
         sampler = self._sampler(session)
-        with self._counting(session):
-            self._reused = session._advance_to(self._target)
+        self._before = session._sequence.stats
+        self._reused = session._advance_to(self._target)
         self._prefill_s = time.perf_counter() - begin
         tokenizer = session._model.tokenizer
         return _Steps(
@@ -297,9 +296,10 @@ class Generation:
             StopMatcher(self.options.stop),
         )
 
-    def _choose(self, session: AnswerSession, steps: _Steps, begin: float) -> Chunk | None:
-        """Takes a token; begin: when the step began, by perf_counter()."""
-        token = session._sequence.sample(steps.sampler)
+    def _take(self, session: AnswerSession, token: int, begin: float) -> Chunk | None:
+        """Takes a token that was chosen; begin: when the step began, by perf_counter()."""
+        steps = self._steps
+        assert steps is not None
         seconds = time.perf_counter() - begin
         if not self.tokens:
             self._ttft_s = self._prepare_s + seconds
@@ -333,15 +333,6 @@ class Generation:
         if reason is not None:
             self._end(reason)
         return self._chunk(text, token, steps.sampler)
-
-    @contextmanager
-    def _counting(self, session: AnswerSession) -> Iterator[None]:
-        """Counts what the evaluations inside read from flash."""
-        engine = session._model._engine
-        experts = self._experts.counting(lambda: engine.offload)
-        stream = self._stream.counting(lambda: engine.stream)
-        with experts, stream:
-            yield
 
     def _chunk(self, text: str, token: int, sampler: Sampler) -> Chunk:
         if not self.options.logprobs:

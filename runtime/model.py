@@ -579,7 +579,7 @@ class Model:
     def _drain(self) -> None:
         """Lets a recorder take what has been evaluated."""
         if self._recorder is not None:
-            self._recorder.drain(decode=False)
+            self._recorder.drain()
 
     def _encode(self, text: str | Tokens, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of a text, or the given ids, checked."""

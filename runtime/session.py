@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from ._core import Sampler
     from .backends.engine import EngineSequence, LoadedModel, Tokens
 
 
@@ -348,7 +349,7 @@ class Session:
             # Recorded chunk by chunk, so that the recording of a long prompt needs no more memory.
             stop = end if recorder is None else min(end, begin + recorder.chunk)
             try:
-                self._sequence.eval(self._tokens[begin:stop])
+                self._sequence.eval(self._tokens[begin:stop], "decode" if decode else "prompt")
             except Cancelled:
                 if recorder is not None:
                     recorder.drop()
@@ -361,11 +362,26 @@ class Session:
                 raise
             else:
                 if recorder is not None:
-                    recorder.drain(decode=decode)
+                    recorder.drain()
         self._logits_at = end
 
-    def _decode_bytes(self) -> int:
-        return int(self._sequence.stats["decode_bytes"])
+    def _next(self, sampler: Sampler) -> int:
+        """Evaluates the token that was chosen last, and chooses the next; not the answer's first."""
+        end = len(self._tokens)
+        if self._model._recorder is not None or self._logits_at != end - 1:
+            self._evaluate(decode=True)
+            return self._sequence.sample(sampler)
+        while True:
+            self._logits_at = -1
+            try:
+                token = self._sequence.decode(self._tokens[-1], sampler)
+            except Cancelled:
+                if self._stop.is_set():
+                    raise
+                # Otherwise the request came as an earlier call was ending, and was meant for it.
+            else:
+                self._logits_at = end
+                return token
 
 
 def _copied(messages: object) -> list[Any]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -85,31 +84,11 @@ def _share(part: float, rest: float) -> float:
 _T = TypeVar("_T", ExpertStatistics, StreamStatistics)
 
 
-class Counter(Generic[_T]):
-    """Adds up what the engine's counters gain during the evaluations of one generation."""
-
-    def __init__(self, kind: type[_T]) -> None:
-        self._kind: type[_T] = kind
-        self._sums: dict[str, Any] | None = None  # None: there is nothing of this kind
-
-    @contextmanager
-    def counting(self, read: Callable[[], Mapping[str, Any] | None]) -> Iterator[None]:
-        """Counts what happens inside; read: the counters since the load, None for none."""
-        before = read()
-        try:
-            yield
-        finally:
-            after = read()
-            if before is not None and after is not None:
-                sums = self._sums or {}
-                self._sums = {
-                    f.name: sums.get(f.name, 0) + after[f.name] - before[f.name]
-                    for f in fields(self._kind)
-                }
-
-    def statistics(self) -> _T | None:
-        """The sums so far, None where there is nothing of this kind."""
-        return None if self._sums is None else self._kind(**self._sums)
+def gained(kind: type[_T], before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> _T | None:
+    """What counters of this kind have gained; None where there are none."""
+    if before is None or now is None:
+        return None
+    return kind(**{f.name: now[f.name] - before[f.name] for f in fields(kind)})
 
 
 @dataclass(frozen=True)

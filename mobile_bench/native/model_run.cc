@@ -172,7 +172,7 @@ class Measurement {
     // The pages of a long prompt's chunk have been touched: what comes now is the same each token.
     for (int64_t i = 0; i < n; ++i) {
       const double start = now();
-      sequence_->eval({&next, 1});
+      sequence_->eval({&next, 1}, Phase::kDecode);
       next = sequence_->sample(greedy);
       token_s_.push_back(now() - start);
       tokens_.push_back(next);
@@ -227,7 +227,7 @@ class Measurement {
   StoreStatistics statistics() const {
     StoreStatistics s = engine_->flash() ? engine_->flash()->statistics() : StoreStatistics();
     if (!engine_->stream()) return s;
-    const StreamStatistics passed = engine_->stream()->statistics();
+    const StreamCounters passed = engine_->stream()->statistics();
     s.decode_bytes += passed.decode_bytes;
     s.decode_stall_s += passed.decode_stall_s;
     return s;

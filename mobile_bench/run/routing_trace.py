@@ -47,6 +47,8 @@ def belady_misses(
         expert=np.asarray(routing["expert"], np.int32),
         weight=np.asarray(routing["weight"], np.float32),
         token=np.zeros(0, np.int32),
+        decode=np.asarray(routing["phase"], np.uint8)[first],
+        sequence=np.zeros(0, np.int64),
         n_layer=config["n_layer"],
         n_expert=config["n_expert"],
         n_expert_used=config["n_expert_used"],

@@ -96,8 +96,12 @@ class Stoker:
             self.engine.empty_cache()
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Appends tokens."""
+        """Appends tokens of a prompt."""
         self.sequence.eval(tokens)
+
+    def decode(self, token: int) -> None:
+        """Appends one that was chosen."""
+        self.sequence.eval([token], "decode")
 
     def best(self) -> int:
         """The most likely next token."""
@@ -164,8 +168,12 @@ class LlamaCpp:
         self.llama.reset()
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Appends tokens."""
+        """Appends tokens of a prompt."""
         self.llama.eval(tokens)
+
+    def decode(self, token: int) -> None:
+        """Appends one that was chosen."""
+        self.llama.eval([token])
 
     def best(self) -> int:
         """The most likely next token."""
@@ -215,8 +223,12 @@ class Onnx:
         self.sequence.truncate(0)
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Appends tokens."""
+        """Appends tokens of a prompt."""
         self.sequence.eval(tokens)
+
+    def decode(self, token: int) -> None:
+        """Appends one that was chosen."""
+        self.sequence.eval([token], "decode")
 
     def best(self) -> int:
         """The most likely next token."""
@@ -308,7 +320,7 @@ class Worker:
         begin = time.perf_counter()
         for _ in range(n):
             start = time.perf_counter()
-            engine.eval(tokens[-1:])
+            engine.decode(tokens[-1])
             tokens.append(engine.best())
             end = time.perf_counter()
             token_s.append(end - start)

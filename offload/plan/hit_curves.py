@@ -237,6 +237,8 @@ def visits_of(routing: Routing) -> dict[str, Any]:
         "expert": flat,
         "weight": np.full(len(flat), 1 / routing.n_expert_used, np.float32),
         "token": np.array([routing.token[v[2]] for v in visits] if routing.token else [], np.int32),
+        "decode": np.array([v[0] > 0 for v in visits], np.uint8),
+        "sequence": np.zeros(0, np.int64),
         "n_layer": routing.n_layer,
         "n_expert": routing.n_expert,
         "n_expert_used": routing.n_expert_used,

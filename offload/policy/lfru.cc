@@ -19,7 +19,9 @@ class Lfru : public Policy {
   explicit Lfru(const PolicyShape& shape)
       : unit_(static_cast<size_t>(shape.n_layer * shape.n_expert)) {}
 
-  void begin_layer(int64_t layer, int64_t tokens) override { clock_.begin_layer(layer, tokens); }
+  void begin_layer(int64_t layer, int64_t tokens, bool) override {
+    clock_.begin_layer(layer, tokens);
+  }
 
   void use(std::span<const UnitId> units, std::span<const float>) override {
     const int64_t token = clock_.next_use();

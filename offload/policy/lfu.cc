@@ -21,7 +21,9 @@ class Lfu : public Policy {
   explicit Lfu(const PolicyShape& shape)
       : count_(static_cast<size_t>(shape.n_layer * shape.n_expert), 0.0), last_(count_.size(), 0) {}
 
-  void begin_layer(int64_t layer, int64_t tokens) override { clock_.begin_layer(layer, tokens); }
+  void begin_layer(int64_t layer, int64_t tokens, bool) override {
+    clock_.begin_layer(layer, tokens);
+  }
 
   // Instead of halving every count, a use counts twice as much after each halving: the order is the
   // same and nothing but the used units is touched.

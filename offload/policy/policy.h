@@ -29,7 +29,10 @@ class Policy {
   // The history knows of the tokens of a new evaluation.
   virtual void foresee() {}
   // Layer `layer` of an evaluation of `tokens` tokens begins; layer 0 begins a new evaluation.
-  virtual void begin_layer(int64_t layer, int64_t tokens) { (void)layer, (void)tokens; }
+  // follows: it is one token that follows the one of the evaluation before.
+  virtual void begin_layer(int64_t layer, int64_t tokens, bool follows) {
+    (void)layer, (void)tokens, (void)follows;
+  }
   // A token of this layer chose `units`, with the weights the router gave them (same length). A
   // prompt's chunk calls this once for each token. Called before victims for them are asked for,
   // whether or not they are resident.

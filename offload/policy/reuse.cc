@@ -75,7 +75,7 @@ class Reuse : public Policy {
       goes_on += ((history_->as_foretold() ? 1.0f : 0.0f) - goes_on) * kOutcome;
     }
     const bool foresaw = bin_ >= 0;
-    bin_ = history_->match() > 0 ? history_->bin() : -1;
+    bin_ = history_->is_single() && history_->match() > 0 ? history_->bin() : -1;
     for (size_t t = 0; bin_ >= 0 && t < goes_so_far_.size(); ++t) {
       goes_so_far_[t] =
           std::pow(goes_on_[static_cast<size_t>(bin_)], kReturn * static_cast<float>(t));
@@ -87,15 +87,15 @@ class Reuse : public Policy {
     }
   }
 
-  void begin_layer(int64_t layer, int64_t tokens) override {
+  void begin_layer(int64_t layer, int64_t tokens, bool follows) override {
     learn();
-    if (clock_.begin_layer(layer, tokens)) paths_.begin(tokens == 1);
-    open(layer, tokens);
+    if (clock_.begin_layer(layer, tokens)) paths_.begin(follows);
+    open(layer, tokens, follows);
   }
 
   void use(std::span<const UnitId> units, std::span<const float> weights) override {
     if (units.empty()) return;
-    if (!open_ || units[0] / n_expert_ != layer_) begin_layer(units[0] / n_expert_, 1);
+    if (!open_ || units[0] / n_expert_ != layer_) begin_layer(units[0] / n_expert_, 1, true);
     const int64_t token = clock_.next_use();
     std::array<float, kHalfLife.size()> one;
     const int64_t left = std::max<int64_t>(0, tokens_ - ++uses_);
@@ -141,7 +141,8 @@ class Reuse : public Policy {
     return tokens == 0 ? 1.0f : std::pow(decay_[half_life], static_cast<float>(tokens));
   }
 
-  void open(int64_t layer, int64_t tokens) {
+  void open(int64_t layer, int64_t tokens, bool follows) {
+    follows_ = follows;
     layer_ = layer;
     tokens_ = tokens;
     uses_ = 0;
@@ -169,8 +170,8 @@ class Reuse : public Policy {
       const Inputs before = unit.inputs;
       const bool known = before[0] != 0;
       look(unit, now, share_[static_cast<size_t>(e)]);
-      // A prompt's chunk hides which of its tokens came next.
-      if (tokens_ == 1 && known) {
+      // Where several tokens pass together it is hidden which of them came next.
+      if (follows_ && known) {
         const float target =
             used_[static_cast<size_t>(e)] != 0 ? 1.0f : kDiscount * logistic(unit.score);
         const float error = target - logistic(dot(before));
@@ -281,6 +282,7 @@ class Reuse : public Policy {
   std::vector<float> share_;      // [n_expert] scratch
   int64_t layer_ = 0;             // of this visit
   int64_t tokens_ = 1;            // of this visit
+  bool follows_ = true;           // this visit's one token follows the last visit's
   int64_t uses_ = 0;              // tokens of this visit that use() has told of
   bool open_ = false;             // a visit that has not been learnt from
   const TokenHistory* history_ = nullptr;

@@ -25,8 +25,9 @@ class Linear : public Predictor {
   explicit Linear(const PredictorShape& shape)
       : shape_(shape), cols_(map_cols(shape.n_embd)), input_(cols_) {}
 
-  void begin(int64_t tokens) override {
-    tokens_ = tokens;
+  void begin(const Step& step) override {
+    tokens_ = step.size();
+    prompt_ = step.is_prompt();
     horizon_.begin();
   }
 
@@ -69,8 +70,8 @@ class Linear : public Predictor {
       if (guesses.size() == filled) guesses.emplace_back();
       Guess& guess = guesses[filled++];
       guess.layer = layers.first + static_cast<int64_t>(d);
-      ranker_.rank(logits_.data() + d * row, tokens_, shape_.n_expert, shape_.n_expert_used,
-                   tokens_ == 1 ? width : shape_.n_expert_used, guess);
+      ranker_.rank(logits_.data() + d * row, tokens_, prompt_, shape_.n_expert,
+                   shape_.n_expert_used, width, guess);
     }
     return filled;
   }
@@ -125,6 +126,7 @@ class Linear : public Predictor {
 
   PredictorShape shape_;
   int64_t cols_;
+  bool prompt_ = false;
   int64_t tokens_ = 1;
   std::vector<Source> sources_;  // [n_layer]: the embedding, then layers 0 .. n_layer - 2
   Horizon horizon_;

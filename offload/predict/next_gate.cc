@@ -15,8 +15,9 @@ class NextGate : public Predictor {
  public:
   explicit NextGate(const PredictorShape& shape) : shape_(shape) {}
 
-  void begin(int64_t tokens) override {
-    tokens_ = tokens;
+  void begin(const Step& step) override {
+    tokens_ = step.size();
+    prompt_ = step.is_prompt();
     horizon_.begin();
   }
 
@@ -32,14 +33,15 @@ class NextGate : public Predictor {
       ahead.logits(l, logits_.data());
       Guess& guess = guesses[n++];
       guess.layer = l;
-      ranker_.rank(logits_.data(), tokens_, shape_.n_expert, shape_.n_expert_used,
-                   tokens_ == 1 ? width : shape_.n_expert_used, guess);
+      ranker_.rank(logits_.data(), tokens_, prompt_, shape_.n_expert,
+                   shape_.n_expert_used, width, guess);
     }
     return n;
   }
 
  private:
   PredictorShape shape_;
+  bool prompt_ = false;
   int64_t tokens_ = 1;
   Horizon horizon_;
   std::vector<float> logits_;  // [tokens][n_expert]

@@ -24,10 +24,10 @@ class Oracle : public Predictor {
     for (bool mixture : shape.mixture) row_.push_back(mixture ? row++ : -1);
   }
 
-  void begin(int64_t tokens) override {
+  void begin(const Step& step) override {
     horizon_.begin();
     ++at_;
-    if (at_ >= static_cast<int64_t>(evaluations_.size()) || evaluation().tokens != tokens) {
+    if (at_ >= static_cast<int64_t>(evaluations_.size()) || evaluation().tokens != step.size()) {
       follows_ = false;
     }
   }

@@ -27,8 +27,9 @@ class Path : public Predictor {
   explicit Path(const PredictorShape& shape)
       : shape_(shape), cols_(map_cols(shape.n_embd)), embedding_(cols_) {}
 
-  void begin(int64_t tokens) override {
-    tokens_ = tokens;
+  void begin(const Step& step) override {
+    tokens_ = step.size();
+    prompt_ = step.is_prompt();
     ready_ = false;
     horizon_.begin();
     before_.swap(chosen_);
@@ -55,8 +56,8 @@ class Path : public Predictor {
       Guess& guess = guesses[n++];
       guess.layer = l;
       score(l);
-      ranker_.rank(score_.data(), tokens_, shape_.n_expert, shape_.n_expert_used,
-                   tokens_ == 1 ? width : shape_.n_expert_used, guess);
+      ranker_.rank(score_.data(), tokens_, prompt_, shape_.n_expert,
+                   shape_.n_expert_used, width, guess);
     }
     return n;
   }
@@ -143,6 +144,7 @@ class Path : public Predictor {
   Map from_embedding_;             // [H][cols]
   Map from_experts_;               // [n_layer * n_expert][H]
   Map to_experts_;                 // [n_layer * n_expert][H]
+  bool prompt_ = false;
   int64_t tokens_ = 1;             // of this forward pass
   bool ready_ = false;             // h_ is of this forward pass
   Horizon horizon_;

@@ -27,9 +27,9 @@ struct Guess {
   int64_t layer = 0;        // from n_layer on: of the token after the present one
   bool remembered = false;  // from the history: score is its bin()
   std::vector<int32_t> experts;
-  // Of each expert: how sure the predictor is, falling. Of one token: 0 where it is as likely as
-  // not to be chosen, in units of the spread between experts; the controller learns from outcomes
-  // what that is worth.
+  // Of each expert: how sure the predictor is, falling. While generating: 0 where it is as likely as
+  // not to be chosen by the row that wants it most, in units of the spread between experts; the
+  // controller learns from outcomes what that is worth.
   std::vector<float> score;
 };
 
@@ -38,8 +38,8 @@ class Predictor {
   virtual ~Predictor() = default;
   // Called once, before the first chunk. The history knows of a chunk before begin() does.
   virtual void follow(const TokenHistory* history) { (void)history; }
-  // A chunk of tokens begins at layer 0.
-  virtual void begin(int64_t tokens) { (void)tokens; }
+  // A chunk of rows begins at layer 0; the step lives until the next one.
+  virtual void begin(const Step& step) { (void)step; }
   // What a layer's router chose.
   virtual void observe(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
   // A guess at layer + distance, or (where the forward pass begins) at all layers up to it

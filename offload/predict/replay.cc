@@ -43,12 +43,13 @@ Recall replay(Predictor& predictor, const PredictorShape& shape, const Recording
   Routes routes;
   routes.weight.assign(static_cast<size_t>(shape.n_expert_used), 1.0f);
   std::vector<Guess> guesses;
+  const StepRow row;
   const auto chosen = [&](int64_t token, int64_t layer) {
     return std::span(recording.experts + (token * shape.n_layer + layer) * shape.n_expert_used,
                      static_cast<size_t>(shape.n_expert_used));
   };
   for (int64_t t = 0; t < recording.tokens; ++t) {
-    predictor.begin(1);
+    predictor.begin({Phase::kDecode, std::span(&row, 1)});
     for (int64_t layer = -1; layer < shape.n_layer; ++layer) {
       if (layer >= 0) {
         if (!shape.mixture[static_cast<size_t>(layer)]) continue;

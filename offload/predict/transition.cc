@@ -38,8 +38,9 @@ class Transition : public Predictor {
         count_(static_cast<size_t>(kLags * shape.n_layer * row_ * row_), 0),
         score_(static_cast<size_t>(shape.n_expert)) {}
 
-  void begin(int64_t tokens) override {
-    tokens_ = tokens;
+  void begin(const Step& step) override {
+    tokens_ = step.size();
+    single_ = step.is_single();
     horizon_.begin();
     for (Seen& s : seen_) s.layer = -1;
   }
@@ -58,7 +59,7 @@ class Transition : public Predictor {
   size_t predict(int64_t layer, int64_t distance, int64_t width, RouterProbe&,
                  std::vector<Guess>& guesses) override {
     // A prompt's tokens choose nearly everything between them: that needs no guess.
-    if (tokens_ > 1 || layer < 0) return 0;
+    if (!single_ || layer < 0) return 0;
     size_t n = 0;
     const Horizon::Layers layers = horizon_.at(layer, std::min(distance, kLags), shape_.n_layer);
     for (int64_t l = layers.first; l <= layers.last; ++l) {
@@ -66,7 +67,7 @@ class Transition : public Predictor {
       if (guesses.size() == n) guesses.emplace_back();
       Guess& guess = guesses[n++];
       guess.layer = l;
-      ranker_.rank(score_.data(), 1, shape_.n_expert, shape_.n_expert_used, width, guess);
+      ranker_.rank(score_.data(), 1, false, shape_.n_expert, shape_.n_expert_used, width, guess);
     }
     return n;
   }
@@ -150,6 +151,7 @@ class Transition : public Predictor {
   PredictorShape shape_;
   int64_t row_;  // n_expert + 1
   int64_t tokens_ = 1;
+  bool single_ = true;
   std::vector<uint8_t> count_;  // [lags][n_layer][n_expert + 1][n_expert + 1], of the later layer
   Seen seen_[kLags];
   Horizon horizon_;

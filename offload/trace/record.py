@@ -29,6 +29,7 @@ class RoutingRecorder:
         self._engine = engine
         self._lock = threading.Lock()
         self._step = {PREFILL: 0, DECODE: 0}  # tokens recorded
+        self._sequence: dict[int, int] = {}  # the engine's number of a sequence -> the file's
         self._open = True
         sizes = expert_bytes(file, int(config["n_layer"]))
         self._writer = TraceWriter(
@@ -45,8 +46,8 @@ class RoutingRecorder:
             self._writer.discard()
             raise
 
-    def drain(self, *, decode: bool) -> None:
-        """Writes what was evaluated since the last call; decode: single tokens were generated."""
+    def drain(self) -> None:
+        """Writes what was evaluated since the last call."""
         with self._lock:
             if not self._open:
                 return
@@ -61,12 +62,14 @@ class RoutingRecorder:
                 columns[key][order].tolist() for key in ("expert", "weight", "wait_us")
             )
             hit = (columns["source"][order] == _HIT).tolist()
-            tokens, ids = columns["tokens"][order].tolist(), columns["id"][order].tolist()
+            tokens, ids, generates, sequence = (
+                columns[key][order].tolist() for key in ("tokens", "id", "phase", "sequence")
+            )
             evaluation, layer, token = visit.tolist()
             for at, end in pairwise(edges):
-                phase = DECODE if decode and tokens[at] == 1 else PREFILL
+                phase = DECODE if generates[at] else PREFILL
                 self._writer.visit(
-                    self._step[phase] + token[at],
+                    self._step[phase] + (0 if generates[at] else token[at]),
                     phase,
                     layer[at],
                     expert[at:end],
@@ -74,9 +77,10 @@ class RoutingRecorder:
                     hits=hit[at:end],
                     wait_us=wait[at:end],
                     token=ids[at],
+                    sequence=self._sequence.setdefault(sequence[at], len(self._sequence)),
                 )
                 if end == len(order) or evaluation[end] != evaluation[at]:
-                    self._step[phase] += tokens[at]
+                    self._step[phase] += 1 if generates[at] else tokens[at]
 
     def drop(self) -> None:
         """Forgets what was noted since the last drain: an evaluation that did not end."""

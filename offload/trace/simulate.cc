@@ -31,7 +31,8 @@ void check(const RoutingTrace& trace, int64_t slots) {
   }
   if (trace.evaluation.size() != visits || trace.offset.size() != visits + 1 ||
       trace.weight.size() != trace.expert.size() || trace.offset[0] != 0 ||
-      (!trace.token.empty() && trace.token.size() != visits) ||
+      (!trace.token.empty() && trace.token.size() != visits) || trace.decode.size() != visits ||
+      (!trace.sequence.empty() && trace.sequence.size() != visits) ||
       trace.offset[visits] != static_cast<int64_t>(trace.expert.size())) {
     bad("arrays of unequal length");
   }
@@ -44,8 +45,9 @@ void check(const RoutingTrace& trace, int64_t slots) {
     }
     if (v > 0 &&
         (trace.evaluation[v] < trace.evaluation[v - 1] ||
-         (trace.evaluation[v] == trace.evaluation[v - 1] && trace.layer[v] < trace.layer[v - 1]))) {
-      bad(where + "evaluations or layers descend");
+         (trace.evaluation[v] == trace.evaluation[v - 1] &&
+          (trace.layer[v] < trace.layer[v - 1] || trace.decode[v] != trace.decode[v - 1])))) {
+      bad(where + "evaluations or layers descend, or one is prompt and decode");
     }
     if (trace.offset[v + 1] < trace.offset[v] ||
         trace.offset[v + 1] > static_cast<int64_t>(trace.expert.size())) {
@@ -203,14 +205,14 @@ class Foresight : RouterProbe {
     predictor_->set_state({});
   }
 
-  void begin(int64_t tokens) {
-    decodes_ = tokens == 1;
+  void begin(const Step& step) {
+    single_ = step.is_single();
     for (auto& experts : named_) experts.clear();
-    predictor_->begin(tokens);
-    if (decodes_) guess(-1);
+    predictor_->begin(step);
+    if (single_) guess(-1);
   }
   void take(int64_t layer, const Routes& routes) {
-    if (!decodes_ || routes.expert.size() != used_) return;
+    if (!single_ || routes.expert.size() != used_) return;
     predictor_->observe(layer, routes);
     guess(layer);
   }
@@ -236,7 +238,7 @@ class Foresight : RouterProbe {
   const int64_t n_expert_;
   const size_t used_;
   const bool remembers_;
-  bool decodes_ = false;
+  bool single_ = false;
   std::unique_ptr<Predictor> predictor_;
   std::vector<std::vector<int32_t>> named_;  // [n_layer]
   std::vector<Guess> guesses_;
@@ -268,6 +270,8 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
     foresight = std::make_unique<Foresight>(predictor, shape, history.get());
   }
   int64_t evaluation = -1;
+  std::vector<StepRow> rows;
+  Step step;
   Routes routes;
   const Chunks chunks = chunks_of(trace);
   Slots cache(slots, shape.n_layer * shape.n_expert);
@@ -282,14 +286,20 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
     const auto layer = static_cast<size_t>(trace.layer[chunk.begin]);
     const auto tokens = static_cast<int64_t>(chunk.end - chunk.begin);
     if (std::exchange(evaluation, trace.evaluation[chunk.begin]) != evaluation) {
+      rows.clear();
+      for (size_t v = chunk.begin; v < chunk.end; ++v) {
+        rows.push_back({trace.sequence.empty() ? 0 : trace.sequence[v],
+                        trace.token.empty() ? 0 : trace.token[v]});
+      }
+      step = {trace.decode[chunk.begin] ? Phase::kDecode : Phase::kPrompt, rows};
       if (history) {
-        history->begin(0, trace.token.subspan(chunk.begin, static_cast<size_t>(tokens)));
+        history->begin(step);
         policy->foresee();
       }
-      if (foresight) foresight->begin(tokens);
+      if (foresight) foresight->begin(step);
     }
     routes.expert.clear();
-    policy->begin_layer(trace.layer[chunk.begin], tokens);
+    policy->begin_layer(trace.layer[chunk.begin], tokens, step.is_single());
     for (size_t v = chunk.begin; v < chunk.end; ++v) {
       const auto first = static_cast<size_t>(trace.offset[v]);
       const auto count = static_cast<size_t>(trace.offset[v + 1]) - first;
@@ -313,7 +323,7 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
     for (const UnitId unit : needed) {
       if (!cache.resident(unit)) missing.push_back(unit);
     }
-    if (foresight && tokens == 1 && trace.evaluation[chunk.begin] >= count_from) {
+    if (foresight && step.is_single() && trace.evaluation[chunk.begin] >= count_from) {
       for (const int32_t expert : foresight->named(layer)) {
         const UnitId unit =
             static_cast<UnitId>(layer) * static_cast<UnitId>(shape.n_expert) + expert;
@@ -322,7 +332,7 @@ Replay replay(const RoutingTrace& trace, std::string_view policy_name, int64_t s
         ++(came ? result.foreseen : result.needless);
       }
     }
-    if (tokens == 1 && trace.evaluation[chunk.begin] >= count_from) {
+    if (!step.is_prompt() && trace.evaluation[chunk.begin] >= count_from) {
       result.decode_misses += static_cast<int64_t>(missing.size());
     }
     if (foresight) foresight->take(static_cast<int64_t>(layer), routes);

@@ -21,6 +21,8 @@ struct RoutingTrace {
   std::span<const int32_t> expert;      // [uses] distinct within a visit
   std::span<const float> weight;        // [uses] of the router
   std::span<const int32_t> token;       // [visits] of the vocabulary; empty: not known
+  std::span<const uint8_t> decode;      // [visits] whether its evaluation generates
+  std::span<const int64_t> sequence;    // [visits] of its token; empty: all are of one
 };
 
 struct Replay {

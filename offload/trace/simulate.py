@@ -141,6 +141,8 @@ def simulate(
             expert=trace.expert,
             weight=trace.weight,
             token=np.zeros(0, np.int32) if trace.token is None else trace.token,
+            decode=trace.decode[trace.evaluation].astype(np.uint8),
+            sequence=np.zeros(0, np.int64) if trace.sequence is None else trace.sequence,
             n_layer=trace.n_layer,
             n_expert=trace.n_expert,
             n_expert_used=trace.n_expert_used,

@@ -2,8 +2,9 @@
 
 Formats, by content, compressed with gzip or not:
 
-* ours: CSV with the columns step, phase, layer, slot, expert, weight and optionally hit, wait_us
-  and token (its number in the vocabulary);
+* ours: CSV with the columns step, phase, layer, slot, expert, weight and optionally hit, wait_us,
+  token (its number in the vocabulary) and sequence (a number that the tokens of one text have in
+  common; tokens of several that are decoded together have the same step);
 * BigMoeOnEdge's route.csv: turn, phase, step, layer, slot, expert, weight, residency, expert_bytes;
 * waste's JSON lines: {"tok": 0, "layers": [[expert, ...], ...]}.
 
@@ -61,6 +62,7 @@ class Trace:
     tokens: npt.NDArray[np.int64]  # [evaluations]
     expert_bytes: npt.NDArray[np.int64] | None = None  # [n_layer] of one expert
     token: npt.NDArray[np.int32] | None = None  # [visits] of the vocabulary
+    sequence: npt.NDArray[np.int64] | None = None  # [visits] of its token; None: all are of one
 
     @property
     def n_tokens(self) -> int:
@@ -86,6 +88,7 @@ class Trace:
             decode=self.decode[self.decode],
             tokens=self.tokens[self.decode],
             token=None if self.token is None else self.token[keep],
+            sequence=None if self.sequence is None else self.sequence[keep],
         )
 
 
@@ -165,6 +168,7 @@ def _read_csv(header: str, source: Iterator[str], rows: _Rows) -> None:
     turn = columns.index("turn") if "turn" in columns else phase
     size = columns.index("expert_bytes") if "expert_bytes" in columns else None
     token = columns.index("token") if "token" in columns else None
+    sequence = columns.index("sequence") if "sequence" in columns else None
     for line in source:
         if line.startswith("#"):
             rows.comment(line)
@@ -182,6 +186,7 @@ def _read_csv(header: str, source: Iterator[str], rows: _Rows) -> None:
             expert=_number(cells[expert], "expert", _MAX_EXPERT),
             weight=_weight(cells[weight]),
             token=None if token is None else _number(cells[token], "token", 1 << 31),
+            sequence=None if sequence is None else _number(cells[sequence], "sequence"),
         )
         if size is not None and cells[size] != "0":  # 0: it was resident, nothing was read
             rows.bytes_of(at_layer, _number(cells[size], "expert_bytes"))
@@ -254,8 +259,10 @@ class _Rows:
     expert: list[int] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)
     token: list[int] = field(default_factory=list)
+    sequence: list[int] = field(default_factory=list)
     decode: list[bool] = field(default_factory=list)
-    steps: list[set[int]] = field(default_factory=list)  # of each evaluation
+    # Of each evaluation: (step, sequence) of its tokens.
+    steps: list[set[tuple[int, int]]] = field(default_factory=list)
     _part: tuple[str, ...] | None = None  # turn and phase
     _seen: set[int] = field(default_factory=set)  # experts of this visit
 
@@ -293,10 +300,11 @@ class _Rows:
         expert: int,
         weight: float,
         token: int | None = None,
+        sequence: int | None = None,
     ) -> None:
         """One expert of one token at one layer; `part` is the turn and phase it belongs to."""
         # A forward pass visits the layers upwards, so that a lower one begins the next evaluation;
-        # while decoding each token is an evaluation of its own.
+        # while decoding all tokens of an evaluation have the same step.
         if part != self._part or layer < self.layer[-1] or (decode and step != self.step[-1]):
             self._part = part
             self.decode.append(decode)
@@ -304,6 +312,8 @@ class _Rows:
             new_visit = True
         else:
             new_visit = layer != self.layer[-1] or step != self.step[-1]
+            if sequence is not None:
+                new_visit = new_visit or sequence != self.sequence[-1]
         if new_visit:
             self.evaluation.append(len(self.decode) - 1)
             self.layer.append(layer)
@@ -311,7 +321,9 @@ class _Rows:
             self.offset.append(len(self.expert))
             if token is not None:
                 self.token.append(token)
-            self.steps[-1].add(step)
+            if sequence is not None:
+                self.sequence.append(sequence)
+            self.steps[-1].add((step, sequence or 0))
             self._seen.clear()
         if slot != len(self._seen):
             raise _Fault(f"expected slot {len(self._seen)} of the token's experts, found {slot}")
@@ -352,6 +364,7 @@ class _Rows:
             np.array([len(steps) for steps in self.steps], np.int64),
             sizes,
             np.array(self.token, np.int32) if self.token else None,
+            np.array(self.sequence, np.int64) if self.sequence else None,
         )
 
 
@@ -364,7 +377,7 @@ class TraceWriter:
         path: compressed where it ends in .gz.
         n_layer, n_expert, n_expert_used: of the model.
         expert_bytes: [n_layer] bytes of one expert, where known.
-        tokens: each visit names its token.
+        tokens: each visit names its token and its sequence.
     """
 
     def __init__(
@@ -395,7 +408,7 @@ class TraceWriter:
         self._file.write(f"# n_layer={n_layer} n_expert={n_expert} n_expert_used={n_expert_used}\n")
         for layer, nbytes in enumerate(expert_bytes or ()):
             self._file.write(f"# layer={layer} expert_bytes={nbytes}\n")
-        self._rows.writerow([*_COLUMNS, "hit", "wait_us", *(["token"] if tokens else [])])
+        self._rows.writerow([*_COLUMNS, "hit", "wait_us", *(["token", "sequence"] if tokens else [])])
 
     def visit(
         self,
@@ -408,21 +421,23 @@ class TraceWriter:
         hits: Sequence[bool] | None = None,
         wait_us: Sequence[float] | None = None,
         token: int = 0,
+        sequence: int = 0,
     ) -> None:
         """One token at one layer; experts, weights, hits, wait_us: [n_expert_used] or empty.
 
         Args:
-            step: number of the token within its phase.
+            step: number of the token within its phase; of those that are decoded together the same.
             phase: PREFILL or DECODE.
             hits: whether each expert was in the cache when it was asked for.
             wait_us: microseconds that the computation waited for each.
-            token: its number in the vocabulary, where the file has them.
+            token, sequence: its number in the vocabulary, and that of its text, where the file has
+                them.
         """
         for slot, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
             hit = "" if hits is None else int(hits[slot])
             wait = "" if wait_us is None else f"{wait_us[slot]:.1f}"
             row = [step, phase, layer, slot, expert, f"{weight:.6g}", hit, wait]
-            self._rows.writerow([*row, token] if self._tokens else row)
+            self._rows.writerow([*row, token, sequence] if self._tokens else row)
 
     def close(self) -> None:
         """Gives the file its name. Raises OptionError where the disk is full."""
@@ -475,4 +490,5 @@ def write_trace(path: str | os.PathLike[str], trace: Trace) -> None:
                 trace.expert[uses].tolist(),
                 trace.weight[uses].tolist(),
                 token=0 if trace.token is None else int(trace.token[v]),
+                sequence=0 if trace.sequence is None else int(trace.sequence[v]),
             )

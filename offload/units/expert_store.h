@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels_cpu/matrix.h"
+#include "offload/units/step.h"
 
 namespace stoker {
 
@@ -55,12 +56,10 @@ class RouterProbe {
 class ExpertStore {
  public:
   virtual ~ExpertStore() = default;
-  // A chunk of tokens begins its forward pass; sequence: a number that those have in
-  // common that follow each other. poll is called every 20 ms of waiting and may throw to interrupt
-  // it; it must live until the forward pass ends.
-  virtual void begin(std::span<const int32_t> tokens, int64_t sequence,
-                     const std::function<void()>* poll) {
-    (void)tokens, (void)sequence, (void)poll;
+  // A chunk of rows begins its forward pass. poll is called every 20 ms of waiting and may throw to
+  // interrupt it; both must live until the forward pass ends.
+  virtual void begin(const Step& step, const std::function<void()>* poll) {
+    (void)step, (void)poll;
   }
   virtual void end() {}  // of the chunk's last layer
   // The experts that `layer` will certainly use; for any number of layers ahead, once each.

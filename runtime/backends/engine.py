@@ -37,11 +37,14 @@ class EngineSequence(Protocol):
         """Number of tokens that it can hold."""
 
     @property
-    def stats(self) -> Mapping[str, float]:
-        """Bytes, seconds and tokens so far."""
+    def stats(self) -> Mapping[str, Any]:
+        """Bytes, seconds and tokens so far; experts, stream: counters, or None."""
 
-    def eval(self, tokens: Ids) -> None:
-        """Appends tokens."""
+    def eval(self, tokens: Ids, phase: str = "prompt") -> None:
+        """Appends tokens; phase: prompt or decode."""
+
+    def decode(self, token: int, sampler: _core.Sampler) -> int:
+        """Appends a token that was chosen; chooses the next."""
 
     def eval_all(self, tokens: Ids) -> Floats:
         """Appends tokens; returns the logits after each."""

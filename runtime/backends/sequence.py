@@ -35,7 +35,7 @@ class BackendSequence(ABC):
         self._long_chunk = self._chunk  # tokens of a chunk if not all logits are wanted
         self._last: Array | None = None
         self._cancelled = threading.Event()
-        self._decode_bytes = 0
+        self._decode_tokens = self._decode_bytes = 0
         self._in_use = threading.Lock()
 
     # Methods of the backend.
@@ -60,10 +60,15 @@ class BackendSequence(ABC):
 
     # Methods of _core.Sequence.
 
-    def eval(self, tokens: Sequence[int] | Ids) -> None:
+    def eval(self, tokens: Sequence[int] | Ids, phase: str = "prompt") -> None:
         """Appends tokens (n >= 1); afterwards logits() are those after the last one."""
-        pieces = self._evaluate(tokens, "last")
+        pieces = self._evaluate(tokens, "last", decode=phase == "decode")
         self._last = pieces[-1][-1]
+
+    def decode(self, token: int, sampler: Sampler) -> int:
+        """Appends a token that was chosen; chooses the next."""
+        self.eval([token], "decode")
+        return self.sample(sampler)
 
     def eval_all(self, tokens: Sequence[int] | Ids) -> Array:
         """Appends tokens; returns the logits after each, [n, n_vocab]."""
@@ -103,7 +108,7 @@ class BackendSequence(ABC):
     def step(self, sampler: Sampler) -> int:
         """Calls sample(), then eval() of the token."""
         token = self.sample(sampler)
-        self.eval([token])
+        self.eval([token], "decode")
         return token
 
     def truncate(self, position: int) -> None:
@@ -126,13 +131,20 @@ class BackendSequence(ABC):
         self._cancelled.clear()
 
     @property
-    def stats(self) -> dict[str, float]:
-        """decode_bytes: weights and cache read by evaluations of single tokens."""
-        return {"decode_bytes": self._decode_bytes}
+    def stats(self) -> dict[str, Any]:
+        """decode_bytes: weights and cache read by the steps of decode_tokens."""
+        return {
+            "decode_tokens": self._decode_tokens,
+            "decode_bytes": self._decode_bytes,
+            "experts": None,
+            "stream": None,
+        }
 
     # Internals.
 
-    def _evaluate(self, tokens: Sequence[int] | Ids, wanted: Wanted) -> list[Array]:
+    def _evaluate(
+        self, tokens: Sequence[int] | Ids, wanted: Wanted, *, decode: bool = False
+    ) -> list[Array]:
         ids = np.ascontiguousarray(tokens, dtype=np.int32)
         if ids.ndim != 1 or not len(ids):
             raise OptionError("there are no tokens to evaluate")
@@ -153,7 +165,8 @@ class BackendSequence(ABC):
                     raise Cancelled("cancelled")
                 piece = ids[begin : begin + step]
                 found = self._forward(piece, wanted)
-                if len(piece) == 1:
+                if decode:
+                    self._decode_tokens += len(piece)
                     self._decode_bytes += self._token_bytes + self._kv_bytes()
                 self.position += len(piece)
                 self._last = found[-1] if wanted != "hidden" else None

@@ -7,6 +7,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -168,6 +169,20 @@ std::shared_ptr<Engine> shared(std::unique_ptr<Engine> engine) {
   });
 }
 
+#define STOKER_ITEM(type, name) d[#name] = counters.name;
+nb::dict to_dict(const stoker::StoreCounters& counters) {
+  nb::dict d;
+  STOKER_STORE_COUNTERS(STOKER_ITEM)
+  return d;
+}
+
+nb::dict to_dict(const stoker::StreamCounters& counters) {
+  nb::dict d;
+  STOKER_STREAM_COUNTERS(STOKER_ITEM)
+  return d;
+}
+#undef STOKER_ITEM
+
 // Counters of the expert store since the load; None where every expert is resident.
 nb::object offload_of(const Engine& e) {
   const stoker::FlashExperts* flash = e.flash();
@@ -175,22 +190,7 @@ nb::object offload_of(const Engine& e) {
   e.pool().process().require();
   const stoker::StoreStatistics s = flash->statistics();
   const stoker::IoStatistics io = flash->reader().io().statistics();
-  nb::dict d;
-  d["hits"] = s.hits;
-  d["late"] = s.late;
-  d["misses"] = s.misses;
-  d["prefetches"] = s.prefetches;
-  d["prefetches_used"] = s.prefetches_used;
-  d["cancelled"] = s.cancelled;
-  d["demand_bytes"] = s.demand_bytes;
-  d["prefetch_bytes"] = s.prefetch_bytes;
-  d["evictions"] = s.evictions;
-  d["stall_s"] = s.stall_s;
-  d["decode_hits"] = s.decode_hits;
-  d["decode_late"] = s.decode_late;
-  d["decode_misses"] = s.decode_misses;
-  d["decode_bytes"] = s.decode_bytes;
-  d["decode_stall_s"] = s.decode_stall_s;
+  nb::dict d = to_dict(static_cast<const stoker::StoreCounters&>(s));
   d["layer_uses"] = nb::cast(s.layer_uses);
   d["layer_hits"] = nb::cast(s.layer_hits);
   d["read_bytes"] = io.bytes;
@@ -205,13 +205,8 @@ nb::object stream_of(const Engine& e) {
   const stoker::WeightStream* stream = e.stream();
   if (!stream) return nb::none();
   e.pool().process().require();
-  const stoker::StreamStatistics s = stream->statistics();
   const stoker::IoStatistics io = stream->reader().io().statistics();
-  nb::dict d;
-  d["bytes"] = s.bytes;
-  d["stall_s"] = s.stall_s;
-  d["decode_bytes"] = s.decode_bytes;
-  d["decode_stall_s"] = s.decode_stall_s;
+  nb::dict d = to_dict(stream->statistics());
   d["read_bytes"] = io.bytes;
   d["read_s"] = io.busy_s;
   d["io"] = stream->reader().io().description();
@@ -268,9 +263,11 @@ nb::dict take_routing(const Engine& e) {
   };
   nb::dict d;
   d["evaluation"] = column([](const stoker::Access& a) { return a.evaluation; });
+  d["phase"] = column([](const stoker::Access& a) { return static_cast<uint8_t>(a.phase); });
   d["tokens"] = column([](const stoker::Access& a) { return a.tokens; });
   d["token"] = column([](const stoker::Access& a) { return a.token; });
   d["id"] = column([](const stoker::Access& a) { return a.id; });
+  d["sequence"] = column([](const stoker::Access& a) { return a.sequence; });
   d["layer"] = column([](const stoker::Access& a) { return a.layer; });
   d["rank"] = column([](const stoker::Access& a) { return a.rank; });
   d["expert"] = column([](const stoker::Access& a) { return a.expert; });
@@ -317,7 +314,48 @@ nb::dict stats_of(const Sequence& t) {
   d["decode_tokens"] = s.decode_tokens;
   d["decode_seconds"] = s.decode_seconds;
   d["decode_bytes"] = s.decode_bytes;
+  const Engine& e = t.engine();
+  d["experts"] = e.flash() ? nb::object(to_dict(s.experts)) : nb::object(nb::none());
+  d["stream"] = e.stream() ? nb::object(to_dict(s.stream)) : nb::object(nb::none());
   return d;
+}
+
+stoker::Phase to_phase(const std::string& name) {
+  for (const stoker::Phase phase :
+       {stoker::Phase::kPrompt, stoker::Phase::kDecode, stoker::Phase::kVerify}) {
+    if (name == stoker::kPhaseNames[static_cast<int>(phase)]) return phase;
+  }
+  throw Error(ErrorKind::kOption, "phase: expected prompt, decode or verify, found " + name);
+}
+
+// Evaluates rows (sequence, token) of several sequences, each at its sequence's position, and has
+// the sequences keep the logits of their last ones; all_logits: returns those of every row, too.
+nb::object eval_rows(const Engine& e, const nb::list& given, const std::string& phase,
+                     bool all_logits) {
+  std::vector<stoker::Row> rows;
+  std::map<Sequence*, size_t> last;
+  for (nb::handle item : given) {
+    const auto pair = nb::cast<nb::tuple>(item);
+    if (pair.size() != 2) throw nb::type_error("rows: expected (sequence, token) pairs");
+    auto* sequence = nb::cast<Sequence*>(pair[0]);
+    const std::vector<int32_t> token = to_tokens(nb::make_tuple(pair[1]));
+    const auto found = last.find(sequence);
+    const int64_t position =
+        found == last.end() ? sequence->position() : rows[found->second].position + 1;
+    last[sequence] = rows.size();
+    rows.push_back({sequence, token[0], position,
+                    all_logits ? stoker::kWantLogits : stoker::kWantNothing});
+  }
+  for (const auto& [sequence, row] : last) rows[row].want |= stoker::kWantKept;
+  const stoker::Phase which = to_phase(phase);
+  if (!all_logits) {
+    const stoker::Unlocked unlocked;
+    e.eval(rows, which, {}, poll_signals);
+    return nb::none();
+  }
+  return filled<float>({rows.size(), static_cast<size_t>(e.config().n_vocab)}, [&](float* out) {
+    e.eval(rows, which, {.logits = out}, poll_signals);
+  });
 }
 
 }  // namespace
@@ -345,6 +383,7 @@ void bind_engine(nb::module_& m) {
       .def("predictor_state", predictor_state)
       .def_prop_ro("routers", routers)
       .def("empty_cache", empty_cache)
+      .def("eval", eval_rows, nb::arg("rows"), nb::arg("phase"), nb::arg("all_logits") = false)
       .def("flash_bandwidth", flash_bandwidth, nb::arg("nbytes"), nb::arg("seed") = 1)
       .def("sequence", [](std::shared_ptr<Engine> e) {
         const stoker::Unlocked unlocked;  // it may wait for another session's evaluation
@@ -372,11 +411,19 @@ void bind_engine(nb::module_& m) {
   nb::class_<Sequence>(m, "Sequence")
       .def_prop_ro("position", &Sequence::position)
       .def_prop_ro("context", &Sequence::context)
-      .def("eval",
-           [](Sequence& t, nb::handle tokens) {
-             const std::vector<int32_t> ids = to_tokens(tokens);
+      .def(
+          "eval",
+          [](Sequence& t, nb::handle tokens, const std::string& phase) {
+            const std::vector<int32_t> ids = to_tokens(tokens);
+            const stoker::Phase which = to_phase(phase);
+            const stoker::Unlocked unlocked;
+            t.eval(ids, which);
+          },
+          nb::arg("tokens"), nb::arg("phase") = "prompt")
+      .def("decode",
+           [](Sequence& t, int32_t token, stoker::Sampler& sampler) {
              const stoker::Unlocked unlocked;
-             t.eval(ids);
+             return t.decode(token, sampler);
            })
       .def("logits", [](const Sequence& t) { return copy_of(t.logits()); })
       .def("hidden", [](const Sequence& t) { return copy_of(t.hidden()); })
@@ -412,7 +459,7 @@ void bind_engine(nb::module_& m) {
              nb::object hidden = filled<float>(
                  {n_layer + 1, ids.size(), row / std::max<size_t>(ids.size(), 1)}, [&](float* out) {
                    std::fill_n(out, (n_layer + 1) * row, 0.0f);
-                   t.eval_hidden_taps(ids, taps.data(), out);
+                   t.eval_taps(ids, taps.data(), out);
                  });
              nb::object inputs =
                  filled<float>({n_layer, ids.size(), row / std::max<size_t>(ids.size(), 1)},

@@ -180,7 +180,7 @@ nb::object eval_sums(stoker::ActivationSums& sums, stoker::Sequence& sequence,
   std::vector<double> nll(tokens.size() > 0 ? tokens.size() - 1 : 0);
   {
     const stoker::Unlocked unlocked;
-    sequence.eval_sums(ids, nll.data(), sums);
+    sequence.eval_nll(ids, nll.data(), &sums);
   }
   return copied(nll, {nll.size()});
 }

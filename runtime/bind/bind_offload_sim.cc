@@ -29,7 +29,8 @@ std::span<const T> span(const Array<T>& array) {
 
 nb::dict simulate(const Array<int64_t>& evaluation, const Array<int32_t>& layer,
                   const Array<int64_t>& offset, const Array<int32_t>& expert,
-                  const Array<float>& weight, const Array<int32_t>& token, int64_t n_layer,
+                  const Array<float>& weight, const Array<int32_t>& token,
+                  const Array<uint8_t>& decode, const Array<int64_t>& sequence, int64_t n_layer,
                   int64_t n_expert, int64_t n_expert_used, const std::string& policy, int64_t slots,
                   int64_t count_from, const std::string& predictor) {
   const stoker::RoutingTrace trace{
@@ -39,7 +40,9 @@ nb::dict simulate(const Array<int64_t>& evaluation, const Array<int32_t>& layer,
       .offset = span(offset),
       .expert = span(expert),
       .weight = span(weight),
-      .token = span(token)};
+      .token = span(token),
+      .decode = span(decode),
+      .sequence = span(sequence)};
   stoker::Replay replay;
   {
     const stoker::Unlocked unlocked;
@@ -87,7 +90,7 @@ Names io_backends() {
 void bind_offload_sim(nb::module_& m) {
   m.def("simulate", &simulate, nb::kw_only(), nb::arg("evaluation"), nb::arg("layer"),
         nb::arg("offset"), nb::arg("expert"), nb::arg("weight"), nb::arg("token"),
-        nb::arg("n_layer"), nb::arg("n_expert"), nb::arg("n_expert_used"), nb::arg("policy"),
+        nb::arg("decode"), nb::arg("sequence"), nb::arg("n_layer"), nb::arg("n_expert"), nb::arg("n_expert_used"), nb::arg("policy"),
         nb::arg("slots"), nb::arg("count_from") = 0, nb::arg("predictor") = "",
         "Replays routing through a cold cache; see offload/trace/simulate.h.");
   m.attr("replayed_predictors") =

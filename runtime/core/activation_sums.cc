@@ -16,8 +16,8 @@ ActivationSums::ActivationSums(std::shared_ptr<const Engine> engine) : engine_(s
   }
 }
 
-void ActivationSums::add(const Matrix& matrix, const Activations& x, const int32_t* token_list,
-                         int64_t first, int64_t n) {
+void ActivationSums::product(const Matrix& matrix, const Activations& x, const int32_t* token_list,
+                             int64_t first, int64_t n) {
   if (matrix.tensor < 0) return;
   Tensor& tensor = tensors_[static_cast<size_t>(matrix.tensor)];
   const auto slice = static_cast<size_t>(matrix.slice);

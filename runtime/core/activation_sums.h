@@ -8,10 +8,11 @@
 #include <vector>
 
 #include "runtime/core/engine.h"
+#include "runtime/core/observer.h"
 
 namespace stoker {
 
-class ActivationSums {
+class ActivationSums : public Observer {
  public:
   struct Tensor {
     std::string name;
@@ -24,8 +25,8 @@ class ActivationSums {
 
   // Adds the inputs of one product: x's rows token_list[0 .. n), or first .. first + n without a
   // list. Under the engine's pool's lease.
-  void add(const Matrix& matrix, const Activations& x, const int32_t* token_list, int64_t first,
-           int64_t n);
+  void product(const Matrix& matrix, const Activations& x, const int32_t* token_list, int64_t first,
+               int64_t n) override;
 
   const Engine& engine() const { return *engine_; }
   // By the tensors' numbers in the file; those that had no input have counts of 0, or none.

@@ -23,6 +23,10 @@
 
 namespace stoker {
 
+class Observer;
+struct Outputs;
+struct Row;
+
 // Which products take their activations in two int8 terms (forward.h) instead of one.
 enum class Precision {
   kFast,      // none
@@ -138,6 +142,12 @@ class Engine {
   FlashExperts* flash() const { return weights_.flash; }
   // Null unless weights that every token uses pass through a ring.
   WeightStream* stream() const { return weights_.stream.get(); }
+
+  // Evaluates rows of any number of sequences and appends them there (batch.h: what it throws).
+  // poll: called between the layers and at least every 20 ms of waiting for reads; it throws to
+  // interrupt. observer: null where nobody watches.
+  void eval(std::span<const Row> rows, Phase phase, const Outputs& out,
+            const std::function<void()>& poll = {}, Observer* observer = nullptr) const;
 
   // A session's KV cache is allocated, or has gone. The plan has room for one; under a budget
   // others take theirs from the expert cache. Throws Error(kBudget) where that is too small.

@@ -1,7 +1,9 @@
 #include "runtime/core/forward.h"
 
 #include <algorithm>
-#include <cstring>
+#include <vector>
+
+#include "runtime/core/sequence.h"
 
 namespace stoker {
 
@@ -34,50 +36,70 @@ Activations from_row(Activations a, int64_t first, ActKind kind) {
 
 }  // namespace
 
-Forward::Forward(const Engine& engine, const KvCache& kv)
+Forward::Forward(const Engine& engine, std::span<const Row> rows, Observer* observer)
     : engine_(engine),
       config_(engine.config()),
       ops_(engine.ops()),
-      kv_(kv),
-      s_(engine.scratch()) {}
+      s_(engine.scratch()),
+      observer_(observer),
+      n_(static_cast<int64_t>(rows.size())) {
+  // Rows whose products all have two terms come first, so that they are a range.
+  const auto place = [&](bool sinks) {
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const Row& row = rows[i];
+      if ((row.position < kSinkTokens) != sinks) continue;
+      const Placed placed{&row.sequence->kv(), row.position, row.token};
+      const bool follows = !rows_.empty() && !runs_.empty() && rows_.back().kv == placed.kv &&
+                           rows_.back().position + 1 == placed.position;
+      if (!follows) runs_.push_back({static_cast<int64_t>(rows_.size()), 0});
+      ++runs_.back().n;
+      rows_.push_back(placed);
+      order_.push_back(static_cast<int32_t>(i));
+    }
+  };
+  place(true);
+  n_sinks_ = static_cast<int64_t>(rows_.size());
+  place(false);
+}
 
 int64_t Forward::max_piece_values(int64_t rows) {
   return std::max(kDecodeTokens * kDecodeRows, rows * kPromptRows);
 }
 
-void Forward::begin(std::span<const int32_t> tokens, int64_t position) {
+void Forward::begin() {
   const ModelConfig& c = config_;
-  n_ = static_cast<int64_t>(tokens.size());
-  position_ = position;
-  embed(tokens, s_.x);
+  embed(s_.x);
   const int64_t half = c.rope.n_rot / 2;
   const bool sliding = engine_.rope(true).size() > 0;
   for_rows(n_, c.n_embd + 64 * half, [&](int64_t i, int) {
     float* x = s_.x + i * c.n_embd;
     if (c.embedding_scale != 1) ops_.scale(x, c.embedding_scale, c.n_embd);
     if (half == 0) return;
-    engine_.rope(false).angles(position + i, s_.angles + i * c.rope.n_rot);
+    const int64_t position = rows_[static_cast<size_t>(i)].position;
+    engine_.rope(false).angles(position, s_.angles + i * c.rope.n_rot);
     if (sliding) {
-      engine_.rope(true).angles(position + i,
-                                s_.angles + (engine_.plan().chunk + i) * c.rope.n_rot);
+      engine_.rope(true).angles(position, s_.angles + (engine_.plan().chunk + i) * c.rope.n_rot);
     }
   });
-  copy_hidden_to_tap(-1);
+  if (observer_) observer_->hidden(-1, s_.x);
 }
 
-void Forward::embed(std::span<const int32_t> tokens, float* x) {
+void Forward::embed(float* x) {
   const Matrix& e = engine_.weights().embedding;
   const int64_t width = config_.n_embd;
   if (e.data) {
-    for_rows(static_cast<int64_t>(tokens.size()), width, [&](int64_t i, int) {
-      e.format->dequantize(e.data + tokens[static_cast<size_t>(i)] * e.stride, x + i * width,
+    for_rows(n_, width, [&](int64_t i, int) {
+      e.format->dequantize(e.data + rows_[static_cast<size_t>(i)].token * e.stride, x + i * width,
                            width);
     });
     return;
   }
-  for (size_t first = 0; first < tokens.size(); first += WeightStream::kLookupRows) {
+  std::vector<int32_t> tokens;
+  for (const Placed& row : rows_) tokens.push_back(row.token);
+  const auto all = std::span<const int32_t>(tokens);
+  for (size_t first = 0; first < all.size(); first += WeightStream::kLookupRows) {
     const auto rows = engine_.stream()->rows(
-        tokens.subspan(first, std::min(WeightStream::kLookupRows, tokens.size() - first)));
+        all.subspan(first, std::min(WeightStream::kLookupRows, all.size() - first)));
     float* out = x + static_cast<int64_t>(first) * width;
     for_rows(static_cast<int64_t>(rows.size()), width, [&](int64_t i, int) {
       e.format->dequantize(rows[static_cast<size_t>(i)], out + i * width, width);
@@ -137,8 +159,10 @@ Forward::Input Forward::input(const float* x, int64_t n, int64_t cols, bool quan
 }
 
 void Forward::multiply(std::span<const Product> products, const Input& in) {
-  if (sums_) {
-    for (const Product& p : products) sums_->add(*p.matrix, in.high, p.token_list, p.first, p.n);
+  if (observer_) {
+    for (const Product& p : products) {
+      observer_->product(*p.matrix, in.high, p.token_list, p.first, p.n);
+    }
   }
   const auto resident = [](const Product& p) { return p.matrix->data != nullptr; };
   if (std::all_of(products.begin(), products.end(), resident)) {
@@ -271,6 +295,7 @@ void Forward::store_kv(int64_t il) {
     angles += engine_.plan().chunk * c.rope.n_rot;
   }
   for_rows(n_, 2 * (q_width + k_width + v_width), [&](int64_t i, int) {
+    const Placed& row = rows_[static_cast<size_t>(i)];
     float* q = s_.q + i * q_width;
     float* k = s_.k + i * k_width;
     float* v = s_.v + i * v_width;
@@ -295,7 +320,7 @@ void Forward::store_kv(int64_t il) {
     heads(k, c.n_head_kv, w.k_norm);
     ops_.scale(q, c.attention_scale, q_width);
     for (int64_t h = 0; h < c.n_head_kv; ++h) {
-      ops_.store_kv(kv_.head(il, h), position_ + i, k + h * c.head_dim, v + h * c.head_dim_v,
+      ops_.store_kv(row.kv->head(il, h), row.position, k + h * c.head_dim, v + h * c.head_dim_v,
                     c.head_dim, c.head_dim_v);
     }
   });
@@ -305,21 +330,31 @@ void Forward::attend(int64_t il) {
   const ModelConfig& c = config_;
   const int64_t group = c.n_head / c.n_head_kv;
   const bool sliding = c.sliding[static_cast<size_t>(il)];
-  // A piece is some tokens times some heads that share a KV head.
+  // A piece is some rows of a run times some heads that share a KV head.
   int64_t heads = std::min(group, kAttentionRows);
-  if (n_ == 1 && c.n_head_kv < engine_.plan().threads) {
+  if (n_ * c.n_head_kv < engine_.plan().threads) {
     const int64_t split = (engine_.plan().threads + c.n_head_kv - 1) / c.n_head_kv;
     heads = std::max<int64_t>(1, (group + split - 1) / split);
   }
   const int64_t head_parts = (group + heads - 1) / heads;
-  const int64_t tokens = std::max<int64_t>(1, std::min<int64_t>(16, kAttentionRows / heads));
-  const int64_t token_parts = (n_ + tokens - 1) / tokens;
-  const int64_t pieces = c.n_head_kv * head_parts * token_parts;
+  const int64_t rows_a_piece = std::max<int64_t>(1, std::min<int64_t>(16, kAttentionRows / heads));
+  struct Part {
+    int64_t first, n;  // rows
+  };
+  // The longest rows (last tokens) first, so that threads finish together.
+  std::vector<Part> parts;
+  for (size_t r = runs_.size(); r-- > 0;) {
+    const Run& run = runs_[r];
+    for (int64_t at = (run.n - 1) / rows_a_piece * rows_a_piece; at >= 0; at -= rows_a_piece) {
+      parts.push_back({run.first + at, std::min(rows_a_piece, run.n - at)});
+    }
+  }
+  const int64_t a_part = c.n_head_kv * head_parts;
+  const int64_t pieces = a_part * static_cast<int64_t>(parts.size());
   engine_.pool().parallel_for(pieces, 1, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t piece = begin; piece < end; ++piece) {
-      // The longest rows (last tokens) first, so that threads finish together.
-      const int64_t t0 = (token_parts - 1 - piece / (c.n_head_kv * head_parts)) * tokens;
-      const int64_t rest = piece % (c.n_head_kv * head_parts);
+      const Part& part = parts[static_cast<size_t>(piece / a_part)];
+      const int64_t rest = piece % a_part;
       const int64_t kv_head = rest / head_parts;
       const int64_t h0 = kv_head * group + rest % head_parts * heads;
       const int64_t h1 = std::min(h0 + heads, (kv_head + 1) * group);
@@ -327,17 +362,17 @@ void Forward::attend(int64_t il) {
       float* out[kAttentionRows];
       int64_t first[kAttentionRows], last[kAttentionRows];
       int64_t rows = 0;
-      for (int64_t t = t0; t < std::min(n_, t0 + tokens); ++t) {
-        const int64_t position = position_ + t;
+      for (int64_t t = part.first; t < part.first + part.n; ++t) {
+        const int64_t position = rows_[static_cast<size_t>(t)].position;
         for (int64_t h = h0; h < h1; ++h, ++rows) {
           q[rows] = s_.q + (t * c.n_head + h) * c.head_dim;
           out[rows] = s_.o + (t * c.n_head + h) * c.head_dim_v;
           first[rows] = sliding ? std::max<int64_t>(0, position - c.sliding_window + 1) : 0;
-          last[rows] = c.causal ? position : position_ + n_ - 1;
+          last[rows] = c.causal ? position : rows_.back().position;
         }
       }
       AttentionArgs args;
-      args.kv = kv_.head(il, kv_head);
+      args.kv = rows_[static_cast<size_t>(part.first)].kv->head(il, kv_head);
       args.head_dim = c.head_dim;
       args.head_dim_v = c.head_dim_v;
       args.rows = rows;
@@ -381,20 +416,8 @@ void Forward::gate_rows(float* gate, const float* up, int64_t n, int64_t width,
   });
 }
 
-void Forward::copy_to_tap(int64_t il, const float* in) const {
-  if (!tap_) return;
-  std::memcpy(tap_ + il * tap_stride_, in,
-              static_cast<size_t>(n_ * config_.n_embd) * sizeof(float));
-}
-
-void Forward::copy_hidden_to_tap(int64_t il) const {
-  if (!hidden_tap_) return;
-  std::memcpy(hidden_tap_ + (il + 1) * tap_stride_, s_.x,
-              static_cast<size_t>(n_ * config_.n_embd) * sizeof(float));
-}
-
 void Forward::feed_forward(int64_t il, const float* in, float* out) {
-  copy_to_tap(il, in);
+  if (observer_) observer_->block_input(il, in);
   const ModelConfig& c = config_;
   const LayerWeights& w = layer(il);
   const Input x = input(in, n_, c.n_embd, int8(w.gate) || int8(w.up), low_rows(least(w.gate)));
@@ -407,11 +430,11 @@ void Forward::feed_forward(int64_t il, const float* in, float* out) {
   multiply(down, h);
 }
 
-void Forward::final_norm(int64_t first, int64_t n, float* out) {
+void Forward::final_norm(std::span<const int32_t> rows, float* out) {
   const ModelConfig& c = config_;
-  for_rows(n, c.n_embd, [&](int64_t i, int) {
-    ops_.rms_norm(s_.x + (first + i) * c.n_embd, engine_.weights().output_norm.data(), c.norm_eps,
-                  out + i * c.n_embd, c.n_embd);
+  for_rows(static_cast<int64_t>(rows.size()), c.n_embd, [&](int64_t i, int) {
+    ops_.rms_norm(s_.x + rows[static_cast<size_t>(i)] * c.n_embd,
+                  engine_.weights().output_norm.data(), c.norm_eps, out + i * c.n_embd, c.n_embd);
   });
 }
 

@@ -1,5 +1,5 @@
-// One chunk of tokens on its way through the layers: the building blocks that the families
-// (runtime/arch) put together. All blocks give a token the same bits whatever the chunk.
+// One chunk of rows on its way through the layers: the building blocks that the families
+// (runtime/arch) put together. All blocks give a row the same bits whatever else is in the chunk.
 #pragma once
 
 #include <algorithm>
@@ -7,47 +7,37 @@
 #include <span>
 #include <vector>
 
-#include "runtime/core/activation_sums.h"
 #include "runtime/core/engine.h"
+#include "runtime/core/observer.h"
+#include "runtime/core/row.h"
 #include "runtime/kv/kv_cache.h"
 
 namespace stoker {
 
 class Forward {
  public:
-  Forward(const Engine& engine, const KvCache& kv);
+  // rows [n]: of any sequences; observer: null where nobody watches. Both outlive it.
+  Forward(const Engine& engine, std::span<const Row> rows, Observer* observer);
 
   // Output values that one piece of a product can have, for inputs of up to `rows` rows.
   static int64_t max_piece_values(int64_t rows);
 
-  // Looks up and scales the embeddings of tokens [n] at positions position .. position + n - 1.
-  void begin(std::span<const int32_t> tokens, int64_t position);
-  // Rows of the residual stream through the final norm: out [n][n_embd], tokens [first, first + n).
-  void final_norm(int64_t first, int64_t n, float* out);
+  // Forward has the rows in an order of its own: its row i is row order()[i] of those it was given.
+  std::span<const int32_t> order() const { return order_; }
+  // Looks up and scales the embeddings.
+  void begin();
+  // Rows of the residual stream, by Forward's order, through the final norm: out [rows][n_embd].
+  void final_norm(std::span<const int32_t> rows, float* out);
   // Logits of n normalised rows: out [n][n_vocab].
   void logits(const float* hidden, int64_t n, float* out);
 
-  int64_t tokens() const { return n_; }
   const ModelConfig& config() const { return config_; }
   const LayerWeights& layer(int64_t il) const {
     return engine_.weights().layers[static_cast<size_t>(il)];
   }
-  float* x() const { return s_.x; }  // [tokens][n_embd] residual stream
-  float* a() const { return s_.a; }  // [tokens][n_embd]
-  float* b() const { return s_.b; }  // [tokens][n_embd]
-
-  // From now on copies what each layer's feed-forward or router reads (its `in`) to
-  // out + il * layer_stride, [tokens][n_embd] floats; with `hidden`, what hidden() gives when the
-  // store looks ahead: the embeddings to hidden, those of layer il to hidden + (il + 1) *
-  // layer_stride. To be called before begin().
-  void tap(float* out, float* hidden, int64_t layer_stride) {
-    tap_ = out;
-    hidden_tap_ = hidden;
-    tap_stride_ = layer_stride;
-  }
-
-  // From now on adds the inputs of all products; null: no longer.
-  void collect(ActivationSums* sums) { sums_ = sums; }
+  float* x() const { return s_.x; }  // [rows][n_embd] residual stream
+  float* a() const { return s_.a; }  // [rows][n_embd]
+  float* b() const { return s_.b; }  // [rows][n_embd]
 
   // out = rms_norm(in) * w, token by token; [tokens][n_embd].
   void norm(const float* in, const Vector& w, float* out);
@@ -112,12 +102,11 @@ class Forward {
   static Precision least(const Matrix& m) {
     return m.two_term ? Precision::kBalanced : Precision::kHigh;
   }
-  // Rows of the chunk that get both terms where `least` asks for them: all from this precision on,
-  // below it the first tokens of the sequence (kSinkTokens).
+  // Rows of the chunk that get both terms where `least` asks for them, its first ones: all from this
+  // precision on, below it the first tokens of their sequences (kSinkTokens).
   int64_t low_rows(Precision least) const {
     if (two_terms(least)) return n_;
-    if (engine_.precision() < Precision::kBalanced) return 0;
-    return std::clamp<int64_t>(kSinkTokens - position_, 0, n_);
+    return engine_.precision() < Precision::kBalanced ? 0 : n_sinks_;
   }
   // gate = act(gate) * up on rows [n][width]; with `rows`, only those.
   void gate_rows(float* gate, const float* up, int64_t n, int64_t width,
@@ -136,8 +125,8 @@ class Forward {
       for (int64_t i = begin; i < end; ++i) f(i, thread);
     });
   }
-  // Embeddings of tokens [n] -> x [n][n_embd], as they are in the file.
-  void embed(std::span<const int32_t> tokens, float* x);
+  // Embeddings of the rows -> x [n][n_embd], as they are in the file.
+  void embed(float* x);
   void store_kv(int64_t il);
   void attend(int64_t il);
   void shared_expert(int64_t il, const float* in, float* out);
@@ -152,22 +141,29 @@ class Forward {
   // The routers of later layers on the present hidden states, for the store's predictor.
   class Probe;
   ExpertStore& experts() const { return *engine_.weights().experts; }
-  void copy_to_tap(int64_t il, const float* in) const;
-  void copy_hidden_to_tap(int64_t il) const;
   uint8_t* thread_scratch(int thread) const { return s_.thread + thread * s_.thread_bytes; }
 
   const Engine& engine_;
   const ModelConfig& config_;
   const Ops& ops_;
-  const KvCache& kv_;
   Scratch& s_;
-  int64_t n_ = 0;
-  int64_t position_ = 0;
-  float* tap_ = nullptr;  // null: nobody listens
-  float* hidden_tap_ = nullptr;
-  int64_t tap_stride_ = 0;
-  ActivationSums* sums_ = nullptr;
-  std::vector<int32_t> pregated_;  // [tokens][n_expert_used] of the next mixture layer; or empty
+  Observer* observer_;  // null: nobody watches
+  // A row in Forward's order.
+  struct Placed {
+    const KvCache* kv;
+    int64_t position;
+    int32_t token;
+  };
+  // Rows that follow each other in one sequence.
+  struct Run {
+    int64_t first, n;
+  };
+  std::vector<int32_t> order_;
+  std::vector<Placed> rows_;
+  std::vector<Run> runs_;
+  int64_t n_;            // rows
+  int64_t n_sinks_ = 0;  // of them, from the first: those of a sequence's first kSinkTokens
+  std::vector<int32_t> pregated_;  // [rows][n_expert_used] of the next mixture layer; or empty
   Routes routes_kept_;
 };
 

@@ -22,9 +22,9 @@ class Forward::Probe : public RouterProbe {
  public:
   explicit Probe(Forward& forward) : f_(forward) {}
   void logits(int64_t layer, float* out) override {
-    ActivationSums* const sums = std::exchange(f_.sums_, nullptr);  // a guess is not counted
+    Observer* const observer = std::exchange(f_.observer_, nullptr);  // a guess is not counted
     guess(layer, out);
-    f_.sums_ = sums;
+    f_.observer_ = observer;
   }
   const float* hidden() const override { return f_.s_.x; }
 
@@ -60,7 +60,7 @@ void Forward::look_ahead_first() {
 }
 
 Routes Forward::route(int64_t il, const float* in) {
-  copy_to_tap(il, in);
+  if (observer_) observer_->block_input(il, in);
   const ModelConfig& c = config_;
   const Matrix& router = layer(il).router;
   const Matrix& gate = layer(il).pregate;
@@ -138,8 +138,10 @@ Routes Forward::chosen(int64_t il, const std::vector<int32_t>& among) {
 }
 
 void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* out) {
-  copy_hidden_to_tap(il);
-  if (config_.routing.where == Where::kOnce) copy_to_tap(il, in);
+  if (observer_) {
+    observer_->hidden(il, s_.x);
+    if (config_.routing.where == Where::kOnce) observer_->block_input(il, in);
+  }
   const ModelConfig& c = config_;
   const int64_t k = c.n_expert_used, pairs = n_ * k, ff = c.n_ff_expert;
 

@@ -9,19 +9,22 @@
 #include <span>
 #include <vector>
 
+#include "runtime/core/activation_sums.h"
 #include "runtime/core/engine.h"
-#include "runtime/core/forward.h"
+#include "runtime/core/row.h"
 #include "runtime/kv/kv_cache.h"
 #include "runtime/sampling/sampler.h"
 
 namespace stoker {
 
 struct SequenceStats {
-  int64_t prompt_tokens = 0;  // evaluated several at a time
+  int64_t prompt_tokens = 0;
   double prompt_seconds = 0;
-  int64_t decode_tokens = 0;  // evaluated one at a time
+  int64_t decode_tokens = 0;  // decoded or drafted
   double decode_seconds = 0;
-  int64_t decode_bytes = 0;  // weight bytes those read
+  int64_t decode_bytes = 0;  // weight bytes those read: of a batch its part
+  StoreCounters experts;     // the parts of what its chunks cost
+  StreamCounters stream;
 };
 
 class Sequence {
@@ -32,32 +35,35 @@ class Sequence {
 
   int64_t position() const { return position_; }
   int64_t context() const { return kv_.context(); }
+  int64_t id() const { return id_; }  // no other sequence of this process has it
   const Engine& engine() const { return *engine_; }
   const SequenceStats& stats() const { return stats_; }
+  const KvCache& kv() const { return kv_; }
 
-  // Appends tokens [n], n >= 1. An interrupted evaluation leaves position() after the last whole
-  // chunk; where that moved it, there are no logits until the next evaluation.
-  void eval(std::span<const int32_t> tokens);
+  // Appends tokens [n], n >= 1, and keeps the logits after the last. An interrupted evaluation
+  // leaves position() after the last whole chunk; where that moved it, there are no logits until
+  // the next evaluation.
+  void eval(std::span<const int32_t> tokens, Phase phase = Phase::kPrompt);
   // The same, with the logits after each token: out [n][n_vocab].
   void eval_all(std::span<const int32_t> tokens, float* out);
   // The same, with the final-norm hidden state of each token: out [n][n_embd].
   void eval_hidden(std::span<const int32_t> tokens, float* out);
-  // The same, with what each layer's feed-forward or router reads: out [n_layer][n][n_embd].
-  void eval_taps(std::span<const int32_t> tokens, float* out);
-  // The same, and with what predictors see: hidden [n_layer + 1][n][n_embd], the embeddings first,
-  // then the hidden states at each mixture layer's look-ahead (others stay as they are).
-  void eval_hidden_taps(std::span<const int32_t> tokens, float* out, float* hidden);
-  // The same, with -ln p(tokens[i + 1]) after token i: out [n - 1], nats.
-  void eval_nll(std::span<const int32_t> tokens, double* out);
-  // The same, and adds the inputs of every product, those of the logits among them. Throws
-  // Error(kOption) where the sums are of another engine.
-  void eval_sums(std::span<const int32_t> tokens, double* out, ActivationSums& sums);
+  // The same, with what each layer's feed-forward or router reads: out [n_layer][n][n_embd]; and,
+  // unless it is null, with what predictors see: hidden [n_layer + 1][n][n_embd], the embeddings
+  // first, then the hidden states at each mixture layer's look-ahead (others stay as they are).
+  void eval_taps(std::span<const int32_t> tokens, float* out, float* hidden = nullptr);
+  // The same, with -ln p(tokens[i + 1]) after token i: out [n - 1], nats; and adds, unless it is
+  // null, the inputs of every product, those of the logits among them. Throws Error(kOption) where
+  // the sums are of another engine.
+  void eval_nll(std::span<const int32_t> tokens, double* out, ActivationSums* sums = nullptr);
   // Logits after the last token [n_vocab]. Throws Error(kOption) where nothing is evaluated.
   const std::vector<float>& logits() const;
   // Final-norm hidden state of the last token [n_embd].
   const std::vector<float>& hidden() const;
   // Throws Error(kOption) where the sampler is for another vocabulary.
   int32_t sample(Sampler& sampler) const;
+  // A step of generation: evaluates `token`, which was chosen before, and chooses the next.
+  int32_t decode(int32_t token, Sampler& sampler);
   // sample(), then eval() of the choice; at the end of the context the token is not evaluated
   // and the sequence stays as it is.
   int32_t step(Sampler& sampler);
@@ -68,14 +74,17 @@ class Sequence {
   void forget_cancel() { cancelled_.store(false, std::memory_order_relaxed); }
 
  private:
-  // Receives the forward of a chunk whose tokens begin at index `first` of the evaluation.
-  using Sink = std::function<void(Forward& forward, int64_t first, int64_t n)>;
-  void run(std::span<const int32_t> tokens, const Sink& sink, float* taps = nullptr,
-           float* hidden = nullptr);
+  friend class Batch;
+  // Rows of tokens [n] that all want the same, the last one also to be kept.
+  std::vector<Row> rows(std::span<const int32_t> tokens, uint8_t want);
+  void run(std::span<const Row> rows, const Outputs& out = {}, Observer* observer = nullptr,
+           Phase phase = Phase::kPrompt);
   void interrupt_if_asked();
-  void keep_last(Forward& forward, int64_t n);
+  // For one evaluation. Throws Error(kOption) where another thread has it.
+  void take();
+  void give_back() { busy_.clear(std::memory_order_release); }
 
-  // Prefetches itself to the engine as long as it lives.
+  // Tells the engine of itself as long as it lives.
   struct Opened {
     explicit Opened(const Engine& engine) : engine(engine) { engine.open_session(); }
     ~Opened() { engine.close_session(); }
@@ -87,15 +96,14 @@ class Sequence {
   std::shared_ptr<const Engine> engine_;
   Opened opened_;
   std::function<void()> poll_;
-  ActivationSums* sums_ = nullptr;   // during eval_sums
   std::function<void()> interrupt_;  // interrupt_if_asked(), for those who wait for reads
   KvCache kv_;
-  int64_t position_ = 0;
+  std::atomic<int64_t> position_{0};  // others may ask for it
   bool has_logits_ = false;
   std::vector<float> hidden_;  // [n_embd]
   std::vector<float> logits_;  // [n_vocab]
   SequenceStats stats_;
-  const int64_t id_;  // no other sequence of this process has it
+  const int64_t id_;
   std::atomic<bool> cancelled_{false};
   std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
   double last_poll_ = 0;

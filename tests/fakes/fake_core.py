@@ -127,7 +127,7 @@ class EngineSequence:
         self.context = engine.context
         self.tokens: list[int] = []
         self.evaluated: list[int] = []  # of each call: how many tokens
-        self.stats = {"decode_bytes": 0}
+        self.decoded = 0  # tokens
         self._has_logits = False
         self._cancelled = threading.Event()
 
@@ -135,7 +135,20 @@ class EngineSequence:
     def position(self) -> int:
         return len(self.tokens)
 
-    def eval(self, tokens: Sequence[int]) -> None:
+    @property
+    def stats(self) -> dict[str, Any]:
+        return {
+            "decode_tokens": self.decoded,
+            "decode_bytes": 1000 * self.decoded,
+            "experts": None,
+            "stream": None,
+        }
+
+    def decode(self, token: int, sampler: Sampler) -> int:
+        self.eval([token], "decode")
+        return self.sample(sampler)
+
+    def eval(self, tokens: Sequence[int], phase: str = "prompt") -> None:
         if not len(tokens):
             raise OptionError("expected at least 1 token, found none")
         if len(self.tokens) + len(tokens) > self.context:
@@ -152,7 +165,7 @@ class EngineSequence:
             time.sleep(0.001)
         self.tokens += tokens
         self.evaluated.append(len(tokens))
-        self.stats["decode_bytes"] += 1000 if len(tokens) == 1 else 0
+        self.decoded += len(tokens) if phase == "decode" else 0
         self._has_logits = True
 
     def logits(self) -> npt.NDArray[np.float32]:

@@ -163,9 +163,13 @@ struct Passer {
   }
   bool forward_pass(int64_t tokens, Certain certain, const std::function<void()>& poll = {}) {
     try {
-      std::vector<int32_t> chunk(static_cast<size_t>(tokens));
-      for (int32_t& t : chunk) t = static_cast<int32_t>(random() % 4);
-      store->begin(chunk, 0, &poll);
+      // Several rows are a prompt's, or the next tokens of so many sequences.
+      const bool prompt = tokens > 1 && random() % 2 == 0;
+      std::vector<StepRow> rows(static_cast<size_t>(tokens));
+      for (size_t i = 0; i < rows.size(); ++i) {
+        rows[i] = {prompt ? 0 : static_cast<int64_t>(i), static_cast<int32_t>(random() % 4)};
+      }
+      store->begin({prompt ? Phase::kPrompt : Phase::kDecode, rows}, &poll);
       // One router for all layers where all are certain at once.
       const Routes once = routes(tokens);
       for (int64_t l = 0; certain == Certain::kAllAtOnce && l < Mixture::kLayers; ++l) {

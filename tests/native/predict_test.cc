@@ -111,7 +111,10 @@ std::vector<Guess> forward_pass(Predictor& predictor, const PredictorShape& s, c
                                 int64_t tokens, Random& random) {
   std::vector<Guess> all, guesses;
   Hidden ahead(x, tokens * s.n_expert);
-  predictor.begin(tokens);
+  std::vector<StepRow> rows(static_cast<size_t>(tokens));
+  const bool prompt = tokens > 1 && random() % 2 == 0;
+  for (size_t i = 0; i < rows.size(); ++i) rows[i].sequence = prompt ? 0 : static_cast<int64_t>(i);
+  predictor.begin({prompt ? Phase::kPrompt : Phase::kDecode, rows});
   for (int64_t layer = -1; layer < s.n_layer; ++layer) {
     if (layer >= 0) {
       if (!s.mixture[static_cast<size_t>(layer)]) continue;
@@ -219,9 +222,9 @@ void test_history(const PredictorShape& s) {
   std::vector<Guess> guesses;
   int now = 0, next = 0, routers = 0;
   for (int64_t i = 0; i < 60; ++i) {
-    const int32_t token[] = {static_cast<int32_t>(100 + i % kPeriod)};
-    history.begin(7, token);
-    predictor->begin(1);
+    const StepRow row[] = {{7, static_cast<int32_t>(100 + i % kPeriod)}};
+    history.begin({Phase::kDecode, row});
+    predictor->begin({Phase::kDecode, row});
     taken.emplace_back(static_cast<size_t>(s.n_layer));
     for (int64_t layer = -1; layer < s.n_layer; ++layer) {
       if (layer >= 0) {

@@ -35,9 +35,15 @@ struct Text {
 
   explicit Text(int64_t size) : history(kLayers, kUsed, size) {}
 
+  std::vector<StepRow> rows;  // of the last step
+
   void begin(int64_t stream, const std::vector<int32_t>& tokens) {
-    history.begin(stream, tokens);
-    for (int32_t t : tokens) streams[stream].push_back({t, n++});
+    rows.clear();
+    for (int32_t t : tokens) {
+      rows.push_back({stream, t});
+      streams[stream].push_back({t, n++});
+    }
+    history.begin({tokens.size() == 1 ? Phase::kDecode : Phase::kPrompt, rows});
   }
   void take(const std::vector<int32_t>& tokens) {
     for (int64_t l = 0; l < kLayers; ++l) {
@@ -125,6 +131,44 @@ void test_unfinished_walks_foretell_nothing() {
   text.begin(1, {1, 2});  // interrupted
   text.begin(1, {1});
   CHECK(text.history.match() == 1 && text.history.foretold(0, 0).empty());
+}
+
+void test_rows_of_several_streams() {
+  Text text(64);
+  text.add(1, {1, 2, 3, 4});  // 0 .. 3
+  text.add(2, {7, 8, 9, 5});  // 4 .. 7
+  text.add(1, {1});           // 8
+  text.add(2, {7});           // 9
+  const std::vector<StepRow> next = {{2, 8}, {1, 2}, {3, 9}};  // 10 .. 12
+  text.history.begin({Phase::kDecode, next});
+  CHECK(!text.history.is_single() && !text.history.as_foretold());
+  CHECK(text.history.match(0) == 2 && text.history.match(1) == 2 && text.history.match(2) == 1);
+  CHECK(text.history.foretold(0, 1, 0)[0] == expert(5, 1, 0));
+  CHECK(text.history.foretold(1, 0, 0)[2] == expert(6, 0, 2));
+  CHECK(text.history.foretold(0, 0, 1)[0] == expert(1, 0, 0));
+  CHECK(text.history.foretold(1, 0, 2)[0] == expert(7, 0, 0));
+  // All three go on as foretold.
+  const std::vector<StepRow> then = {{1, 3}, {3, 5}, {2, 9}};
+  text.history.begin({Phase::kDecode, then});
+  CHECK(text.history.as_foretold());
+  CHECK(text.history.match(0) == 3 && text.history.match(1) == 2 && text.history.match(2) == 3);
+  // One does not.
+  const std::vector<StepRow> other = {{1, 4}, {3, 1}, {2, 5}};
+  text.history.begin({Phase::kDecode, other});
+  CHECK(!text.history.as_foretold());
+}
+
+void test_drafts_are_not_remembered() {
+  Text text(64);
+  text.add(1, {1, 2, 3});
+  const std::vector<StepRow> draft = {{1, 1}, {1, 2}};
+  text.history.begin({Phase::kVerify, draft});
+  CHECK(text.history.match(0) == 0 && text.history.token(1) == 2);
+  Routes routes;
+  routes.expert.assign(2 * kUsed, 5);
+  text.history.take(0, routes);
+  text.begin(1, {1});  // it follows the 3
+  CHECK(text.history.match() == 1 && text.foretells(0, 0) && text.foretells(1, 1));
 }
 
 // Random texts of few words, in several streams, chunks of any length, and a ring that overflows,

@@ -182,7 +182,7 @@ struct Passer {
 
   // One forward pass; sometimes not to its end, or with a part left out or twice.
   void go(const std::function<void()>* poll, bool orderly) {
-    stream->begin(1 + static_cast<int64_t>(random() % 2), poll);
+    stream->begin(random() % 2 == 0 ? Phase::kPrompt : Phase::kDecode, poll);
     rows();
     for (size_t i = 0; i < order.size();) {
       const size_t n = std::min<size_t>(1 + random() % 3, order.size() - i);
@@ -220,7 +220,7 @@ void test_a_walk_reads_once(const Files& files) {
   w.go(nullptr, true);
   for (int i = 0; i < 3; ++i) {
     const int64_t before = w.stream->statistics().bytes;
-    w.stream->begin(2, nullptr);
+    w.stream->begin(Phase::kPrompt, nullptr);
     for (size_t t = 0; t < w.order.size(); ++t) w.take(t, t + 1);
     check(w.stream->statistics().bytes - before == w.stream->plan().streamed_bytes,
           "a forward pass in order reads the streamed weights, once");
@@ -291,7 +291,7 @@ void test_watched(const Files& files) {
   std::thread watcher([&] {
     int64_t last = 0;
     while (!done.load()) {
-      const stoker::StreamStatistics s = w.stream->statistics();
+      const stoker::StreamCounters s = w.stream->statistics();
       rises &= s.bytes >= last && s.stall_s >= 0;
       last = s.bytes;
     }
