@@ -1,6 +1,6 @@
 """Instructions a weight: the NEON kernels against the AVX2 ones, counted under emulation.
 
-    python -m mobile_bench.instruction_counts [--formats Q4_0,Q4_K] [--json]
+    python mobile_bench/checks/instruction_counts.py [--formats Q4_0,Q4_K] [--json]
 
 From a checkout, on Linux. Where no ARM machine is at hand, counts tell whether the NEON kernels
 waste instructions; they tell nothing about time. kernel_instructions (native/) is built for both
@@ -133,8 +133,8 @@ def build(folder: Path) -> tuple[Path, Path]:
     name = "kernel_instructions"
     if not (NATIVE / f"{name}.cc").is_file():
         raise SystemExit("instruction_counts: needs a checkout of the sources")
-    native = folder / "native"  # of `make test-native`, which has compiled most of it
-    here = native if (native / "CMakeCache.txt").is_file() else folder / "instructions"
+    dev = folder / "dev"  # of `make test`, which has compiled most of it
+    here = dev if (dev / "CMakeCache.txt").is_file() else folder / "instructions"
     configure = ["cmake", "-S", str(ROOT), "-B", str(here), "-DSTOKER_PYTHON=OFF"]
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 2)
     for command in (

@@ -58,11 +58,10 @@ void drop_page_cache(const GgufFile& file) {
 // runtime/bind/bind_engine.cc: Engine.plan
 Json plan_json(const Engine& engine) {
   const Plan& p = engine.plan();
-  constexpr const char* kPrecisions[] = {"fast", "balanced", "high"};
   JsonObject o;
   o.set("isa", isa_name(p.isa)).set("threads", p.threads).set("context", p.context);
   o.set("chunk", p.chunk).set("kv_type", engine.kv_f16() ? "f16" : "f32");
-  o.set("precision", kPrecisions[static_cast<int>(engine.precision())]);
+  o.set("precision", kPrecisionNames[static_cast<int>(engine.precision())]);
   o.set("weight_bytes", p.weight_bytes).set("kv_bytes", p.kv_bytes);
   o.set("scratch_bytes", p.scratch_bytes).set("token_bytes", p.token_bytes);
   o.set("layer_macs", p.layer_macs).set("streamed_bytes", p.streamed_bytes);
@@ -75,7 +74,12 @@ Json plan_json(const Engine& engine) {
     part.set("balanced", w.balanced).set("products", w.products).set("weights", w.weights);
     work.push_back(part.set("bytes", w.bytes).json());
   }
-  o.set("work", work).set("memory", p.memory.budget);
+  JsonObject kinds;
+  for (int i = 0; i < kTensorKinds; ++i) {
+    const int64_t bytes = p.bytes_by_kind[static_cast<size_t>(i)];
+    if (bytes > 0) kinds.set(tensor_kind_name(static_cast<TensorKind>(i)), bytes);
+  }
+  o.set("work", work).set("kinds", kinds.json()).set("memory", p.memory.budget);
   const MemoryPlan& m = p.memory;
   if (m.budget == 0) return o.json();
   o.set("process_bytes", m.process).set("ring_bytes", m.ring).set("margin_bytes", m.margin);

@@ -185,8 +185,9 @@ def _main(arguments: Sequence[str] | None) -> int:
             stream.reconfigure(errors="replace")
     command = typer.main.get_command(app)
     try:
+        given = sys.argv[1:] if arguments is None else list(arguments)
         code = command.main(
-            args=None if arguments is None else list(arguments),
+            args=[_encodable(argument) for argument in given],
             prog_name="stoker",
             standalone_mode=False,
         )
@@ -203,6 +204,16 @@ def _main(arguments: Sequence[str] | None) -> int:
         message, code = _describe(error)
         print(f"stoker: error: {' '.join(message.split())}", file=sys.stderr)
         return code
+
+
+def _encodable(argument: str) -> str:
+    """An argument that a file may be named by. Raises OptionError for what no system passes on."""
+    try:
+        if b"\0" not in os.fsencode(argument):
+            return argument
+    except UnicodeEncodeError:  # half of a character
+        pass
+    raise OptionError(f"expected text, found {argument!r}")
 
 
 def _describe(error: Exception) -> tuple[str, int]:

@@ -384,11 +384,12 @@ def test_a_device_cannot_be_measured_so(
 
 def test_neon_kernels_take_few_instructions(build: Path) -> None:
     """At most 1.3 times the AVX2 kernels', and the same bits."""
-    folder = Path(os.environ.get("STOKER_X86_BUILD") or ROOT / "build" / "native")
+    folder = Path(os.environ.get("STOKER_X86_BUILD") or ROOT / "build" / "dev")
     x86 = folder / "kernel_instructions"
     if not x86.is_file() or shutil.which("qemu-x86_64") is None:
         pytest.skip(f"no {x86} (cmake -DSTOKER_BENCH=ON), or no qemu-x86_64")
-    program, arm = ROOT / "mobile_bench" / "instruction_counts.py", build / "kernel_instructions"
+    program = ROOT / "mobile_bench" / "checks" / "instruction_counts.py"
+    arm = build / "kernel_instructions"
     done = subprocess.run(
         [sys.executable, program, "--json", "--x86", x86, "--arm", arm],
         capture_output=True,
