@@ -172,9 +172,7 @@ class Sequence:
     def position(self) -> int: ...  # tokens evaluated
     @property
     def context(self) -> int: ...
-    def eval(
-        self, tokens: SequenceOf[int] | npt.NDArray[np.int32], phase: str = "prompt"
-    ) -> None:
+    def eval(self, tokens: SequenceOf[int] | npt.NDArray[np.int32], phase: str = "prompt") -> None:
         """Appends tokens (n >= 1); afterwards logits() are those after the last one.
 
         phase: what they are, prompt, decode (a token that was chosen) or verify (drafts).

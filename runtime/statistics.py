@@ -84,7 +84,9 @@ def _share(part: float, rest: float) -> float:
 _T = TypeVar("_T", ExpertStatistics, StreamStatistics)
 
 
-def gained(kind: type[_T], before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> _T | None:
+def gained(
+    kind: type[_T], before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
+) -> _T | None:
     """What counters of this kind have gained; None where there are none."""
     if before is None or now is None:
         return None

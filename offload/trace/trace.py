@@ -408,7 +408,9 @@ class TraceWriter:
         self._file.write(f"# n_layer={n_layer} n_expert={n_expert} n_expert_used={n_expert_used}\n")
         for layer, nbytes in enumerate(expert_bytes or ()):
             self._file.write(f"# layer={layer} expert_bytes={nbytes}\n")
-        self._rows.writerow([*_COLUMNS, "hit", "wait_us", *(["token", "sequence"] if tokens else [])])
+        self._rows.writerow(
+            [*_COLUMNS, "hit", "wait_us", *(["token", "sequence"] if tokens else [])]
+        )
 
     def visit(
         self,

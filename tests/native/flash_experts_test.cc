@@ -31,9 +31,11 @@ using stoker::FlashExperts;
 using stoker::FlashReader;
 using stoker::Layout;
 using stoker::Matrix;
+using stoker::Phase;
 using stoker::PredictorShape;
 using stoker::PrefetchMode;
 using stoker::Routes;
+using stoker::StepRow;
 using stoker::UnitId;
 
 struct Interrupted {};

@@ -8,7 +8,9 @@
 
 #include "offload/predict/token_history.h"
 
+using stoker::Phase;
 using stoker::Routes;
+using stoker::StepRow;
 using stoker::TokenHistory;
 
 namespace {
@@ -223,6 +225,8 @@ int main() {
   test_a_loop_goes_on();
   test_streams_do_not_mix();
   test_unfinished_walks_foretell_nothing();
+  test_rows_of_several_streams();
+  test_drafts_are_not_remembered();
   for (uint64_t seed = 1; seed <= 20; ++seed) test_random(seed);
   std::puts("ok");
 }
