@@ -67,8 +67,8 @@ class FlashExperts : public ExpertStore {
   const StoreCounters& counters() const { return statistics_; }
   // How prefetch goes, for people; for any thread.
   std::string prefetch_description() const;
-  // Another session's `bytes` come out of the cache, and go back to it. Between chunks. Throws
-  // Error(kBudget) where the cache would be too small to work.
+  // Sequences' `bytes` come out of the cache (0: it would be too small to work), and go back to it.
+  // Their bytes. Between chunks.
   int64_t lend(int64_t bytes);
   int64_t take_back(int64_t bytes) { return cache_.take_back(bytes); }
   Predictor* predictor() { return predictor_.get(); }

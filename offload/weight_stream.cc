@@ -23,6 +23,12 @@ Extent row_extent(const StreamTensor& t, int64_t row) {
   return {t.extent.shard, t.extent.offset + static_cast<uint64_t>(row) * bytes, bytes};
 }
 
+int64_t lent_bytes(const StreamPlan& plan) {
+  int64_t bytes = 0;
+  for (const int32_t i : plan.lent) bytes += page_span(plan.reads[static_cast<size_t>(i)].extent);
+  return bytes;
+}
+
 // Pages that a row may touch.
 uint64_t row_span(const StreamTensor& t) {
   return (static_cast<uint64_t>(t.row_bytes()) + 2 * kIoAlign - 1) / kIoAlign * kIoAlign;
@@ -37,6 +43,7 @@ WeightStream::WeightStream(std::shared_ptr<FlashReader> reader, StreamPlan plan,
       lookup_(lookup),
       kept_(static_cast<uint64_t>(plan_.pinned_bytes), "weights"),
       arena_(static_cast<uint64_t>(plan_.ring_bytes), "streamed weights"),
+      lent_memory_(static_cast<uint64_t>(lent_bytes(plan_)), "weights"),
       pinned_(plan_.reads.size()),
       row_memory_(static_cast<uint64_t>(lookup_bytes(lookup)), "embeddings") {
   for (size_t i = 0; i < plan_.pieces.size(); ++i) {
@@ -47,11 +54,19 @@ WeightStream::WeightStream(std::shared_ptr<FlashReader> reader, StreamPlan plan,
     ranges_[tensor].last = number + 1;
   }
   std::vector<FlashReader::Piece> reads;
-  uint8_t* at = kept_.data();
+  uint8_t* at = lent_memory_.data();
+  for (const int32_t i : plan_.lent) {
+    const StreamRead& r = plan_.reads[static_cast<size_t>(i)];
+    reads.push_back({r.extent, at});
+    lent_at_.push_back(at);
+    pinned_[static_cast<size_t>(i)] = at;
+    at += page_span(r.extent);
+  }
+  at = kept_.data();
   for (size_t i = 0; i < plan_.reads.size(); ++i) {
     const StreamRead& r = plan_.reads[i];
     if (!r.pinned) {
-      streamed_.push_back(static_cast<int32_t>(i));
+      if (!pinned_[i]) streamed_.push_back(static_cast<int32_t>(i));
       continue;
     }
     reads.push_back({r.extent, at});
@@ -130,6 +145,52 @@ void WeightStream::release() {
   }
   last_given_ = -1;
   given_bytes_ = 0;
+  pump();
+}
+
+int64_t WeightStream::lend(int64_t bytes) {
+  int64_t total = 0;
+  for (; given_up_ < plan_.lent.size() && total < bytes; ++given_up_) {
+    const int32_t i = plan_.lent[given_up_];
+    const int64_t span = page_span(read(i).extent);
+    pinned_[static_cast<size_t>(i)] = nullptr;
+    streamed_.insert(std::upper_bound(streamed_.begin(), streamed_.end(), i), i);
+    lent_memory_.release(lent_at_[given_up_], static_cast<uint64_t>(span));
+    total += span;
+  }
+  if (total > 0) restart();
+  return total;
+}
+
+int64_t WeightStream::take_back(int64_t bytes) {
+  int64_t total = 0;
+  std::vector<FlashReader::Piece> reads;
+  while (given_up_ > 0) {
+    const int32_t i = plan_.lent[given_up_ - 1];
+    const int64_t span = page_span(read(i).extent);
+    if (total + span > bytes) break;
+    --given_up_;
+    total += span;
+    reads.push_back({read(i).extent, lent_at_[given_up_]});
+  }
+  if (reads.empty()) return 0;
+  drop(ring_.size());
+  reader_->read_all(reads, none_);
+  count(total, 0);
+  const size_t first = given_up_;
+  for (size_t k = first; k < first + reads.size(); ++k) {
+    const int32_t i = plan_.lent[k];
+    pinned_[static_cast<size_t>(i)] = lent_at_[k];
+    std::erase(streamed_, i);
+  }
+  restart();
+  return total;
+}
+
+void WeightStream::restart() {
+  drop(ring_.size());
+  if (streamed_.empty()) return;
+  next_ = *streamed_.begin();
   pump();
 }
 

@@ -50,6 +50,11 @@ class WeightStream {
   // What get() gave is done with: reads go on in its place.
   void release();
 
+  // Gives up lent weights (stream_plan.h) of at least `bytes`, or all of them; their bytes. Takes
+  // back such weights of at most `bytes`, which are read again; their bytes. Between chunks.
+  int64_t lend(int64_t bytes);
+  int64_t take_back(int64_t bytes);
+
   // Rows of the lookup matrix, at most kLookupRows of them; valid until the next call.
   static constexpr size_t kLookupRows = 32;
   std::span<const uint8_t* const> rows(std::span<const int32_t> numbers);
@@ -77,6 +82,8 @@ class WeightStream {
   // Where a piece lies in its read at `data`.
   const uint8_t* weights(int32_t piece, const uint8_t* data) const;
   int32_t streamed_after(int32_t read) const;
+  // The streamed reads have changed: reads go on with the first one that is not in the ring.
+  void restart();
   // Submits reads while the ring has room.
   void pump();
   // Ends the reads of the first `count` of ring_, or throws them away where they have not begun.
@@ -87,10 +94,12 @@ class WeightStream {
   const std::shared_ptr<FlashReader> reader_;
   const StreamPlan plan_;
   const StreamTensor lookup_;
-  HugeMemory kept_, arena_;
+  HugeMemory kept_, arena_, lent_memory_;
   std::vector<Range> ranges_;      // by tensor
   std::vector<uint8_t*> pinned_;   // [reads], of the pinned ones, else null
   std::vector<int32_t> streamed_;  // streamed reads, ascending
+  std::vector<uint8_t*> lent_at_;  // [plan's lent] where each is, or was
+  size_t given_up_ = 0;            // of the plan's lent, from the first
   std::deque<Passing> ring_;       // in the order of use
   size_t given_ = 0;               // of it, from the first, up to the last that get() gave from
   int32_t last_given_ = -1;        // piece; -1: none since release()

@@ -13,13 +13,32 @@ namespace stoker {
 inline constexpr int kKeyTile = 16;
 inline constexpr int kAttentionBlock = 64;
 
-// One KV head's cache of one layer, f16 or f32 elements.
-//   K: [context / 16][head_dim][16]  keys of 16 positions side by side, one lane each
-//   V: [context][head_dim_v]
+enum class KvType {
+#define STOKER_KV_TYPE(name, element) name,
+#include "kernels_cpu/ops/kv_types.inc"
+#undef STOKER_KV_TYPE
+};
+constexpr const char* kKvTypeNames[] = {
+#define STOKER_KV_TYPE(name, element) #name,
+#include "kernels_cpu/ops/kv_types.inc"
+#undef STOKER_KV_TYPE
+};
+constexpr int64_t kKvElementBytes[] = {
+#define STOKER_KV_TYPE(name, element) sizeof(element),
+#include "kernels_cpu/ops/kv_types.inc"
+#undef STOKER_KV_TYPE
+};
+constexpr int64_t kv_element_bytes(KvType type) {
+  return kKvElementBytes[static_cast<size_t>(type)];
+}
+
+// One KV head's cache of one layer, in pages of kAttentionBlock positions. In each, from its start:
+//   at k: [kAttentionBlock / 16][head_dim][16]  keys of 16 positions side by side, one lane each
+//   at v: [kAttentionBlock][head_dim_v]         and 64 readable bytes after them
 struct KvHead {
-  void* k = nullptr;
-  void* v = nullptr;
-  bool f16 = true;
+  uint8_t* const* pages = nullptr;  // by position / kAttentionBlock
+  int64_t k = 0, v = 0;             // bytes from a page's start
+  KvType type = KvType::f16;
 };
 
 // Attention of `rows` query rows (token, head) that share one KV head.

@@ -60,9 +60,10 @@ Json plan_json(const Engine& engine) {
   const Plan& p = engine.plan();
   JsonObject o;
   o.set("isa", isa_name(p.isa)).set("threads", p.threads).set("context", p.context);
-  o.set("chunk", p.chunk).set("kv_type", engine.kv_f16() ? "f16" : "f32");
+  o.set("chunk", p.chunk).set("kv_type", kKvTypeNames[static_cast<int>(engine.kv_type())]);
   o.set("precision", kPrecisionNames[static_cast<int>(engine.precision())]);
   o.set("weight_bytes", p.weight_bytes).set("kv_bytes", p.kv_bytes);
+  o.set("kv_lent_bytes", p.kv_lent_bytes);
   o.set("scratch_bytes", p.scratch_bytes).set("token_bytes", p.token_bytes);
   o.set("layer_macs", p.layer_macs).set("streamed_bytes", p.streamed_bytes);
   o.set("least_memory", p.least_memory);

@@ -188,7 +188,8 @@ Options parse_options(int argc, char** argv) {
           static_cast<Precision>(choice(name, value, {"fast", "balanced", "high"}));
       named(value);
     } else if (name == "--kv") {
-      o.engine.kv_f16 = choice(name, value, {"f16", "f32"}) == 0;
+      o.engine.kv_type = static_cast<KvType>(
+          choice(name, value, {std::begin(kKvTypeNames), std::end(kKvTypeNames)}));
       named(value);
     } else if (name == "--policy") {
       offload.policy = value;

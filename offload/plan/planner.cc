@@ -41,6 +41,12 @@ void set_slots(MemoryPlan& p, const Layout& layout, std::vector<int64_t> slots) 
 
 int64_t memory_margin(int64_t budget) { return std::max(kLeastMargin, budget / kMarginShare); }
 
+int64_t bytes_of(const Layout& layout, const std::vector<int64_t>& slots) {
+  int64_t bytes = 0;
+  for (size_t c = 0; c < slots.size(); ++c) bytes += slots[c] * layout.class_bytes()[c];
+  return bytes;
+}
+
 int64_t least_slot_bytes(const Layout& layout, int64_t experts_used) {
   int64_t least = 0;
   for (size_t c = 0; c < layout.class_bytes().size(); ++c) {

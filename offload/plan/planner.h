@@ -18,7 +18,8 @@ struct MemoryPlan {
   int64_t kv = 0;       // of one session at its full context
   int64_t scratch = 0;
   int64_t margin = 0;
-  std::vector<int64_t> slots;  // of each size class
+  std::vector<int64_t> slots;  // of each size class, where sequences have all of theirs
+  std::vector<int64_t> first_slots;  // at the start, when they have nothing yet
   int64_t slot_bytes = 0;      // of all slots
   int64_t expert_bytes = 0;    // of all experts of the model
   int64_t n_slots = 0, n_units = 0;
@@ -34,6 +35,9 @@ struct FixedMemory {
   int64_t process_varies = 0;
   int64_t total() const { return process + pinned + ring + kv + scratch; }
 };
+
+// Bytes of so many slots of each size class.
+int64_t bytes_of(const Layout& layout, const std::vector<int64_t>& slots);
 
 // Bytes of the fewest slots that work.
 int64_t least_slot_bytes(const Layout& layout, int64_t experts_used);

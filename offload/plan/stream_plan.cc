@@ -163,4 +163,32 @@ StreamPlan plan_stream(const std::vector<StreamTensor>& order, int64_t room) {
   return plan;
 }
 
+int64_t lend_to_pinned(StreamPlan& plan, int64_t bytes) {
+  int64_t total = 0, lent = 0, earned = 0;
+  for (const StreamRead& r : plan.reads) total += r.pinned ? 0 : page_span(r.extent);
+  if (total == 0 || bytes <= 0) return 0;
+  const double share = std::min(1.0, static_cast<double>(bytes) / static_cast<double>(total));
+  std::vector<int32_t> chosen;
+  for (size_t i = 0; i < plan.reads.size(); ++i) {
+    if (plan.reads[i].pinned) continue;
+    const int64_t span = page_span(plan.reads[i].extent);
+    earned += static_cast<int64_t>(std::ceil(static_cast<double>(span) * share));
+    if (earned < span || lent + span > bytes) continue;
+    earned -= span;
+    lent += span;
+    chosen.push_back(static_cast<int32_t>(i));
+  }
+  // In the order of their numbers' bits reversed.
+  size_t size = 1;
+  while (size < chosen.size()) size *= 2;
+  for (size_t i = 0; i < size; ++i) {
+    size_t reversed = 0;
+    for (size_t bit = 1, other = size / 2; bit < size; bit *= 2, other /= 2) {
+      if (i & bit) reversed |= other;
+    }
+    if (reversed < chosen.size()) plan.lent.push_back(chosen[reversed]);
+  }
+  return lent;
+}
+
 }  // namespace stoker

@@ -46,6 +46,9 @@ struct StreamPlan {
   int64_t pinned_bytes = 0;         // memory of the pinned reads
   int64_t ring_bytes = 0;           // memory that the others are streamed through
   int64_t streamed_bytes = 0;       // bytes of these others: what each forward pass reads
+  // Some of these others that are in memory until it is needed elsewhere, in the order in which they
+  // leave: any first ones of them are spread evenly over the forward pass.
+  std::vector<int32_t> lent;
 };
 
 // order: the matrices in the order in which a forward pass uses them; room: memory for the
@@ -53,6 +56,10 @@ struct StreamPlan {
 // that reads and computation overlap everywhere. Where `room` is too small for that, nothing is
 // pinned and the ring is the smallest that works.
 StreamPlan plan_stream(const std::vector<StreamTensor>& order, int64_t room);
+
+// Pins streamed reads of at most `bytes` for as long as nobody else needs the memory. Returns their
+// bytes.
+int64_t lend_to_pinned(StreamPlan& plan, int64_t bytes);
 
 // Bytes of memory that an extent takes, as direct reads deliver it: whole pages.
 int64_t page_span(const Extent& extent);

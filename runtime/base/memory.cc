@@ -83,4 +83,22 @@ void HugeMemory::protect() {
 #endif
 }
 
+uint8_t* map_pages(uint64_t bytes) {
+#if STOKER_POSIX
+  void* p = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  return p == MAP_FAILED ? nullptr : static_cast<uint8_t*>(p);
+#else
+  return static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(4096), std::nothrow));
+#endif
+}
+
+void unmap_pages(uint8_t* p, uint64_t bytes) {
+#if STOKER_POSIX
+  ::munmap(p, bytes);
+#else
+  (void)bytes;
+  ::operator delete(p, std::align_val_t(4096));
+#endif
+}
+
 }  // namespace stoker

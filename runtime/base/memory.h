@@ -28,4 +28,8 @@ class HugeMemory {
   uint64_t size_ = 0;
 };
 
+// Anonymous memory of whole pages of the system; null where there is none.
+uint8_t* map_pages(uint64_t bytes);
+void unmap_pages(uint8_t* p, uint64_t bytes);
+
 }  // namespace stoker

@@ -108,16 +108,17 @@ nb::list to_list(const std::vector<stoker::OpCost>& work) {
   return list;
 }
 
-nb::dict to_dict(const stoker::Plan& p, bool kv_f16, stoker::Precision precision) {
+nb::dict to_dict(const stoker::Plan& p, stoker::KvType kv_type, stoker::Precision precision) {
   nb::dict d;
   d["isa"] = stoker::isa_name(p.isa);
   d["threads"] = p.threads;
   d["context"] = p.context;
   d["chunk"] = p.chunk;
-  d["kv_type"] = stoker::kKvTypeNames[kv_f16 ? 0 : 1];
+  d["kv_type"] = stoker::kKvTypeNames[static_cast<int>(kv_type)];
   d["precision"] = stoker::kPrecisionNames[static_cast<int>(precision)];
   d["weight_bytes"] = p.weight_bytes;
   d["kv_bytes"] = p.kv_bytes;
+  d["kv_lent_bytes"] = p.kv_lent_bytes;
   d["scratch_bytes"] = p.scratch_bytes;
   d["token_bytes"] = p.token_bytes;
   d["layer_macs"] = p.layer_macs;
@@ -147,7 +148,7 @@ nb::dict to_dict(const stoker::Plan& p, bool kv_f16, stoker::Precision precision
 
 nb::dict config_of(const Engine& e) { return to_dict(e.config(), e.plan().context); }
 
-nb::dict plan_of(const Engine& e) { return to_dict(e.plan(), e.kv_f16(), e.precision()); }
+nb::dict plan_of(const Engine& e) { return to_dict(e.plan(), e.kv_type(), e.precision()); }
 
 // What an Engine of these options would have as its config and plan, from the header alone.
 nb::tuple plan_without_load(const stoker::GgufFile& file, const nb::kwargs& given) {
@@ -158,7 +159,7 @@ nb::tuple plan_without_load(const stoker::GgufFile& file, const nb::kwargs& give
     load = stoker::plan_load(file, options);
   }
   return nb::make_tuple(to_dict(load.config, load.plan.context),
-                        to_dict(load.plan, options.kv_f16, options.precision));
+                        to_dict(load.plan, options.kv_type, options.precision));
 }
 
 // Left as it is in a process that was forked since: to take it apart, it would wait for threads
@@ -483,6 +484,7 @@ void bind_engine(nb::module_& m) {
              return t.step(sampler);
            })
       .def("truncate", &Sequence::truncate)
+      .def("fork", &Sequence::fork)
       .def("cancel", &Sequence::cancel)
       .def("forget_cancel", &Sequence::forget_cancel)
       .def_prop_ro("stats", stats_of);

@@ -43,7 +43,8 @@ constexpr Option kOptions[] = {
     {"context", [](EngineOptions& o, nb::handle v) { o.context = as<int64_t>(v); }},
     {"kv_type",
      [](EngineOptions& o, nb::handle v) {
-       o.kv_f16 = one_of("kv_type", stoker::kKvTypeNames, as<std::string>(v)) == 0;
+       o.kv_type = static_cast<stoker::KvType>(
+           one_of("kv_type", stoker::kKvTypeNames, as<std::string>(v)));
      }},
     {"precision",
      [](EngineOptions& o, nb::handle v) {

@@ -113,7 +113,12 @@ void Batch::run() {
 
 void Batch::chunk(std::span<const Row> rows) {
   const ThreadPool::Lease lease(engine_.pool());
-  engine_.settle_sessions();
+  for (Member& m : members_) {
+    m.rows = 0;
+    m.kept = false;
+  }
+  for (const Row& row : rows) ++member(row.sequence).rows;
+  make_room();
   const double start = now();
   FlashExperts* const flash = engine_.flash();
   ExpertStore* const experts = engine_.weights().experts.get();
@@ -142,11 +147,6 @@ void Batch::chunk(std::span<const Row> rows) {
     engine_.family().layer(forward, il);
   }
   if (experts) experts->end();
-  for (Member& m : members_) {
-    m.rows = 0;
-    m.kept = false;
-  }
-  for (const Row& row : rows) ++member(row.sequence).rows;
   // Logits that are there are of a row before these.
   for (const Member& m : members_) {
     if (m.rows > 0) m.sequence->has_logits_ = false;
@@ -172,6 +172,20 @@ void Batch::chunk(std::span<const Row> rows) {
     if (flash) add_share(s.stats_.experts, store_before, flash->counters(), before, m.rows, n);
     if (stream) add_share(s.stats_.stream, stream_before, stream->statistics(), before, m.rows, n);
     before += m.rows;
+  }
+}
+
+void Batch::make_room() {
+  int64_t bytes = 0;
+  for (const Member& m : members_) {
+    const int64_t begin = m.sequence->position_;
+    m.sequence->kv_.leave_behind(begin, begin + m.rows);
+    bytes += m.sequence->kv_.missing(begin, begin + m.rows);
+  }
+  engine_.make_room(bytes);
+  for (const Member& m : members_) {
+    const int64_t begin = m.sequence->position_;
+    m.sequence->kv_.reserve(begin, begin + m.rows);
   }
 }
 

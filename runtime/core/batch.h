@@ -37,6 +37,8 @@ class Batch {
   };
   void check() const;
   void chunk(std::span<const Row> rows);
+  // Pages for the chunk's rows.
+  void make_room();
   // Computes what the chunk's rows want.
   void outputs(std::span<const Row> rows, Forward& forward);
   void keep(Sequence& sequence, const float* hidden, const float* logits);

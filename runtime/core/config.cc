@@ -235,4 +235,13 @@ void finish_config(const GgufFile& file, ModelConfig& c) {
   }
 }
 
+KvShape kv_shape(const ModelConfig& c) {
+  KvShape shape{c.n_head_kv, c.head_dim, c.head_dim_v, {}};
+  for (int64_t il = 0; il < c.n_layer; ++il) {
+    const bool windowed = c.causal && c.sliding[static_cast<size_t>(il)];
+    shape.window.push_back(windowed ? c.sliding_window : 0);
+  }
+  return shape;
+}
+
 }  // namespace stoker

@@ -9,7 +9,7 @@
 #include "runtime/core/routing.h"
 #include "runtime/gguf/gguf.h"
 #include "kernels_cpu/ops/ops.h"
-#include "runtime/kv/kv_cache.h"
+#include "runtime/kv/kv_shape.h"
 
 namespace stoker {
 
@@ -66,9 +66,8 @@ struct ModelConfig {
   bool is_mixture() const { return n_expert > 0; }
 };
 
-inline KvShape kv_shape(const ModelConfig& c) {
-  return {c.n_layer, c.n_head_kv, c.head_dim, c.head_dim_v};
-}
+// What its layers keep of a token.
+KvShape kv_shape(const ModelConfig& c);
 
 // Reads the keys that every family shares; throws Error(kModelFile) where one is missing or
 // makes no sense.

@@ -8,6 +8,7 @@
 #include "runtime/base/errors.h"
 #include "runtime/gguf/metadata_keys.h"
 #include "runtime/core/forward.h"
+#include "offload/pools/cache.h"
 #include "runtime/kv/kv_cache.h"
 #include "runtime/base/printable.h"
 
@@ -182,7 +183,6 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   if (o.memory < 0) {
     throw Error(ErrorKind::kOption, "memory: expected bytes, found " + std::to_string(o.memory));
   }
-  p.kv_bytes = KvCache::nbytes(kv_shape(c), p.context, options.kv_f16);
   Partition parts = partition(file, c, family.tensors);
   for (const OpCost& w : parts.work) {
     p.token_bytes += w.bytes;
@@ -201,6 +201,8 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   while (p.chunk > least && scratch(p.chunk) > scratch_limit) {
     p.chunk = std::max(least, p.chunk / 4 * 3);
   }
+  // Chunks may get smaller yet, and windows' pages with them: by then it is decided.
+  p.kv_bytes = KvLayout(kv_shape(c), options.kv_type).nbytes(p.context, p.chunk);
   FixedMemory fixed;
   fixed.process = o.process_bytes + static_cast<int64_t>(o.predictor_state.size());
   fixed.process_varies = std::min(o.process_bytes / kProcessVariesShare, kProcessVariesBytes);
@@ -214,6 +216,7 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   fixed.scratch = scratch(p.chunk);
   if (o.memory > 0) {
     fixed = fit.into(o.memory, p.chunk, stream);
+    p.kv_lent_bytes = lend_to_pinned(stream, fixed.kv);
     p.weight_bytes = fixed.pinned;
     p.streamed_bytes = stream.streamed_bytes;
     p.memory =
@@ -222,6 +225,16 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   p.scratch_bytes = fixed.scratch;
   if (o.memory > 0 && !o.cache && c.is_mixture()) {
     p.memory = ring_only(p.memory, parts.layout, c.n_expert_used);
+  }
+  if (o.memory > 0 && o.cache && c.is_mixture()) {
+    // The experts' cache has what is left of the sequences' part, in whole slots.
+    const int64_t left = p.kv_bytes - p.kv_lent_bytes;
+    p.memory.first_slots = Cache::plan_slots(parts.layout, p.memory.slot_bytes + left,
+                                             c.n_expert_used);
+    p.kv_lent_bytes += std::max<int64_t>(
+        0, bytes_of(parts.layout, p.memory.first_slots) - p.memory.slot_bytes);
+  } else {
+    p.memory.first_slots = p.memory.slots;
   }
   return {&family, std::move(c), std::move(p), std::move(parts), std::move(stream)};
 }
@@ -244,6 +257,7 @@ Engine::Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& option
   if (c.rope.base_sliding > 0) rope_sliding_ = Rope(c.rope, c.rope.base_sliding, false, {});
   pool_ = std::make_unique<ThreadPool>(plan_.threads);
   plan_.threads = pool_->size();
+  kv_layout_ = std::make_unique<KvLayout>(kv_shape(c), options_.kv_type);
   pool_->be_patient(flash() || stream());
   if (flash() || stream()) pool_->stay_in_process();
   allocate_scratch();
@@ -257,7 +271,7 @@ void Engine::load(LoadPlan plan, const std::function<void()>& poll) {
   }
   auto reader = std::make_shared<FlashReader>(file_->shards(), file_->shard_nbytes(), o.io);
   FlashExperts::Options store;
-  store.slots = plan_.memory.slots;
+  store.slots = plan_.memory.first_slots;
   store.policy = o.policy;
   store.predictor = o.predictor;
   store.predictor_state = std::move(options_.offload.predictor_state);
@@ -267,38 +281,23 @@ void Engine::load(LoadPlan plan, const std::function<void()>& poll) {
                           std::move(plan.stream), std::move(reader), store, poll);
 }
 
-void Engine::open_session() const {
-  if (!flash() && !stream()) {
-    ++sessions_;
-    return;
-  }
-  const ThreadPool::Lease lease(*pool_);
-  ++sessions_;
-  try {
-    settle_sessions();
-  } catch (...) {
-    --sessions_;
-    throw;
-  }
-}
-
-void Engine::close_session() const { --sessions_; }
-
-Engine::Sessions Engine::sessions() const { return {sessions_, lent_}; }
-
-void Engine::settle_sessions() const {
-  if (!flash() && !stream()) return;
-  const int64_t wanted = std::max<int64_t>(0, sessions_ - 1) * plan_.kv_bytes;
-  if (!flash()) {
-    if (wanted == 0) return;
-    throw Error(ErrorKind::kBudget,
-                file_->path() + ": memory: expected one session at a time, found " +
-                    std::to_string(sessions_) + ": another needs " +
-                    std::to_string(plan_.kv_bytes) +
-                    " bytes more for its KV cache; a smaller context needs less");
-  }
-  if (lent_ < wanted) lent_ += flash()->lend(wanted - lent_);
-  if (lent_ > wanted) lent_ -= flash()->take_back(lent_ - wanted);
+void Engine::make_room(int64_t bytes) const {
+  if (plan_.memory.budget == 0) return;
+  const MemoryPlan& m = plan_.memory;
+  // What nobody else has: of the plan's part for sequences what is not lent, and what is left over.
+  const int64_t planned = m.process + m.pinned + m.ring + m.kv + m.scratch + m.margin + m.slot_bytes;
+  const int64_t own = plan_.kv_bytes - plan_.kv_lent_bytes + std::max<int64_t>(0, m.budget - planned);
+  const int64_t used = kv_pages_.nbytes() + bytes;
+  const int64_t wanted = std::max<int64_t>(0, used - own);
+  if (lent_ < wanted && stream()) lent_ += stream()->lend(wanted - lent_);
+  if (lent_ < wanted && flash()) lent_ += flash()->lend(wanted - lent_);
+  if (lent_ > wanted && flash()) lent_ -= flash()->take_back(lent_ - wanted);
+  if (lent_ > wanted && stream()) lent_ -= stream()->take_back(lent_ - wanted);
+  if (lent_ >= wanted) return;
+  throw Error(ErrorKind::kBudget,
+              file_->path() + ": memory: expected " + std::to_string(wanted - lent_) +
+                  " bytes more for the KV cache of " + std::to_string(sessions_) +
+                  " sessions: end some, or name a smaller context or more memory");
 }
 
 void Engine::allocate_scratch() {

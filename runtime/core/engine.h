@@ -15,6 +15,8 @@
 #include "offload/plan/planner.h"
 #include "runtime/core/config.h"
 #include "runtime/core/family.h"
+#include "runtime/kv/kv_shape.h"
+#include "runtime/kv/page_pool.h"
 #include "runtime/gguf/gguf.h"
 #include "kernels_cpu/ops/ops.h"
 #include "runtime/core/rope.h"
@@ -50,12 +52,10 @@ struct OffloadOptions {
   bool overlap = true;  // false: a layer waits for all its reads before it computes
 };
 
-constexpr const char* kKvTypeNames[] = {"f16", "f32"};
-
 struct EngineOptions {
   int threads = 0;      // 0: the physical performance cores
   int64_t context = 0;  // 0: the model's limit, at most 4096
-  bool kv_f16 = true;
+  KvType kv_type = KvType::f16;
   Precision precision = Precision::kBalanced;
   OffloadOptions offload;
 };
@@ -69,6 +69,8 @@ struct Plan {
   int64_t weight_bytes =
       0;                 // resident from the start: all, or what is neither an expert nor streamed
   int64_t kv_bytes = 0;  // of one sequence at its full context
+  // Of these, what the experts' cache and pinned weights have until sequences have grown so far.
+  int64_t kv_lent_bytes = 0;
   int64_t scratch_bytes = 0;
   int64_t token_bytes = 0;   // weight bytes that one decoded token reads
   int64_t layer_macs = 0;    // multiply-adds of one prompt token (the output's excluded)
@@ -133,7 +135,9 @@ class Engine {
   const Plan& plan() const { return plan_; }
   const Family& family() const { return *family_; }
   const Ops& ops() const { return *ops_; }
-  bool kv_f16() const { return options_.kv_f16; }
+  KvType kv_type() const { return options_.kv_type; }
+  const KvLayout& kv_layout() const { return *kv_layout_; }
+  PagePool& kv_pages() const { return kv_pages_; }
   Precision precision() const { return options_.precision; }
   const Rope& rope(bool sliding) const { return sliding ? rope_sliding_ : rope_; }
   ThreadPool& pool() const { return *pool_; }
@@ -149,17 +153,18 @@ class Engine {
   void eval(std::span<const Row> rows, Phase phase, const Outputs& out,
             const std::function<void()>& poll = {}, Observer* observer = nullptr) const;
 
-  // A session's KV cache is allocated, or has gone. The plan has room for one; under a budget
-  // others take theirs from the expert cache. Throws Error(kBudget) where that is too small.
-  void open_session() const;
-  void close_session() const;
-  // How many there are, and the bytes of the expert cache that they have.
+  void open_session() const { ++sessions_; }
+  void close_session() const { --sessions_; }
+  // How many there are, and the bytes of the experts' cache and of pinned weights that they have.
   struct Sessions {
     int64_t open, lent_bytes;
   };
-  Sessions sessions() const;
-  // Gives the cache what closed sessions had. Under pool()'s lease.
-  void settle_sessions() const;
+  Sessions sessions() const { return {sessions_, lent_}; }
+  // Under a budget sequences share what is planned for one of the full context, and take the rest
+  // from the experts' cache and from pinned weights, which get back what they leave. Makes room
+  // for `bytes` more of their pages. Under pool()'s lease. Throws Error(kBudget) where there is
+  // none.
+  void make_room(int64_t bytes) const;
 
  private:
   void load(LoadPlan plan, const std::function<void()>& poll);
@@ -175,8 +180,10 @@ class Engine {
   Rope rope_, rope_sliding_;
   mutable std::unique_ptr<ThreadPool> pool_;
   mutable Scratch scratch_;
+  std::unique_ptr<const KvLayout> kv_layout_;
+  mutable PagePool kv_pages_;
   mutable std::atomic<int64_t> sessions_{0};
-  // Bytes of the expert cache that sessions have; changed under pool()'s lease.
+  // Bytes that sequences have from others; changed under pool()'s lease.
   mutable std::atomic<int64_t> lent_{0};
 };
 

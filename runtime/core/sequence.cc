@@ -51,7 +51,8 @@ Sequence::Sequence(std::shared_ptr<const Engine> engine, std::function<void()> p
       opened_(*engine_),
       poll_(std::move(poll)),
       interrupt_([this] { interrupt_if_asked(); }),
-      kv_(kv_shape(engine_->config()), engine_->plan().context, engine_->kv_f16()),
+      kv_(engine_->kv_layout(), engine_->kv_pages(), engine_->plan().context,
+          engine_->plan().chunk),
       hidden_(static_cast<size_t>(engine_->config().n_embd)),
       logits_(static_cast<size_t>(engine_->config().n_vocab)),
       id_(sequences.fetch_add(1)) {}
@@ -160,8 +161,21 @@ void Sequence::truncate(int64_t position) {
     throw Error(ErrorKind::kOption, "truncate: expected 0 to " + std::to_string(position_.load()) +
                                         " tokens, found " + std::to_string(position));
   }
-  if (position < position_) has_logits_ = false;
+  if (position == position_) return;
+  has_logits_ = false;
+  position = kv_.whole_until(position);
+  kv_.truncate(position);
   position_ = position;
+}
+
+std::unique_ptr<Sequence> Sequence::fork() const {
+  auto forked = std::make_unique<Sequence>(engine_, poll_);
+  forked->kv_.fork(kv_);
+  forked->position_ = position_.load();
+  forked->has_logits_ = has_logits_;
+  forked->hidden_ = hidden_;
+  forked->logits_ = logits_;
+  return forked;
 }
 
 }  // namespace stoker

@@ -67,8 +67,11 @@ class Sequence {
   // sample(), then eval() of the choice; at the end of the context the token is not evaluated
   // and the sequence stays as it is.
   int32_t step(Sampler& sampler);
-  // Forgets the tokens from `position` on; the logits go with them.
+  // Forgets the tokens from `position` on; the logits go with them. All of them where layers with
+  // windows have left behind what the tokens at `position` attend to: position() says so.
   void truncate(int64_t position);
+  // A sequence that holds the same, the pages of keys and values shared until one of both writes.
+  std::unique_ptr<Sequence> fork() const;
   void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
   // Takes back a cancel() that came too late to meet an evaluation.
   void forget_cancel() { cancelled_.store(false, std::memory_order_relaxed); }

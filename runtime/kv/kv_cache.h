@@ -1,36 +1,63 @@
-// Keys and values of one sequence, all layers, in one zero-initialised allocation whose pages the
-// system provides as they are first written. ops.h gives the layout of a head.
+// Keys and values of one sequence: for each group of layers a table of pages, by block of
+// positions. A group with a window keeps the pages that its window needs, and as many more as a
+// chunk has positions, for a sequence that goes back.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
+#include <vector>
 
-#include "kernels_cpu/ops/ops.h"
+#include "runtime/kv/kv_shape.h"
+#include "runtime/kv/page_pool.h"
 
 namespace stoker {
 
-struct KvShape {
-  int64_t n_layer = 0, n_head_kv = 0;
-  int64_t head_dim = 0, head_dim_v = 0;  // of keys, of values
-};
-
 class KvCache {
  public:
-  KvCache(const KvShape& s, int64_t context, bool f16);
-  KvHead head(int64_t layer, int64_t kv_head) const;
+  // chunk: positions that are appended at once, at most. Layout and pool outlive it.
+  KvCache(const KvLayout& layout, PagePool& pool, int64_t context, int64_t chunk);
+  ~KvCache();
+  KvCache(const KvCache&) = delete;
+  KvCache& operator=(const KvCache&) = delete;
+
   int64_t context() const { return context_; }
-  // Bytes that a context takes when full.
-  static int64_t nbytes(const KvShape& s, int64_t context, bool f16);
+  KvHead head(int64_t layer, int64_t kv_head) const {
+    const size_t group = layout_.group_of(layer);
+    return {tables_[group].data.data(), layout_.keys_at(layer, kv_head),
+            layout_.values_at(layer, kv_head), layout_.type()};
+  }
+
+  // Positions [begin, end) are to be appended, at most a chunk. Pages that windows have left behind
+  // by then go.
+  void leave_behind(int64_t begin, int64_t end);
+  // Bytes of pages that room for them takes, besides those that are there.
+  int64_t missing(int64_t begin, int64_t end) const;
+  // Makes this room, which nobody shares. Throws Error(kBudget) where the system has none.
+  void reserve(int64_t begin, int64_t end);
+  // Forgets positions from `position` on.
+  void truncate(int64_t position);
+  // The last position up to which everything is there that tokens after it attend to: at most
+  // `position`; 0 where windows have left behind too much.
+  int64_t whole_until(int64_t position) const;
+  // Takes on all pages of another cache of this layout and pool, shared with it. This one is empty.
+  void fork(const KvCache& other);
 
  private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
+  struct Table {
+    std::vector<KvPage*> pages;   // [blocks], null: none
+    std::vector<uint8_t*> data;   // [blocks], of these
+    int64_t first = 0, last = 0;  // blocks [first, last) have pages
   };
-  int64_t n_head_kv_, context_;
-  int64_t k_bytes_, v_bytes_;  // of one head of one layer
-  bool f16_;
-  std::unique_ptr<uint8_t, Free> memory_;  // [n_layer][n_head_kv][k_bytes + v_bytes]
+  // The first block that rows from `begin` on attend to.
+  static int64_t first_block(const KvLayout::Group& group, int64_t begin);
+  bool to_copy(const Table& table, int64_t begin) const;
+  void set(Table& table, int64_t block, KvPage* page);
+  void drop(Table& table, int64_t block);
+
+  const KvLayout& layout_;
+  PagePool& pool_;
+  const int64_t context_, chunk_;
+  std::vector<Table> tables_;  // [groups]
 };
 
 }  // namespace stoker

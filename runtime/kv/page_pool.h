@@ -1,0 +1,39 @@
+// The pages of all sequences of an engine. Sequences that have a beginning in common share its
+// pages.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+namespace stoker {
+
+struct KvPage {
+  uint8_t* data = nullptr;  // aligned to the system's pages
+  int64_t bytes = 0;
+  int32_t owners = 0;
+};
+
+// For any thread. Nobody may write a page that has another owner.
+class PagePool {
+ public:
+  PagePool() = default;
+  PagePool(const PagePool&) = delete;
+  PagePool& operator=(const PagePool&) = delete;
+
+  // A page of `bytes`, a multiple of the system's, with one owner; what is in it is not said.
+  // Throws Error(kBudget) where the system has no memory.
+  KvPage* take(int64_t bytes);
+  void share(KvPage* page);
+  // An owner less; the last one's memory goes back to the system.
+  void give_back(KvPage* page);
+  bool shared(const KvPage* page) const;
+  // Of all pages that somebody owns.
+  int64_t nbytes() const;
+
+ private:
+  mutable std::mutex mutex_;
+  int64_t nbytes_ = 0;
+};
+
+}  // namespace stoker
