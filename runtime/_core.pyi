@@ -180,7 +180,9 @@ class Sequence:
     def decode(self, token: int, sampler: Sampler) -> int:
         """Appends a token that was chosen before; chooses the next and tells the sampler of it."""
     def logits(self) -> npt.NDArray[np.float32]: ...  # [n_vocab], a copy
-    def eval_all(self, tokens: SequenceOf[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    def eval_all(
+        self, tokens: SequenceOf[int] | npt.NDArray[np.int32], phase: str = "prompt"
+    ) -> npt.NDArray[np.float32]:
         """Appends tokens; returns the logits after each, [n, n_vocab]."""
     def eval_nll(self, tokens: SequenceOf[int] | npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         """Appends n tokens; returns -log p(tokens[i + 1] | ...) for i < n - 1, [n - 1], in nats."""
@@ -206,7 +208,13 @@ class Sequence:
         """Samples from logits() and tells the sampler of the choice; no evaluation."""
     def step(self, sampler: Sampler) -> int:
         """sample(), then eval() of the token: one token of generation in one call."""
-    def truncate(self, position: int) -> None: ...  # forget everything from `position` on
+    def truncate(self, position: int) -> None:
+        """Forgets everything from `position` on.
+
+        All of it, so that `position` is 0, where layers with sliding windows have left behind what
+        the tokens there attend to.
+        """
+    def fork(self) -> Sequence: ...  # one that holds the same; memory is shared until one writes
     def cancel(self) -> None: ...  # from any thread: eval raises Cancelled at the next layer
     def forget_cancel(self) -> None: ...  # one that came too late to meet an evaluation
     @property

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from .base import arguments
 from .base.errors import (
-    BudgetError,
     ChatTemplateError,
     OptionError,
     TokenizerError,
@@ -297,15 +296,8 @@ class Model:
         raise UnsupportedModelError(f"{self.path}: run(inputs) expects an ONNX model")
 
     def session(self, *, system: str | None = None) -> Session:
-        """A new, empty session with a KV cache of its own. Raises BudgetError."""
+        """A new, empty session. It takes memory as it grows."""
         self._check_process()
-        try:
-            return self._make_session(system=system)
-        except BudgetError:
-            # What generate and chat have left has the memory; they make another when they need it.
-            if self._left() is None and not self._wait_for_the_abandoned():
-                raise
-        self._left()
         return self._make_session(system=system)
 
     def _make_session(
@@ -450,15 +442,18 @@ class Model:
     def _take(self) -> Session:
         """A session that goes on with what the last one left, or a new one."""
         self._check_process()
-        evaluated = self._left()
-        if evaluated is not None:
-            return self._make_session(evaluated=evaluated)
-        try:
-            return self._make_session()
-        except BudgetError:
-            if not self._wait_for_the_abandoned() and not self._end_one_left_behind():
-                raise
         return self._make_session(evaluated=self._left())
+
+    def _make_way(self, session: Session) -> bool:
+        """Frees memory of other sessions for one that grows; whether there was any.
+
+        First what generate and chat have left, which they evaluate again when they need it.
+        """
+        return (
+            self._left() is not None
+            or self._wait_for_the_abandoned(session)
+            or self._end_one_left_behind()
+        )
 
     def _left(self) -> Evaluated | None:
         """What the last session of generate or chat left, once."""
@@ -466,14 +461,16 @@ class Model:
             evaluated, self._idle = self._idle, None
         return evaluated
 
-    def _wait_for_the_abandoned(self) -> bool:
-        """Waits for a session that ends with the step that a thread is inside of, as nobody has it.
+    def _wait_for_the_abandoned(self, caller: Session) -> bool:
+        """Waits for a session besides `caller` that ends with the step that a thread is inside of, as nobody has it.
 
         Such a one was left in the middle of a step: by a cancelled task of asyncio, say, whose
         thread goes on to the end of the step. Whether one has gone.
         """
         with self._idle_lock:
-            busy = [(weakref.ref(s), s._lock) for s in self._sessions if s._lock.locked()]
+            others = [s for s in self._sessions if s is not caller and s._lock.locked()]
+            busy = [(weakref.ref(s), s._lock) for s in others]
+            del others
         until = time.monotonic() + _STEP_GRACE_S
         for session, lock in busy:
             if lock.acquire(timeout=max(0.0, until - time.monotonic())):

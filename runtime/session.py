@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .base import arguments
-from .base.errors import Cancelled, ChatTemplateError, ContextLengthError, OptionError
+from .base.errors import (
+    BudgetError,
+    Cancelled,
+    ChatTemplateError,
+    ContextLengthError,
+    OptionError,
+)
 from .generate import Generation
 from .options import GenerationOptions, merge
 from .text.conversation import Message
@@ -184,6 +190,19 @@ class Session:
             turns = turns or _copied(rendered)
             return self._begin(target, chosen, started, turns, continued)
 
+    def fork(self) -> Session:
+        """Another session that holds the same tokens and conversation, and shares their memory.
+
+        What both hold is not evaluated again. Raises UnsupportedModelError on another backend.
+        """
+        with self._exclusive():
+            forked = self._model._make_session(
+                system=self._system,
+                evaluated=Evaluated(self._sequence.fork(), list(self._tokens), self._logits_at),
+            )
+            forked._messages = [dict(turn) for turn in self._messages]
+            return forked
+
     def truncate(self, position: int) -> None:
         """Forgets every token from `position` on."""
         with self._exclusive():
@@ -350,6 +369,9 @@ class Session:
             stop = end if recorder is None else min(end, begin + recorder.chunk)
             try:
                 self._sequence.eval(self._tokens[begin:stop], "decode" if decode else "prompt")
+            except BudgetError:
+                if not self._model._make_way(self):
+                    raise
             except Cancelled:
                 if recorder is not None:
                     recorder.drop()
@@ -375,6 +397,9 @@ class Session:
             self._logits_at = -1
             try:
                 token = self._sequence.decode(self._tokens[-1], sampler)
+            except BudgetError:
+                if not self._model._make_way(self):
+                    raise
             except Cancelled:
                 if self._stop.is_set():
                     raise

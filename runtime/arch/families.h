@@ -2,7 +2,7 @@
 #pragma once
 
 #include "runtime/arch/tensors.h"
-#include "runtime/core/family.h"
+#include "runtime/core/model/family.h"
 #include "runtime/core/forward.h"
 
 namespace stoker {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "runtime/core/config.h"
+#include "runtime/core/model/config.h"
 #include "runtime/base/errors.h"
 
 namespace stoker {

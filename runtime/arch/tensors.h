@@ -2,7 +2,7 @@
 // own; names are GGUF's.
 #pragma once
 
-#include "runtime/core/tensor_row.h"
+#include "runtime/core/model/tensor_row.h"
 
 namespace stoker::tensors {
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from ...offload.trace.record import RoutingRecorder
     from .. import _core
+    from ..session import Evaluated, Session
     from ..text.chat import ChatTemplate
     from ..text.conversation import Message
     from ..text.tokenizer import Tokenizer
@@ -62,7 +63,10 @@ class EngineSequence(Protocol):
         """Chooses a token from the logits."""
 
     def truncate(self, position: int) -> None:
-        """Drops everything from `position` on."""
+        """Forgets everything from `position` on, or all of it; `position` tells."""
+
+    def fork(self) -> EngineSequence:
+        """Returns one that holds the same. Raises UnsupportedModelError on another backend."""
 
     def cancel(self) -> None:
         """Ends an evaluation; any thread may call it."""
@@ -175,6 +179,10 @@ class LoadedModel(Protocol):
     @property
     def _never_chosen(self) -> Mapping[int, float]: ...
     def _check_process(self) -> None: ...
+    def _make_session(
+        self, *, system: str | None = None, evaluated: Evaluated | None = None
+    ) -> Session: ...
+    def _make_way(self, session: Session) -> bool: ...
     def _require_causal(self, what: str) -> None: ...
     def _encode(
         self, text: str | Tokens, *, add_special: bool, parse_special: bool

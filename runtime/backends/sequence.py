@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..base.errors import Cancelled, ContextLengthError, OptionError
+from ..base.errors import (
+    Cancelled,
+    ContextLengthError,
+    OptionError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from .._core import Sampler
@@ -119,6 +124,10 @@ class BackendSequence(ABC):
             self._forget(position)
             self.position = position
         self._last = None
+
+    def fork(self) -> Any:
+        """Raises UnsupportedModelError: their caches are not ours to copy."""
+        raise UnsupportedModelError("fork: expected a GGUF model in stoker's own engine")
 
     def cancel(self) -> None:
         """Makes the running evaluation raise Cancelled; any thread may call it."""

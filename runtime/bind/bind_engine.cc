@@ -428,12 +428,16 @@ void bind_engine(nb::module_& m) {
            })
       .def("logits", [](const Sequence& t) { return copy_of(t.logits()); })
       .def("hidden", [](const Sequence& t) { return copy_of(t.hidden()); })
-      .def("eval_all",
-           [](Sequence& t, nb::handle tokens) {
-             const std::vector<int32_t> ids = to_tokens(tokens);
-             const auto n_vocab = static_cast<size_t>(t.engine().config().n_vocab);
-             return filled<float>({ids.size(), n_vocab}, [&](float* out) { t.eval_all(ids, out); });
-           })
+      .def(
+          "eval_all",
+          [](Sequence& t, nb::handle tokens, const std::string& phase) {
+            const std::vector<int32_t> ids = to_tokens(tokens);
+            const stoker::Phase which = to_phase(phase);
+            const auto n_vocab = static_cast<size_t>(t.engine().config().n_vocab);
+            return filled<float>({ids.size(), n_vocab},
+                                 [&](float* out) { t.eval_all(ids, out, which); });
+          },
+          nb::arg("tokens"), nb::arg("phase") = "prompt")
       .def("eval_hidden",
            [](Sequence& t, nb::handle tokens) {
              const std::vector<int32_t> ids = to_tokens(tokens);

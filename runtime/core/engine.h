@@ -13,15 +13,15 @@
 
 #include "offload/flash_experts.h"
 #include "offload/plan/planner.h"
-#include "runtime/core/config.h"
-#include "runtime/core/family.h"
+#include "runtime/core/model/config.h"
+#include "runtime/core/model/family.h"
 #include "runtime/kv/kv_shape.h"
 #include "runtime/kv/page_pool.h"
 #include "runtime/gguf/gguf.h"
 #include "kernels_cpu/ops/ops.h"
-#include "runtime/core/rope.h"
+#include "runtime/core/model/rope.h"
 #include "runtime/base/threads.h"
-#include "runtime/core/weights.h"
+#include "runtime/core/model/weights.h"
 
 namespace stoker {
 

@@ -95,8 +95,8 @@ void Sequence::eval(std::span<const int32_t> tokens, Phase phase) {
   run(rows(tokens, kWantNothing), {}, nullptr, phase);
 }
 
-void Sequence::eval_all(std::span<const int32_t> tokens, float* out) {
-  run(rows(tokens, kWantLogits), {.logits = out});
+void Sequence::eval_all(std::span<const int32_t> tokens, float* out, Phase phase) {
+  run(rows(tokens, kWantLogits), {.logits = out}, nullptr, phase);
 }
 
 void Sequence::eval_hidden(std::span<const int32_t> tokens, float* out) {

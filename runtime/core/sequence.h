@@ -45,7 +45,7 @@ class Sequence {
   // the next evaluation.
   void eval(std::span<const int32_t> tokens, Phase phase = Phase::kPrompt);
   // The same, with the logits after each token: out [n][n_vocab].
-  void eval_all(std::span<const int32_t> tokens, float* out);
+  void eval_all(std::span<const int32_t> tokens, float* out, Phase phase = Phase::kPrompt);
   // The same, with the final-norm hidden state of each token: out [n][n_embd].
   void eval_hidden(std::span<const int32_t> tokens, float* out);
   // The same, with what each layer's feed-forward or router reads: out [n_layer][n][n_embd]; and,

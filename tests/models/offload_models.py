@@ -165,7 +165,7 @@ def greedy(
     parts = [sequence.eval_all(p) for p in np.array_split(prompt, pieces)]
     made = [int(parts[-1][-1].argmax())]
     for _ in range(decode):
-        parts.append(sequence.eval_all(made[-1:]))
+        parts.append(sequence.eval_all(made[-1:], "decode"))
         made.append(int(parts[-1][0].argmax()))
     return b"".join(p.tobytes() for p in parts) + np.array(made, np.int32).tobytes()
 

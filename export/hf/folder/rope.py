@@ -2,7 +2,7 @@
 
 transformers 4 has rope_theta and rope_scaling, transformers 5 has rope_parameters (Gemma 3: one
 for each type of layer). The formulas of the scalings are those of their papers as transformers
-computes them; the engine's are in runtime/core/rope.cc.
+computes them; the engine's are in runtime/core/model/rope.cc.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Tables of the rotary embedding: linear scaling, YaRN (arXiv 2309.00071), long-context factors
-(arXiv 2402.13753) and Llama 3's divisors. The angles are those of runtime/core/rope.cc.
+(arXiv 2402.13753) and Llama 3's divisors. The angles are those of runtime/core/model/rope.cc.
 """
 
 from __future__ import annotations

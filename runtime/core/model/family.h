@@ -6,8 +6,8 @@
 #include <span>
 #include <string_view>
 
-#include "runtime/core/config.h"
-#include "runtime/core/tensor_row.h"
+#include "runtime/core/model/config.h"
+#include "runtime/core/model/tensor_row.h"
 
 namespace stoker {
 

@@ -1,4 +1,4 @@
-#include "runtime/core/routing.h"
+#include "runtime/core/model/routing.h"
 
 #include <algorithm>
 #include <cmath>

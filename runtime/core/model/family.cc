@@ -1,4 +1,4 @@
-#include "runtime/core/family.h"
+#include "runtime/core/model/family.h"
 
 #include <string>
 

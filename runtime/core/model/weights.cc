@@ -1,4 +1,4 @@
-#include "runtime/core/weights.h"
+#include "runtime/core/model/weights.h"
 
 #include <algorithm>
 #include <atomic>

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <span>
 
-#include "runtime/core/config.h"
-#include "runtime/core/layer_weights.h"
+#include "runtime/core/model/config.h"
+#include "runtime/core/model/layer_weights.h"
 
 namespace stoker {
 

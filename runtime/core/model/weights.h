@@ -12,9 +12,9 @@
 #include "offload/units/expert_store.h"
 #include "offload/flash_experts.h"
 #include "offload/weight_stream.h"
-#include "runtime/core/config.h"
-#include "runtime/core/layer_weights.h"
-#include "runtime/core/tensor_row.h"
+#include "runtime/core/model/config.h"
+#include "runtime/core/model/layer_weights.h"
+#include "runtime/core/model/tensor_row.h"
 #include "runtime/gguf/gguf.h"
 #include "runtime/base/memory.h"
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "runtime/core/config.h"
+#include "runtime/core/model/config.h"
 
 namespace stoker {
 

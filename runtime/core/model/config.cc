@@ -1,11 +1,11 @@
-#include "runtime/core/config.h"
+#include "runtime/core/model/config.h"
 
 #include <algorithm>
 #include <cmath>
 #include <string_view>
 
 #include "runtime/base/errors.h"
-#include "runtime/core/family.h"
+#include "runtime/core/model/family.h"
 
 namespace stoker {
 

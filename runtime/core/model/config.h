@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "runtime/core/routing.h"
+#include "runtime/core/model/routing.h"
 #include "runtime/gguf/gguf.h"
 #include "kernels_cpu/ops/ops.h"
 #include "runtime/kv/kv_shape.h"

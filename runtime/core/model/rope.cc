@@ -1,4 +1,4 @@
-#include "runtime/core/rope.h"
+#include "runtime/core/model/rope.h"
 
 #include <algorithm>
 #include <cmath>
