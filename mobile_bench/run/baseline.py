@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# llama-cpp-python's default build uses AMX where the CPU announces it; on some virtual machines
+# llama-cpp-python's default build uses AMX if the CPU announces it; on some virtual machines
 # those instructions trap. These flags give a build that uses everything else.
 FLAGS = (
     "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON "

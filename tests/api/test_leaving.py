@@ -237,7 +237,7 @@ def test_what_is_left_is_free_at_once(
 ) -> None:
     expected = as_generate(model).read()
     before = model.engine.sessions
-    assert before == (1, 0)  # generate keeps one session for its next call; no cache is lent
+    assert before == (1, 0)  # one sequence kept for the next generate, no bytes lent by the cache
     gc.disable()
     try:
         for n, call in itertools.product(STEPS, CALLS):

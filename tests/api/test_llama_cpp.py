@@ -44,7 +44,7 @@ KL_OF_LLAMA_CPP = {"balanced": 0.75}  # as a share; measured: 0.48, 0.26, 0.42
 KL_FLOOR = {"balanced": 1e-5, "high": 3e-6}  # nats; measured for high: at most 5e-7
 SAME_BEST = {"balanced": 0.97, "high": 0.998}  # measured: 0.981 and 1
 LOG_PERPLEXITY = {"balanced": 0.015, "high": 5e-4}  # measured: 0.007 and 2e-4
-# Greedy choices may differ where the exact lead of the best token is below this, nats.
+# Greedy choices may differ if the exact lead of the best token is below this, nats.
 DECIDED = {"balanced": 0.4, "high": 0.01}
 
 

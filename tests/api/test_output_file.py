@@ -10,7 +10,7 @@ from stoker.runtime.files import output_file
 
 
 def test_only_the_name_itself_counts(tmp_path: Path) -> None:
-    """A file with a hidden part's name is not the result: no --force is needed, nothing replaced."""
+    """A file with a hidden part's name is no result: nothing is replaced, no --force needed."""
     out = tmp_path / "net.gguf"
     output_file.check_output(out, force=False)
     out.with_name(output_file._PART.format(out.name)).write_text("{}")

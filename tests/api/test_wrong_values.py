@@ -1,7 +1,7 @@
 """Values that Python can hold and the core cannot: each is used, or refused by name.
 
 Whatever value an argument gets, a call works or raises a StokerError of one printable line: an
-OptionError that names the argument where it is an option. The model and its sessions then answer as
+OptionError that names the argument if it is an option. The model and its sessions then answer as
 they did before. STOKER_HYPOTHESIS=search looks further.
 """
 
