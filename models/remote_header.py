@@ -1,7 +1,7 @@
-"""The header of a model file that stays where it is: on the hub, or behind a URL.
+"""Reads the header of a model file that stays remote: on the hub, or behind a URL.
 
-Range requests fetch a growing prefix of each shard until its directory is whole; it is put into a
-sparse temporary file of the true size, so that the same reader checks it as if it were all here.
+Range requests fetch a growing prefix of each shard until its directory is complete. The prefix is
+put into a sparse temporary file of the true size, so that the usual reader checks it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _FIRST = 1 << 20  # bytes of the first request; vocabularies make headers of 2 to 20 MB
 _GROWTH = 3
-_MOST = 1 << 28  # no header is longer
+_MOST = 1 << 28  # bytes; no header is longer
 _ATTEMPTS = 4
 _PAUSE_S = 0.5  # before the second attempt, doubled before each further one
 _TIMEOUT_S = 30.0
@@ -38,13 +38,13 @@ _TOTAL = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
 def is_remote(spec: str) -> bool:
-    """Whether `spec` names a file elsewhere: "hf:owner/name/file" or a URL."""
+    """Whether `spec` names a remote file: "hf:owner/name/file" or a URL."""
     return spec.startswith(("hf:", "https://", "http://"))
 
 
 @dataclass
 class _Remote:
-    """One shard: where it is, how it is called here and in messages."""
+    """One shard: its URL, its local name and its name in messages."""
 
     url: str
     name: str
@@ -54,7 +54,7 @@ class _Remote:
 
 @contextmanager
 def remote_header(spec: str) -> Iterator[GgufFile]:
-    """The file's directory, of all shards; its data are not there.
+    """The file's header and directory, of all shards, without the data.
 
     spec: "hf:owner/name/file.gguf[@revision]" (HF_ENDPOINT, HF_TOKEN are honoured) or a URL.
     Raises DownloadError, ModelFileError and UnsupportedModelError as opening the file would (also
@@ -88,12 +88,12 @@ def _shards(spec: str) -> list[_Remote]:
     except ValueError:  # half an address in brackets, say
         path, named = "", False
     name = unquote(PurePosixPath(path).name)
-    # What it is kept as: a name of our folder, and of nothing outside of it.
+    # The local name must not lead out of our folder.
     if not named or not hub.is_file_name(name):
         raise OptionError(f"{spec}: expected hf:owner/name/file.gguf or the URL of a file")
     found = []
     for shard in hub.shards(hub.HubFile("", name)):
-        # The file's name, once, at the end of the path: queries (signatures) are kept.
+        # Only the file name at the end of the path is replaced: queries (signatures) are kept.
         head, _, tail = spec.rpartition(PurePosixPath(path).name)
         url = spec if shard.file == name else f"{head}{shard.file}{tail}"
         found.append(_Remote(url, shard.file, url))
@@ -128,7 +128,7 @@ def _fetch_header(shard: _Remote, path: Path) -> None:
         if GgufFile.header_is_whole(bytes(data), total, shard.shown):
             break
         if len(data) >= min(total, _MOST):
-            # To its end, or as far as any header goes: the reader says what is wrong with it.
+            # The whole file, or as much as any header has, is here: the reader says what is wrong.
             break
         wanted = min(total, _MOST, wanted * _GROWTH)
     try:
@@ -156,7 +156,7 @@ def _append(shard: _Remote, data: bytearray, wanted: int) -> int:
                 if error.code not in _AGAIN or attempt == _ATTEMPTS:
                     raise DownloadError(f"{shard.shown}: {_refusal(error)}") from None
         except (OSError, http.client.HTTPException) as error:
-            # As long as data comes, it goes on.
+            # Retries go on as long as data comes.
             if attempt == _ATTEMPTS and len(data) == before:
                 reason = getattr(error, "reason", None) or error
                 raise DownloadError(
@@ -195,7 +195,7 @@ def _placement(answer: Any, begin: int, shard: _Remote) -> tuple[int, int]:
                 f"Content-Range {answer.headers.get('Content-Range')!r}"
             )
         return int(found[3]), 0
-    # The server knows no ranges: the file from its beginning, of which the rest is not read.
+    # The server ignores ranges and sends the file from its beginning; we stop reading early.
     length = answer.headers.get("Content-Length")
     if length is None:
         raise DownloadError(f"{shard.shown}: the server does not say how long the file is")
@@ -220,7 +220,7 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, and keeps the token from servers that it is not for."""
+    """Follows redirects, and does not send the token to other servers."""
 
     def redirect_request(self, req: Any, *answer: Any) -> urllib.request.Request | None:
         """The request to send instead."""

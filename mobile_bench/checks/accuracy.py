@@ -7,9 +7,9 @@ Mean KL of the next-token distributions, share of equal most likely tokens, and 
 precision of stoker and for every given Python that has llama-cpp-python. Its CPU kernels round
 activations to int8; a build with OpenBLAS multiplies prompts in float32
 (CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS"), which leaves rounding out: with such a
-build as the reference, distances are errors of the engine that is compared, with another one they
-are those of both. Weights are left as they are in the file ("repack": false), as BLAS cannot read
-repacked ones. The tokens pass as one prompt.
+build as the reference, distances are errors of the compared engine alone, with any other they are
+errors of both. Weights are left as they are in the file ("repack": false), as BLAS cannot read
+repacked ones. All tokens are evaluated as one prompt.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PRECISIONS = ("fast", "balanced", "high")
 def logits(
     engine: str, model: Path, tokens: list[int], *, python: str = "", **options: Any
 ) -> Floats:
-    """Logits after each token, float32 [n, n_vocab], from a process of its own."""
+    """Logits after each token, float32 [n, n_vocab], computed in a separate process."""
     with tempfile.TemporaryDirectory(prefix="stoker-accuracy-") as folder:
         file = Path(folder) / "logits.npy"
         with WorkerProcess(
@@ -46,7 +46,7 @@ def logits(
 
 
 def distances(reference: Floats, other: Floats, tokens: list[int]) -> dict[str, float]:
-    """kl: mean, nats; top1: share of equal choices; perplexity; ratio: to the reference's."""
+    """kl: mean, nats; top1: share of equal choices; perplexity; ratio to the reference's."""
     nll = token_nll(other, tokens).mean()
     return {
         "kl": float(divergence(reference, other).mean()),
@@ -57,7 +57,7 @@ def distances(reference: Floats, other: Floats, tokens: list[int]) -> dict[str, 
 
 
 def measure(model: Path, tokens: list[int], pythons: dict[str, str]) -> list[dict[str, Any]]:
-    """One result a reference and other engine. pythons: name of a reference -> its Python."""
+    """One result for each pair of reference and engine. pythons: reference name -> its Python."""
     ours = {p: logits("stoker", model, tokens, precision=p) for p in PRECISIONS}
     theirs = {
         name: logits("llama-cpp", model, tokens, python=python, logits_all=True, repack=False)
@@ -74,7 +74,7 @@ def measure(model: Path, tokens: list[int], pythons: dict[str, str]) -> list[dic
 
 
 def report(results: list[dict[str, Any]]) -> str:
-    """A tab-separated table."""
+    """The results as a tab-separated table."""
     lines = ["reference\tengine\tKL\ttop-1\tperplexity\tratio"]
     for r in results:
         lines.append(
@@ -85,7 +85,7 @@ def report(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="a GGUF file or a catalogue name")
     parser.add_argument("text", type=Path, help="UTF-8 text, of which the beginning is taken")

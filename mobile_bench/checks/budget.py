@@ -11,7 +11,7 @@ one that the same prompt gave under another limit.
 
 The peak is the kernel's (version 1: memory.max_usage_in_bytes) and includes page cache that the
 process was charged for: the file's header and the interpreter's libraries are read through it,
-experts are not. Where a peak comes close to its limit, look at "anonymous": page cache is dropped
+experts are not. If a peak comes close to its limit, look at "anonymous": page cache is dropped
 before anything is killed, anonymous memory cannot be. One JSON line a run on stdout, the table on
 stderr.
 """
@@ -35,7 +35,7 @@ from stoker.mobile_bench.run.cgroup_run import MemoryGroup, memory_group
 from stoker.runtime.base.side_thread import start
 
 PROMPT = Path(__file__).parents[2] / "models" / "prompt.txt"
-SHARE = 0.95  # of the limit: --memory
+SHARE = 0.95  # --memory as a share of the limit
 CONTEXTS = (256, 512, 1024, 2048, 4096)
 MOST_PROMPT = 2000
 SAMPLE_S = 0.02
@@ -44,7 +44,7 @@ COMMAND = "from stoker.runtime.cli.main import main; main()"
 
 @dataclass(frozen=True)
 class Case:
-    """One run's sizes, tokens."""
+    """Sizes of one run, in tokens."""
 
     context: int
     prompt: int
@@ -53,10 +53,10 @@ class Case:
 
 @dataclass
 class Run:
-    """What came of one run; bytes and seconds. peak: of the cgroup, page cache included.
+    """Result of one run; bytes and seconds. peak: the cgroup's, page cache included.
 
     anonymous, cache: the largest seen of each while it ran (sampled). reclaims: how often the
-    group was at its limit (page cache was dropped then). sha: of the text.
+    group was at its limit (page cache was dropped then). sha: the text's.
     """
 
     limit: int
@@ -96,7 +96,7 @@ class Sampler(threading.Thread):
                 counts = dict(line.split() for line in text.splitlines())
                 self.anonymous = max(self.anonymous, int(counts[names[0]]))
                 self.cache = max(self.cache, int(counts[names[1]]))
-                # Not memory.memsw less memory.usage: the two are not read at one moment.
+                # memory.memsw less memory.usage would not do: the two are not read at one moment.
                 self.swapped = max(self.swapped, int(counts.get("total_swap", 0)))
             if self.group.unified:
                 self.swapped = max(self.swapped, self.group.swapped())
@@ -111,7 +111,7 @@ def reclaims(group: MemoryGroup) -> int:
     """How often an allocation found the group at its limit."""
     with suppress(OSError, ValueError, KeyError):
         if not group.unified:
-            # With and without swap: where the limits are equal, either may be met first.
+            # If the limits with and without swap are equal, either may be met first.
             files = (group.folder / name for name in ("memory.failcnt", "memory.memsw.failcnt"))
             return max(int(file.read_text()) for file in files if file.is_file())
         text = (group.folder / "memory.events").read_text()
@@ -120,7 +120,7 @@ def reclaims(group: MemoryGroup) -> int:
 
 
 def cases(runs: int, new: int, seed: int) -> list[Case]:
-    """The extremes, then drawn ones: prompts of 1 token to what the context holds."""
+    """The two extreme cases, then drawn ones: prompts of 1 token up to what the context holds."""
     draw = random.Random(seed)
     chosen = [Case(4096, MOST_PROMPT, new), Case(4096, 8, new)]
     while len(chosen) < runs:
@@ -215,7 +215,7 @@ def table(results: list[Run]) -> str:
 
 
 def main() -> None:
-    """Runs the cases under every limit; exit code 1 where one breaks the promise."""
+    """Runs the cases under every limit; exit code 1 if one breaks the promise."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="a GGUF file or a model of the catalogue")
     parser.add_argument("--limits", default="500MB,700MB,1GB,2GB", help="with commas")
@@ -234,7 +234,7 @@ def main() -> None:
     texts = prompts(model, {case.prompt for case in chosen})
     results: list[Run] = []
     said: dict[Case, str] = {}
-    # Limits in turns, so that a drift of the machine spreads over all of them.
+    # The limits take turns, so that a drift of the machine spreads over all of them.
     for i, case in enumerate(chosen):
         for limit in limits:
             r = run(model, limit, case, texts[case.prompt], options.options.split())

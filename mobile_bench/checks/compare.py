@@ -30,7 +30,7 @@ CONTEXT = 1024
 
 
 def worker(python: str, engine: str, model: Path, threads: int) -> WorkerProcess:
-    """One engine with the model, everything in memory."""
+    """A worker with the model, everything in memory."""
     return WorkerProcess(engine, model, threads=threads, context=CONTEXT, python=python)
 
 
@@ -43,7 +43,7 @@ def first_token(python: str, engine: str, model: Path, threads: int, tokens: lis
 
 
 def measure(model: Path, pythons: dict[str, str], threads: int, repeats: int) -> list[dict]:  # type: ignore[type-arg]
-    """One record a repeat: {engine: {first_s, prefill_tok_s, decode_tok_s, peak_bytes}}."""
+    """One record per repeat: {engine: {first_s, prefill_tok_s, decode_tok_s, peak_bytes}}."""
     tokens = list(prompt_ids(model, PROMPT))
     records = []
     for repeat in range(repeats + 1):  # the first one warms the page cache and is not counted
@@ -77,7 +77,7 @@ def spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
     return f"{m:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-# figure, what one unit is worth when printed, digits, and whether more is better
+# figure -> (title, factor to the printed unit, digits, whether more is better)
 FIGURES = {
     "first_s": ("TTFT, 16 tokens, cold process, ms", 1e3, 0, False),
     "prefill_tok_s": (f"prefill of {PROMPT} tokens, tok/s", 1.0, 0, True),
@@ -107,7 +107,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="a GGUF file or a catalogue name")
     parser.add_argument("--repeats", type=int, default=7)

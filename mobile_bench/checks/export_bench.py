@@ -2,10 +2,10 @@
 
     python -m stoker.mobile_bench.checks.export_bench FOLDER --gb 20 --type Q4_K_M --memory-mib 2048
 
-Makes FOLDER/source.gguf (F16, normally distributed weights; taken as it is where it exists with
-that size), measures the disk's sequential reading and writing and the quantizer alone, then runs
+Makes FOLDER/source.gguf (F16, normally distributed weights; reused if it exists with that
+size), measures the disk's sequential reading and writing and the quantizer alone, then runs
 `stoker export quantize` in a memory cgroup twice: once through, once killed (SIGKILL) at a random
-moment and started again. Prints a JSON object; fails where the two files differ. Linux, as root.
+moment and started again. Prints a JSON object; fails if the two files differ. Linux, as root.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def make_source(path: Path, nbytes: int, seed: int = 0) -> int:
 
 
 def reading_speed(path: Path, nbytes: int) -> float:
-    """MB/s of sequential reading that the page cache has no part in."""
+    """MB/s of sequential reading without the page cache."""
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         begin, done = time.perf_counter(), 0
@@ -87,7 +87,7 @@ def reading_speed(path: Path, nbytes: int) -> float:
 
 
 def writing_speed(path: Path, nbytes: int) -> float:
-    """MB/s of sequential writing, until all is on the disk."""
+    """MB/s of sequential writing, including the final sync to the disk."""
     data = np.random.default_rng(0).bytes(16 << 20)
     begin, done = time.perf_counter(), 0
     with path.open("wb", buffering=0) as file:
@@ -100,7 +100,7 @@ def writing_speed(path: Path, nbytes: int) -> float:
 
 
 def quantizing_speed(type: str, threads: int, least: float = 3.0) -> float:
-    """Weights/s of F16 in memory to a tensor type, over at least `least` seconds."""
+    """Weights/s quantized from F16 in memory to a tensor type, over at least `least` seconds."""
     rows = 1024
     rng = np.random.default_rng(0)
     x = (0.02 * rng.standard_normal((rows, _N_EMBD))).astype(np.float16)
@@ -112,7 +112,7 @@ def quantizing_speed(type: str, threads: int, least: float = 3.0) -> float:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while data := file.read(16 << 20):
@@ -121,7 +121,7 @@ def sha256(path: Path) -> str:
 
 
 def run(command: Sequence[str], limit: int, kill_after: float | None = None) -> dict[str, Any]:
-    """Runs in a cgroup of `limit` bytes; kill_after: seconds until SIGKILL."""
+    """Runs a command in a cgroup of `limit` bytes; kill_after: seconds until SIGKILL."""
     with memory_group(limit) as group:
         begin = time.perf_counter()
         process = group.popen(command)
@@ -133,7 +133,7 @@ def run(command: Sequence[str], limit: int, kill_after: float | None = None) -> 
         found = {
             "status": status,
             "seconds": round(seconds, 2),
-            "peak_mib": group.peak() >> 20,  # with the page cache, which fills what it may
+            "peak_mib": group.peak() >> 20,  # includes the page cache, which fills the limit
             "killed_for_memory": group.kills(),
         }
     return found
@@ -165,7 +165,7 @@ def main() -> None:
     from ...export.writer.mixes import file_type
 
     speed = quantizing_speed(file_type(options.type).type, options.threads)
-    found["quantizer_mb_s"] = round(2 * speed / _MB)  # of F16 input
+    found["quantizer_mb_s"] = round(2 * speed / _MB)  # MB of F16 input
     found["quantizer_million_weights_s"] = round(speed / 1e6, 1)
     command = [sys.executable, "-m", "stoker.runtime.cli.main", "export", "quantize", str(source)]
     command += [str(out), "--type", options.type, "--threads", str(options.threads), "--force"]

@@ -3,17 +3,18 @@
     python -m stoker.mobile_bench.checks.forecast_check MODELS... [--memory 500MB,1GB,...]
         [--repeats 3] [--json FILE]
 
-Every case (a model in a budget) is measured in a process of its own, in a memory cgroup where that
-is allowed (`measure.run_case`): load with cold caches, greedy tokens, a prompt with an empty expert
-cache. Memory is at hand (preparation.py): how long a virtual machine takes to get fresh memory from
-its host varies tenfold from minute to minute, and is no matter of the model. Repeats are
-interleaved: all cases once, then all again. Before each repeat the device is profiled anew, so that
-a machine whose speed drifts is compared with itself; the profile of the comparison is the median of
-them, the measured value the median of the repeats that nothing disturbed (noise.py: the host took
-CPU time, other processes ran); of all, where each was. Budgets that are too small or too large for
-a model are replaced by ones that make a difference, so that each has as many as were asked for.
+Every case (a model in a budget) is measured in a process of its own, in a memory cgroup if that is
+allowed (`measure.run_case`): load with cold caches, greedy tokens, a prompt with an empty expert
+cache. Memory is touched beforehand (preparation.py): how long a virtual machine takes to get fresh
+memory from its host varies tenfold from minute to minute and does not depend on the model. Repeats
+are interleaved: all cases once, then all again. Before each repeat the device is profiled anew, so
+that a machine whose speed drifts is compared with itself; the profile of the comparison is the
+median of them, the measured value the median of the repeats that nothing disturbed (noise.py: the
+host took CPU time, other processes ran), or of all repeats if every one was disturbed. Budgets that
+are too small or too large for a model are replaced by ones that make a difference, so that each
+model has as many as were asked for.
 
-Prints one line a case, and the median and the worst error of decode tok/s and of the time to the
+Prints one line per case, and the median and the worst error of decode tok/s and of the time to the
 first token (load and prompt), each as a share of what was measured.
 """
 
@@ -42,8 +43,8 @@ from ..run.case import BUDGET_SHARE, DECODE_PROMPT, Case
 from ..run.measure import groups_allowed, run_case
 from ..run.preparation import drop_page_cache, read_directly
 
-PROMPT = 2 * DECODE_PROMPT  # tokens; comes after the decoding, whose memory it finds
-PROCESS_BYTES = 32 << 20  # of the worker before the engine: interpreter, numpy, core
+PROMPT = 2 * DECODE_PROMPT  # tokens; evaluated after decoding, so its memory has been touched
+PROCESS_BYTES = 32 << 20  # the worker before it loads the engine: interpreter, numpy, core
 
 
 @dataclass
@@ -57,19 +58,19 @@ class Checked:
 
     @property
     def quiet(self) -> list[dict[str, Any]]:
-        """The runs that nothing disturbed (noise.py); all, where each was."""
+        """The runs that nothing disturbed (noise.py), or all if every one was disturbed."""
         undisturbed = [r for r in self.runs if not r.get("noise", {}).get("noisy")]
         return [r for r in undisturbed if r["decode"]] or self.runs
 
     @property
     def decode(self) -> float | None:
-        """Measured tokens a second, median."""
+        """Median of the measured tokens per second."""
         found = [r["decode"]["tok_s"] for r in self.quiet if r["decode"]]
         return statistics.median(found) if found else None
 
     @property
     def ttft(self) -> float | None:
-        """Measured seconds of a cold load and the prompt after it, median."""
+        """Median of the measured seconds of a cold load and the prompt after it."""
         found = [
             r["load_cold_s"] + p["ttft_s"]
             for r in self.quiet
@@ -80,19 +81,19 @@ class Checked:
 
 
 def error_of(expected: float, measured: float) -> float:
-    """Of what was measured: 0.2 for a forecast that is a fifth too high or too low."""
+    """Relative error of a forecast: 0.2 if it is a fifth too high or too low."""
     return abs(expected - measured) / measured
 
 
 def budgets(path: Path, wanted: Sequence[int], context: int, threads: int) -> list[int]:
-    """As many as `wanted`: those of them that make a difference, others between these bounds."""
+    """As many budgets as `wanted`: those that make a difference, then others between the bounds."""
     from ...runtime._core import GgufFile
 
     subject = ModelHeader(
         GgufFile(str(path)), path.name, context=context, process_bytes=PROCESS_BYTES
     )
     plan = subject.plan(0, threads)[1]
-    # Room for what the worker may be larger than is assumed here.
+    # A margin in case the worker is larger than is assumed here.
     least = int(plan["least_memory"] * 1.1) + (8 << 20)
     whole = least + int(plan["weight_bytes"])
     found = [w for w in wanted if least <= w * BUDGET_SHARE < whole]
@@ -104,7 +105,7 @@ def budgets(path: Path, wanted: Sequence[int], context: int, threads: int) -> li
 
 
 def profile_now(folder: Path) -> DeviceProfile:
-    """A quick probe, its storage at the sizes that experts have."""
+    """A quick probe that measures storage at the sizes that experts have."""
     from ..probe import storage as probe_storage
     from ..probe.probe import probe
 
@@ -122,7 +123,7 @@ def profile_now(folder: Path) -> DeviceProfile:
 
 
 def median_profile(profiles: Sequence[DeviceProfile]) -> DeviceProfile:
-    """The first, with the median of each speed."""
+    """The first profile, with the median of each speed."""
     made: Any = json.loads(json.dumps(profiles[0]))
     keys = {
         "memory_reads": ("bytes_s",),
@@ -164,7 +165,7 @@ def expect(checked: Checked, device: Device, context: int, tokens: int) -> Forec
 
 
 def table(cases: Sequence[Checked]) -> str:
-    """Tab-separated: one line a case, then the errors."""
+    """A tab-separated table: one line per case, then the errors."""
     head = ("model", "limit", "decode tok/s", "forecast", "error", "TTFT s", "forecast", "error")
     lines = ["\t".join([*head, "limited by", "MB a token", "forecast"])]
     errors: dict[str, list[float]] = {"decode": [], "TTFT": []}
@@ -195,7 +196,7 @@ def table(cases: Sequence[Checked]) -> str:
 
 
 def _flash_line(cases: Sequence[Checked]) -> list[str]:
-    """What reading experts reached in the runs, beside what the forecasts took."""
+    """The measured bandwidth of expert reads beside the one that the forecasts assumed."""
     pairs = [
         (r["flash"]["bytes_s"] / 1e6, c.expected.bytes_token / c.expected.times["flash"] / 1e6)
         for c in cases
@@ -209,7 +210,7 @@ def _flash_line(cases: Sequence[Checked]) -> list[str]:
 
 
 def record(cases: Sequence[Checked], profiles: Sequence[DeviceProfile]) -> dict[str, Any]:
-    """Everything, for JSON: profiles, runs without their long lists, forecasts."""
+    """The check as a JSON object: profiles, runs without their long lists, forecasts."""
     rows = []
     for c in cases:
         runs = []
@@ -232,7 +233,7 @@ def record(cases: Sequence[Checked], profiles: Sequence[DeviceProfile]) -> dict[
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--memory", default="350MB,500MB,1GB,1500MB,2GB", help="limits, bytes")
@@ -268,7 +269,7 @@ def main() -> None:
 def _measure(
     cases: Sequence[Checked], options: argparse.Namespace, context: int
 ) -> list[DeviceProfile]:
-    """Fills the cases' runs; returns a profile a repeat."""
+    """Fills in the cases' runs; returns one profile per repeat."""
     begin = time.monotonic()
     for path in options.models:
         read_directly(path)
@@ -296,7 +297,7 @@ def _measure(
 
 
 def _read(path: Path, models: Sequence[Path]) -> tuple[list[Checked], list[DeviceProfile]]:
-    """What an earlier check has measured of these models."""
+    """Cases and profiles that an earlier check recorded for these models."""
     document = json.loads(path.read_text(encoding="utf-8"))
     named = {m.name: m for m in models}
     cases = [

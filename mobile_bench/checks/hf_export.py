@@ -4,15 +4,15 @@
         [--kills 1]
 
 Linux, as root. DIR is a Hugging Face folder (synthetic_hf.py writes one of any size).
-Measures the disk's own speed (O_DIRECT, 16 MB at a time) and the quantizer's (in memory, all
+Measures the speed of the disk (O_DIRECT, 16 MB at a time) and of the quantizer (in memory, all
 cores), then converts in a memory cgroup without swap, with a cold page cache; then again for each
 kill: SIGKILL at a random moment (drawn with --seed), the same command again, and the sha256 must
 be the same. One JSON line on stdout. OUT is removed at the end.
 
 Fields: bytes and seconds of the whole run, in_mb_s (of the folder's bytes), disk_read_mb_s,
-disk_write_mb_s, disk_mb_s (in + out at these, one after the other: the bound of a copy),
-quantizer_mb_s (of source bytes, null for floats), peak (of the cgroup, with page cache), rss (of
-the process), kills (each: share done when killed, seconds to finish after it, same).
+disk_write_mb_s, disk_mb_s (reading, then writing at these speeds: the bound of a copy),
+quantizer_mb_s (source bytes, null for float types), peak (the cgroup's, with page cache), rss (the
+process's), kills (each: share done when killed, seconds to finish after it, same).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def quantizer(type: str) -> float:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while data := file.read(_BLOCK):
@@ -98,7 +98,7 @@ def cold(shards: list[Path]) -> None:
 
 
 def convert(options: argparse.Namespace, kill_after: float | None = None) -> dict[str, Any]:
-    """One run in a group of its own; kill_after: seconds until SIGKILL."""
+    """Runs the conversion in its own cgroup; kill_after: seconds until SIGKILL."""
     command = [sys.executable, "-c", _COMMAND, "export", "gguf"]
     command += [str(options.folder), str(options.out)]
     if options.type is not None:
@@ -122,7 +122,7 @@ def convert(options: argparse.Namespace, kill_after: float | None = None) -> dic
 
 
 def killed(options: argparse.Namespace, whole: dict[str, Any], moment: float) -> dict[str, Any]:
-    """A run killed at a share of the whole one's time, then the same command to the end."""
+    """Kills a run at the share `moment` of the whole run's time, then repeats it to the end."""
     options.out.unlink(missing_ok=True)
     first = convert(options, kill_after=moment * whole["seconds"])
     left = sorted(p.name for p in options.out.parent.glob(f".{options.out.name}*"))
@@ -140,7 +140,7 @@ def killed(options: argparse.Namespace, whole: dict[str, Any], moment: float) ->
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints a JSON line."""
     parser = argparse.ArgumentParser(description="export gguf under a memory limit")
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)

@@ -2,11 +2,11 @@
 
     python mobile_bench/checks/instruction_counts.py [--formats Q4_0,Q4_K] [--json]
 
-From a checkout, on Linux. Where no ARM machine is at hand, counts tell whether the NEON kernels
-waste instructions; they tell nothing about time. kernel_instructions (native/) is built for both
+Needs a checkout, on Linux. Without an ARM machine, counts tell whether the NEON kernels waste
+instructions; they tell nothing about time. kernel_instructions (native/) is built for both
 processors and run by qemu-user with a plugin that counts (native/instruction_plugin.c); two runs
 that differ only in how often the product is computed give the product's own instructions. Both must
-compute the same bits. Debian names of what it needs: g++-aarch64-linux-gnu qemu-user cmake g++.
+compute the same bits. Debian packages it needs: g++-aarch64-linux-gnu qemu-user cmake g++.
 
 An AVX2 register holds 32 bytes, a NEON register 16: a kernel whose every instruction is as wide as
 its registers would take twice as many on NEON. Products in dot instructions, which AVX2 lacks,
@@ -34,7 +34,7 @@ X86_ISA, ARM_ISAS = "avx2", ("neon", "i8mm")
 
 @dataclass(frozen=True)
 class Phase:
-    """A product: rows x cols weights, tokens at a time."""
+    """A matrix product: rows x cols weights times `tokens` activations."""
 
     name: str
     rows: int
@@ -42,13 +42,13 @@ class Phase:
     tokens: int
 
 
-# A prompt's piece of rows, and as many tokens as are packed at a time.
+# The prompt phase has the rows of one task and as many tokens as are packed at a time.
 PHASES = (Phase("decode", 256, 1536, 1), Phase("prompt", 64, 1536, 192))
 
 
 @dataclass(frozen=True)
 class Count:
-    """Instructions for each weight and token; ratio: to X86_ISA's."""
+    """Instructions per weight and token; ratio: relative to X86_ISA's."""
 
     format: str
     phase: str
@@ -66,7 +66,7 @@ class Counter:
         self._plugin = self._compile(folder)
 
     def _compile(self, folder: Path) -> Path:
-        """The plugin for the version of the interface that this emulator wants."""
+        """Compiles the plugin for the interface version that this emulator wants."""
         source, plugin = NATIVE / "instruction_plugin.c", folder / "instructions.so"
         said, define = "", "-DSTOKER_QEMU_PLUGIN={}"
         for version in range(1, 9):
@@ -111,13 +111,13 @@ class Counter:
         return int(done.stderr.split()[-1]), done.stdout.strip()
 
     def count(self, isa: str, kind: str, phase: Phase) -> tuple[float, str]:
-        """Instructions for each weight and token, and the hash of the result."""
+        """Instructions per weight and token, and the hash of the result."""
         few, _ = self.run(isa, kind, phase, 1)
         many, result = self.run(isa, kind, phase, 3)
         return (many - few) / 2 / (phase.rows * phase.cols * phase.tokens), result
 
     def compare(self, kind: str, phase: Phase) -> list[Count]:
-        """All instruction sets; ends the program where they differ in a bit."""
+        """Counts on all instruction sets; exits if their results differ in a bit."""
         base, expected = self.count(X86_ISA, kind, phase)
         found = [Count(kind, phase.name, X86_ISA, base, 1.0)]
         for isa in ARM_ISAS:
@@ -148,7 +148,7 @@ def build(folder: Path) -> tuple[Path, Path]:
 
 
 def main() -> None:
-    """Counts, and prints a table or JSON; exits with 1 where a main format is above the limit."""
+    """Counts, and prints a table or JSON; exits with 1 if a main format is above the limit."""
     parser = argparse.ArgumentParser(description="Instructions a weight: NEON against AVX2.")
     parser.add_argument("--formats", default=",".join(MAIN_FORMATS), help="such as Q4_0,Q4_K")
     parser.add_argument("--x86", type=Path, help="kernel_instructions [default: built]")

@@ -11,10 +11,10 @@ model without a limit, and llama-cpp-python on its memory map inside the limit.
 Linux, as root: every run is a process in a memory cgroup of its own with the stated limit (swap
 excluded), after the page cache was dropped; the expert cache is empty at start. Before the first
 run the file is read once directly, because disks of virtual machines have caches of their own; and
-before each, twice the memory that it will use is touched and freed (`prepare`).
-Repeats are interleaved. The limit time of a token is the larger of its computation (a resident run
-in this series) and the bytes that an optimal cache (Belady) of as many slots would have missed on
-the same routing, over the bandwidth that reading random experts reaches in the same run.
+before each run, twice the memory that it will use is touched and freed (`prepare`). Repeats are
+interleaved. The limit time of a token is the larger of its computation time (a resident run in this
+series) and the bytes that an optimal cache (Belady) of as many slots would have missed on the same
+routing, over the bandwidth that reading random experts reaches in the same run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def lines() -> dict[str, dict[str, Any]]:
         table[f"+ cache, {name}"] = {**demand, "policy": name, "overlap": False}
     table[f"+ overlap ({policy})"] = {**demand, "policy": policy}
     for name, _ in _core.predictors():
-        if name in ("none", "oracle", "linear", "path"):  # the last three want a recording
+        if name in ("none", "oracle", "linear", "path"):  # the last three need a recording
             continue
         table[f"+ prefetch, {name}"] = {"predictor": name, "prefetch": "on", "policy": policy}
     table["+ controller (default)"] = {}
@@ -69,7 +69,7 @@ def prepare(nbytes: int) -> None:
 def run(
     python: str, engine: str, model: Path, task: dict[str, Any], group: MemoryGroup | None
 ) -> dict[str, Any]:
-    """One worker: prompt, n greedy tokens. Returns {"error": ...} where it died.
+    """Runs one worker: prompt, n greedy tokens. Returns {"error": ...} if it died.
 
     task: prompt [ids], n, context, threads, engine (options), trace (record the routing).
     """
@@ -92,8 +92,8 @@ def run(
 
 
 def answers(worker: WorkerProcess, task: dict[str, Any]) -> dict[str, Any]:
-    """What a worker measures: seconds; for stoker the plan, the store's counters of decode, the
-    bandwidth of the disk, and for a traced run what an optimal cache would have missed, a token."""
+    """A worker's measurements: seconds; for stoker also the plan, the expert store's decode
+    counters, the disk's bandwidth, and for a traced run the misses per token of an ideal cache."""
     loaded = worker.ask("load")
     trace = task.get("trace") and worker.ask("record")["recording"]
     prompt = worker.ask("prompt", tokens=task["prompt"])
@@ -124,7 +124,7 @@ def answers(worker: WorkerProcess, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def roofline(records: dict[str, list[dict[str, Any]]], n: int) -> dict[str, float]:
-    """Seconds a token: computation alone, optimal reading, and the larger of them."""
+    """Seconds per token: computation alone, optimal reading, and the larger of them."""
     traced = records["+ controller (default)"][0]
     plan = traced["plan"]
     misses = traced["belady_misses"]
@@ -145,12 +145,12 @@ def roofline(records: dict[str, list[dict[str, Any]]], n: int) -> dict[str, floa
 
 
 def speed(run: dict[str, Any]) -> float:
-    """Decoded tokens a second, 0 where the run died."""
+    """Decoded tokens per second, 0 if the run died."""
     return len(run["token_s"]) / run["decode_s"] if "decode_s" in run else 0.0
 
 
 def report(result: dict[str, Any]) -> str:
-    """A tab-separated table."""
+    """The results as a tab-separated table."""
     limit = result["roofline"]["limit_s"]
     rows = ["line\tdecode tok/s\tof the roofline\tprompt s\thits\tMB a token\tstall ms\tpeak MB"]
     for name, runs in result["records"].items():
@@ -185,7 +185,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", help="a mixture-of-experts GGUF file")
     parser.add_argument("--limit", default="1GB", help="of the cgroup")

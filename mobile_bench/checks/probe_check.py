@@ -1,9 +1,9 @@
 """Compares the probe's figures with fio's and with those of a STREAM-like loop, in one run.
 
-Storage: the same unnamed file, block, depth and direct I/O; fio with its psync engine, a thread a
-read under way, into huge pages where they can be had (root), as the probe does it. Memory: the same
-number of bytes and threads; the loop is C, compiled here. The two take turns, and each pair gives
-one ratio; as many pairs as the noise asks for, five to ten minutes in all on a noisy disk.
+Storage: the same unnamed file, block, depth and direct I/O; fio with its psync engine, one thread
+per concurrent read, into huge pages if they can be had (root), as the probe does it. Memory: the
+same number of bytes and threads; the loop is C, compiled here. The two take turns, and each pair
+gives one ratio; as many pairs as the noise asks for, five to ten minutes in all on a noisy disk.
 
     python -m stoker.mobile_bench.checks.probe_check --json FILE
 """
@@ -36,7 +36,7 @@ from ..probe.probe import memory_bytes
 if TYPE_CHECKING:
     from ...runtime._core import StorageFile
 
-POINTS = (  # bytes of a block, depth
+POINTS = (  # (bytes of a block, depth)
     (4 << 10, 1),
     (4 << 10, 16),
     (64 << 10, 4),
@@ -45,12 +45,12 @@ POINTS = (  # bytes of a block, depth
     (1 << 20, 4),
     (4 << 20, 16),
 )
-WITHIN = 0.1  # of the other's figure
+WITHIN = 0.1  # allowed difference, as a share of the other's figure
 _LEAST_PAIRS = 7
-_HUGE_PAGES = 64  # of 2 MiB: 16 threads with 4 MiB each, rounded up
-_PASSES = 5  # of the loop over the memory; the best counts, as in STREAM
+_HUGE_PAGES = 64  # pages of 2 MiB: 16 threads with 4 MiB each, rounded up
+_PASSES = 5  # passes over the memory; the best counts, as in STREAM
 
-# Sums an array, cut into one part a thread, and prints the bytes a second of the best pass.
+# Sums an array, one part per thread, and prints the bytes per second of the best pass.
 _READ_LOOP = r"""
 #include <pthread.h>
 #include <stdint.h>
@@ -126,17 +126,17 @@ int main(int argc, char **argv) {
 
 
 class Missing(Exception):
-    """A program to compare with is not there, or does not work. One line."""
+    """A program to compare with is missing or does not work. The message is one line."""
 
 
 def fio_speed(
     file: StorageFile, block: int, depth: int, seconds: float, huge_pages: bool = False
 ) -> float:
-    """Bytes a second that fio reads of the file. Raises Missing."""
+    """Bytes per second that fio reads from the file. Raises Missing."""
     command = [
         "fio",
         "--name=check",
-        # The file has no name; another process reaches it as what this one has open.
+        # The file has no name; another process reaches it through our descriptor.
         f"--filename=/proc/{os.getpid()}/fd/{file.descriptor}",
         f"--size={file.nbytes}",
         f"--bs={block}",
@@ -166,9 +166,9 @@ def fio_speed(
 
 @contextmanager
 def reserved_pages(folder: Path = Path("/proc/sys/vm")) -> Iterator[bool]:
-    """Whether fio can have huge pages, as the probe has: they must be set aside, which takes root.
+    """Sets huge pages aside, which takes root; yields whether fio can have them, as the probe has.
 
-    Without them both read into small pages: on some disks that is another speed.
+    Without them both read into small pages, which is another speed on some disks.
     """
     setting = folder / "nr_hugepages"
     before = None
@@ -211,7 +211,7 @@ class ReadLoop:
             raise Missing(f"{compiler} failed: {' '.join(ran.stderr.split())[:200]}")
 
     def speed(self, threads: int, nbytes: int) -> float:
-        """Bytes a second."""
+        """Bytes per second that the loop reads. Raises Missing."""
         try:
             ran = subprocess.run(
                 [str(self._program), str(threads), str(nbytes)],
@@ -228,7 +228,7 @@ class ReadLoop:
 def in_turns(
     ours: Callable[[int], float], theirs: Callable[[int], float], repeats: int
 ) -> dict[str, Any]:
-    """Both by turns; who is first changes. The ratio is the median of the pairs' ratios.
+    """Measures both in turns, in alternating order. The ratio is the median of the pairs' ratios.
 
     Ends when the ratio is known to within a third of WITHIN (its standard error), after
     _LEAST_PAIRS at the earliest and `repeats` pairs at the latest: the disk of a virtual machine
@@ -257,18 +257,18 @@ def in_turns(
 
 
 def standard_error(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Of the median of the pairs' ratios, relative; None for fewer than two pairs."""
+    """Relative standard error of the median of the pairs' ratios; None for fewer than two pairs."""
     if len(pairs) < 2:
         return None
     logs = [math.log(a / b) for a, b in pairs]
-    # A median's is 1.25 times that of a mean, where the values are normally distributed.
+    # A median's error is 1.25 times a mean's if the values are normally distributed.
     return 1.2533 * statistics.stdev(logs) / math.sqrt(len(logs))
 
 
 def compare_storage(
     file: StorageFile, repeats: int, seconds: float, say: Callable[[str], None], huge_pages: bool
 ) -> list[dict[str, Any]]:
-    """One row a point: block, depth, and what in_turns found; bytes a second. Raises Missing."""
+    """One row per point: block, depth, and the result of in_turns, bytes/s. Raises Missing."""
     rows = []
     for block, depth in POINTS:
 
@@ -350,7 +350,7 @@ def check(folder: Path, repeats: int, seconds: float, say: Callable[[str], None]
         file = probe_storage.scratch(probe_storage.existing(folder), effort)
         if not file.direct:
             raise Missing(f"{folder}: the file system refuses direct I/O: storage is not compared")
-        # Once over all of it: whatever lies below is then in the state that lasts.
+        # One pass over all of it brings the layers below into their steady state.
         file.read("direct", 1 << 20, 4, 30)
         with reserved_pages() as huge_pages:
             say(f"storage, into {'huge' if huge_pages else 'small'} pages")
@@ -378,7 +378,7 @@ def check(folder: Path, repeats: int, seconds: float, say: Callable[[str], None]
 
 
 def main() -> None:
-    """Prints the table; exit code 1 where a ratio is more than 10% from 1 or nothing compared."""
+    """Prints the table; exit code 1 if a ratio is more than 10% from 1 or nothing was compared."""
     from ...models import cache
     from ...runtime.base.errors import StokerError
 

@@ -5,9 +5,9 @@
 
 The tensors are those of an 8B Llama (matrices of 4096 x 14336) or of a 30B Qwen 3 mixture (128
 experts of 768 x 2048 a layer, two and a half times as many names), with as many layers as the size
-asks for. Values are normal, standard deviation 0.02, as trained weights nearly are; the same seed
-gives the same bytes. The tokenizer knows bytes only. The folder is streamed at the disk's speed,
-brought to the disk, and dropped from the page cache, so that what reads it next really reads.
+asks for. Values are normal, standard deviation 0.02, much like trained weights; the same seed
+gives the same bytes. The tokenizer knows bytes only. The folder is written at the disk's speed,
+synced, and dropped from the page cache, so that the next reader really reads from the disk.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Bytes = npt.NDArray[np.uint8]
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 _DEVIATION = 0.02
 _POOL_VALUES = 16 << 20  # random values that tensors are cut from
-_CHUNK_VALUES = 4 << 20  # cut at one place of the pool, written at once
-_SYNC_BYTES = 256 << 20  # written between two syncs: dirty pages stay few
-_N_BYTES = 256  # tokens
+_CHUNK_VALUES = 4 << 20  # cut from one place of the pool, written at once
+_SYNC_BYTES = 256 << 20  # written between two syncs, so that few pages are dirty
+_N_BYTES = 256  # byte tokens
 
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -96,9 +96,9 @@ def write_folder(
     shard_bytes: int = 5_000_000_000,
     seed: int = 0,
 ) -> int:
-    """Writes the folder; returns the bytes of its weights: the whole layers nearest to `nbytes`.
+    """Writes the folder; returns the bytes of its weights, the whole layers nearest to `nbytes`.
 
-    folder: must not exist. shape: of SHAPES. dtype: of ITEM_BYTES. Raises ValueError where
+    folder: must not exist. shape: one of SHAPES. dtype: one of ITEM_BYTES. Raises ValueError if
     `nbytes` is less than one layer with embeddings, FileExistsError, OSError.
     """
     config = dict(SHAPES[shape])
@@ -166,7 +166,7 @@ def _feed_forward(prefix: str, n: int, n_ff: int) -> Iterator[Tensor]:
 
 
 def _shards(tensors: Sequence[Tensor], dtype: str, most: int) -> list[list[Tensor]]:
-    """Tensors in their order, a new shard where the next would make one larger than `most`."""
+    """Tensors in their order, split into shards of at most `most` bytes (or a single tensor)."""
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -184,13 +184,13 @@ def _encoded(values: npt.NDArray[np.float32], dtype: str) -> Bytes:
         return values.view(np.uint8)
     if dtype == "F16":
         return values.astype(np.float16).view(np.uint8)
-    # The upper half, rounded to the nearest (these values have no ties that matter).
+    # BF16 is the upper half, rounded to the nearest (these values have no ties that matter).
     upper = (values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)
     return np.asarray(upper, dtype=np.uint16).view(np.uint8)
 
 
 def _pool(dtype: str, seed: int) -> Bytes:
-    """Encoded normal values, uint8 [_POOL_VALUES * bytes of one]."""
+    """Encoded normal values, uint8 [_POOL_VALUES * bytes of a value]."""
     values = np.random.default_rng(seed).standard_normal(_POOL_VALUES, dtype=np.float32)
     values *= np.float32(_DEVIATION)
     return _encoded(values, dtype)
@@ -239,7 +239,7 @@ def _write(fd: int, data: bytes | memoryview) -> None:
 
 
 def _drop(fd: int) -> None:
-    """Brings what was written to the disk and out of the page cache."""
+    """Syncs what was written to the disk and drops it from the page cache."""
     os.fsync(fd)
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
@@ -251,7 +251,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _tokenizer() -> dict[str, Any]:
-    """A byte-level BPE without merges, cut as GPT-2 does."""
+    """A byte-level BPE without merges, with GPT-2's pre-tokenization."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(_N_BYTES) if b not in plain]
     letters = {b: chr(b) for b in plain} | {b: chr(_N_BYTES + i) for i, b in enumerate(others)}
@@ -272,7 +272,7 @@ def _tokenizer() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes a folder and says how fast that was."""
+    """Writes a folder and prints how fast that was."""
     parser = argparse.ArgumentParser(description="A Hugging Face folder with random weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bytes", type=float, required=True, dest="nbytes")

@@ -24,7 +24,7 @@ namespace {
 
 Json bytes_or_null(int64_t bytes) { return bytes < 0 ? kNull : to_json(bytes); }
 
-// On many phones the kernel does not name the processor; Android's properties do.
+// The processor's name: on many phones not the kernel but Android's properties give it.
 std::string processor_name() {
   const std::string soc = first_line("/sys/devices/soc0/machine");
   const std::string board = first_line("/proc/device-tree/model");
@@ -73,7 +73,7 @@ std::vector<Json> storage_reads(const GgufFile& file, bool full) {
   StorageFile storage(file.shards()[static_cast<size_t>(largest)]);
   const auto measure = [&](const char* mode, ReadMode access, uint64_t block, int depth) {
     const ReadSpeed speed = storage.read({access, block, depth, full ? 0.4 : 0.15, 1});
-    if (speed.reads < 4) return;  // the file is smaller, or in memory
+    if (speed.reads < 4) return;  // the file is too small, or in memory
     JsonObject line;
     line.set("mode", mode).set("block", static_cast<int64_t>(block)).set("depth", depth);
     line.set("bytes_s", static_cast<double>(speed.bytes) / speed.seconds);
@@ -82,7 +82,7 @@ std::vector<Json> storage_reads(const GgufFile& file, bool full) {
   for (const uint64_t block : {4096u, 65536u, 262144u, 1048576u}) {
     if (block > storage.nbytes() / 8) continue;
     for (const int depth : {1, 4, 16}) {
-      // What offloading does, before all: about 256 KB, four at a time.
+      // The quick probe keeps to the sizes around what offloading does: 256 KB, four at a time.
       if (!full && block != 262144 && depth != 4) continue;
       if (storage.direct()) measure("direct", ReadMode::kDirect, block, depth);
       if (!storage.direct() || full) measure("buffered", ReadMode::kBuffered, block, depth);
@@ -102,7 +102,7 @@ std::vector<std::string> usable_isas() {
 }  // namespace
 
 std::string device_id() {
-  // device_profile.py: device_id()
+  // The same formula as device_id() in device_profile.py.
   const auto gigabytes =
       static_cast<int64_t>(std::nearbyint(static_cast<double>(meminfo_bytes("MemTotal:")) / 1e9));
   return sha256(processor_name() + "|" + std::to_string(cpu().physical) + "|" +

@@ -12,11 +12,11 @@ namespace stoker::bench {
 // 12 hex digits that stay the same for a machine.
 std::string device_id();
 
-// Measures what options.profile asks for (storage on the model's own files) and describes the
-// rest. Throws Error.
+// The device profile: measures what options.profile asks for (storage on the model's own files)
+// and describes the rest. Throws Error.
 Json device_profile(const Options& options, const GgufFile& file);
 
-// What the model is, for results: name, nbytes, architecture, type and sizes.
+// The model's facts for results: name, nbytes, architecture, type and sizes.
 Json model_facts(const GgufFile& file);
 
 }  // namespace stoker::bench

@@ -10,7 +10,7 @@
 
 namespace stoker::bench {
 
-// A value that is JSON already.
+// A value that is already JSON.
 struct Json {
   std::string text;
 };
@@ -26,7 +26,7 @@ inline Json to_json(double value) {
   std::snprintf(text, sizeof(text), "%.9g", value);
   return {text};
 }
-// Bytes that are not ASCII pass as they are: results are UTF-8, as paths and names are.
+// Bytes that are not ASCII are kept: results are UTF-8, as paths and names are.
 inline Json to_json(std::string_view value) {
   std::string text = "\"";
   for (const char c : value) {

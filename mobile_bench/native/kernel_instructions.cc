@@ -1,6 +1,6 @@
-// One matrix product, repeated, and nothing else: the program whose instructions
-// mobile_bench/checks/instruction_counts.py counts. The difference between two numbers of
-// repetitions is the kernel's alone.
+// The program whose instructions mobile_bench/checks/instruction_counts.py counts: one matrix
+// product, repeated, and nothing else. The difference between two repetition counts is the kernel's
+// alone.
 //
 //   kernel_instructions FORMAT ISA ROWS COLS TOKENS REPETITIONS
 //   kernel_instructions --isas       the instruction sets that execute here

@@ -12,10 +12,10 @@ namespace stoker {
 
 namespace {
 
-// Rows that a prompt's piece has in the engine; decode's are larger (forward.cc).
+// Rows of a piece of prefill in the engine; pieces of decode are larger (forward.cc).
 constexpr int64_t kPromptRows = 64;
 constexpr int64_t kDecodeTokens = 8;
-// So many different rows are enough: no kernel looks at values.
+// This many different rows are enough: no kernel's speed depends on values.
 constexpr int64_t kPeriod = 64;
 
 double now() {
@@ -79,7 +79,7 @@ KernelProduct::KernelProduct(const Format& f, Isa isa, int64_t rows, int64_t col
       for (float& v : values) v = uniform();
       f.quantize(values.data(), row, cols, nullptr);
     } else {
-      // Bytes below 60 make finite scales in every format.
+      // Bytes below 60 give finite scales in every format.
       for (int64_t i = 0; i < bytes; ++i) row[i] = static_cast<uint8_t>(rng() % 60);
     }
   }

@@ -11,16 +11,16 @@
 
 namespace stoker {
 
-// A matrix of a format in huge pages, activations, and the kernel of an instruction set.
+// A matrix of one format in huge pages, activations, and the kernel of one instruction set.
 class KernelProduct {
  public:
-  // Throws Error(kOption) where the ISA is not usable or a size is below 1; cols is a multiple of
-  // the format's block and of 32.
+  // Throws Error(kOption) if the ISA is not usable or a size is below 1. cols: a multiple of the
+  // format's block and of 32.
   KernelProduct(const Format& format, Isa isa, int64_t rows, int64_t cols, int64_t tokens,
                 int threads);
-  // The product once, in the pieces that the engine would hand to its threads.
+  // Computes the product once, in the pieces that the engine would hand to its threads.
   void run();
-  // Its activations from the floats, where the format wants int8.
+  // Quantizes the activations if the format wants int8.
   void quantize();
   int64_t weight_bytes() const { return rows_ * args_.row_bytes; }
   const float* y() const { return y_.get(); }  // [tokens][rows]
@@ -36,7 +36,7 @@ class KernelProduct {
   const MatmulFn kernel_;
   const QuantizeActFn quantize_;
   const int64_t rows_;
-  int64_t piece_;  // rows
+  int64_t piece_;  // rows of a piece
   int64_t scratch_bytes_;
   HugeMemory w_;            // [rows][row_bytes]
   Aligned<float> x_;        // [tokens][cols]
@@ -49,9 +49,9 @@ class KernelProduct {
   ThreadPool pool_;
 };
 
-// Seconds of the fastest of the products that fit in about `seconds` (one at least, after one to
-// warm up; that one counts alone where it takes longer than `seconds`). quantize: the activations'
-// part of it too, which the engine does once for several products.
+// Seconds of the fastest of the products that fit in about `seconds` (at least one, after one to
+// warm up, which is the only one if it takes longer than `seconds`). quantize: includes quantizing
+// the activations, which the engine does once for several products.
 double kernel_speed(const Format& format, Isa isa, int64_t rows, int64_t cols, int64_t tokens,
                     int threads, double seconds, bool quantize = false);
 

@@ -21,15 +21,15 @@ namespace stoker::bench {
 
 namespace {
 
-// What stacks and allocators grow by after the process was measured.
+// Growth of stacks and allocators after the process was measured, bytes.
 constexpr int64_t kGrowth = int64_t{2} << 20;
 
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// The first `n` of the given ids, from the beginning again where there are fewer; without any,
-// random ones: the same for every run.
+// The first `n` of the given ids, repeated if there are fewer; without any, random ids that are the
+// same for every run.
 std::vector<int32_t> prompt_ids(const std::vector<int32_t>& given, int64_t n, int64_t n_vocab) {
   std::vector<int32_t> ids(static_cast<size_t>(n));
   std::mt19937 random(1);
@@ -45,7 +45,7 @@ double percentile(std::vector<double> values, size_t percent) {
   return values[std::min(values.size() - 1, values.size() * percent / 100)];
 }
 
-// Takes the files out of the page cache.
+// Drops the files from the page cache.
 void drop_page_cache(const GgufFile& file) {
   for (const std::string& path : file.shards()) {
     const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC);
@@ -55,7 +55,7 @@ void drop_page_cache(const GgufFile& file) {
   }
 }
 
-// runtime/bind/bind_engine.cc: Engine.plan
+// The same fields as Engine.plan in runtime/bind/bind_engine.cc.
 Json plan_json(const Engine& engine) {
   const Plan& p = engine.plan();
   JsonObject o;
@@ -90,12 +90,13 @@ Json plan_json(const Engine& engine) {
   return o.json();
 }
 
-// Seconds of a piece of work that stays the same, to tell whether the machine does.
+// Seconds of a fixed piece of work, which shows whether the machine's speed stays the same.
 double reference_seconds(Isa isa) {
   return kernel_speed(*find_format(FormatId::Q4_0), isa, 256, 1024, 1, 1, 0.02);
 }
 
-// mobile_bench/probe/noise.py: what else the machine did, and why to distrust the run.
+// The `noise` of mobile_bench/probe/noise.py: what else the machine did, and why to distrust the
+// run.
 Json noise_json(const CpuTime& began, const CpuTime& ended, const std::vector<double>& reference,
                 const std::vector<double>& celsius) {
   constexpr double kSteal = 0.02, kBusy = 0.05, kReference = 0.15, kSlowClock = 0.8;
@@ -174,7 +175,7 @@ class Measurement {
     tokens_ = {next};
     Sampler greedy(static_cast<int>(engine_->config().n_vocab), {});
     const StoreStatistics before = statistics();
-    // The pages of a long prompt's chunk have been touched: what comes now is the same each token.
+    // The pages of a long prompt's chunk have been touched, so every token now does the same work.
     for (int64_t i = 0; i < n; ++i) {
       const double start = now();
       sequence_->eval({&next, 1}, Phase::kDecode);
@@ -228,7 +229,7 @@ class Measurement {
 
  private:
   double seconds() const { return std::accumulate(token_s_.begin(), token_s_.end(), 0.0); }
-  // Of the expert store, and of the streamed weights.
+  // Sum of the statistics of the expert store and of the streamed weights.
   StoreStatistics statistics() const {
     StoreStatistics s = engine_->flash() ? engine_->flash()->statistics() : StoreStatistics();
     if (!engine_->stream()) return s;
@@ -244,7 +245,7 @@ class Measurement {
     sequence_ = std::make_unique<Sequence>(engine_, std::function<void()>());
     return now() - start;
   }
-  // No sequence, and nothing in the expert cache.
+  // Forgets the sequence and empties the expert cache.
   void restart() {
     sequence_->truncate(0);
     if (!engine_->flash()) return;
@@ -269,11 +270,11 @@ class Measurement {
   std::vector<Json> prompts_;
   std::vector<double> token_s_;     // [decoded]
   std::vector<int32_t> tokens_;     // the one after the prompt, then those decoded
-  std::vector<std::string> notes_;  // what was left out and why
+  std::vector<std::string> notes_;  // what was left out, and why
   StoreStatistics before_, after_;
 };
 
-// The fields up to `context`.
+// The run line's fields up to `context`.
 JsonObject begin_line(const Options& options, const GgufFile& file, const RunPlace& place,
                       int threads, int64_t context) {
   JsonObject changed;

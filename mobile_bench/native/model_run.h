@@ -10,16 +10,16 @@
 
 namespace stoker::bench {
 
-// What all runs of a command share, and which one this is.
+// The facts that all runs of a command share, and which run this is.
 struct RunPlace {
-  std::string run;     // the command's
-  std::string device;  // its id
+  std::string run;     // the command's id
+  std::string device;  // the device's id
   int64_t memory = 0;  // the budget; 0: everything in memory
   int repeat = 0;
 };
 
-// Loads, evaluates the prompts, decodes. Says on stderr how it went. An engine that refuses is a
-// line with `error`.
+// Loads, evaluates the prompts, decodes; reports progress on stderr. If the engine refuses, the
+// line has an `error`.
 Json measure_run(const Options& options, const std::shared_ptr<const GgufFile>& file,
                  const RunPlace& place);
 

@@ -63,7 +63,7 @@ int64_t whole(const std::string& option, const std::string& text, int64_t low, i
   return value;
 }
 
-// "500MB", "1.5GiB", "123"; "none" is 0.
+// Bytes of "500MB", "1.5GiB" or "123"; "none" is 0.
 int64_t byte_count(const std::string& option, const std::string& text) {
   if (text == "none") return 0;
   char* end = nullptr;
@@ -87,7 +87,7 @@ int64_t byte_count(const std::string& option, const std::string& text) {
   return static_cast<int64_t>(bytes);
 }
 
-// Ids separated by commas or white space, brackets around them allowed.
+// Parses ids separated by commas or white space, with optional brackets around them.
 std::vector<int32_t> parse_ids(const std::string& where, const std::string& text) {
   std::vector<int32_t> ids;
   std::string word;

@@ -20,11 +20,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Keeps results alive without ordering the loops.
+// Keeps results alive without imposing an order on the loops.
 std::atomic<uint64_t> sink{0};
 
 // Calls work(thread) on every thread at once; returns the seconds from the common start to the
-// last end. Throws Error(kDevice) where the system does not give that many threads.
+// last end. Throws Error(kDevice) if the system does not give that many threads.
 template <class F>
 double timed(int threads, F&& work) {
   std::atomic<int> ready{0};
@@ -60,10 +60,10 @@ uint64_t read_all(const uint64_t* p, int64_t n) {
   return a ^ b ^ c ^ d;
 }
 
-// Independent accumulators, more than latency times throughput, that stay in the registers.
+// Independent accumulators: more than latency times throughput, and all fit in registers.
 constexpr int kChains = 10;
-[[maybe_unused]] constexpr int kManyChains = 16;  // of 32 registers: ARM
-constexpr int kScalarSteps = 16;                  // of the others take as long as one of dot_scalar
+[[maybe_unused]] constexpr int kManyChains = 16;  // ARM has 32 registers
+constexpr int kScalarSteps = 16;  // this many of the others take as long as one of dot_scalar
 constexpr float kSmall = 1e-5f;
 
 #if STOKER_X86
@@ -78,7 +78,7 @@ uint64_t read_all_avx2(const uint64_t* p, int64_t n) {
   return static_cast<uint64_t>(_mm256_extract_epi64(t, 0) ^ _mm256_extract_epi64(t, 3));
 }
 
-// What an int8 product costs without VNNI: multiply to int16, add; widening is amortised.
+// The cost of an int8 product without VNNI: multiply to int16, add; widening is amortised.
 int64_t dot_avx2(int64_t steps, uint64_t* out) {
   __m256i acc[kChains];
   const __m256i a = _mm256_set1_epi8(static_cast<char>(*out & 3));
@@ -86,7 +86,7 @@ int64_t dot_avx2(int64_t steps, uint64_t* out) {
   for (int64_t i = 0; i < steps; ++i) {
     for (auto& x : acc) {
       __m256i p = _mm256_maddubs_epi16(x, a);
-      asm volatile("" : "+x"(p));  // the same product is not to be hoisted
+      asm volatile("" : "+x"(p));  // keeps the compiler from hoisting the product
       x = _mm256_add_epi16(x, p);
     }
   }
@@ -199,7 +199,7 @@ int64_t dot_i8mm(int64_t steps, uint64_t* out) {
 STOKER_END_TARGET
 #endif
 
-// What the compiler makes of plain C++, as in the scalar kernels: operands in the nearest cache.
+// Plain C++ as in the scalar kernels, left to the compiler; operands are in the nearest cache.
 int64_t dot_scalar(int64_t steps, uint64_t* out) {
   constexpr int kLength = 256;
   int8_t a[kLength], b[kLength];
@@ -207,9 +207,9 @@ int64_t dot_scalar(int64_t steps, uint64_t* out) {
     a[k] = static_cast<int8_t>(*out & 3);
     b[k] = static_cast<int8_t>(k & 3);
   }
-  int32_t sum = 0;  // at most 9 * kLength a step
+  int32_t sum = 0;  // grows by at most 9 * kLength per step
   for (int64_t i = 0; i < steps; i += kScalarSteps) {
-    asm volatile("" : : "r"(a), "r"(b) : "memory");  // not the sum of the step before
+    asm volatile("" : : "r"(a), "r"(b) : "memory");  // no reuse of the last step's sum
     for (int k = 0; k < kLength; ++k) sum += a[k] * b[k];
   }
   *out ^= static_cast<uint64_t>(sum);
@@ -231,7 +231,7 @@ int64_t fma_scalar(int64_t steps, uint64_t* out) {
   return steps * kChains;
 }
 
-// Multiply-adds done in `steps` steps; *out is any number, and afterwards another.
+// Returns the multiply-adds done in `steps` steps; *out holds any number and gets another.
 using Kernel = int64_t (*)(int64_t steps, uint64_t* out);
 
 Kernel int8_kernel(Isa isa) {
@@ -274,14 +274,14 @@ Kernel float32_kernel(Isa isa) {
   }
 }
 
-// Operations a second of all threads together, each for itself until the time is over: slow cores
-// do not hold fast ones up.
+// Operations per second of all threads together; each works on its own until the time is over, so
+// slow cores do not hold fast ones up.
 double peak(Kernel kernel, int threads) {
-  // Many short passes: together long enough for a clock to rise, each short enough to find a moment
-  // when nothing else wants the cores.
+  // There are many short passes: together long enough for the clock to rise, each short enough to
+  // find a moment when nothing else wants the cores.
   constexpr double kPassSeconds = 0.01;
   constexpr int kPasses = 10;
-  constexpr int64_t kSteps = 20000;  // some 20 us: little beside a look at the clock
+  constexpr int64_t kSteps = 20000;  // about 20 us, so that looking at the clock costs little
   double best = 0;
   for (int pass = 0; pass < kPasses; ++pass) {
     std::vector<double> rates(static_cast<size_t>(threads));
@@ -321,7 +321,7 @@ double read_bandwidth(int threads, int64_t bytes) {
 #if STOKER_X86
   if (isa_usable(Isa::avx2)) read = read_all_avx2;
 #endif
-  // Pieces long enough that the prefetcher's start costs nothing, and many a thread.
+  // Pieces are long enough that the hardware prefetcher's start costs nothing, and many per thread.
   constexpr int64_t kMost = (int64_t{4} << 20) / 8, kLeast = 8192;
   const int64_t piece = std::clamp(words / (16 * int64_t{threads}), kLeast, kMost) / 16 * 16;
   double best = 0;

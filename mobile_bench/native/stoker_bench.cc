@@ -46,8 +46,8 @@ void write_file(const std::string& path, const std::string& text, int mode) {
   if (close(descriptor) != 0) cannot_write(path);
 }
 
-// What f returns, from a process of its own: its memory is not in the next one's peak, and where
-// the system kills it the others go on. Throws Error(kDevice) where the process died.
+// The JSON that f returns in a separate process: its memory is not in the next one's peak, and if
+// the system kills it the others go on. Throws Error(kDevice) if the process died.
 std::string in_process(const std::function<Json()>& f) {
   int ends[2];
   if (pipe(ends) != 0) throw Error(ErrorKind::kDevice, std::strerror(errno));

@@ -36,11 +36,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr uint64_t kPage = 4096;  // what direct I/O wants multiples of
+constexpr uint64_t kPage = 4096;  // direct I/O wants multiples of this
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
 constexpr uint64_t kWrite = uint64_t{4} << 20;
 constexpr int kMaxDepth = 256;
-constexpr uint64_t kMaxMemory = uint64_t{1} << 30;  // of depth * block
+constexpr uint64_t kMaxMemory = uint64_t{1} << 30;  // bound of depth * block
 
 [[noreturn]] void fail(const std::string& path, const std::string& what, int error) {
   throw Error(ErrorKind::kDevice, path + ": " + what + ": " + std::strerror(error));
@@ -57,7 +57,7 @@ AlignedBytes aligned_bytes(uint64_t n) {
   return AlignedBytes(static_cast<uint8_t*>(::operator new(n, std::align_val_t(kPage))));
 }
 
-// Takes the file out of the page cache, as far as its pages are stored and not in use.
+// Drops the file's pages from the page cache, except those that are dirty or in use.
 void drop_cache(int descriptor) {
 #if defined(POSIX_FADV_DONTNEED)
   ::posix_fadvise(descriptor, 0, 0, POSIX_FADV_DONTNEED);
@@ -66,19 +66,19 @@ void drop_cache(int descriptor) {
 #endif
 }
 
-// The whole file in the address space; also tells what of it is in memory.
+// A mapping of the whole file, which also tells which of its pages are in memory.
 class Map {
  public:
   Map(const std::string& path, int descriptor, uint64_t bytes) : bytes_(bytes) {
     int own = -1;
 #if defined(__linux__)
-    // The kernel stops to read ahead around faults once an open file has seen many that did not
-    // help: opened anew, so that no measurement depends on those before it.
+    // The kernel stops reading ahead around faults once an open file has had many for which it did
+    // not help. The file is opened anew, so that no measurement depends on those before it.
     own = ::open(("/proc/self/fd/" + std::to_string(descriptor)).c_str(), O_RDONLY | O_CLOEXEC);
 #endif
     void* base = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, own < 0 ? descriptor : own, 0);
     const int error = errno;
-    if (own >= 0) ::close(own);  // the map keeps it open
+    if (own >= 0) ::close(own);  // the mapping keeps the file open
     if (base == MAP_FAILED) fail(path, "mmap", error);
     base_ = static_cast<uint8_t*>(base);
   }
@@ -107,7 +107,7 @@ class Map {
   const uint64_t bytes_;
 };
 
-// Reads all of [offset, offset + bytes); 0 or an errno.
+// Reads all of [offset, offset + bytes); returns 0 or an errno.
 int read_block(int descriptor, uint8_t* into, uint64_t offset, uint64_t bytes) {
   uint64_t got = 0;
   while (got < bytes) {
@@ -121,7 +121,7 @@ int read_block(int descriptor, uint8_t* into, uint64_t offset, uint64_t bytes) {
   return 0;
 }
 
-// A start that many threads wait for without using the CPUs.
+// A start signal that many threads wait for without using the CPUs.
 class Gate {
  public:
   void open() {
@@ -194,7 +194,7 @@ void StorageFile::append(uint64_t bytes) {
   int error = 0;
   while (size_ < end && error == 0) {
     const uint64_t n = std::min(end - size_, kWrite);
-    // Differs everywhere, so that nothing below can compress it or find it twice.
+    // The data differ everywhere, so that no layer below can compress or deduplicate them.
     for (uint64_t i = 0; i < n; i += 8) {
       random_ += 0x9e3779b97f4a7c15;
       uint64_t x = (random_ ^ (random_ >> 30)) * 0xbf58476d1ce4e5b9;
@@ -210,7 +210,7 @@ void StorageFile::append(uint64_t bytes) {
         if (static_cast<uint64_t>(put) < kPage) error = ENOSPC;
       } else if (put == 0 || errno != EINTR) {
         error = put == 0 ? ENOSPC : errno;
-        if (error == EINVAL && direct) {  // accepted the flag, but not the write
+        if (error == EINVAL && direct) {  // the file system accepted the flag, but not the write
           direct = direct_ = false;
           set_direct(descriptor_, false);
           error = 0;
@@ -255,8 +255,9 @@ ReadSpeed StorageFile::read(const ReadLoad& load) {
     Clock::time_point end;
   };
   std::vector<Reader> readers(static_cast<size_t>(load.depth));
-  // In huge pages, as the engine's: direct reads into scattered small ones are up to 2.5 times
-  // slower on some virtual disks. Touched now, so that no page has to be found while it counts.
+  // The buffers are in huge pages, as the engine's are: direct reads into scattered small pages are
+  // up to 2.5 times slower on some virtual disks. They are touched now, so that no page faults are
+  // timed.
   const uint64_t bytes = (block * readers.size() + kHugePage - 1) / kHugePage * kHugePage;
   const HugeMemory huge(load.huge_pages ? bytes : 0, "blocks to read into");
   const AlignedBytes small = load.huge_pages ? nullptr : aligned_bytes(bytes);
@@ -288,7 +289,7 @@ ReadSpeed StorageFile::read(const ReadLoad& load) {
   };
   std::vector<std::thread> threads =
       start_threads(load.depth, [&](int i) { work(readers[static_cast<size_t>(i)]); });
-  // With fewer threads the depth would be a lie.
+  // With fewer threads the reported depth would be wrong.
   const int refused = static_cast<int>(threads.size()) < load.depth ? EAGAIN : 0;
   begin = Clock::now();
   deadline =

@@ -18,7 +18,7 @@ namespace stoker::bench {
 
 namespace {
 
-constexpr int kCpus = 64;  // that are looked at
+constexpr int kCpus = 64;  // CPUs that are looked at
 
 std::string clock_folder(int cpu) {
   return "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/cpufreq/";
@@ -41,7 +41,7 @@ int64_t group_limit_bytes() {
   for (const ControlGroup& group : control_groups("memory")) {
     for (const char* name : {"/memory.max", "/memory.high", "/memory.limit_in_bytes"}) {
       const int64_t limit = first_number(group.folder + name);
-      // Without a limit "max", or a number above all memory.
+      // Without a limit the file has "max", or a number above all memory.
       if (limit > 0 && limit < (int64_t{1} << 60)) {
         least = least < 0 ? limit : std::min(least, limit);
       }
@@ -69,7 +69,7 @@ double hottest_celsius() {
   for (int i = 0; i < 128; ++i) {
     const std::string zone = "/sys/class/thermal/thermal_zone" + std::to_string(i) + "/temp";
     const int64_t milli = first_number(zone);
-    // Zones that do not work tell 0, -40 or some such.
+    // Zones that do not work report 0, -40 or the like.
     if (milli >= 1000 && milli < 150000)
       hottest = std::fmax(hottest, static_cast<double>(milli) / 1000);
   }
@@ -111,7 +111,7 @@ std::string utc_now() {
 }
 
 CpuTime cpu_time() {
-  // cpu user nice system idle iowait irq softirq steal ...
+  // The fields are: cpu user nice system idle iowait irq softirq steal ...
   std::istringstream line(first_line("/proc/stat"));
   std::string name;
   int64_t ticks[8] = {};

@@ -1,4 +1,4 @@
-"""What the system tells of its processor: core kinds, caches, and whether it is a virtual one."""
+"""Facts about the processor: core kinds, caches, and whether it is a virtual one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _ARM_PARTS = {
 
 
 def text(path: Path) -> str | None:
-    """The file's text without its last newline (or NUL); None where it cannot be read."""
+    """The file's text without its last newline (or NUL); None if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").rstrip("\n\0 ")
     except OSError:
@@ -68,7 +68,7 @@ def text(path: Path) -> str | None:
 
 
 def number(path: Path) -> int | None:
-    """The number in a file; None where there is none."""
+    """The number in a file; None if there is none."""
     try:
         return int(text(path) or "")
     except ValueError:
@@ -76,7 +76,7 @@ def number(path: Path) -> int | None:
 
 
 def cpu_set(listed: str) -> list[int]:
-    """The kernel's list of CPUs, "0-3,8": [0, 1, 2, 3, 8]. Empty where it is malformed."""
+    """The kernel's list of CPUs, "0-3,8": [0, 1, 2, 3, 8]. Empty if it is malformed."""
     found: list[int] = []
     for part in listed.split(","):
         first, _, last = part.strip().partition("-")
@@ -87,7 +87,7 @@ def cpu_set(listed: str) -> list[int]:
 
 
 def cpu_list(cpus: Iterable[int]) -> str:
-    """The other way round: [0, 1, 2, 3, 8] -> "0-3,8"."""
+    """The inverse of cpu_set: [0, 1, 2, 3, 8] -> "0-3,8"."""
     ranges: list[list[int]] = []
     for cpu in sorted(cpus):
         if ranges and ranges[-1][1] == cpu - 1:
@@ -98,10 +98,10 @@ def cpu_list(cpus: Iterable[int]) -> str:
 
 
 def core_kinds(root: Path = _ROOT) -> list[dict[str, Any]]:
-    """Kinds of cores, the fastest first; empty where the system does not tell.
+    """Kinds of cores, the fastest first; empty if the system does not tell.
 
-    Each: cpus ("0-3"), cores (CPUs of one core count once), capacity (of 1024; None where all are
-    alike), max_hz (None if unknown), name (of the design, where known).
+    Each: cpus ("0-3"), cores (CPUs of one core count once), capacity (of 1024; None if all are
+    alike), max_hz (None if unknown), name (of the design, if known).
     """
     folder = root / "sys/devices/system/cpu"
     online = cpu_set(text(folder / "online") or "")
@@ -156,10 +156,10 @@ def _parts(root: Path) -> dict[int, str]:
 
 
 def caches(root: Path = _ROOT) -> list[dict[str, Any]]:
-    """Caches of data, the nearest first; empty where the system does not tell.
+    """Data caches, the nearest first; empty if the system does not tell.
 
-    Each: level, bytes (of one), count (how many of these there are), shared (CPUs at one), line
-    (bytes of a line, None if unknown).
+    Each: level, bytes (of one), count (how many of these there are), shared (CPUs that share one),
+    line (bytes of a line, None if unknown).
     """
     seen: dict[tuple[int, str], tuple[int, int | None]] = {}  # (level, CPUs) -> bytes, line
     for index in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
@@ -187,9 +187,10 @@ def _nbytes(size: str) -> int | None:
 
 
 def model_name(told: str, kinds: list[dict[str, Any]], root: Path = _ROOT) -> str:
-    """A processor's name for people: what it tells, else the designs of its cores.
+    """A processor's name for people: the one it reports, else the designs of its cores.
 
-    told: the core's; "aarch64" where the processor does not tell. "4x Cortex-A78, 4x Cortex-A55".
+    told: the "model" of _core.cpu(), "aarch64" if the processor reports none. Result, for example:
+    "4x Cortex-A78, 4x Cortex-A55".
     """
     if told != "aarch64":
         return told
@@ -199,7 +200,7 @@ def model_name(told: str, kinds: list[dict[str, Any]], root: Path = _ROOT) -> st
 
 
 def product(root: Path = _ROOT) -> str | None:
-    """What the device is sold as; None where nothing tells."""
+    """The product name of the device; None if nothing tells."""
     if "ANDROID_ROOT" in os.environ and (names := _android_product()):
         return names
     board = text(root / "proc/device-tree/model")
@@ -224,7 +225,7 @@ def _android_product() -> str:
 
 
 def virtual(root: Path = _ROOT) -> bool | None:
-    """Whether a hypervisor runs below; None where unknown."""
+    """Whether a hypervisor runs below; None if unknown."""
     if text(root / "sys/hypervisor/type"):
         return True
     for line in (text(root / "proc/cpuinfo") or "").splitlines():

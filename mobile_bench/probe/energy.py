@@ -1,4 +1,4 @@
-"""Energy that the machine has used, where it tells: RAPL counters, or a battery that discharges."""
+"""Energy that the machine has used, from RAPL counters or a battery that discharges."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _JOULES_PER_MICROWATT_HOUR = 0.0036
 
 @dataclass(frozen=True)
 class Counter:
-    """joules: falls or rises with use; limit_j: where it begins again at 0, if it does."""
+    """joules: falls or rises with use; limit_j: the value at which it wraps to 0, 0: never."""
 
     joules: Callable[[], float]
     limit_j: float
 
 
 class EnergyMeter:
-    """Joules since it was made. `source` says of what: "rapl" or "battery", None: not readable.
+    """Joules used since construction. `source`: "rapl" or "battery", None if neither is readable.
 
     RAPL counts packages and their memory, whoever uses them; it needs root on most systems. A
-    battery tells the whole device's consumption in coarse steps, and only while it discharges.
+    battery shows the whole device's consumption in coarse steps, and only while it discharges.
     """
 
     def __init__(self, folder: Path = Path("/sys/class")) -> None:
@@ -44,7 +44,7 @@ class EnergyMeter:
             return []
 
     def joules(self) -> float | None:
-        """Used so far; None where nothing tells, or the steps were too coarse to see any."""
+        """Joules used so far; None without a source, or if its steps were too coarse to see any."""
         if self.source is None:
             return None
         values = self._values()
@@ -59,7 +59,7 @@ class EnergyMeter:
         return used if used > 0 else None
 
     def reading(self, tokens: int) -> dict[str, Any] | None:
-        """As a Run has it: source, joules, joules_token."""
+        """A Run's `energy`: source, joules, joules_token."""
         joules = self.joules()
         if joules is None:
             return None
@@ -71,7 +71,7 @@ def _number(path: Path) -> float:
 
 
 def _rapl(folder: Path) -> list[Counter]:
-    """Packages, and memory where it is counted apart from them."""
+    """Counters of packages, and of memory if it is counted apart from them."""
     found = []
     for zone in sorted(folder.glob("intel-rapl:*")) if folder.is_dir() else []:
         try:
@@ -101,7 +101,7 @@ def _battery(folder: Path) -> list[Counter]:
 
 
 def _stored(supply: Path) -> Counter | None:
-    """What a battery holds: as energy, or as charge times voltage."""
+    """A counter of what a battery holds: energy, or charge times voltage."""
     try:
         if (supply / "energy_now").exists():  # uWh
             return _scaled(supply / "energy_now", _JOULES_PER_MICROWATT_HOUR)
@@ -115,6 +115,6 @@ def _stored(supply: Path) -> Counter | None:
 
 
 def _scaled(file: Path, joules: float, limit_j: float = 0.0) -> Counter:
-    """A file whose unit is so many joules. Raises OSError, ValueError where it is not readable."""
+    """A counter from a file in units of `joules`. Raises OSError, ValueError if unreadable."""
     _number(file)
     return Counter(lambda: _number(file) * joules, limit_j)

@@ -3,11 +3,11 @@
     python ggml_kernels.py THREADS
 
 Runs as a script under any Python that has llama-cpp-python, whose ggml libraries it calls through
-ctypes. Says {"ggml": path of the library, "version": of the package} first.
+ctypes. Prints {"ggml": path of the library, "version": the package's} first.
 
-{"type": GGUF id, "rows": n, "cols": n, "tokens": n, "seconds": about how long}: the fastest of the
-products that fit, seconds, of a matrix as it lies in the file ("plain") and, where ggml rearranges
-it as it is loaded, of one rearranged ("repacked"): {"plain": s, "repacked": s or null}.
+The command {"type": GGUF id, "rows": n, "cols": n, "tokens": n, "seconds": about how long} gives
+{"plain": s, "repacked": s or null}: seconds of the fastest product in that time, for a matrix as it
+lies in the file, and for one rearranged if ggml rearranges this type when loading.
 A type that this ggml does not have gives {"error": message}.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 F32 = 0
-ROWS = 64  # different ones; no kernel looks at values
+ROWS = 64  # different rows; no kernel's speed depends on values
 
 Pointer = ctypes.c_void_p
 
@@ -40,7 +40,7 @@ class InitParams(ctypes.Structure):
 
 
 class Ggml:
-    """The functions that are called, typed."""
+    """ggml's functions that are called here, with their types."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         def library(name: str) -> Any:
@@ -91,7 +91,7 @@ class Ggml:
         self.device = self.base.ggml_backend_get_device(self.backend)
 
     def extra_buffer_types(self) -> list[int]:
-        """Those into which matrices are rearranged as they are loaded."""
+        """Buffer types whose matrices are rearranged when they are loaded."""
         registry = self.base.ggml_backend_dev_backend_reg(self.device)
         address = self.base.ggml_backend_reg_get_proc_address(
             registry, b"ggml_backend_dev_get_extra_bufts"
@@ -108,7 +108,7 @@ class Ggml:
 
 
 class Product:
-    """One matrix and tokens in ggml's memory; None from `of` where it cannot be."""
+    """A product of one matrix and tokens in ggml's memory."""
 
     def __init__(self, g: Ggml, kind: int, rows: int, cols: int, tokens: int) -> None:
         self.g, self.size = g, g.base.ggml_row_size(kind, cols)
@@ -123,7 +123,7 @@ class Product:
         self.buffers: list[int] = []
 
     def place(self, buffer_type: int) -> bool:
-        """Allocates, the matrix in a buffer of that type; False where it has no use for it."""
+        """Allocates, the matrix in a buffer of that type; False if it does not support this."""
         base = self.g.base
         plain = base.ggml_backend_cpu_buffer_type()
         for context, kind in ((self.weights, buffer_type), (self.rest, plain)):
@@ -134,21 +134,21 @@ class Product:
         return bool(base.ggml_backend_dev_supports_op(self.g.device, self.y))
 
     def fill(self, row_bytes: bytes, floats: Any) -> None:
-        """The matrix from the bytes of ROWS rows, again and again; the tokens from floats."""
+        """Fills the matrix by repeating the bytes of ROWS rows, and the tokens from floats."""
         set_tensor = self.g.base.ggml_backend_tensor_set
         whole = row_bytes * (self.rows // ROWS + 1)
-        # In one piece: only so are matrices rearranged.
+        # Set in one piece: only then are matrices rearranged.
         set_tensor(self.w, whole, 0, self.rows * self.size)
         set_tensor(self.x, floats, 0, 4 * self.tokens * self.cols)
 
     def compute(self) -> None:
-        """The product once."""
+        """Computes the product once."""
         status = self.g.base.ggml_backend_graph_compute(self.g.backend, self.graph)
         if status != 0:
             raise OSError(f"ggml: computing failed with status {status}")
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         for buffer in self.buffers:
             self.g.base.ggml_backend_buffer_free(buffer)
         for context in (self.weights, self.rest):
@@ -156,7 +156,7 @@ class Product:
 
 
 def fastest(seconds: float, f: Callable[[], None]) -> float:
-    """As kernel_speed of stoker's core measures."""
+    """Seconds of the fastest call, measured like kernel_speed of stoker's core."""
     start = time.perf_counter()
     f()
     best = time.perf_counter() - start
@@ -173,14 +173,14 @@ def fastest(seconds: float, f: Callable[[], None]) -> float:
 
 
 def floats(n: int) -> Any:
-    """n of them between -1 and 1."""
+    """n floats between -1 and 1."""
     values = (ctypes.c_float * n)()
     state = 1
     for i in range(min(n, 1 << 16)):
         state = (state * 1103515245 + 12345) & 0x7FFFFFFF
         values[i] = state / (1 << 30) - 1
     part = 4 * (1 << 16)
-    for at in range(part, 4 * n, part):  # the same again
+    for at in range(part, 4 * n, part):  # repeats the first part
         ctypes.memmove(ctypes.addressof(values) + at, values, min(part, 4 * n - at))
     return values
 
@@ -200,7 +200,7 @@ def quantized_rows(g: Ggml, kind: int, cols: int) -> bytes:
 def measure(
     g: Ggml, *, type: int, rows: int, cols: int, tokens: int, seconds: float
 ) -> dict[str, Any]:
-    """One command."""
+    """Carries out one command."""
     rows_bytes = quantized_rows(g, type, cols)
     x = floats(tokens * cols)
     found: dict[str, Any] = {"plain": None, "repacked": None}

@@ -1,8 +1,8 @@
-"""Every weight format, instruction set and shape: matrix products against what the machine can do.
+"""Matrix products of every weight format, instruction set and shape, against the machine's limits.
 
-The limits are measured in the same run: reading memory (decoding is bound by it) and int8
-arithmetic out of registers (prompts are). ggml's products of the same shapes are timed right beside
-ours where a Python with llama-cpp-python is at hand (ggml_kernels.py).
+The limits are measured in the same run: memory bandwidth (it bounds decode) and int8 arithmetic
+out of registers (it bounds prefill). ggml's products of the same shapes are timed right beside
+ours if there is a Python with llama-cpp-python (ggml_kernels.py).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ...runtime.base.progress import Progress
 
 SHAPES = ((576, 1536), (2048, 2048))  # rows, columns
 TOKENS = (1, 512)
-SECONDS = 0.1  # of one measurement
-# Fewer tokens are decoding: the matrix comes from memory, as the next layer's does.
+SECONDS = 0.1  # duration of one measurement
+# Fewer tokens count as decode: the matrix comes from memory, as each layer's does.
 PROMPT_TOKENS = 8
 _LEAST_STACK = 96 << 20  # bytes
 _MOST_STACK = 768 << 20
@@ -35,13 +35,13 @@ _GGML_LIMIT_S = 120.0
 
 @dataclass(frozen=True)
 class KernelRow:
-    """One product. Times are seconds, rates a second.
+    """One product. Times are seconds, rates per second.
 
-    rows, cols: of the matrix; stacked: how many of them were multiplied one after the other, so
-    that decoding finds none in a cache (1 for prompts). tokens: multiplied at a time. bytes_s:
-    weights' bytes; ops_s: a multiply-add is two. of_memory, of_peak: shares of the limits of the
-    same run (of float32 arithmetic where the weights are floats). ggml_s: its time for the same, of
-    the faster of its layouts; repacked: that it was the rearranged one; None: not measured.
+    rows, cols: the matrix's; stacked: how many matrices were multiplied one after the other, so
+    that decode finds none in a cache (1 for prompts). tokens: multiplied at a time. bytes_s: bytes
+    of weights; ops_s: a multiply-add is two. of_memory, of_peak: shares of the limits of the same
+    run (of the float32 peak if the weights are floats). ggml_s: ggml's time for the same product in
+    its faster layout; repacked: whether that was the rearranged one; None: not measured.
     """
 
     format: str
@@ -60,16 +60,16 @@ class KernelRow:
 
     @property
     def faster(self) -> float | None:
-        """Times that we are as fast as ggml."""
+        """Our speed as a multiple of ggml's."""
         return None if self.ggml_s is None else self.ggml_s / self.seconds
 
 
 @dataclass
 class KernelBench:
-    """What `measure` found.
+    """Result of `measure`.
 
-    device: DeviceProfile.id; memory_s: bytes read a second; int8_s, float32_s: operations a second
-    out of registers, by ISA; ggml: version of llama-cpp-python.
+    device: DeviceProfile.id; memory_s: bytes read per second; int8_s, float32_s: operations per
+    second out of registers, by ISA; ggml: version of llama-cpp-python.
     """
 
     cpu: str
@@ -95,8 +95,8 @@ def measure(
 ) -> KernelBench:
     """Measures all combinations; those whose columns a format cannot hold are left out.
 
-    formats: names, all by default. isas: all that execute here but the scalar one, which is there
-    to be compared with. shapes: (rows, columns). threads: of every product. seconds: about how long
+    formats: names, all by default. isas: by default all that execute here except the scalar
+    reference. shapes: (rows, columns). threads: used by every product. seconds: about how long
     each is repeated; its fastest time counts. baseline_python: an interpreter that has
     llama-cpp-python. Raises OptionError, DeviceError.
     """
@@ -175,7 +175,7 @@ def measure(
 
 
 class _Limits:
-    """The best of what was measured again and again: a busy moment would give shares above 1."""
+    """The best of repeated measurements: one at a busy moment would give shares above 1."""
 
     def __init__(self, threads: int, isas: Sequence[str], nbytes: int) -> None:
         self._threads, self._nbytes = threads, nbytes
@@ -184,7 +184,7 @@ class _Limits:
         self.float32_s = dict.fromkeys(isas, 0.0)
 
     def measure(self) -> None:
-        """Once more."""
+        """Measures once more and keeps the best."""
         from ...runtime import _core
 
         self.memory_s = max(self.memory_s, _core.read_bandwidth(self._threads, self._nbytes))
@@ -194,7 +194,7 @@ class _Limits:
 
 
 def stack_bytes() -> int:
-    """Bytes of matrices that no cache holds, of an eighth of the memory at most."""
+    """Bytes of matrices that no cache holds, at most an eighth of the memory."""
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
     from .cpu import caches
@@ -214,7 +214,7 @@ def _chosen(
 
 
 class _Ggml:
-    """A running ggml_kernels.py; one that dies of a command is started again."""
+    """A running ggml_kernels.py; it is restarted if it dies of a command."""
 
     def __init__(self, python: str, threads: int) -> None:
         self._command = [python, str(_GGML), str(threads)]
@@ -241,7 +241,7 @@ class _Ggml:
         self.version = str(hello["version"])
 
     def _ask(self, command: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The answer, None where the process has died."""
+        """The answer to a command, None if the process has died."""
         assert self._process.stdin and self._process.stdout
         if command is not None:
             try:
@@ -258,7 +258,7 @@ class _Ggml:
     def seconds(
         self, kind: int, rows: int, cols: int, tokens: int, seconds: float
     ) -> tuple[float, bool] | None:
-        """The faster layout's time and whether that is the rearranged one; None: not to be had."""
+        """The faster layout's time and whether it is the rearranged one; None if not measurable."""
         answer = self._ask(
             {"type": kind, "rows": rows, "cols": cols, "tokens": tokens, "seconds": seconds}
         )
@@ -283,7 +283,7 @@ class _Ggml:
 
 
 class _baseline:
-    """A _Ggml, or None without a Python for it."""
+    """Context manager of a _Ggml, or of None without a Python for it."""
 
     def __init__(self, python: str | None, threads: int) -> None:
         self._python, self._threads = python, threads
@@ -303,7 +303,7 @@ class _baseline:
 
 
 def baseline_here() -> str | None:
-    """This interpreter, where it has llama-cpp-python."""
+    """This interpreter if it has llama-cpp-python, else None."""
     from importlib.util import find_spec
 
     return sys.executable if find_spec("llama_cpp") is not None else None

@@ -15,11 +15,11 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from ...runtime._core import control_groups
 
-# Above these a measurement is called noisy.
-STEAL = 0.02  # of all cores' time, taken by the host of a virtual machine
-BUSY = 0.05  # of all cores' time, used by other processes
-REFERENCE = 0.15  # change of the reference loop's time
-SLOW_CLOCK = 0.8  # of the highest frequency
+# A measurement beyond one of these is called noisy.
+STEAL = 0.02  # share of all cores' time, taken by the host of a virtual machine
+BUSY = 0.05  # share of all cores' time, used by other processes
+REFERENCE = 0.15  # relative change of the reference loop's time
+SLOW_CLOCK = 0.8  # share of the highest frequency
 _PIECES, _PIECE_BYTES = 9, 4 << 20
 _CPUS = Path("/sys/devices/system/cpu")
 
@@ -36,9 +36,9 @@ def reference_s() -> float:
 
 
 class NoiseWatch:
-    """Watches the machine from its making to `finish`, whose processes count as our own.
+    """Watches the machine from construction to `finish`; our child processes count as our own.
 
-    Only children that have been waited for count: finish after that.
+    Only children that have been waited for count: call `finish` after that.
     """
 
     def __init__(self, cpus: Path = _CPUS) -> None:
@@ -49,20 +49,20 @@ class NoiseWatch:
         self._own = _own_seconds()
 
     def finish(self) -> dict[str, Any]:
-        """steal, busy: shares of all cores' time; throttled: how often, None where unknown.
+        """steal, busy: shares of all cores' time; throttled: how often, None if unknown.
 
-        clock: the fastest core's frequency now over its highest, None where unknown; reference_s:
-        of the loop before and after; reference_spread: how much it changed; noisy: the reasons, for
-        people, to distrust this measurement; empty: none.
+        clock: the fastest core's current over its highest frequency, None if unknown; reference_s:
+        the loop's time before and after; reference_spread: how much it changed; noisy: the reasons,
+        for people, to distrust this measurement, empty if there are none.
         """
         now, own = psutil.cpu_times(), _own_seconds() - self._own
         gained = {k: getattr(now, k) - getattr(self._times, k) for k in now._fields}
-        for inside in ("guest", "guest_nice"):  # in user and nice already
+        for inside in ("guest", "guest_nice"):  # already in user and nice
             gained.pop(inside, None)
         total = sum(gained.values())
         worked = sum(gained.get(k, 0.0) for k in ("user", "nice", "system"))
         busy = None
-        if sys.platform != "win32" and total > 0:  # there it does not count children
+        if sys.platform != "win32" and total > 0:  # Windows does not count children
             busy = max(0.0, worked - own) / total
         throttles = throttle_count(self._cpus)
         throttled = None
@@ -103,7 +103,7 @@ def drift(noises: Sequence[dict[str, Any]]) -> float:
 
 
 def throttle_count(cpus: Path = _CPUS) -> int | None:
-    """How often the cores have been slowed down for heat or by a quota; None: nobody tells."""
+    """How often the cores have been slowed down for heat or by a quota; None if unknown."""
     counts: list[int] = []
     patterns = ("core_throttle_count", "package_throttle_count")
     files = [f for p in patterns for f in cpus.glob(f"cpu[0-9]*/thermal_throttle/{p}")]
@@ -122,9 +122,9 @@ def throttle_count(cpus: Path = _CPUS) -> int | None:
 
 
 def clock_share(cpus: Path = _CPUS) -> float | None:
-    """The current over the highest frequency; None where unknown.
+    """The current over the highest frequency; None if unknown.
 
-    Of the core where that is most: idle ones lower their clocks.
+    The core with the largest ratio counts: idle ones lower their clocks.
     """
     shares = []
     for folder in cpus.glob("cpu[0-9]*/cpufreq"):

@@ -1,4 +1,4 @@
-"""Battery, heat and the source of energy figures, where the system shows them."""
+"""Battery, heat and the source of energy figures, as far as the system shows them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _ROOT = Path("/")
 
 
 def power(root: Path = _ROOT) -> dict[str, Any]:
-    """The DeviceProfile's power, as it is now.
+    """The current state, as the DeviceProfile's `power`.
 
     battery: None, or percent, status ("Discharging"), watts (None if unknown); temperatures: zone
-    -> degrees C; energy: "rapl", "battery" or None; governor: of the clock; clock: share of the
-    highest frequency; throttled: events since the start. None where unknown.
+    -> degrees C; energy: "rapl", "battery" or None; governor: the CPU clock's; clock: share of the
+    highest frequency; throttled: events since boot. None if unknown.
     """
     cpus = root / "sys/devices/system/cpu"
     return {
@@ -31,7 +31,7 @@ def power(root: Path = _ROOT) -> dict[str, Any]:
 
 
 def battery(folder: Path) -> dict[str, Any] | None:
-    """The first battery of the system's power supplies; None where there is none."""
+    """The first battery of the system's power supplies; None if there is none."""
     try:
         supplies = sorted(folder.iterdir())
     except OSError:
@@ -53,11 +53,11 @@ def battery(folder: Path) -> dict[str, Any] | None:
 
 
 def temperatures(folder: Path) -> dict[str, float]:
-    """Zone -> degrees C; the hottest of zones with one name."""
+    """Zone -> degrees C; the hottest of zones with the same name."""
     found: dict[str, float] = {}
     for zone in sorted(folder.glob("thermal_zone[0-9]*")):
         thousandths, name = number(zone / "temp"), text(zone / "type") or zone.name
-        # Sensors that are switched off tell 0 or less, or nonsense.
+        # Sensors that are switched off report 0 or less, or nonsense.
         if thousandths is not None and 0 < thousandths < 150_000:
             found[name] = max(found.get(name, 0.0), thousandths / 1000)
     return found

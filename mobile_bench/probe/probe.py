@@ -25,11 +25,11 @@ from .power import power
 if TYPE_CHECKING:
     from ...runtime.base.progress import Progress
 
-# Those that models come in; `stoker bench-kernels` measures the others.
+# Formats that models come in; `stoker bench-kernels` measures the others.
 FORMATS = ("Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "F16")
-_LEAST_MEMORY = 256 << 20  # bytes that no cache of today's devices holds four times
+_LEAST_MEMORY = 256 << 20  # bytes, at least four times any of today's caches
 _MOST_MEMORY = 1 << 30
-_COLS = 2048  # of the matrices; a multiple of every block
+_COLS = 2048  # columns of the matrices; a multiple of every block
 _TILE_ROWS = 512
 _PROMPT = 512  # tokens
 
@@ -37,11 +37,11 @@ _PROMPT = 512  # tokens
 def probe(
     folder: Path | None = None, *, quick: bool = False, progress: Progress | None = None
 ) -> DeviceProfile:
-    """Measures this machine: under 60 seconds, quick: under 10, coarser.
+    """Measures this machine in under 60 seconds; quick: in under 10, coarser.
 
     folder: where the storage is measured (the model cache if None), with a scratch file that is
     always removed. What cannot be measured is left out, and storage["error"] says why. Raises
-    OptionError where `folder` is no folder, ImportError without the core.
+    OptionError if `folder` is no folder, ImportError without the core.
     """
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
@@ -103,7 +103,7 @@ def probe(
         "formats": formats,
         "storage": storage,
         "storage_reads": storage_reads,
-        # At the end, when the device is as warm as it got.
+        # Read at the end, when the device is as warm as it got.
         "power": power(),
         "noise": watch.finish(),
         "seconds": round(time.monotonic() - started, 1),
@@ -111,9 +111,9 @@ def probe(
 
 
 def thread_counts(physical: int, performance: int, quota: int, *, quick: bool = False) -> list[int]:
-    """Numbers of threads to measure with: 1 to the physical cores, every other power beyond 8.
+    """Thread counts to measure with: 1 to 8, then powers of 2 up to the physical cores.
 
-    quota: CPUs that the control group grants, 0: all. quick: only one, the performance cores, all.
+    quota: CPUs that the control group grants, 0: all. quick: only 1, the performance cores, all.
     """
     most = min(physical, quota) if quota > 0 else physical
     found = {1, min(performance, most), most}
@@ -124,7 +124,7 @@ def thread_counts(physical: int, performance: int, quota: int, *, quick: bool = 
 
 
 def memory_bytes(held: Sequence[dict[str, Any]], room: int) -> int:
-    """Bytes to read that the caches cannot hold, of `room` bytes that may be used."""
+    """Bytes to read: more than the caches hold, as far as `room` allows."""
     last = max((c["bytes"] * c["count"] for c in held), default=0)
     return max(1 << 20, min(max(_LEAST_MEMORY, 4 * last), _MOST_MEMORY, room))
 
@@ -132,7 +132,7 @@ def memory_bytes(held: Sequence[dict[str, Any]], room: int) -> int:
 def read_memory(
     counts: Sequence[int], nbytes: int, progress: Progress | None = None
 ) -> list[MemoryRead]:
-    """Read bandwidth for each number of threads."""
+    """Memory read bandwidth for each number of threads."""
     from ...runtime._core import read_bandwidth
 
     found: list[MemoryRead] = []
@@ -172,7 +172,7 @@ def measure_peaks(
 def measure_formats(
     isa: str, nbytes: int, quick: bool = False, progress: Progress | None = None
 ) -> list[FormatSpeed]:
-    """Speed of the kernels on one thread: for a token (a matrix of about nbytes), for a prompt."""
+    """Kernel speeds on one thread: for one token (a matrix of about nbytes) and for a prompt."""
     from ...runtime._core import formats, kernel_speed
 
     known = {row["name"]: row for row in formats()}

@@ -1,4 +1,4 @@
-"""Storage: how fast random blocks are read, by their size, how many at a time, and in what way."""
+"""Storage: how fast random blocks are read, by block size, depth and way of reading."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 MODES = ("direct", "buffered", "mapped")
 _PIECE = 16 << 20  # bytes of the scratch file between two looks at the clock
-_LEAST = 64 << 20  # bytes of a scratch file that says something
+_LEAST = 64 << 20  # bytes of the smallest scratch file worth measuring
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _ROOT = Path("/")
 
 
 @dataclass(frozen=True)
 class Effort:
-    """scratch: bytes; write_s: to write them in; each point is measured `rounds` times for slice_s.
+    """How long to measure. scratch: bytes of the file; write_s: the longest to write it.
 
-    total_s: after which no further point is begun.
+    Each point is measured `rounds` times for slice_s; none is begun after total_s.
     """
 
     scratch: int
@@ -64,7 +64,7 @@ QUICK = Effort(
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest existing parent."""
     folder = folder.expanduser().absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -72,7 +72,7 @@ def existing(folder: Path) -> Path:
 
 
 def about(folder: Path, root: Path = _ROOT) -> dict[str, Any]:
-    """The file system below an existing folder and its device; None where unknown.
+    """The file system of an existing folder and its device; None if unknown.
 
     path, filesystem, mount, free (bytes), device, model, rotational, read_ahead (bytes).
     """
@@ -96,12 +96,12 @@ def about(folder: Path, root: Path = _ROOT) -> dict[str, Any]:
         if len(fields) < 10 or fields[2] != device or "-" not in fields:
             continue
         mount = Path(_unescaped(fields[4]))
-        # Of several mounts of one device, the one that the folder is in.
+        # If the device has several mounts, take the innermost one that contains the folder.
         if folder.is_relative_to(mount) and len(str(mount)) >= len(found["mount"] or ""):
             rest = fields[fields.index("-") + 1 :]
             found |= {"mount": str(mount), "filesystem": rest[0], "device": rest[1]}
     block = root / "sys/dev/block" / device
-    for queue in (block / "queue", block / ".." / "queue"):  # of a disk, of a partition's disk
+    for queue in (block / "queue", block / ".." / "queue"):  # a disk's, a partition's disk's
         if number(queue / "rotational") is not None:
             found["rotational"] = number(queue / "rotational") == 1
             kilobytes = number(queue / "read_ahead_kb")
@@ -122,10 +122,10 @@ def measure(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[dict[str, Any], list[StorageRead]]:
-    """The DeviceProfile's storage and storage_reads, of a scratch file in or above `folder`.
+    """The DeviceProfile's storage and storage_reads, measured on a scratch file.
 
-    Where that fails, storage["error"] says why and there are no reads. The scratch file has no
-    name: its space is free again at the end, whatever the end.
+    The file is in `folder` or its nearest existing parent, and has no name: its space is free again
+    however this ends. If it fails, storage["error"] says why and there are no reads.
     """
     folder = existing(folder)
     try:
@@ -156,8 +156,8 @@ def scratch(
 ) -> StorageFile:
     """A file of pseudo-random bytes in `folder`, without a name.
 
-    Shorter than effort.scratch where a quarter of the free space or effort.write_s do not reach.
-    Raises DeviceError.
+    It is shorter than effort.scratch if a quarter of the free space or effort.write_s do not
+    suffice. Raises DeviceError.
     """
     from ...runtime._core import StorageFile
 
@@ -185,13 +185,13 @@ def scratch(
 def _points(
     file: StorageFile, effort: Effort, progress: Progress | None, clock: Callable[[], float]
 ) -> tuple[list[StorageRead], list[str]]:
-    """The reads, medians of the rounds, and what did not work."""
+    """The reads (medians of the rounds), and messages about what failed."""
     modes = [mode for mode in MODES if mode != "direct" or file.direct]
     errors = [] if file.direct else ["the file system refuses direct I/O"]
     points = [(m, b, d) for m in modes for b in effort.blocks for d in effort.depths]
     speeds: dict[tuple[str, int, int], list[float]] = {point: [] for point in points}
     end = clock() + effort.total_s
-    # In rounds, so that a drift of the device spreads over all points.
+    # Measured in rounds, so that a drift of the device spreads over all points.
     for turn in range(effort.rounds):
         for i, (mode, block, depth) in enumerate(points):
             if clock() > end:

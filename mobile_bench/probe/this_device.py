@@ -1,4 +1,4 @@
-"""The profile of the machine that measures: what `stoker probe` saved, else a quick probe."""
+"""The profile of this machine: the one that `stoker probe` saved, else a quick probe."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def this_device(progress: Progress | None = None) -> DeviceProfile:
-    """Raises OptionError where the saved profile is none. A profile of other hardware is not used.
+    """The saved profile if it is of this hardware, else a quick probe of up to 10 seconds.
 
-    Takes up to 10 seconds where nothing was saved.
+    Raises OptionError if the saved file is not a profile.
     """
     saved = device_profile.default_path()
     if saved.is_file():

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 380.0, 250.0  # points
-LEFT, RIGHT, TOP, BOTTOM = 40.0, 98.0, 26.0, 36.0  # margins; direct labels stand on the right
+LEFT, RIGHT, TOP, BOTTOM = 40.0, 98.0, 26.0, 36.0  # margins; the line labels are on the right
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (9, 3)))
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line with a label at its end. points: x, and the repeats of y."""
+    """A line with a label at its end. points: (x, repeats of y)."""
 
     label: str
     points: tuple[tuple[float, Spread], ...]
@@ -40,7 +40,7 @@ def axes_of(
     top: float = TOP,
     bottom: float = BOTTOM,
 ) -> Axes:
-    """Axes between margins, points."""
+    """Adds axes between margins, which are in points."""
     width, height = drawn.get_size_inches() * 72
     return drawn.add_axes(
         (
@@ -53,7 +53,7 @@ def axes_of(
 
 
 def y_title(axes: Axes, text: str) -> None:
-    """The quantity of the y axis, above it, where it reads without turning the head."""
+    """Writes the y axis's quantity above it, horizontally."""
     axes.annotate(
         text,
         (0, 1),
@@ -66,9 +66,9 @@ def y_title(axes: Axes, text: str) -> None:
 
 
 def spread_apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places as near as can be to the wanted ones, at least `gap` apart, in the same order."""
+    """Places as near as possible to the wanted ones, at least `gap` apart, in the same order."""
     order = sorted(range(len(wanted)), key=lambda n: wanted[n])
-    # Pool neighbours that are too near, and centre each pool on the mean of what it wants.
+    # Pool neighbours that are too near, and centre each pool on the mean of its wanted places.
     pools: list[list[int]] = []
 
     def start(pool: list[int]) -> float:
@@ -88,7 +88,7 @@ def spread_apart(wanted: Sequence[float], gap: float, low: float, high: float) -
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Labels to the right of the axes, level with (x, y) as far as they do not collide."""
+    """Draws labels to the right of the axes, level with (x, y) as far as they do not collide."""
     if not ends:
         return
     assert axes.figure is not None
@@ -110,7 +110,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
 
 
 def draw(axes: Axes, lines: Iterable[Line]) -> None:
-    """Medians as lines, least to greatest as whiskers, labels at the right ends."""
+    """Draws medians as lines, least to greatest as whiskers, labels at the right ends."""
     ends = []
     for line in lines:
         xs = [x for x, _ in line.points]
@@ -143,7 +143,7 @@ def draw(axes: Axes, lines: Iterable[Line]) -> None:
 
 
 def scale(axes: Axes, values: Sequence[float]) -> None:
-    """y from 0 where the values allow it, logarithmic where they differ by more than 20 times."""
+    """Scales y from 0, or logarithmically if the values differ by more than 20 times."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -166,7 +166,7 @@ def tick(value: float) -> str:
 
 
 def in_words(lines: Sequence[Line], x_name: Callable[[float], str], unit: str) -> str:
-    """What a plot shows, in words."""
+    """Description of a plot in words."""
     parts = []
     for line in lines:
         values = ", ".join(f"{x_name(x)} {number(y.median)} {unit}" for x, y in line.points)
@@ -175,7 +175,7 @@ def in_words(lines: Sequence[Line], x_name: Callable[[float], str], unit: str) -
 
 
 def places_of(rooms: Sequence[int | None]) -> dict[int | None, float]:
-    """Where budgets stand on a logarithmic axis (MB); all in memory behind a gap."""
+    """Positions of budgets on a logarithmic axis (MB); "all in memory" comes after a gap."""
     bounded = [room / 1e6 for room in rooms if room is not None]
     out: dict[int | None, float] = {room: room / 1e6 for room in rooms if room is not None}
     if None in rooms:
@@ -185,7 +185,7 @@ def places_of(rooms: Sequence[int | None]) -> dict[int | None, float]:
 
 
 def budget_axis(axes: Axes, places: dict[int | None, float], width: float) -> None:
-    """Ticks at the budgets; of those whose labels would touch, the first."""
+    """Sets ticks at the budgets; of those whose labels would touch, only the first."""
     from matplotlib.ticker import NullLocator
 
     axes.set_xscale("log")
@@ -208,17 +208,17 @@ def budget_axis(axes: Axes, places: dict[int | None, float], width: float) -> No
 
 
 def room_name(places: dict[int | None, float], x: float) -> str:
-    """The budget that stands at x."""
+    """Name of the budget at position x."""
     return budget(next(room for room, place in places.items() if place == x))
 
 
 def short(text: str, most: int = 18) -> str:
-    """A label that fits its margin."""
+    """A label shortened to fit its margin."""
     return text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def row_axis(axes: Axes, rows: Sequence[tuple[str, str]]) -> None:
-    """Rows from above, each with its name on the left."""
+    """Sets the y axis to rows from top to bottom, each with its name on the left."""
     axes.set_ylim(len(rows) - 0.45, -0.55)
     axes.set_yticks(range(len(rows)), [text for text, _ in rows])
     for tick, (_, colour) in zip(axes.get_yticklabels(), rows, strict=True):
@@ -228,7 +228,7 @@ def row_axis(axes: Axes, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def ticks_of(axes: Axes, values: Sequence[int]) -> None:
-    """Ticks of a logarithmic x axis at these values, as far as their labels have room."""
+    """Sets ticks of a logarithmic x axis at these values, as far as their labels have room."""
     from matplotlib.ticker import NullLocator
 
     kept: list[int] = []
@@ -240,7 +240,7 @@ def ticks_of(axes: Axes, values: Sequence[int]) -> None:
 
 
 def log_seconds(axes: Axes, low: float, high: float) -> None:
-    """A logarithmic y axis of times, ticks in the units that suit them."""
+    """Sets a logarithmic y axis of times, with ticks in the units that suit them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_yscale("log")
@@ -259,7 +259,7 @@ def tick_seconds(seconds: float) -> str:
 
 
 def log_seconds_below(axes: Axes, low: float, high: float) -> None:
-    """Ticks of a logarithmic x axis of times."""
+    """Sets ticks of a logarithmic x axis of times, in the units that suit them."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     steps = (1.0,) if high / low > 100 else (1.0, 3.0) if high / low > 15 else (1.0, 2.0, 5.0)

@@ -1,4 +1,4 @@
-"""What a device can do, as tables: its facts, storage, memory, arithmetic, weight formats."""
+"""Tables of a device profile: facts, storage, memory, arithmetic, weight formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _records(value: object, *numbers: str) -> list[dict[str, Any]]:
 
 
 def _block(nbytes: float) -> str:
-    """A block size: powers of two, 4 KiB."""
+    """A block size in binary units, such as 4 KiB."""
     for name, factor in (("MiB", 1 << 20), ("KiB", 1 << 10)):
         if nbytes >= factor:
             return f"{nbytes / factor:g} {name}"
@@ -27,7 +27,7 @@ def _block(nbytes: float) -> str:
 
 
 def facts(profile: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, finding) of a device; what the system does not tell is left out."""
+    """(name, value) of a device's facts; what the system does not tell is left out."""
     cpu, memory, isa = (_dict(profile.get(key)) for key in ("cpu", "memory", "isa"))
     platform, storage, power = (_dict(profile.get(key)) for key in ("platform", "storage", "power"))
     system = " ".join(str(platform[k]) for k in ("system", "release", "machine") if platform.get(k))
@@ -72,7 +72,7 @@ def _cores(cpu: dict[str, Any]) -> str:
 
 
 def _caches(found: object) -> str:
-    """Caches as lists of objects or an object of sizes, by level."""
+    """Caches in words, from a list of objects or an object of sizes by level."""
     parts = []
     if isinstance(found, dict):
         parts = [f"{k} {_block(v)}" for k, v in found.items() if finite(v) is not None]
@@ -100,13 +100,13 @@ def _memory(memory: dict[str, Any]) -> str:
 
 
 def _best(found: object) -> str:
-    """The best of the bandwidths."""
+    """The best of the bandwidths, with its unit."""
     speeds = [r["bytes_s"] for r in _records(found, "bytes_s")]
     return quantity(max(speeds), BYTES_S) if speeds else ""
 
 
 def _peak(found: object, kind: str) -> str:
-    """The best of the peaks, of one thread and of all."""
+    """The best peak of one thread and of all threads, in words."""
     those = [r for r in _records(found, "ops_s", "threads") if r.get("kind") == kind]
     if not those:
         return ""
@@ -139,7 +139,7 @@ def _heat_table(
     *,
     unit: Unit,
 ) -> Table:
-    """Values shaded by their share of the greatest."""
+    """A table whose values are shaded by their share of the greatest."""
     most = max(v for _, _, values in rows for v in values if v is not None)
     return Table(
         caption,

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from .report import Report
 from .tables import Cell, Row, Table
 
-# What would start markup inside a line; names of models and devices are anybody's.
+# Characters that would start markup in a line; names of models and devices are not trusted.
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~!])")
 
 
 def markdown(report: Report) -> str:
-    """The whole report, GitHub's tables."""
+    """The whole report, with GitHub's tables."""
     out = [f"# {_plain(report.title)}", " \N{MIDDLE DOT} ".join(map(_plain, report.lead))]
     out += [f"- {_plain(remark)}" for remark in report.remarks]
     if report.regressions is not None:

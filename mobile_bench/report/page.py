@@ -1,4 +1,4 @@
-"""The report as one HTML page, pictures and styles inside."""
+"""The report as one HTML page with pictures and styles inside."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def page(report: Report) -> str:
-    """The whole page. Raises OptionError where matplotlib is missing."""
+    """The whole page. Raises OptionError if matplotlib is missing."""
     from jinja2 import Environment
     from markupsafe import Markup
 
     def safe(plots: list[Plot]) -> list[dict[str, str]]:
-        # <svg> as report_svg.element writes it: names in it are escaped there.
+        # The <svg> is written by svg.element, which escapes the names in it.
         return [{"caption": one.caption, "svg": Markup(one.svg)} for one in plots]
 
     pictures = {

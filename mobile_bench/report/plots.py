@@ -47,7 +47,7 @@ from .svg import (
 
 
 def model_plots(model: ModelResults, name: str) -> list[Plot]:
-    """All plots that the results of a model allow. name: of their ids in the page."""
+    """All plots that a model's results allow. name: prefix of their ids in the page."""
     with drawing():
         plots = [
             speed_plot(model, f"{name}-speed"),
@@ -133,7 +133,7 @@ def _limit_line(
 
 
 def _speed_bars(model: ModelResults, shown: Sequence[Measured], name: str) -> Plot:
-    """Decode tok/s where there is only one budget: a bar for each setup."""
+    """Decode tok/s with only one budget: a bar for each setup."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     rows = [(one.label, one.setup.engine, one.of_run("decode", "tok_s")) for one in shown]
@@ -164,7 +164,7 @@ def _speed_bars(model: ModelResults, shown: Sequence[Measured], name: str) -> Pl
 
 
 def split_plot(model: ModelResults, name: str) -> Plot | None:
-    """What a token of the reference engine spends its time on, by budget."""
+    """Time per token of the reference engine, split into its parts, by budget."""
     rows: list[tuple[str, float, float]] = []
     several = len({one.label for one in model.measured if one.setup.engine == REFERENCE}) > 1
     for one in model.measured:
@@ -311,7 +311,7 @@ def hit_plot(model: ModelResults, name: str) -> Plot | None:
 
 
 def latency_plot(model: ModelResults, name: str) -> Plot | None:
-    """How long single tokens take: the middle half, 5 to 95%, the median, p99 and the longest."""
+    """Latency of single tokens: the middle half, 5 to 95%, the median, p99 and the longest."""
     rows = []
     for one in model.measured:
         times = sorted(t for repeat in one.token_seconds for t in repeat if t > 0)
@@ -359,7 +359,7 @@ def latency_plot(model: ModelResults, name: str) -> Plot | None:
 
 
 def _quantile(ordered: Sequence[float], percent: float) -> float:
-    """The percentile of sorted values, between neighbours in proportion."""
+    """The percentile of sorted values, interpolated between neighbours."""
     place = (len(ordered) - 1) * percent / 100
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
@@ -375,7 +375,7 @@ def device_plots(devices: Sequence[Device], name: str) -> list[Plot]:
 
 
 def _brief(device: Device, devices: Sequence[Device]) -> str:
-    """The device's name up to the first comma, where that tells it from the others."""
+    """The device's name, cut at the first comma if that still tells it from the others."""
     names = [one.name.split(",")[0] for one in devices]
     brief = device.name.split(",")[0]
     return brief if names.count(brief) == 1 else device.name

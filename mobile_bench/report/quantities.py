@@ -12,7 +12,7 @@ ALL = "all in memory"
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit and how much of the base unit it is."""
+    """A unit and its size in base units."""
 
     name: str
     factor: float
@@ -38,7 +38,7 @@ class Spread:
 
     @property
     def n(self) -> int:
-        """How many repeats."""
+        """The number of repeats."""
         return len(self.values)
 
     @property
@@ -48,17 +48,17 @@ class Spread:
 
     @property
     def low(self) -> float:
-        """The least."""
+        """The least of the repeats."""
         return min(self.values)
 
     @property
     def high(self) -> float:
-        """The greatest."""
+        """The greatest of the repeats."""
         return max(self.values)
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """What was measured of the values; None where nothing was."""
+    """The Spread of the values that were measured; None if none was."""
     found = tuple(v for v in values if v is not None)
     return Spread(found) if found else None
 
@@ -96,7 +96,7 @@ def quantity(value: float, units: tuple[Unit, ...], digits: int = 3) -> str:
 
 
 def between(found: Spread, unit: Unit = ONE) -> str:
-    """The least and the greatest, as exact as the median; "" where that shows no difference."""
+    """The least and the greatest, as exact as the median; "" if that shows no difference."""
     if found.n < 2:
         return ""
     places = decimals(found.median / unit.factor)

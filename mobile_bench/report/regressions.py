@@ -1,4 +1,4 @@
-"""Regressions: what became worse or better since an earlier result on the same device."""
+"""Regressions: quantities that changed since an earlier result on the same device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A quantity of a setup, now and earlier. change: of the median, a share of the earlier one."""
+    """A quantity of a setup, now and earlier. change: relative, of the median."""
 
     device: str
     model: str
@@ -44,7 +44,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Regressions:
-    """All comparisons, and what only one side has. threshold: a share."""
+    """All comparisons, and setups that only one side has. threshold: a share."""
 
     earlier: str
     threshold: float
@@ -58,7 +58,7 @@ class Regressions:
 
     @property
     def summary(self) -> str:
-        """One line: 2 worse, 1 better, 24 same."""
+        """One line such as "2 worse, 1 better, 24 same"."""
         if not self.comparisons:
             return "nothing to compare: no device and configuration is in both"
         verdicts: tuple[Verdict, ...] = ("worse", "better", "same")
@@ -68,7 +68,7 @@ class Regressions:
 
     @property
     def statistics(self) -> str:
-        """How the verdicts came about."""
+        """Explanation of how the verdicts are reached."""
         return (
             "Compared are the same device, model, engine, memory, limit, threads, context and "
             "options. A quantity is worse or better when the medians of the repeats differ by more "
@@ -80,7 +80,7 @@ class Regressions:
 
     @property
     def failed(self) -> bool:
-        """Something is worse, or nothing could be compared."""
+        """True if something is worse, or nothing could be compared."""
         return not self.comparisons or bool(self.of("worse"))
 
 
@@ -114,8 +114,8 @@ def _ttft(tokens: int) -> Callable[[Measured], Spread | None]:
 def verdict(old: Spread, new: Spread, *, more: bool, threshold: float) -> Verdict:
     """Whether the new median is worse or better.
 
-    It is the same within the threshold (a share of the earlier median), and where either median
-    lies between the least and the greatest of the other side. more: greater is better.
+    It is the same within the threshold (a share of the earlier median), and if either median lies
+     between the least and the greatest of the other side. more: greater is better.
     """
     a, b = old.median, new.median
     if abs(b - a) <= threshold * abs(a):
@@ -147,7 +147,7 @@ _Found = tuple[str, str, Measured]
 
 
 def _setups(devices: Iterable[Device]) -> dict[object, _Found]:
-    """Setups by what makes them the same; of several versions of an engine the latest run."""
+    """Setups by the key that identifies them; of several engine versions the latest run counts."""
     out: dict[object, _Found] = {}
     for device in devices:
         for model in device.models:
@@ -209,7 +209,7 @@ def _rest(one: Comparison) -> tuple[Spread | None, Spread | None, float | None, 
 def regression_table(
     comparisons: Sequence[Comparison], caption: str, *, devices: bool, folded: bool = False
 ) -> Table | None:
-    """Comparisons as a table, the configuration that changed most first. devices: name them."""
+    """Comparisons as a table, largest change first. devices: whether to name the devices."""
     if not comparisons:
         return None
     most: dict[str, float] = {}

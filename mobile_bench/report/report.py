@@ -1,7 +1,7 @@
 """The report: everything that pages and Markdown show of files of results.
 
-`build` reads and compares, `report_page.page` and `report_markdown.markdown` show, `as_json` is
-for machines. The same files give the same report, byte for byte.
+`build` reads and compares, `page.page` and `markdown.markdown` show, `as_json` is for machines.
+The same files give the same report, byte for byte.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ModelSection:
 
 @dataclass(frozen=True)
 class DeviceSection:
-    """A device's part of the report. facts: (what, finding)."""
+    """A device's part of the report. facts: (name, value)."""
 
     anchor: str
     device: Device
@@ -55,7 +55,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Report:
-    """What there is to show. lead: a few facts about the whole; remarks: what is missing or odd."""
+    """Contents of a report. lead: a few facts about the whole; remarks: what is missing or odd."""
 
     title: str
     lead: tuple[str, ...]
@@ -85,7 +85,7 @@ def build(
     """Reads results (JSON lines) and device profiles.
 
     against: earlier results to find regressions from; threshold: a share, the least change that
-    counts. Raises OptionError for files that are neither, and where nothing is in them.
+    counts. Raises OptionError for files that are neither, and if nothing is in them.
     """
     if not 0 <= threshold < 1:
         raise OptionError(f"threshold: expected 0 to 100 %, found {threshold * 100:g}")
@@ -131,7 +131,7 @@ def _section(device: Device, number: int) -> DeviceSection:
 
 
 def _model_facts(model: ModelResults) -> str:
-    """Architecture, type, size, layers, experts, and what it was run with."""
+    """A model's architecture, type, size, layers and experts, and the settings it ran with."""
     given = model.facts
     parts = [str(given[key]) for key in ("architecture", "type") if given.get(key)]
     nbytes = at(given, "nbytes")
@@ -202,7 +202,7 @@ def _count(n: int, what: str) -> str:
 
 
 def _remarks(shown: Sequence[Device]) -> list[str]:
-    """What a reader would miss."""
+    """Remarks on results that a reader would miss."""
     out = []
     for device in shown:
         prefix = f"{device.name}: " if len(shown) > 1 else ""
@@ -221,7 +221,7 @@ def _remarks(shown: Sequence[Device]) -> list[str]:
             if not any(one.runs for one in model.measured):
                 out.append(f"{prefix}{model.name}: every run failed.")
             elif not any(one.setup.room is not None for one in model.measured):
-                continue  # dense, or nothing to limit it
+                continue  # dense, or not limited
             elif not any(model.roofline(one.setup) for one in model.measured):
                 out.append(f"{prefix}{model.name}: no roofline was measured.")
     return out
@@ -250,7 +250,7 @@ def _regression_tables(found: Regressions | None, *, several: bool) -> tuple[Tab
 
 
 def _notes(runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """How the figures came about."""
+    """Notes on how the figures were measured."""
     out = []
     if runs:
         out += [

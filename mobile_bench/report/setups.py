@@ -1,7 +1,7 @@
-"""Setups: what was measured of one engine in one configuration, its repeats together.
+"""Setups: the results of one engine in one configuration, with its repeats together.
 
-Results come from other devices and people: nothing in them is trusted to be there, of the right
-type, or fit to be shown.
+Results come from other devices and people: no field is trusted to be there, of the right type, or
+fit to be shown.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ...runtime.files.json_text import parse
 from ..run import records
 from .quantities import Spread, budget, spread
 
-_ABSURD = 1e30  # of any quantity in base units; sums and ratios of what is less are finite
-Output = tuple[Any, ...]  # ids of generated tokens, or a digest of them
+_ABSURD = 1e30  # too large for any quantity in base units; sums and ratios below it are finite
+Output = tuple[Any, ...]  # ids of generated tokens, or their digest
 REFERENCE = "stoker"  # the engine that others are compared with
 _NAMES = {"llama-cpp": "llama.cpp", "onnx": "onnxruntime"}
-# Characters that steer a terminal or turn the direction of text, and halves of surrogate pairs.
+# Characters that control a terminal or the direction of text, and halves of surrogate pairs.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
@@ -33,7 +33,7 @@ _UNSEEN = re.compile(
 
 @dataclass(frozen=True)
 class Setup:
-    """An engine in a configuration. `memory` and `limit`: bytes; None: none."""
+    """An engine in a configuration. memory, limit: bytes, or None."""
 
     device: str
     model: str
@@ -46,19 +46,19 @@ class Setup:
 
     @property
     def room(self) -> int | None:
-        """What the process may use, bytes: its limit, else its budget; None: no bound."""
+        """Bytes that the process may use: its limit, else its budget; None: no bound."""
         return self.memory if self.limit is None else self.limit
 
 
 @dataclass
 class Measured:
-    """The repeats of a setup. `runs` went well, `failed` did not."""
+    """The repeats of a setup. runs: those that succeeded; failed: the others."""
 
     setup: Setup
     version: str
     runs: list[dict[str, Any]] = field(default_factory=list)
     failed: list[dict[str, Any]] = field(default_factory=list)
-    extra: str = ""  # what sets it apart from its engine's other setups
+    extra: str = ""  # what distinguishes it from its engine's other setups
 
     @property
     def engine(self) -> str:
@@ -67,16 +67,16 @@ class Measured:
 
     @property
     def label(self) -> str:
-        """Engine and what sets it apart: "stoker, 1 thread"."""
+        """The engine and what distinguishes the setup: "stoker, 1 thread"."""
         return f"{self.engine}, {self.extra}" if self.extra else self.engine
 
     def of_run(self, *keys: str) -> Spread | None:
-        """The repeats of a number; keys lead to it."""
+        """The repeats of the number under these keys."""
         return spread(at(run, *keys) for run in self.runs)
 
     @property
     def prompt_lengths(self) -> list[int]:
-        """Lengths of the prompts that were measured, tokens."""
+        """Lengths of the measured prompts, tokens."""
         found = {at(p, "tokens") for run in self.runs for p in _list(run.get("prompts"))}
         return sorted(int(n) for n in found if n is not None and n >= 1)
 
@@ -106,7 +106,7 @@ class Measured:
 
     @property
     def outputs(self) -> list[Output]:
-        """What the repeats have generated, without repetitions, the longest first."""
+        """The distinct outputs of the repeats, the longest first."""
         found: list[Output] = []
         for run in self.runs:
             ids = tuple(_list(run.get("token_ids")))
@@ -117,7 +117,7 @@ class Measured:
 
     @property
     def remarks(self) -> list[tuple[str, list[int]]]:
-        """(what was left out, went wrong or disturbed, its repeats)."""
+        """(note on what was left out, failed or was disturbed; the repeats it concerns)."""
         found: dict[str, list[int]] = {}
         for run in (*self.runs, *self.failed):
             texts = [str(note) for note in _list(run.get("notes"))]
@@ -130,13 +130,13 @@ class Measured:
 
     @property
     def noisy(self) -> int:
-        """How many of the repeats are not to be trusted."""
+        """The number of repeats that are not to be trusted."""
         return sum(bool(noise(run)) for run in self.runs)
 
 
 @dataclass
 class ModelResults:
-    """What was measured of one model on one device."""
+    """All results of one model on one device."""
 
     key: str
     name: str
@@ -145,7 +145,7 @@ class ModelResults:
     rooflines: list[dict[str, Any]]
 
     def roofline(self, one: Setup) -> dict[str, Any] | None:
-        """The limit of a setup, by its room or its budget; the latest where there are several."""
+        """The roofline of a setup, by its room or its budget; the latest if there are several."""
         for memory in (one.room, one.memory):
             for line in self.rooflines[::-1]:  # the latest first
                 same = (line.get("memory"), line.get("threads")) == (memory, one.threads)
@@ -154,7 +154,7 @@ class ModelResults:
         return None
 
     def pairs(self) -> Iterator[tuple[Measured, Measured]]:
-        """Setups of the reference engine with those of others in the same room."""
+        """Pairs of a setup of the reference engine and another engine's in the same room."""
         for ours in self.measured:
             for other in self.measured:
                 a, b = ours.setup, other.setup
@@ -166,7 +166,7 @@ class ModelResults:
 
 @dataclass
 class Device:
-    """A device, its profile where there is one, and what was measured on it."""
+    """A device, its profile if there is one, and the results measured on it."""
 
     id: str
     name: str
@@ -181,7 +181,7 @@ def agree(a: Output, b: Output) -> bool:
 
 
 def finite(value: object) -> float | None:
-    """The value where it is a number that can be reckoned with."""
+    """The value if it is a number of sane size, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -192,7 +192,7 @@ def finite(value: object) -> float | None:
 
 
 def at(value: object, *keys: str) -> float | None:
-    """The number that keys lead to."""
+    """The number under these keys, None if there is none."""
     return finite(_within(value, *keys))
 
 
@@ -207,7 +207,7 @@ def _list(value: object) -> list[Any]:
 
 
 def of_prompt(run: dict[str, Any], tokens: int, key: str) -> float | None:
-    """A number of the prompt of this length in one run."""
+    """A number of one run's prompt of this length."""
     for prompt in _list(run.get("prompts")):
         if at(prompt, "tokens") == tokens:
             return at(prompt, key)
@@ -228,13 +228,13 @@ def paired(
 
 
 def noise(run: dict[str, Any]) -> list[str]:
-    """Why a repeat is not to be trusted, as the measurement itself says; [] where it is."""
+    """Reasons, noted by the measurement itself, not to trust a repeat; [] if there are none."""
     found = run.get("noise")
     return [str(why) for why in _list(found.get("noisy"))] if isinstance(found, dict) else []
 
 
 def clean(value: Any) -> Any:
-    """The value with all its text fit to be shown."""
+    """The value with all its text made fit to be shown."""
     if isinstance(value, str):
         return _UNSEEN.sub("\N{REPLACEMENT CHARACTER}", value)
     if isinstance(value, list):
@@ -260,7 +260,7 @@ class Read:
 
 
 def read(paths: Iterable[Path]) -> Read:
-    """Reads files of results, and device profiles. Raises OptionError naming what is neither."""
+    """Reads files of results and device profiles. Raises OptionError naming one that is neither."""
     out = Read()
     for path in paths:
         profile = _profile(path)
@@ -270,7 +270,7 @@ def read(paths: Iterable[Path]) -> Read:
         results = records.read(path)
         for number, run in enumerate(results["runs"], 1):
             _check(path, number, run)
-        # What two files share (a profile, or a file given twice) counts once.
+        # A record that two files share (a profile, or a file given twice) counts once.
         for kept, new in (
             (out.profiles, results["profiles"]),
             (out.runs, results["runs"]),
@@ -287,7 +287,7 @@ def read(paths: Iterable[Path]) -> Read:
 
 
 def _profile(path: Path) -> Any:
-    """The device profile in the file, None where it holds something else."""
+    """The device profile in the file, None if it holds something else."""
     try:
         with path.open(encoding="utf-8") as file:
             first = file.readline()
@@ -331,7 +331,7 @@ def _whole(value: float | None) -> int | None:
 
 
 def model_key(facts: dict[str, Any]) -> str:
-    """What makes a model the same in two files of results."""
+    """The key that identifies a model across files of results."""
     return json.dumps([facts.get("name"), facts.get("type"), facts.get("n_expert_used")])
 
 
@@ -370,7 +370,7 @@ def devices(results: Read) -> list[Device]:
     """Everything that was read, by device and model; devices and models in order of appearance."""
     profiles: dict[str, dict[str, Any]] = {}
     for profile in results.profiles:
-        # The latest of the full probes, else the latest.
+        # The latest full probe counts, else the latest probe.
         id_, rank = str(profile.get("id")), (not profile.get("quick"), str(profile.get("time")))
         old = profiles.get(id_)
         if old is None or rank >= (not old.get("quick"), str(old.get("time"))):
@@ -392,7 +392,7 @@ def _device(id_: str, profile: dict[str, Any] | None, results: Read) -> Device:
     for run in own:
         key = model_key(run["model"])
         theirs = references.get(str(run.get("run")), set())
-        # Another engine's form of the model that the same command has measured.
+        # Another engine's file of the one model that the same command has measured.
         if key not in theirs and run["engine"] != REFERENCE and len(theirs) == 1:
             key = next(iter(theirs))
         by_model.setdefault(key, []).append(run)
@@ -426,7 +426,7 @@ def _references(runs: Iterable[dict[str, Any]]) -> dict[str, set[str]]:
 
 
 def _set_apart(setups: list[Measured]) -> None:
-    """Labels what differs between setups of one engine, or in general from the rest."""
+    """Labels the setups with what distinguishes them within their engine or from the rest."""
     threads = {one.setup.threads for one in setups}
     for one in setups:
         s = one.setup

@@ -12,7 +12,7 @@ _Entry = tuple[str, ModelResults, Measured]
 
 
 def usual_prompt(setups: Sequence[Measured]) -> int | None:
-    """The length of prompt that most setups have; of several that nearest to 512 tokens."""
+    """The prompt length that most setups have; of several the nearest to 512 tokens."""
     lengths = [n for one in setups for n in one.prompt_lengths]
     if not lengths:
         return None
@@ -20,7 +20,7 @@ def usual_prompt(setups: Sequence[Measured]) -> int | None:
 
 
 def summary_table(devices: Sequence[Device]) -> Table | None:
-    """The reference engine's results, and how many times as fast as the others it is."""
+    """The reference engine's results, and its speed as a multiple of the other engines'."""
     entries: list[_Entry] = [
         (
             f"{device.name} \N{MIDDLE DOT} {model.name}" if len(devices) > 1 else model.name,
@@ -69,7 +69,7 @@ def summary_table(devices: Sequence[Device]) -> Table | None:
 def _add_ratios(
     columns: list[tuple[str, list[Cell]]], entries: Sequence[_Entry], tokens: int | None
 ) -> None:
-    """A column for each other engine: of decode, or of the TTFT at a length."""
+    """Adds columns of ratios to each other engine: of decode, or of the TTFT at a length."""
     others = dict.fromkeys(other.engine for _, model, _ in entries for _, other in model.pairs())
     for engine in others:
         cells = []
@@ -89,7 +89,7 @@ _SPEED = ("decode", "tok_s")
 
 
 def across_tables(devices: Sequence[Device]) -> list[Table]:
-    """Devices side by side: decode and TTFT of what more than one of them has run."""
+    """Devices side by side: decode and TTFT of setups that more than one device has run."""
     found: dict[tuple[str, int | None, str], dict[str, Measured]] = {}
     names: dict[str, str] = {}
     for device in devices:
@@ -135,7 +135,7 @@ def _across(
         unit = unit_of([v.median for row in values.values() for v in row if v], units)
         caption = f"{caption}, {unit.name}"
     rows = []
-    # Rows of a model stand together, whatever order the devices ran them in.
+    # Rows of a model are kept together, whatever order the devices ran them in.
     for key in sorted(values, key=lambda key: list(names).index(key[0])):
         by = shared[key]
         if not any(values[key]):

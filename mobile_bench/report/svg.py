@@ -1,8 +1,8 @@
 """Pictures: matplotlib draws them, the page colours them.
 
-What matplotlib writes is turned into SVG that is part of the page: text stays text in the page's
-font, colours become the page's (light or dark), no ids but those that are used, the same bytes for
-the same figure.
+matplotlib's output is turned into SVG that is part of the page: text stays text in the page's font,
+colours become the page's (light or dark), unused ids are removed, and the same figure gives the
+same bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 POINT = 1 / 72  # inch: a point of a figure is a pixel of the page
 FONT = 10.5  # points
 
-# Colours to draw with, and what the page's style sheet calls them. Values that nobody would draw
-# with, so that a colour in the picture is one of these.
+# Colours to draw with, and their names in the page's style sheet. The values are ones that nothing
+# else draws with, so that a colour in the picture is one of these.
 INK, QUIET, RULE, PAPER = "#010101", "#010102", "#010103", "#010104"
 WAIT, WAIT_TEXT, ON_WAIT = "#010105", "#010106", "#010107"
 _VARIABLES = {INK: "ink", QUIET: "quiet", RULE: "rule", PAPER: "paper"}
@@ -41,7 +41,7 @@ _STYLE: dict[str, Any] = {
     "svg.hashsalt": "stoker",
     "text.parse_math": False,  # a "$" in a model's name is a "$"
     "font.size": FONT,
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same layout everywhere
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so the layout is the same everywhere
     "text.color": INK,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -76,7 +76,7 @@ _STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture: its caption, what it shows in words, and the <svg> element."""
+    """A picture: its caption, its description in words, and the <svg> element."""
 
     caption: str
     alt: str
@@ -94,13 +94,13 @@ def engine_colour(engine: str) -> str:
 
 
 def engine_marker(engine: str) -> str:
-    """The marker of an engine, for those who do not see its colour."""
+    """The marker of an engine, for readers who cannot tell its colour."""
     return {"stoker": "o", "llama-cpp": "s", "onnx": "D"}.get(engine, "^")
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Figures in here look like the page. Raises OptionError without matplotlib."""
+    """Context in which figures look like the page. Raises OptionError without matplotlib."""
     try:
         from matplotlib import style
     except ImportError:
@@ -114,14 +114,14 @@ def drawing() -> Iterator[None]:
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure, points."""
+    """An empty figure of this size in points."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width * POINT, height * POINT))
 
 
 def element(drawn: Figure, name: str, title: str, alt: str) -> str:
-    """The figure as an <svg> element. name: makes its ids differ from those of other pictures."""
+    """The figure as an <svg> element. name: distinguishes its ids from those of other pictures."""
     out = io.BytesIO()
     none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     drawn.savefig(out, format="svg", metadata=none)
@@ -144,7 +144,7 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def _ids(root: ET.Element, name: str) -> dict[str, str]:
-    """New ids for those that something refers to."""
+    """Maps the ids that something refers to to new ones."""
     used: dict[str, str] = {}
     for one in root.iter():
         found = [one.get(_LINK, "")[1:]] if _LINK in one.attrib else []

@@ -1,4 +1,4 @@
-"""What sweeps have found beside runs: perplexities, widths of experts, jobs that failed."""
+"""Results of sweeps other than runs: perplexities, widths of experts, failed jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .tables import EMPTY, Cell, Row, Table
 
 
 def sweep_tables(found: Read) -> list[Table]:
-    """Tables of everything that is no run."""
+    """Tables of all results that are not runs."""
     tables = [
         _perplexity_table(found.perplexities),
         _width_table(found.widths),

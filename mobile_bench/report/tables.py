@@ -1,4 +1,4 @@
-"""Tables of results, for a page and for Markdown alike: what was measured of models."""
+"""Tables of models' results, for a page and for Markdown alike."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .setups import Measured, ModelResults, Output, agree, at, of_prompt, paired
 
 @dataclass(frozen=True)
 class Cell:
-    """One value. heat: 0 to 100, where it is shaded.
+    """One value. heat: 0 to 100 if it is shaded.
 
     spread: the least and the greatest, or ""; tone: "better", "worse", "quiet" or "".
     """
@@ -38,23 +38,23 @@ class Cell:
 
 
 EMPTY = Cell("")
-_COLUMN = 16  # characters of a group's name that are a column's worth
+_COLUMN = 16  # most characters of a group's name that fit a column
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row: what it is about (one head, or two where groups share the first), and its cells."""
+    """A row: its head (or two heads, the first shared by a group), and its cells."""
 
     group: str
     head: str
     cells: tuple[Cell, ...]
-    engine: str = ""  # shows its colour
-    mark: str = ""  # beside the head: "noisy: 2 of 3"
+    engine: str = ""  # whose colour is shown
+    mark: str = ""  # shown beside the head: "noisy 2/3"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption. corner: what the heads of the rows are, one or two."""
+    """A table with a caption. corner: titles of the row heads, one or two."""
 
     caption: str
     corner: tuple[str, ...]
@@ -62,11 +62,11 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
     words: bool = False  # cells are words: flush left
-    folded: bool = False  # too long for what it tells: to be opened by who wants it
+    folded: bool = False  # long and of minor interest: shown closed
 
     @property
     def spans(self) -> bool:
-        """Groups have names too long for a column: they stand above their rows."""
+        """True if a group's name is too long for a column: names then stand above their rows."""
         return len(self.corner) == 2 and any(len(row.group) > _COLUMN for row in self.rows)
 
     @property
@@ -76,7 +76,7 @@ class Table:
         return [max(len(cell.spread) for cell in column) for column in columns]
 
     def groups(self) -> list[list[Row]]:
-        """Rows that follow each other in one group."""
+        """Lists of consecutive rows that belong to one group."""
         out: list[list[Row]] = []
         for row in self.rows:
             if out and row.group and out[-1][0].group == row.group:
@@ -88,7 +88,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Column:
-    """A quantity of setups. units: those to choose from; the chosen one stands in the head.
+    """A quantity of setups. units: candidates; the chosen one is in the head.
 
     family: columns of one family share their unit.
     """
@@ -100,7 +100,7 @@ class Column:
 
 
 def mark_of(one: Measured) -> str:
-    """What to know of a setup's repeats before believing them."""
+    """A warning about noisy repeats of a setup, or ""."""
     if not one.noisy:
         return ""
     return f"noisy {one.noisy}/{len(one.runs)}"
@@ -113,9 +113,9 @@ def setup_table(
     *,
     one_unit: bool = False,
 ) -> Table | None:
-    """A row for each setup; columns and rows that nothing was measured for are left out.
+    """A table with a row for each setup, without rows and columns for which nothing was measured.
 
-    one_unit: all columns have the same, which the caption then names.
+    one_unit: all columns have the same unit, which the caption then names.
     """
     found = [(column, [column.value(one) for one in setups]) for column in columns]
     found = [(column, values) for column, values in found if any(values)]
@@ -153,7 +153,7 @@ def setup_table(
 
 
 def cell_of(value: Spread | None, unit: Unit) -> Cell:
-    """The median in the unit, with the spread."""
+    """A cell with the median in the unit, and the spread."""
     if value is None:
         return EMPTY
     return Cell(number(value.median, unit), between(value, unit))
@@ -189,7 +189,7 @@ def decode_table(model: ModelResults) -> Table | None:
 
 
 def _with_tokens(table: Table, model: ModelResults) -> Table:
-    """With a column that gives equal letters to equal outputs, where there are outputs."""
+    """The table with a column that gives equal letters to equal outputs, if there are outputs."""
     known: list[Output] = []
     texts = []
     shown = [one for one in model.measured if one.of_run("decode", "tok_s")]
@@ -216,7 +216,7 @@ def _with_tokens(table: Table, model: ModelResults) -> Table:
 
 
 def flash_table(model: ModelResults) -> Table | None:
-    """Reads from flash, a token of decode: where its time goes, what it reads, what it hits."""
+    """Flash reads per decoded token: hit rate, bytes read, and where the time goes."""
     columns = (
         Column("hits", (PERCENT,), lambda one: one.of_run("decode", "hit_rate")),
         Column("read/token", BYTES, lambda one: one.of_run("decode", "bytes_token"), "read"),
@@ -259,7 +259,7 @@ def memory_table(model: ModelResults) -> Table | None:
 
 
 def ratio_table(model: ModelResults) -> Table | None:
-    """How much better than each other engine, pair by pair within a repeat; above 1 is better."""
+    """Ratios to each other engine, pair by pair within a repeat; above 1 is better."""
     pairs = list(model.pairs())
     lengths = sorted({n for ours, _ in pairs for n in ours.prompt_lengths})
     times = "\N{MULTIPLICATION SIGN}"
@@ -299,7 +299,7 @@ Ratio = Callable[[dict[str, Any], dict[str, Any]], "float | None"]
 
 
 def speed_ratio(a: dict[str, Any], b: dict[str, Any]) -> float | None:
-    """How many times as fast the first of two runs decodes."""
+    """Decode speed of the first of two runs as a multiple of the second's."""
     return over(at(a, *_SPEED), at(b, *_SPEED))
 
 
@@ -308,17 +308,17 @@ def _less(key: str) -> Ratio:
 
 
 def prompt_ratio(tokens: int) -> Ratio:
-    """How many times as fast the first of two runs is in the TTFT of a prompt."""
+    """Function that gives how many times as fast the first of two runs is in a prompt's TTFT."""
     return lambda a, b: over(of_prompt(b, tokens, "ttft_s"), of_prompt(a, tokens, "ttft_s"))
 
 
 def over(a: float | None, b: float | None) -> float | None:
-    """The quotient, where there is one."""
+    """The quotient, None if it is undefined."""
     return a / b if a is not None and b else None
 
 
 def ratio_cell(value: Spread | None) -> Cell:
-    """A ratio: better above 1 and worse below, where several pairs agree on it."""
+    """A cell of a ratio, marked better or worse than 1 if all pairs agree on it."""
     if value is None:
         return EMPTY
     tone = "better" if value.low > 1 else "worse" if value.high < 1 else ""
@@ -328,7 +328,7 @@ def ratio_cell(value: Spread | None) -> Cell:
 
 
 def remark_table(model: ModelResults) -> Table | None:
-    """What was left out, failed or was disturbed, and in which repeats."""
+    """Table of what was left out, failed or was disturbed, and in which repeats."""
     rows = tuple(
         Row(
             budget(one.setup.room),

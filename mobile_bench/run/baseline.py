@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-# llama-cpp-python's default build uses AMX where the CPU announces it; on some virtual machines
-# those instructions trap. These are the flags of a build that uses all the rest.
+# llama-cpp-python's default build uses AMX if the CPU announces it; on some virtual machines
+# those instructions trap. These flags give a build that uses everything else.
 FLAGS = (
     "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON "
     "-DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_VBMI=ON -DGGML_AVX512_BF16=ON"
@@ -16,9 +16,9 @@ FLAGS = (
 
 
 def install_baseline(folder: Path | None = None) -> str:
-    """A Python with llama-cpp-python built for this machine; built once, about 5 minutes.
+    """A Python with llama-cpp-python built for this machine, once, in about 5 minutes.
 
-    folder: of its virtual environment, in the user's cache if None. Raises
+    folder: for its virtual environment, in the user's cache if None. Raises
     subprocess.CalledProcessError, OSError.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -32,6 +32,6 @@ def install_baseline(folder: Path | None = None) -> str:
         try:
             subprocess.run(pip, check=True, env=environment)
         except BaseException:
-            python.unlink(missing_ok=True)  # an unfinished build is tried again
+            python.unlink(missing_ok=True)  # so that an unfinished build is tried again
             raise
     return str(python)

@@ -16,7 +16,7 @@ PROMPTS = (16, 64, 256, 512, 1024, 2048)  # tokens
 DECODE_PROMPT = 64  # tokens before those that are decoded
 TOKENS = 128
 TIME_LIMIT_S = 60.0
-BUDGET_SHARE = 0.95  # of a cgroup's limit: stoker's budget; the rest is page tables, page cache
+BUDGET_SHARE = 0.95  # stoker's budget / cgroup limit; the rest: page tables, page cache
 _NOT_IN_KEY = ("python", "repeat", "time_limit_s")
 
 
@@ -25,18 +25,19 @@ class Case:
     """What one run does; picklable and hashable. `measure.run_case` carries it out.
 
     model: path of a GGUF or ONNX file (the first one of a sharded model).
-    memory: bytes that the process may take, None for everything in memory. Where a memory cgroup
-        is allowed (Linux, as root) it is the limit of the run's own, and stoker's budget is
+    memory: bytes that the process may take, None for everything in memory. If memory cgroups
+        are allowed (Linux, as root) it is the limit of the run's own cgroup, and stoker's budget is
         BUDGET_SHARE of it; elsewhere it is stoker's budget, and other engines cannot be limited.
     threads: 0 for the physical performance cores. context: 0 for as much as the case needs.
     prompts: lengths in tokens, each evaluated at an empty KV cache (and an empty expert cache);
         those that the context cannot hold are left out. tokens: greedy ones after a prompt of
         DECODE_PROMPT.
-    text_model: whose tokenizer cuts the prompt, "" for this one's: so that two files of a model
-        get the same tokens.
+    text_model: the model whose tokenizer makes the prompt, "" for this one, so that two files of a
+        model get the same tokens.
     options: of stoker's Engine (policy, predictor, prefetch, io, readers, precision, kv_type, ...)
         as sorted pairs; see `options_of`.
-    time_limit_s: what would not end before it is left out, and noted; a run that hangs is killed.
+    time_limit_s: parts that would not end before it are left out and noted; a run that hangs is
+        killed.
     python: the interpreter that has the engine, "" for this one. repeat: counted from 0.
     """
 
@@ -68,7 +69,7 @@ class Case:
 
     @property
     def key(self) -> str:
-        """12 hex digits that two cases share if only the repeat and the limits of time differ."""
+        """12 hex digits that two cases share if only repeat, time limit and interpreter differ."""
         values = {k: v for k, v in asdict(self).items() if k not in _NOT_IN_KEY}
         for name in ("model", "text_model"):
             values[name] = Path(values[name]).name
@@ -76,7 +77,7 @@ class Case:
 
     @property
     def needed_context(self) -> int:
-        """Tokens of context: `context`, or what the longest prompt and the decoding take."""
+        """Tokens of context: `context`, or as many as the longest prompt and decode take."""
         return self.context or max(*self.prompts, DECODE_PROMPT + self.tokens) + 1
 
 

@@ -38,7 +38,7 @@ class MemoryGroup:
         return 0
 
     def peak(self) -> int:
-        """Largest charge so far, page cache included, bytes (0: the kernel does not tell)."""
+        """Largest charge so far in bytes, page cache included (0: the kernel does not tell)."""
         return self._number("memory.peak" if self.unified else "memory.max_usage_in_bytes")
 
     def swapped(self) -> int:
@@ -49,7 +49,7 @@ class MemoryGroup:
         return max(0, self._number(both) - self._number(usage))
 
     def kills(self) -> int:
-        """Processes that the kernel has killed for memory."""
+        """Number of processes that the kernel has killed for memory."""
         name = "memory.events" if self.unified else "memory.oom_control"
         with suppress(OSError):
             for line in (self.folder / name).read_text().splitlines():
@@ -82,5 +82,5 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
             try:
                 folder.rmdir()
                 break
-            except OSError:  # a process of it is still ending
+            except OSError:  # a process of the group is still ending
                 time.sleep(0.05)

@@ -1,8 +1,8 @@
-"""How fast memory that a process has not used yet comes: what a load and a cold cache wait for.
+"""How fast a process gets memory it has not used yet: a load and a cold cache wait for it.
 
 On most machines the kernel zeroes pages at some GB/s. Virtual machines that give free memory back
-to their host may be ten times slower, depending on what they did a moment ago: so it is measured
-when it is needed, in the state that it is needed in.
+to their host may be ten times slower, depending on what they did a moment ago, so it is measured
+just before it is needed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _PAGE = 4096
 
 
 def fresh_bytes_s(nbytes: int) -> float:
-    """Bytes a second at which one thread touches `nbytes` (a page at least) of fresh memory."""
+    """Bytes per second at which one thread touches `nbytes` (at least a page) of fresh memory."""
     with mmap.mmap(-1, max(nbytes, _PAGE)) as memory:
         if hasattr(memory, "madvise") and hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)  # as the engine does

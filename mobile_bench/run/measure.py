@@ -28,19 +28,19 @@ from .records import VERSION, Decode, Flash, Prompt, Run
 from .worker_process import WorkerError, WorkerProcess
 
 LOAD_LIMIT_S = 900.0
-# A run that has not answered after so many times the limit of time, or so long, is killed.
+# A run that has not answered after HANGS times its time limit, at least HANGS_S, is killed.
 HANGS, HANGS_S = 4.0, 60.0
 FLASH_BYTES, FLASH_SEEDS = 256 << 20, 3
-_TOUCHED = 2.0  # of the memory that a run will take
+_TOUCHED = 2.0  # memory touched before a run / memory that it will take
 _UNITS = (50, 95, 99)
 
 
 def run_case(case: Case, *, run: str = "", command: str = "", device: str = "") -> Run:
-    """Measures one configuration, in a process (and where allowed a memory cgroup) of its own.
+    """Measures one configuration, in its own process (and memory cgroup if allowed).
 
-    run: joins the results of one command; command: how they came about; device: DeviceProfile.id,
-    "" finds out. A run that fails is a Run with `error`. Raises ModelFileError where there is no
-    such model, OSError.
+    run: the id that joins the results of one command; command: its command line; device:
+    DeviceProfile.id, determined if "". A run that fails is a Run with `error`. Raises
+    ModelFileError if there is no such model, OSError.
     """
     path = Path(case.model)
     model = summary(path)
@@ -104,7 +104,7 @@ def measure(
 ) -> Iterator[Run]:
     """Measures cases in their order (series.py makes them); yields each as soon as it is done.
 
-    started: called before each. Raises what `run_case` raises; a run that fails ends nothing.
+    started: called before each case. Raises what `run_case` raises; a failed run is yielded too.
     """
     read: set[str] = set()
     for case in cases:
@@ -119,7 +119,7 @@ def measure(
 
 
 def limits(case: Case) -> tuple[int | None, int | None]:
-    """(the limit of the run's own cgroup, the budget), bytes; None: no limit, all in memory."""
+    """(limit of the run's own cgroup, budget) in bytes; None: no limit, everything in memory."""
     if case.memory is None:
         return None, None
     if groups_allowed():
@@ -138,7 +138,7 @@ def groups_allowed() -> bool:
 
 
 def default_threads() -> int:
-    """The physical performance cores."""
+    """The number of physical performance cores."""
     from ...runtime._core import cpu
 
     return int(cpu()["performance"]) or 1
@@ -146,7 +146,7 @@ def default_threads() -> int:
 
 @contextmanager
 def _group(limit: int | None) -> Iterator[MemoryGroup | None]:
-    """A group of the limit; without one, a group as large as the machine, which tells the peak."""
+    """A cgroup of the limit; without a limit one as large as the machine, which tells the peak."""
     if not groups_allowed():
         yield None
         return
@@ -155,12 +155,12 @@ def _group(limit: int | None) -> Iterator[MemoryGroup | None]:
 
 
 class _Measurement:
-    """One run: fills its record."""
+    """One run, which fills in its record."""
 
     def __init__(self, case: Case, path: Path, record: Run, model: dict[str, Any]) -> None:
         self.case, self.path, self.record, self.model = case, path, record, model
         context = record["context"]
-        # Tokens before the decoded ones; where the context is small, each gets at least half.
+        # Tokens before the decoded ones; in a small context both parts get about half.
         self.first = min(DECODE_PROMPT, max(1, context - case.tokens, context // 2))
         self.n = min(case.tokens, context - self.first)
         self.prompts = sorted(n for n in set(case.prompts) if n <= context)
@@ -172,7 +172,7 @@ class _Measurement:
         self.patience_s = max(HANGS * case.time_limit_s, HANGS_S)
 
     def carry_out(self) -> None:
-        """Measures. Raises WorkerError, PromptError."""
+        """Carries out the run. Raises WorkerError, PromptError."""
         longest = max([self.first, *self.prompts])
         self.ids = list(prompt_ids(Path(self.case.text_model or self.path), longest))
         needed = self.record["limit"] or self.record["memory"] or int(self.model["nbytes"])
@@ -212,7 +212,7 @@ class _Measurement:
         if budget is None:
             return options
         if self.case.engine == "llama-cpp":
-            # On its memory map: repacked weights could not be dropped (worker.py).
+            # llama.cpp uses its memory map: repacked weights could not be dropped (worker.py).
             return {"use_mmap": True, "repack": False, **options}
         return {**options, "memory": budget}
 
@@ -254,7 +254,7 @@ class _Measurement:
         return float(found["seconds"])
 
     def _timed(self, worker: WorkerProcess, n: int, times: dict[int, float]) -> bool:
-        """Adds a prompt's time, unless it would take too long or the worker dies of it."""
+        """Adds a prompt's time to `times` unless it would take too long or kills the worker."""
         rest = [k for k in self.prompts if k >= n and k not in times]
         if expected_s(n, times) > self._left():
             limit = f"the time limit of {self.case.time_limit_s:g} s"
@@ -285,13 +285,13 @@ class _Measurement:
         return found
 
     def _trace(self, worker: WorkerProcess, config: dict[str, Any], n: int) -> None:
-        """Hits by layer, and what an optimal cache would have read; n: tokens decoded."""
+        """Records hits by layer and what an optimal cache would have read; n: tokens decoded."""
         r = self.record
         with tempfile.TemporaryDirectory(prefix="stoker-bench-") as folder:
             file = Path(folder) / "routing.npz"
             self._ask(worker, "routing", path=str(file))
             routing = routing_trace.load(file)
-        if not len(routing["evaluation"]):  # all experts fit: none was asked for
+        if not len(routing["evaluation"]):  # all experts fit, so none was requested
             return
         assert r["decode"] is not None and r["plan"] is not None
         r["decode"]["layer_hits"] = routing_trace.layer_hits(routing, config["n_layer"], n)
@@ -302,7 +302,7 @@ class _Measurement:
 
     @contextmanager
     def _noted(self, what: str) -> Iterator[None]:
-        """A worker that dies here has done what matters."""
+        """Notes the death of a worker that has already done what matters."""
         try:
             yield
         except WorkerError as error:
@@ -318,10 +318,10 @@ class _Measurement:
 
 
 def expected_s(n: int, times: dict[int, float]) -> float:
-    """Seconds that a prompt of n tokens will take, from those of shorter ones.
+    """Seconds that a prompt of n tokens will take, extrapolated from shorter ones.
 
-    times: tokens -> seconds. A straight line through the two longest; through one, the same time a
-    token.
+    times: tokens -> seconds. A straight line through the two longest; with only one, the same time
+    per token.
     """
     known = sorted(k for k in times if k <= n)
     if not known:
@@ -335,7 +335,7 @@ def expected_s(n: int, times: dict[int, float]) -> float:
 
 
 def decode_of(token_s: list[float], counters: dict[str, Any] | None) -> Decode:
-    """token_s: seconds of each token; counters: what those of reads gained meanwhile."""
+    """A Decode record. token_s: seconds of each token; counters: increase of the read counters."""
     n, seconds = len(token_s), sum(token_s)
     ordered = sorted(token_s)
     found: Decode = {

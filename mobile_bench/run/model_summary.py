@@ -1,4 +1,4 @@
-"""What a model file is, as results name it."""
+"""The facts by which results name a model file."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ...runtime.base.errors import ModelFileError
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """name, nbytes (of all shards), architecture, type (the one of most weights), n_layer,
-    n_expert, n_expert_used (0 where dense), context (trained, tokens; 0 where unknown).
+    """name, nbytes (of all shards), architecture, type (of most bytes), n_layer, n_expert,
+    n_expert_used (0 if dense), context (trained, tokens; 0 if unknown).
 
     Raises ModelFileError.
     """
@@ -57,6 +57,6 @@ def main_type(file: Any) -> str:
 
 def _count(file: Any, key: str) -> int:
     value = file.get(key)
-    if isinstance(value, list):  # one value a layer
+    if isinstance(value, list):  # one value per layer
         value = max((v for v in value if isinstance(v, int)), default=0)
     return int(value) if isinstance(value, int) else 0

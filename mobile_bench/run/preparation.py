@@ -1,4 +1,4 @@
-"""Brings the machine into the same state before each run: page cache cold, memory at hand."""
+"""Brings the machine into the same state before each run: page cache cold, memory touched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DROP = Path("/proc/sys/vm/drop_caches")
 def read_directly(path: Path) -> None:
     """Reads the file once past the page cache: disks of virtual machines have caches of their own.
 
-    Where direct reads are not possible it reads through the page cache.
+    If direct reads are not possible, it reads through the page cache.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
@@ -35,9 +35,9 @@ def read_directly(path: Path) -> None:
 
 
 def drop_page_cache(files: list[Path]) -> bool:
-    """Empties the page cache (Linux, as root), else asks to drop these files from it.
+    """Empties the page cache (Linux, as root), else asks the kernel to drop these files from it.
 
-    Returns whether one of them was possible.
+    Returns whether either was possible.
     """
     if hasattr(os, "sync"):
         os.sync()

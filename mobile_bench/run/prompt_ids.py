@@ -1,4 +1,4 @@
-"""The prompts of all measurements: a public-domain text, as the model cuts it."""
+"""The prompts of all measurements: a public-domain text in the model's own tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def text_of(n: int) -> str:
 
 @lru_cache(maxsize=8)
 def prompt_ids(model: Path, n: int) -> tuple[int, ...]:
-    """The first n tokens. Raises PromptError, ModelFileError.
+    """The first n tokens of the text. Raises PromptError, ModelFileError.
 
     A model without a tokenizer that stoker knows gets numbers that are spread over its vocabulary:
     what they cost does not depend on what they mean.
@@ -49,7 +49,7 @@ def prompt_ids(model: Path, n: int) -> tuple[int, ...]:
 
 
 def _of_onnx(model: Path, n: int) -> list[int]:
-    """From a process of its own: the graph is large, and this one measures."""
+    """Tokens from a separate process: the graph is large, and this process measures."""
     with WorkerProcess("onnx", model, threads=1, context=1) as worker:
         n_vocab = int(worker.ask("load")["config"]["n_vocab"])
         try:
@@ -60,7 +60,7 @@ def _of_onnx(model: Path, n: int) -> list[int]:
 
 
 def _vocabulary(model: Path, file: GgufFile) -> int:
-    """Tokens of a model whose tokenizer is unknown."""
+    """Vocabulary size of a model whose tokenizer is unknown."""
     for tensor in file.tensors:
         if tensor.name == "token_embd.weight":
             return tensor.shape[1]

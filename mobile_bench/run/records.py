@@ -30,7 +30,7 @@ class Prompt(TypedDict):
 
 
 class Decode(TypedDict):
-    """Greedy tokens after a prompt of 64 tokens. The last five are None outside of a budget."""
+    """Greedy tokens after a prompt of 64 tokens. The last five are None without a budget."""
 
     tokens: int
     seconds: float
@@ -40,15 +40,15 @@ class Decode(TypedDict):
     bytes_token: float | None  # read from flash
     hit_rate: float | None
     layer_hits: list[float] | None  # [n_layer], hit rate; 0 in layers without experts
-    stall_s: float | None  # waited for flash, a token
-    compute_s: float | None  # the rest of a token
+    stall_s: float | None  # seconds per token spent waiting for flash
+    compute_s: float | None  # the rest of a token's time
 
 
 class Flash(TypedDict):
-    """Of a mixture under a budget, a token of its decoding."""
+    """Flash reads of a mixture under a budget, per decoded token."""
 
     bytes_s: float  # bandwidth of reading this model's experts at random
-    belady_misses: float  # of an optimal cache with as many slots, on the routing of this run
+    belady_misses: float  # misses of an optimal cache with as many slots on this run's routing
     belady_bytes: float
 
 
@@ -56,7 +56,7 @@ class _Optional(TypedDict, total=False):
     """Fields that older results lack."""
 
     case: str  # Case.key: the same for all repeats of a configuration
-    token_ids: list[int]  # generated: the first one of the prompt's end, then those of `decode`
+    token_ids: list[int]  # generated: the one after the prompt, then those of `decode`
     flash: Flash | None
     notes: list[str]  # what was left out and why, for people
 
@@ -77,19 +77,19 @@ class Run(_Optional):
     threads: int
     context: int
     memory: int | None  # the budget (95% of the limit); None: everything in memory
-    limit: int | None  # of the process's own cgroup; None: there was none
-    options: dict[str, Any]  # others that are not the defaults
+    limit: int | None  # limit of the process's own cgroup; None: there was none
+    options: dict[str, Any]  # other options that differ from the defaults
     plan: dict[str, Any] | None  # Engine.plan
-    load_cold_s: float | None  # of the engine, in a started process; page cache dropped before
-    load_warm_s: float | None  # again, in a new process, the page cache as the run left it
+    load_cold_s: float | None  # the engine's load in a started process, page cache dropped before
+    load_warm_s: float | None  # the load again in a new process, page cache as the run left it
     prompts: list[Prompt]
     decode: Decode | None
     peak_bytes: int  # resident size of the process
     group_peak_bytes: int | None  # of the cgroup, page cache included
     energy: dict[str, Any] | None  # source, joules, joules_token
     noise: dict[str, Any]  # what else the machine did, as noise.py's NoiseWatch.finish says
-    tokens_sha256: str | None  # of the generated ids: engines and budgets that agree are equal
-    error: str | None  # where it died: everything measured is empty
+    tokens_sha256: str | None  # of the generated ids; equal if engines and budgets agree
+    error: str | None  # why the run died; all measured fields are then empty
 
 
 class Roofline(TypedDict):
@@ -103,12 +103,12 @@ class Roofline(TypedDict):
     threads: int
     compute_s: float  # measured, everything in memory
     bytes_s: float  # flash bandwidth on this model's experts
-    read_bytes: float  # a token, of an optimal cache (Belady)
+    read_bytes: float  # per token, by an optimal cache (Belady)
     limit_s: float  # the larger of computation and reading
 
 
 class Perplexity(TypedDict):
-    """Of one text, as runtime/perplexity.py counts it."""
+    """Perplexity of a model on one text, as runtime/perplexity.py counts it."""
 
     kind: Literal["perplexity"]
     device: str
@@ -119,42 +119,42 @@ class Perplexity(TypedDict):
     ppl: float
     nll: float
     tokens: int
-    standard_error: float  # of ppl
+    standard_error: float  # ppl's
 
 
 class Width(TypedDict):
-    """What a search of expert widths has found (export/bitwidth.py)."""
+    """Result of a search of expert widths (export/bitwidth.py)."""
 
     kind: Literal["width"]
     device: str
     model: dict[str, Any]  # name, nbytes, architecture
     text: str  # sha256
-    bits: float  # asked for, a weight of the experts
+    bits: float  # requested, per expert weight
     source: dict[str, Any]  # a Point: uniform, nbytes, bits, kl, ppl
     made: dict[str, Any]
     points: list[dict[str, Any]]  # by size
     types: list[dict[str, Any]]  # part, type, matrices
-    path: str | None  # of the file that was made, where it is kept
+    path: str | None  # the file that was made, if it is kept
 
 
 class JobResult(TypedDict):
-    """One job of a sweep. Of several lines with one key the last holds."""
+    """One job of a sweep. If several lines have the same key, the last one holds."""
 
     kind: Literal["job"]
     version: int
-    key: str  # what decides the result, as 16 hex digits
+    key: str  # hash of what decides the result, 16 hex digits
     run: str
     time: str  # ISO 8601, UTC
     job: dict[str, Any]  # jobs.Job (of a sweep)
-    node: str  # where it was done
-    attempts: int  # 1, or more where a worker died
+    node: str  # the host that did it
+    attempts: int  # more than 1 if a worker died
     seconds: float
     error: str | None
     results: list[Run | Perplexity | Width]
 
 
 class Results(TypedDict):
-    """What a file of results holds. What is inside of jobs is in the other lists as well."""
+    """Contents of a file of results. Results inside jobs are in the other lists as well."""
 
     profiles: list[DeviceProfile]
     runs: list[Run]
@@ -173,9 +173,9 @@ def write(path: Path, lines: Iterable[Any]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Before more is appended: removes a last line that was cut off, ends one that lacks its end.
+    """Prepares a file for appending: removes a cut-off last line, ends one that lacks its newline.
 
-    Raises OptionError where the last line was none of a result's.
+    Raises OptionError if the last line is not part of a result.
     """
     with path.open("r+b") as file:
         data = file.read()
@@ -194,9 +194,9 @@ def mend(path: Path) -> None:
 
 
 def read(path: Path) -> Results:
-    """Reads a file of results. Raises OptionError naming the first line that is none.
+    """Reads a file of results. Raises OptionError naming the first line that is not one.
 
-    A last line that was cut off (a measurement that was killed) is left out.
+    A cut-off last line (a measurement that was killed) is left out.
     """
     results: Results = {
         "profiles": [],

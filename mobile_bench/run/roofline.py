@@ -1,4 +1,4 @@
-"""The least time that a token can take: computation, or reading what even the best cache misses."""
+"""The least time per token: computation, or reading what even the best cache misses."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .records import Roofline, Run
 
 
 def rooflines(runs: Sequence[Run]) -> list[Roofline]:
-    """One for each budget and number of threads of a mixture that was run with everything in
-    memory, too, with the same threads.
+    """One roofline for each budget and number of threads of a mixture that was also run with
+    everything in memory, with the same threads.
 
-    Computation is what a token takes there; reading is what a cache that knows the future would
-    have missed on the same routing, at the bandwidth of random experts in the same series.
+    Computation is the time per token of that resident run; reading is what a cache that knows the
+    future would have missed on the same routing, at the bandwidth of random experts in the series.
     """
     own = [r for r in runs if r["engine"] == "stoker" and r["decode"] is not None]
     found: list[Roofline] = []
-    # The same disk for all budgets.
+    # All budgets share one disk, so the bandwidth is that of the whole series.
     speeds = [flash["bytes_s"] for r in own if (flash := r.get("flash")) and flash["bytes_s"]]
     if not speeds:
         return found

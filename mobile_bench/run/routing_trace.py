@@ -1,4 +1,4 @@
-"""What a run's recorded routing tells: hits by layer, and what an optimal cache would have read."""
+"""Figures from a run's recorded routing: hits by layer, and reads of an optimal cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def layer_hits(routing: Mapping[str, npt.NDArray[Any]], n_layer: int, n: int) ->
 def belady_misses(
     routing: Mapping[str, npt.NDArray[Any]], config: Mapping[str, Any], slots: int, n: int
 ) -> float:
-    """Misses a decoded token of an optimal cache that was empty before the prompt.
+    """Misses per decoded token of an optimal cache that was empty before the prompt.
 
     config: n_layer, n_expert, n_expert_used; slots: experts that the cache holds; n: the last
     evaluations, which are counted.

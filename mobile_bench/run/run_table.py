@@ -13,7 +13,7 @@ from ..probe.noise import REFERENCE, drift
 from .records import Roofline, Run
 
 OWN = "stoker"
-# figure, digits of a ratio's ends, how to take it from a run, whether more is better
+# (figure, function that takes it from a run, whether more is better)
 _COMPARED: tuple[tuple[str, Callable[[Run], dict[str, float]], bool], ...] = (
     ("decode tok/s", lambda r: {"": r["decode"]["tok_s"]} if r["decode"] else {}, True),
     (
@@ -29,13 +29,13 @@ Setup = tuple[str, int | None, int | None, int, str]
 
 
 def setup_of(run: Run) -> Setup:
-    """What the repeats of a configuration have in common: engine, limit, budget, threads, rest."""
+    """The key that a configuration's repeats share: engine, limit, budget, threads, options."""
     options = ",".join(f"{k}={v}" for k, v in run["options"].items())
     return (run["engine"], run["limit"], run["memory"], run["threads"], options)
 
 
 def grouped(runs: Sequence[Run]) -> dict[Setup, list[Run]]:
-    """The repeats of each configuration, in the order of the first ones."""
+    """The repeats of each configuration, in order of first appearance."""
     found: dict[Setup, list[Run]] = {}
     for run in sorted(runs, key=lambda r: r["repeat"]):
         found.setdefault(setup_of(run), []).append(run)
@@ -43,7 +43,7 @@ def grouped(runs: Sequence[Run]) -> dict[Setup, list[Run]]:
 
 
 def memory_name(run: Run) -> str:
-    """Of the limit, or of the budget where there is none."""
+    """The name of the run's limit, or of its budget if it has no limit."""
     nbytes = run["limit"] or run["memory"]
     return "resident" if nbytes is None else mb(nbytes)
 
@@ -64,19 +64,19 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 
 
 def median(values: Sequence[float | None], form: str, scale: float = 1.0) -> str:
-    """Of those that are known; "-" where none is."""
+    """Formatted median of the known values, times `scale`; "-" if none is known."""
     known = [v * scale for v in values if v is not None]
     return format(statistics.median(known), form) if known else "-"
 
 
 def as_text(runs: Sequence[Run], rooflines: Sequence[Roofline]) -> str:
-    """All tables."""
+    """All tables as text."""
     parts = [decode_table(runs, rooflines), prompt_table(runs), ratio_table(runs), remarks(runs)]
     return "\n\n".join("\n".join(lines) for lines in parts if lines)
 
 
 def decode_table(runs: Sequence[Run], rooflines: Sequence[Roofline]) -> list[str]:
-    """A line for each configuration: load, decode, flash, memory, energy."""
+    """The decode table, one line per configuration: load, decode, flash, memory, energy."""
     limits = {(r["memory"], r["threads"]): r["limit_s"] for r in rooflines}
     head = ["memory", "engine", "threads", "decode tok/s", "p50", "p95", "p99 ms", "roofline"]
     head += ["MB read", "hits", "wait ms", "load cold", "warm s", "peak MB", "group", "J/token"]
@@ -154,12 +154,12 @@ def ratio_table(runs: Sequence[Run]) -> list[str]:
 
 
 def _place(run: Run) -> tuple[int, int | None, int | None, int]:
-    """What a pair of runs has in common."""
+    """The key that a pair of runs has in common."""
     return (run["repeat"], run["limit"], run["memory"], run["threads"])
 
 
 def _agreement(pairs: list[tuple[Run, Run]]) -> str:
-    """How many of the greedy tokens of two engines agree from the first one on."""
+    """Text that says how many leading greedy tokens of two engines agree."""
     counts = []
     for a, b in pairs:
         ids = list(zip(a.get("token_ids", []), b.get("token_ids", []), strict=False))
@@ -210,7 +210,7 @@ def _without_empty(rows: list[list[str]], left: int) -> list[str]:
 
 
 def as_csv(runs: Sequence[Run]) -> str:
-    """One line a run; of prompts a column for each length."""
+    """CSV with one line per run, and a column for each prompt length."""
     lengths = sorted({p["tokens"] for r in runs for p in r["prompts"]})
     rows = [_cells(run, lengths) for run in runs]
     if not rows:

@@ -19,13 +19,13 @@ from .records import Run
 RESIDENT = "resident"
 SLOW_TOKENS = 4
 SLOW_TIME_LIMIT_S = 25.0
-_PROCESS = 128 << 20  # bytes that an engine takes beside the weights, at least
+_PROCESS = 128 << 20  # least bytes that an engine takes beside the weights
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Another engine. model: its file of the same model, "" for the same file; python: that has it,
-    "" for this one."""
+    """An engine to compare with. model: its file of the same model, "" for the same file; python:
+    the interpreter that has the engine, "" for this one."""
 
     engine: Engine
     model: str = ""
@@ -34,15 +34,15 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Series:
-    """What one `stoker bench` measures.
+    """Configurations that one `stoker bench` measures.
 
     memory: for each, a size ("500MB"), a share of what the machine can give ("60%"), "auto"
-        (resident where it fits, else what the machine can give) or "resident". threads: for each,
-        0 for the physical performance cores. tokens, prompts, context, options, time_limit_s: of
-        every Case.
-    slow_tokens, slow_time_limit_s: of engines that have a limit smaller than the model and no cache
-        of experts: they read most of the file for every token. The first repeat has twice the time,
-        so that longer prompts are measured at least once.
+        (resident if it fits, else what the machine can give) or "resident". threads: for each,
+        0 for the physical performance cores. tokens, prompts, context, options, time_limit_s: as in
+        Case.
+    slow_tokens, slow_time_limit_s: for engines with a limit smaller than the model and no expert
+        cache, which read most of the file for every token. The first repeat has twice the time, so
+        that longer prompts are measured at least once.
     """
 
     model: Path
@@ -69,12 +69,12 @@ class Series:
 def cases(series: Series) -> list[Case]:
     """All runs in the order in which they are best measured.
 
-    Within a repeat all configurations, the engines of one after each other; every second repeat in
-    reverse, so that a drift of the machine's speed favours nobody. Raises ModelFileError,
+    A repeat has all configurations, the engines of each side by side; every second repeat is in
+    reverse order, so that a drift of the machine's speed favours nobody. Raises ModelFileError,
     OptionError.
     """
     model = summary(series.model)
-    once: dict[str, Case] = {}  # by key: two budgets may mean the same
+    once: dict[str, Case] = {}  # by key, as two budgets may mean the same
     for memory in series.memory:
         for threads in series.threads:
             for engine in (_own(series), *series.baselines):
@@ -95,7 +95,7 @@ def _repeated(case: Case, repeat: int) -> Case:
 
 
 def missing(wanted: Iterable[Case], runs: Iterable[Run]) -> list[Case]:
-    """Those that no run has measured. A run that failed has been measured: it would fail again."""
+    """Cases that no run has measured. A failed run counts as measured: it would fail again."""
     have = {(run.get("case"), run["repeat"]) for run in runs}
     return [case for case in wanted if (case.key, case.repeat) not in have]
 
@@ -139,7 +139,7 @@ def _slow(case: Case) -> bool:
 
 
 def _context(series: Series, trained: int) -> int:
-    """The same for all engines, whatever tokens each gets."""
+    """Context in tokens, the same for all engines, however many tokens each decodes."""
     needed = max(*series.prompts, DECODE_PROMPT + series.tokens) + 1
     return min(needed, trained) if trained else needed
 
@@ -161,7 +161,7 @@ def _bytes(series: Series, memory: str) -> int | None:
 
 
 def parse_baselines(text: str, model: Path, python: str) -> Iterator[Baseline]:
-    """ "llama-cpp,onnx=FILE.onnx" -> baselines. python: that has llama-cpp-python, "" for this one.
+    """ "llama-cpp,onnx=FILE.onnx" -> baselines. python: one with llama-cpp-python, "" for this one.
 
     Raises OptionError.
     """

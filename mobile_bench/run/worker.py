@@ -3,23 +3,23 @@
     python worker.py stoker|llama-cpp|onnx MODEL '{"threads": 2, "context": 1024, "options": {}}'
 
 Runs as a script under any Python that has the engine, so that llama-cpp-python may live in an
-environment of its own. The time to the first token is measured from outside too, from the start of
-this process: so everything is imported as late and as little as each engine allows.
+environment of its own. The time to the first token is also measured from outside, from the start of
+this process, so imports are as late and as few as each engine allows.
 
 options: keyword arguments of stoker's Engine (with "memory", the budget of the whole process,
-process_bytes is measured here), of llama_cpp.Llama, or of stoker's OnnxOptions. For llama-cpp
+process_bytes is measured here), llama_cpp.Llama, or stoker's OnnxOptions. For llama-cpp
 "repack": false leaves the weights as they are in the file: repacked ones are memory of the process,
 which the kernel cannot drop, so that the process would be killed under a limit.
 
-Commands, one a line, and their results:
-{"do": "load"}: the engine was loaded before: {"seconds", "version", "plan", "config"}
+Commands, one per line, and their results:
+{"do": "load"}: {"seconds", "version", "plan", "config"} of the load at the start
 {"do": "prompt", "tokens": [ids], "cold": false}: forgets the sequence (cold: stoker's expert cache
-    too), evaluates: {"seconds", "token"}, the likeliest next one
+    too), evaluates: {"seconds", "token"}, the likeliest next token
 {"do": "decode", "n": 128, "limit_s": null}: greedy tokens after the prompt, at least one, until n
     or the time is over: {"token_s": [n], "tokens": [n], "counters": of the expert store or null}
 {"do": "logits", "tokens": [ids], "path": ...}: forgets the sequence, evaluates, and writes the
     logits after each token as .npy, float32 [n, n_vocab] (llama-cpp: with the option logits_all)
-{"do": "record"}: records the routing from here on, where there is one: {"recording": bool}
+{"do": "record"}: records the routing from here on, if there is one: {"recording": bool}
 {"do": "routing", "path": ...}: writes what was recorded as .npz, and records no longer
 {"do": "flash", "nbytes": ..., "seeds": 5}: {"bytes_s": median on this model's experts or null}
 {"do": "encode", "text": ..., "n": ...}: {"tokens": [n]}, of engines that have the tokenizer
@@ -38,14 +38,14 @@ from typing import Any, Protocol
 
 
 class Engine(Protocol):
-    """What a worker needs of an engine."""
+    """Interface that a worker needs of an engine."""
 
     version: str
     plan: dict[str, Any] | None
     config: dict[str, Any]
 
     def restart(self, cold: bool) -> None:
-        """Forgets the sequence; cold: what was read from flash too, where that is possible."""
+        """Forgets the sequence; cold: also what was read from flash, if possible."""
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Appends tokens."""
@@ -54,10 +54,10 @@ class Engine(Protocol):
         """The most likely next token."""
 
     def eval_all(self, tokens: Sequence[int]) -> Any:
-        """Appends tokens; the logits after each, float32 [n, n_vocab]."""
+        """Appends tokens; returns the logits after each, float32 [n, n_vocab]."""
 
     def counters(self) -> dict[str, Any] | None:
-        """Of the expert store since the load, None where there is none."""
+        """The expert store's counters since the load, None if there is no store."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text."""
@@ -70,10 +70,10 @@ class Stoker:
         from stoker.runtime._core import Engine, GgufFile, Sampler
 
         if options.get("memory"):
-            # `stoker run` has it too, and "routing" must not take more than the budget.
+            # `stoker run` imports it too, and "routing" must not take more than the budget.
             import numpy  # noqa: F401
 
-            # Room for what the interpreter grows by while it runs.
+            # The 4 MiB are for the interpreter's growth while it runs.
             options["process_bytes"] = resident_bytes() + (4 << 20)
         self.file = GgufFile(path)
         self.engine = Engine(self.file, threads=threads, context=context, **options)
@@ -84,7 +84,7 @@ class Stoker:
 
     @property
     def version(self) -> str:
-        """Of the package."""
+        """The stoker package's version."""
         import stoker
 
         return stoker.__version__
@@ -108,11 +108,11 @@ class Stoker:
         return self.sequence.sample(self.greedy)
 
     def eval_all(self, tokens: Sequence[int]) -> Any:
-        """Appends tokens; the logits after each."""
+        """Appends tokens; returns the logits after each."""
         return self.sequence.eval_all(tokens)
 
     def counters(self) -> dict[str, Any] | None:
-        """Of the expert store since the load, what other weights cost included; None: neither."""
+        """Counters since the load of the expert store and streamed weights; None without both."""
         offload, stream = self.engine.offload, self.engine.stream
         if stream is None:
             return offload
@@ -129,7 +129,7 @@ class Stoker:
 
 
 class LlamaCpp:
-    """llama-cpp-python at its defaults, with the same threads, context and a whole-prompt batch."""
+    """llama-cpp-python at its defaults, with our threads and context and a whole-prompt batch."""
 
     plan = None
 
@@ -183,7 +183,7 @@ class LlamaCpp:
         return int(last.argmax())
 
     def eval_all(self, tokens: Sequence[int]) -> Any:
-        """Appends tokens; the logits after each."""
+        """Appends tokens; returns the logits after each."""
         begin = self.llama.n_tokens
         self.llama.eval(tokens)
         return self.llama.scores[begin : begin + len(tokens)]
@@ -235,7 +235,7 @@ class Onnx:
         return self.sequence.sample(self.greedy)
 
     def eval_all(self, tokens: Sequence[int]) -> Any:
-        """Appends tokens; the logits after each."""
+        """Appends tokens; returns the logits after each."""
         return self.sequence.eval_all(tokens)
 
     def counters(self) -> dict[str, Any] | None:
@@ -255,7 +255,7 @@ ENGINES: dict[str, type[Stoker] | type[LlamaCpp] | type[Onnx]] = {
 
 
 def resident_bytes() -> int:
-    """Resident size of this process now, bytes; 0 where the system does not tell."""
+    """Resident size of this process now, bytes; 0 if the system does not tell."""
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -270,7 +270,7 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Largest resident size of this process so far, bytes; 0 where the system does not tell."""
+    """Largest resident size of this process so far, bytes; 0 if the system does not tell."""
     try:
         with open("/proc/self/status", encoding="ascii") as status:
             for line in status:
@@ -292,7 +292,7 @@ def peak_bytes() -> int:
 
 
 class Worker:
-    """An engine and the sequence that it is at."""
+    """An engine with its current sequence."""
 
     def __init__(self, name: str, path: str, threads: int, context: int, options: Any) -> None:
         start = time.perf_counter()
@@ -301,7 +301,7 @@ class Worker:
         self.last: list[int] = []  # the likeliest token after what was evaluated
 
     def load(self) -> dict[str, Any]:
-        """What loading took, and what was loaded."""
+        """The seconds that loading took, and what was loaded."""
         e = self.engine
         return {"seconds": self.load_s, "version": e.version, "plan": e.plan, "config": e.config}
 
@@ -314,7 +314,7 @@ class Worker:
         return {"seconds": time.perf_counter() - start, "token": self.last[0]}
 
     def decode(self, n: int, limit_s: float | None = None) -> dict[str, Any]:
-        """Greedy tokens; the last one is chosen, not evaluated."""
+        """Decodes greedy tokens; the last one is chosen, not evaluated."""
         engine, token_s, tokens = self.engine, [], list(self.last)
         before = engine.counters()
         begin = time.perf_counter()
@@ -335,7 +335,7 @@ class Worker:
         return {"token_s": token_s, "tokens": tokens[1:], "counters": gained}
 
     def logits(self, tokens: list[int], path: str) -> dict[str, Any]:
-        """Writes the logits after each token, from the start."""
+        """Evaluates tokens from the start and writes the logits after each."""
         import numpy
 
         self.engine.restart(False)
@@ -344,14 +344,14 @@ class Worker:
         return {"n": len(found)}
 
     def record(self) -> dict[str, Any]:
-        """Records the routing from here on, where there is one to record."""
+        """Records the routing from here on if experts are offloaded."""
         offloads = self.engine.engine.offload is not None
         if offloads:
             self.engine.engine.record_routing(True)
         return {"recording": offloads}
 
     def routing(self, path: str) -> dict[str, Any]:
-        """Writes what was recorded: the arrays of Engine.take_routing, as .npz."""
+        """Writes the recorded arrays of Engine.take_routing as .npz."""
         import numpy
 
         taken = self.engine.engine.take_routing()
@@ -360,7 +360,7 @@ class Worker:
         return {"uses": len(taken["expert"])}
 
     def flash(self, nbytes: int, seeds: int) -> dict[str, Any]:
-        """Bandwidth of reading random experts, or streamed weights; bytes a second."""
+        """Bandwidth of reading random experts, or streamed weights; bytes per second."""
         if self.engine.counters() is None:
             return {"bytes_s": None}
         self.engine.restart(True)
@@ -368,11 +368,11 @@ class Worker:
         return {"bytes_s": found[seeds // 2]}
 
     def encode(self, text: str, n: int) -> dict[str, Any]:
-        """The first n tokens of a text, fewer where it has no more."""
+        """The first n tokens of a text, or all if it has fewer."""
         return {"tokens": self.engine.encode(text)[:n]}
 
     def memory(self) -> dict[str, Any]:
-        """Of this process."""
+        """Peak and current resident size of this process, bytes."""
         return {"peak_bytes": peak_bytes(), "resident_bytes": resident_bytes()}
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -389,7 +389,7 @@ COMMANDS = ("load", "prompt", "decode", "logits", "record", "routing", "flash", 
 
 def main() -> None:
     """Serves commands until standard input ends."""
-    # A script's folder comes first in the path: our file names must not hide other modules.
+    # A script's folder comes first in sys.path; our file names must not hide other modules.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != here]
     name, path, settings = sys.argv[1:4]

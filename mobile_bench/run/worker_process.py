@@ -21,11 +21,11 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 class WorkerError(Exception):
-    """A worker that failed, was killed, or took too long: one line that says which."""
+    """A worker failed, was killed or took too long; the message says which in one line."""
 
 
 class WorkerProcess:
-    """One engine with one model, in a process (and a memory cgroup) of its own."""
+    """One engine with one model, in its own process (and memory cgroup)."""
 
     def __init__(
         self,
@@ -38,14 +38,14 @@ class WorkerProcess:
         python: str = "",
         group: MemoryGroup | None = None,
     ) -> None:
-        """Raises WorkerError where it cannot be started, DeviceError where no thread is left to
-        read its answers.
+        """Raises WorkerError if it cannot be started, DeviceError if no thread is left to read its
+        answers.
         """
         self.engine, self.group = engine, group
         settings = {"threads": threads, "context": context, "options": options or {}}
         command = [python or sys.executable, str(WORKER), engine, str(model), json.dumps(settings)]
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        # A session of its own: Ctrl-C is for us to handle.
+        # The worker gets its own session, because Ctrl-C is ours to handle.
         pipes: dict[str, Any] = {
             "stdin": subprocess.PIPE,
             "stdout": subprocess.PIPE,
@@ -76,7 +76,7 @@ class WorkerProcess:
         self._lines.put(None)
 
     def ask(self, do: str, *, timeout_s: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """Sends one command and waits for its result. Raises WorkerError; the worker has ended."""
+        """Sends one command and waits for its result. WorkerError means that it has ended."""
         assert self.process.stdin
         with suppress(BrokenPipeError):  # it has ended, and may have said why
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
@@ -87,7 +87,7 @@ class WorkerProcess:
             self.kill()
             raise WorkerError(f"no answer within {timeout_s:.0f} s, killed") from None
         if line is None:
-            self._lines.put(None)  # for who asks again
+            self._lines.put(None)  # for a later ask()
             raise WorkerError(self._end())
         result: dict[str, Any] = json.loads(line)
         if "error" in result:
@@ -107,12 +107,12 @@ class WorkerProcess:
         return f"{ended}: {said[-1]}" if said else ended
 
     def kill(self) -> None:
-        """Ends it at once."""
+        """Kills the worker."""
         self.process.kill()
         self.process.wait()
 
     def close(self) -> None:
-        """Ends it, waiting for what it is doing."""
+        """Ends the worker once it has finished its current command."""
         assert self.process.stdin
         with suppress(BrokenPipeError):
             self.process.stdin.close()

@@ -1,4 +1,4 @@
-"""What the jobs of a sweep share on a machine: models by content, quantized models, one lock."""
+"""State that the jobs of a sweep share on a machine: digests, quantized models, one lock."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PIECE = 4 << 20  # bytes that are read at a time
 
 
 def default_folder() -> Path:
-    """Where quantized models are kept: quantized/ beside the device profile."""
+    """Folder of quantized models: quantized/ beside the device profile."""
     return default_path().parent / "quantized"
 
 
@@ -25,13 +25,13 @@ def held(out: Path) -> Iterator[None]:
     from ...models.cache import locked
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    # The lock's file stays: removing it would give two processes a lock of the same name.
+    # The lock's file stays: if it were removed, two processes could hold locks of the same name.
     with locked(out.with_name(f".{out.name}.sweep")):
         yield
 
 
 def measuring() -> AbstractContextManager[None]:
-    """Held while something is measured: other measurements of this user's sweeps wait."""
+    """Lock held while something is measured: other measurements of this user's sweeps wait."""
     from ...models.cache import locked
 
     user = os.getuid() if hasattr(os, "getuid") else 0
@@ -42,7 +42,7 @@ def content_digest(path: Path, folder: Path) -> str:
     """sha256 of a model file, all its shards one after the other, as 64 hex digits.
 
     It is remembered in `folder` for as long as sizes and times of the shards stay the same.
-    Raises ModelFileError for a GGUF file that is none.
+    Raises ModelFileError for an invalid GGUF file.
     """
     shards = _shards(path)
     seen = [(str(s), i.st_size, i.st_mtime_ns, i.st_ino) for s in shards for i in [s.stat()]]
@@ -65,10 +65,10 @@ def content_digest(path: Path, folder: Path) -> str:
 
 
 def quantized(source: Path, digest: str, type: str, folder: Path, threads: int | None) -> Path:
-    """The model in another file type (export/quantize.py), made unless it is there already.
+    """The model in another file type (export/quantize.py), made unless it exists already.
 
     digest: content_digest of the source. The file is found again by the content that it was made
-    of, whatever the source's name; it appears whole or not at all, and only one process makes it.
+    from, whatever the source's name; it appears whole or not at all, and only one process makes it.
     """
     from ... import __version__
     from ...export.quantize import quantize

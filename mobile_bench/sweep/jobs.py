@@ -1,4 +1,4 @@
-"""One job of a sweep: what it is, its key, and its execution wherever it was sent.
+"""One job of a sweep: its description, its key, and its execution wherever it was sent.
 
     python -m stoker.mobile_bench.sweep.jobs < TASK
 
@@ -31,17 +31,17 @@ Kind = Literal["measure", "perplexity", "bitwidth"]
 KINDS: tuple[Kind, ...] = ("measure", "perplexity", "bitwidth")
 RESIDENT = "resident"  # as a budget: everything in memory
 
-_KEY_VERSION = 1  # of what a job's key says
+_KEY_VERSION = 1  # version of a key's content
 
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement, perplexity or width search; everything that decides its result.
+    """One measurement, perplexity or width search, with everything that decides its result.
 
     model: a path, a name of the catalogue, or hf:owner/name/file.gguf. type: the file type that it
     is quantized to first, None: as it is. memory: a budget as `--memory` takes it, or "resident".
-    threads: None takes the machine's. device: the one that must do it, None: any. text: sha256 of
-    the text that it needs. settings: of its kind; see spec.py.
+    threads: None for the machine's default. device: the one that must run it, None: any. text:
+    sha256 of the text that it needs. settings: those of its kind; see spec.py.
     """
 
     kind: Kind
@@ -55,9 +55,9 @@ class Job:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def key(self, digest: str | None) -> str:
-        """16 hex digits, the same wherever and whenever it is asked.
+        """16 hex digits, the same wherever and whenever they are computed.
 
-        digest: content_digest of the model, which then counts in place of its name; None where the
+        digest: content_digest of the model, which then counts in place of its name; None if the
         model is not here.
         """
         from ... import __version__
@@ -70,11 +70,11 @@ class Job:
 
     @property
     def alone(self) -> bool:
-        """True where nothing else may run on the machine: times are measured."""
+        """True if nothing else may run on the machine, because times are measured."""
         return self.kind == "measure"
 
     def label(self) -> str:
-        """The job for people, on one line."""
+        """A one-line description of the job for people."""
         words = [self.kind, Path(self.model).name]
         if self.type is not None:
             words.append(self.type)
@@ -95,21 +95,21 @@ def _threads(n: int) -> str:
 
 
 class Task(TypedDict):
-    """A job on its way to where it is done; JSON."""
+    """A job as it is sent to where it runs; JSON."""
 
     job: dict[str, Any]
     key: str
-    digest: str | None  # of the model's content, where the sender knows it
+    digest: str | None  # of the model's content, if the sender knows it
     text: str | None  # the text itself
-    folder: str | None  # where quantized models are kept; None: sweep_cache.default_folder
-    run: str  # of the records: joins those of one command
+    folder: str | None  # of quantized models; None: cache.default_folder()
+    run: str  # id that joins the records of one command
     command: str
-    keep: bool  # of a width search: the file that it makes
+    keep: bool  # keep the file that a width search makes
     download: bool  # fetch a named model that is not there
 
 
 class Outcome(TypedDict):
-    """What came of a task; JSON."""
+    """Result of a task; JSON."""
 
     error: str | None
     results: list[Run | Perplexity | Width]
@@ -119,13 +119,13 @@ class Outcome(TypedDict):
 
 
 def failed(message: str, *, node: str = "", seconds: float = 0.0) -> Outcome:
-    """The outcome of a task that gave nothing."""
+    """The outcome of a task that failed."""
     text = " ".join(message.split())
     return {"error": text, "results": [], "profile": None, "node": node, "seconds": seconds}
 
 
 def perform(task: Task) -> Outcome:
-    """Carries out a task here. Whatever goes wrong with it is the outcome's `error`."""
+    """Carries out a task here. Any failure becomes the outcome's `error`."""
     from . import cache as sweep_cache
 
     start = time.perf_counter()
@@ -163,7 +163,7 @@ def perform(task: Task) -> Outcome:
 
 
 def _model(job: Job, task: Task, folder: Path) -> tuple[Path, str]:
-    """The file that the job is about, on this machine, in the job's type; and its name."""
+    """The job's model file on this machine, in the job's type; and its name."""
     from ...models.locate import locate
     from .cache import content_digest, quantized
 
@@ -246,7 +246,7 @@ def _search_widths(job: Job, task: Task, model: Path, device: str, folder: Path)
     from .cache import held
 
     s = job.settings
-    # A search that was killed goes on from what lies beside the file that it makes.
+    # A search that was killed resumes from the files beside the one that it makes.
     out = folder / f"{model.stem}-{s['bits']:g}bits-{task['key']}.gguf"
     memory = None if job.memory in (AUTO, RESIDENT) else job.memory
     with held(out):
@@ -282,7 +282,7 @@ def _search_widths(job: Job, task: Task, model: Path, device: str, folder: Path)
 
 
 def _about(model: Path) -> dict[str, Any]:
-    """Name, size and architecture of a model, as runs have them."""
+    """Name, size and architecture of a model, as in runs."""
     from ...runtime._core import GgufFile
 
     file = GgufFile(str(model))
@@ -309,8 +309,8 @@ def _budget(memory: str, model: Path, context: int) -> int | None:
 
 
 def _profile(job: Job, run: str) -> DeviceProfile | None:
-    """This machine's profile: the one that `stoker probe` has saved, or, for what is timed, a quick
-    one, once a sweep. None where there is none and others may be running.
+    """This machine's profile: the one that `stoker probe` has saved, or, for timed jobs, a quick
+    one, probed once per sweep. None if there is none and other jobs may be running.
     """
     from ...offload.plan import device_profile
     from ..probe.this_device import this_device
@@ -328,7 +328,7 @@ def _profile(job: Job, run: str) -> DeviceProfile | None:
 
 
 def _end_with_parent() -> None:
-    """A sweep that is killed takes its job with it, as Ctrl-C would (Linux)."""
+    """Makes the death of the sweep interrupt its job, as Ctrl-C would (Linux)."""
     if sys.platform != "linux":
         return
     import ctypes
@@ -336,15 +336,15 @@ def _end_with_parent() -> None:
     parent = os.getppid()
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGINT))
-    if os.getppid() != parent:  # it died meanwhile
+    if os.getppid() != parent:  # the sweep died meanwhile
         os.kill(os.getpid(), signal.SIGINT)
 
 
 def main() -> None:
     """Carries out the task on standard input."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have turned it off
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have disabled it
     _end_with_parent()
-    # What a library prints must not get between the JSON.
+    # Prints of libraries must not get into the JSON.
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     task: Task = json.load(sys.stdin)

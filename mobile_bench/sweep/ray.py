@@ -22,11 +22,11 @@ from ...runtime.base.errors import DeviceError, OptionError
 from .jobs import Job, Outcome, Task, failed, perform
 from .sweep import Finished, Started
 
-_CONNECT_S = 10.0  # that a cluster has to answer
-_POLL_S = 0.5  # between two looks at the cluster
-_PATIENCE_S = 60.0  # for a node that can do a job, while no other runs
-_SUSPECT_S = 5.0  # that a node gets no job after one has died there
-_DEVICE = "device"  # the label, and the beginning of the custom resource, that names a device
+_CONNECT_S = 10.0  # time for a cluster to answer
+_POLL_S = 0.5  # time between two looks at the cluster
+_PATIENCE_S = 60.0  # wait for a node that can run a job, while no other job runs
+_SUSPECT_S = 5.0  # time without jobs for a node on which one has died
+_DEVICE = "device"  # label, and prefix of the custom resource, that names a device
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Node:
     devices: frozenset[str]
 
     def does(self, job: Job) -> bool:
-        """True where the job may run here."""
+        """True if the job may run here."""
         return job.device is None or job.device in self.devices
 
     def cpus_for(self, job: Job) -> int:
@@ -79,9 +79,9 @@ def nodes_of(rows: Iterable[Any]) -> list[Node]:
 def placed(
     pending: Sequence[Job], nodes: Sequence[Node], running: Iterable[tuple[Job, Node]]
 ) -> Iterator[tuple[int, Node]]:
-    """(index of a pending job, its node) of the jobs that can begin now.
+    """(index, node) of each pending job that can begin now.
 
-    A job that has to wait keeps those after it from the machines that it waits for: otherwise
+    A job that has to wait keeps later jobs off the machines that it waits for: otherwise
     small jobs would keep a measurement from ever finding its machine idle.
     """
     busy: dict[str, list[Job]] = {}
@@ -106,7 +106,7 @@ def placed(
 
 
 class OnRay:
-    """Carries out tasks on a cluster. Jobs whose worker or node dies are done again elsewhere."""
+    """Carries out tasks on a cluster. Jobs whose worker or node dies are repeated elsewhere."""
 
     def __init__(
         self,
@@ -117,11 +117,11 @@ class OnRay:
         say: Callable[[str], None] | None = None,
         patience_s: float = _PATIENCE_S,
     ) -> None:
-        """address: HOST:PORT, ray://HOST:PORT, "auto" (of the cluster that this machine belongs
-        to), "local" or "local:CPUS" (a cluster of this machine for as long as the sweep takes).
+        """address: HOST:PORT, ray://HOST:PORT, "auto" (the cluster that this machine belongs to),
+        "local" or "local:CPUS" (a cluster on this machine for the duration of the sweep).
 
-        retries: of a job whose worker or node died. timeout: seconds of a job. say: is told what a
-        user should know. patience_s: how long jobs wait for a node that can do them.
+        retries: for a job whose worker or node died. timeout: seconds per job. say: receives
+        messages for the user. patience_s: how long jobs wait for a node that can run them.
         """
         self._address, self._retries, self._timeout = address, retries, timeout
         self._say = say or (lambda _: None)
@@ -132,14 +132,14 @@ class OnRay:
             raise OptionError("--ray needs Ray: pip install 'stoker[sweep]'") from None
 
     def run(self, tasks: Sequence[Task], finished: Finished, started: Started) -> None:
-        """Carries out every task. Raises OptionError where there is no such cluster."""
+        """Carries out every task. Raises OptionError if there is no such cluster."""
         with self._joined():
             _Sweeping(self, self._ray, tasks, finished, started).loop()
 
     @contextmanager
     def _joined(self) -> Iterator[None]:
         ray = self._ray
-        if ray.is_initialized():  # by the program that calls us
+        if ray.is_initialized():  # initialised by the program that calls us
             yield
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -168,7 +168,7 @@ class OnRay:
 
 
 def _check_answers(address: str) -> None:
-    """Raises OptionError where nobody listens: Ray itself would try for many minutes."""
+    """Raises OptionError if nobody listens; Ray itself would try for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
@@ -199,7 +199,7 @@ class _Sweeping:
         self._jobs = [Job(**task["job"]) for task in tasks]
         self._pending = deque((index, 1) for index in range(len(tasks)))
         self._running: dict[Any, _Running] = {}
-        self._suspects: dict[str, float] = {}  # node -> until when
+        self._suspects: dict[str, float] = {}  # node -> end of its time without jobs
         self._idle_since: float | None = None
         self._texts: dict[str, Any] = {}  # sha256 -> reference
         affinity = import_module("ray.util.scheduling_strategies")
@@ -207,7 +207,7 @@ class _Sweeping:
         self._perform: Any = ray.remote(_perform)
 
     def loop(self) -> None:
-        """Until everything is done. Ctrl-C ends what runs."""
+        """Runs until everything is done. Ctrl-C ends the running jobs."""
         try:
             while self._pending or self._running:
                 nodes = self._nodes()
@@ -256,7 +256,7 @@ class _Sweeping:
         cpus = node.cpus_for(job)
         call = self._perform.options(
             num_cpus=cpus,
-            max_retries=0,  # a repetition is sent where it fits then
+            max_retries=0,  # we resend a job to a node that fits then
             scheduling_strategy=self._affinity(node.id, soft=False),
         )
         reference = call.remote(task | {"text": None}, text, __version__)
@@ -283,7 +283,7 @@ class _Sweeping:
             self._finished(running.index, outcome, running.attempt)
 
     def _outcome(self, reference: Any, running: _Running) -> Outcome | None:
-        """What came of a task, None where it is to be done again."""
+        """The outcome of a task, None if it is to be repeated."""
         errors = self._ray.exceptions
         host = running.node.host
         try:
@@ -295,7 +295,7 @@ class _Sweeping:
                 return failed(f"stoker is not installed on {host}", node=host)
             lines = text.strip().splitlines()
             return failed(f"on {host}: {lines[-1] if lines else error!r}", node=host)
-        except errors.RayError as error:  # the worker, the node, or its memory
+        except errors.RayError as error:  # the worker or node died, or memory ran out
             self._suspects[running.node.id] = time.monotonic() + _SUSPECT_S
             lines = str(error).strip().splitlines() or [type(error).__name__]
             if running.attempt <= self._retries:
@@ -308,7 +308,7 @@ class _Sweeping:
             )
 
     def _wait(self, nodes: Sequence[Node]) -> None:
-        """Nothing runs and nothing can begin: gives up on what no node can do."""
+        """Waits while nothing runs or can begin; gives up on jobs that no node can do."""
         now = time.monotonic()
         lacking = [
             (i, a) for i, a in self._pending if not any(n.does(self._jobs[i]) for n in nodes)
@@ -318,7 +318,7 @@ class _Sweeping:
             for what in sorted({_wanted(self._jobs[i]) for i, _ in lacking}):
                 self._say(f"waiting for {what} to join the cluster")
         elif lacking and now - self._idle_since > self._patience_s:
-            if not nodes:  # no job's fault: nothing is noted
+            if not nodes:  # not a job's fault, so no result is written
                 raise DeviceError("the Ray cluster has no node with a CPU")
             for index, attempt in lacking:
                 self._pending.remove((index, attempt))
@@ -335,7 +335,7 @@ def _wanted(job: Job) -> str:
 
 
 def _perform(task: Task, text: str | None, version: str) -> Outcome:
-    """Runs on a worker."""
+    """Carries out a task on a worker."""
     from ... import __version__
 
     if __version__ != version:

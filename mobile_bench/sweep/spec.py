@@ -1,8 +1,8 @@
 """The specification of a sweep: YAML in, jobs out.
 
-    cache: quantized/        # where quantized models are kept [default: stoker's cache]
-    retries: 2               # of a job whose process or node died
-    timeout: 3600            # seconds of a job [default: none]
+    cache: quantized/        # folder of quantized models [default: stoker's cache]
+    retries: 2               # for a job whose process or node died
+    timeout: 3600            # seconds per job [default: none]
     jobs:                    # groups; each is the product of its lists
       - models: [smollm2, up64.gguf]
         types: [as-is, Q8_0, Q4_0]
@@ -25,7 +25,7 @@ readers, precision, kv_type; of width searches: tokens, window, steps, seed, cur
 group may name a `device`, or several. Paths are taken from the specification's folder.
 
 Only plain YAML is read: no aliases, no tags, and no more than `MOST_JOBS` jobs, so that a
-specification of a stranger costs nothing. Every error names the line.
+stranger's specification cannot cost much. Every error names the line.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from .jobs import KINDS, RESIDENT, Job
 MOST_JOBS = 10_000
 AS_IS = "as-is"  # as a type: no quantization
 
-_MOST_BYTES = 128 << 10  # of a specification: pyyaml takes seconds for as much
-_MOST_TEXT = 64 << 20  # of a text that jobs need
-_DEEPEST = 8  # mappings and lists inside of each other
+_MOST_BYTES = 128 << 10  # bytes of a specification; pyyaml takes seconds for this many
+_MOST_TEXT = 64 << 20  # bytes of a text that jobs need
+_DEEPEST = 8  # nested mappings and lists
 _MOST_REPEATS = 1000
 _LONGEST = 1 << 20  # tokens
 _LONGEST_VALUE = 4096  # characters
@@ -64,13 +64,13 @@ _ENGINE_OPTIONS = {
     "kv_type": str,
 }
 
-Node = Any  # of pyyaml, which has no types of its own
+Node = Any  # a node of pyyaml, which has no types
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a file asks for. jobs: repeat by repeat, so that what a machine does meanwhile touches
-    all alike. texts: by sha256. cache: None for the default. timeout: seconds of a job."""
+    """A specification. jobs: ordered repeat by repeat, so that disturbances of the machine affect
+    all alike. texts: by sha256. cache: None for the default. timeout: seconds per job."""
 
     path: Path
     jobs: Sequence[Job]
@@ -126,9 +126,9 @@ def load(path: Path) -> Spec:
 
 
 def for_device(spec: Spec, device: str | None) -> tuple[Spec, int]:
-    """What of a sweep runs on this machine, which is `device`; and how many jobs do not.
+    """The part of a sweep that runs on this machine, named `device`; and the number of other jobs.
 
-    Raises OptionError for a job that is bound to a device while nobody says which this one is.
+    Raises OptionError if a job is bound to a device and `device` is None.
     """
     bound = next((job for job in spec.jobs if job.device is not None), None)
     if device is None and bound is not None:
@@ -143,7 +143,7 @@ def for_device(spec: Spec, device: str | None) -> tuple[Spec, int]:
 
 
 class _Reader:
-    """YAML nodes to checked values; errors name the line."""
+    """Turns YAML nodes into checked values; errors name the line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -172,7 +172,7 @@ class _Reader:
         return node
 
     def _check_events(self, text: str) -> None:
-        """Refuses what could cost more than its size before anything is built of it."""
+        """Refuses text that could cost more than its size, before anything is built from it."""
         yaml = self._yaml
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -188,18 +188,18 @@ class _Reader:
                 depth -= 1
 
     def error(self, node: Node, message: str) -> OptionError:
-        """An error at a node."""
+        """An error that names the node's line."""
         return OptionError(f"{self.path}:{node.start_mark.line + 1}: {message}")
 
     def refusal(self, node: Node, key: str, expected: str, found: object) -> OptionError:
-        """The error of a value that is not what a key takes."""
+        """The error for a value that a key does not take."""
         shown = "a list or mapping" if isinstance(found, list | tuple) else repr(found)[:60]
         return self.error(node, f"{key}: expected {expected}, found {shown}")
 
     def mapping(
         self, node: Node, known: Sequence[str], what: str, required: Sequence[str] = ()
     ) -> dict[str, Node]:
-        """The nodes of a mapping by key, those that are null left out."""
+        """The nodes of a mapping by key, without null ones."""
         if not isinstance(node, self._yaml.MappingNode):
             raise self.error(node, f"expected {what}: keys and values")
         seen: dict[str, Node] = {}
@@ -220,7 +220,7 @@ class _Reader:
         return {name: value for name, value in seen.items() if value.tag != null}
 
     def peek(self, node: Node, key: str) -> Node | None:
-        """The node of one key, None where it is absent or `node` is no mapping."""
+        """The node of one key, None if it is absent or `node` is no mapping."""
         if not isinstance(node, self._yaml.MappingNode):
             return None
         return next((v for k, v in node.value if k.value == key), None)
@@ -250,7 +250,7 @@ class _Reader:
     # ---- values
 
     def string(self, node: Node, key: str) -> str:
-        """Text; a number is taken as it is written."""
+        """A string; a number is taken as it is written."""
         self.scalar(node, key)
         value = str(node.value)
         if not value or "\0" in value or (not value.isascii() and not _is_utf8(value)):
@@ -363,7 +363,7 @@ class _Group:
         self._repeats = self._integer("repeats", 1, 1, _MOST_REPEATS)
         self._keep = "keep" in self._nodes and r.flag(self._nodes["keep"], "keep")
         own_settings = getattr(self, f"_{self._kind}")()
-        self._settings = list(islice(own_settings, MOST_JOBS + 1))  # `count` refuses the last
+        self._settings = list(islice(own_settings, MOST_JOBS + 1))  # one too many is refused
         self.count = math.prod(
             map(
                 len,
@@ -398,7 +398,7 @@ class _Group:
                 self._keep,
             )
 
-    # ---- what the kinds have of their own: settings of each job
+    # ---- settings of each job, by kind
 
     def _measure(self) -> Iterator[dict[str, Any]]:
         r = self._reader
@@ -439,7 +439,7 @@ class _Group:
             yield {**shared, "bits": bits}
 
     def _options(self) -> Iterator[dict[str, Any]]:
-        """Every combination of the engine's options that are given."""
+        """All combinations of the given engine options."""
         r = self._reader
         lists = [
             [
@@ -516,7 +516,7 @@ class _Group:
         return text
 
     def _model(self, node: Node, key: str) -> str:
-        """A path is made absolute where the file is here, from the specification's folder."""
+        """A model; a path from the specification's folder is made absolute if the file exists."""
         text = self._reader.string(node, key)
         if text.startswith("hf:"):
             return text
@@ -524,7 +524,7 @@ class _Group:
         return str(beside.absolute()) if os.path.exists(beside) else text
 
     def _beside(self, text: str) -> Path:
-        """A path of the specification, from the folder that it lies in."""
+        """A path in the specification, resolved from the specification's folder."""
         return self._reader.path.parent / os.path.expanduser(text)
 
     def _read_text(self, texts: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """Sweeps: many jobs, one after the other here or on a Ray cluster, into one file of results.
 
-The file is the state: a job whose result is in it is not run again, so that the same call goes on
-after whatever has happened to it. Each job is one line, written when it is done.
+The file is the state: a job whose result is in it is not run again, so that the same call resumes
+after any interruption. Each job is one line, written when it is done.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from .cache import content_digest, default_folder
 from .jobs import Job, Outcome, Task, failed
 from .spec import Spec
 
-_GRACE_S = 10.0  # that a job has to end itself after Ctrl-C
+_GRACE_S = 10.0  # time for a job to end itself after Ctrl-C
 _MODULE = f"{__package__}.jobs"
 
-# (index of the task, what came of it, attempts that it took)
+# Called with (index of the task, its outcome, attempts that it took).
 Finished = Callable[[int, Outcome, int], None]
-# (index of the task, where it has begun)
+# Called with (index of the task, host on which it has begun).
 Started = Callable[[int, str], None]
 
 
 class Runner(Protocol):
-    """What carries out tasks: `InProcess`, or sweep_ray.OnRay."""
+    """Interface that carries out tasks: `InProcess`, or ray.OnRay."""
 
     def run(self, tasks: Sequence[Task], finished: Finished, started: Started) -> None:
         """Carries out every task; `finished` is called once for each, in any order."""
@@ -45,22 +45,22 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Planned:
-    """A job with its key. digest: of its model's content where the model is here."""
+    """A job with its key. digest: of its model's content if the model is here."""
 
     job: Job
     key: str
     digest: str | None
     keep: bool
-    known: JobResult | None  # what the file of results has of it
+    known: JobResult | None  # its result in the file of results
 
     def pending(self, *, retry_failed: bool) -> bool:
-        """True where it is still to be done."""
+        """True if it is still to be done."""
         return self.known is None or (retry_failed and self.known["error"] is not None)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a call of `sweep` did. failures: of all the sweep's jobs, earlier calls' included."""
+    """Result of a call of `sweep`. failures: of all the sweep's jobs, earlier calls' included."""
 
     out: Path
     jobs: int
@@ -70,7 +70,7 @@ class Summary:
 
 
 class Watcher(Protocol):
-    """Is told what happens."""
+    """Interface that is told about progress."""
 
     def started(self, job: Job, where: str) -> None:
         """A job has begun, on a host."""
@@ -90,9 +90,9 @@ class Unwatched:
 
 
 def plan(spec: Spec, out: Path | None) -> list[Planned]:
-    """The jobs of a sweep, each once, with what `out` has of them already.
+    """The jobs of a sweep, each once, with their results that are already in `out`.
 
-    Raises OptionError where `out` is no file of results.
+    Raises OptionError if `out` is no file of results.
     """
     known: dict[str, JobResult] = {}
     if out is not None and out.exists():
@@ -117,9 +117,9 @@ def sweep(
     command: str = "",
     watcher: Watcher | None = None,
 ) -> Summary:
-    """Runs what is not yet in `out`, and appends it there as it comes.
+    """Runs the jobs that are not yet in `out`, and appends each result as it comes.
 
-    Raises OptionError where `out` is no file of results, or another sweep writes it; an error of
+    Raises OptionError if `out` is no file of results, or another sweep writes it; an error of
     the runner (a cluster that cannot be reached). A job that fails is a result with an `error`.
     """
     watcher = watcher or Unwatched()
@@ -140,7 +140,7 @@ def sweep(
                 lines.append(profile)
             result = _result(pending[index], run, outcome, attempts)
             lines.append(result)
-            # One write, so that a kill cuts off the end of a line at most.
+            # A single write, so that a kill cuts off at most the end of a line.
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
@@ -185,7 +185,7 @@ def _result(planned: Planned, run: str, outcome: Outcome, attempts: int) -> JobR
 
 
 def _digest(model: str, folder: Path) -> str | None:
-    """sha256 of a model that is here or in the catalogue, None where nobody knows."""
+    """sha256 of a model that is here or in the catalogue, else None."""
     from ...models import catalogue
     from ...models.locate import locate
 
@@ -198,7 +198,7 @@ def _digest(model: str, folder: Path) -> str | None:
 
 @contextmanager
 def _appended(out: Path) -> Iterator[IO[str]]:
-    """The file of results, opened to append, held against other sweeps, a cut-off line removed."""
+    """Opens the file of results to append: locked against other sweeps, a cut-off line removed."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file = out.open("a+", encoding="utf-8")
@@ -207,14 +207,14 @@ def _appended(out: Path) -> Iterator[IO[str]]:
     with file:
         if not _try_lock(file):
             raise OptionError(f"{out}: another sweep is writing this file")
-        records.read(out)  # raises where it is something else: it must stay as it is
+        records.read(out)  # raises if it is something else, which must stay as it is
         records.mend(out)
         yield file
 
 
 def _try_lock(file: IO[str]) -> bool:
     if sys.platform == "win32":
-        return True  # where locks would keep readers out as well
+        return True  # Windows locks would keep readers out as well
     import fcntl
 
     try:
@@ -225,10 +225,10 @@ def _try_lock(file: IO[str]) -> bool:
 
 
 class InProcess:
-    """One job after the other on this machine, each in a process of its own."""
+    """Runs one job after the other on this machine, each in its own process."""
 
     def __init__(self, *, retries: int = 2, timeout: float | None = None) -> None:
-        """retries: of a job whose process died. timeout: seconds of a job."""
+        """retries: for a job whose process died. timeout: seconds per job."""
         self._retries, self._timeout = retries, timeout
 
     def run(self, tasks: Sequence[Task], finished: Finished, started: Started) -> None:
@@ -242,7 +242,7 @@ class InProcess:
             finished(index, outcome, attempts)
 
     def _attempt(self, task: Task) -> tuple[Outcome, bool]:
-        """What came of a task, and whether its process died of it."""
+        """The outcome of a task, and whether its process died."""
         with tempfile.TemporaryFile() as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", _MODULE],
@@ -251,7 +251,7 @@ class InProcess:
                 stderr=errors,
                 text=True,
                 encoding="utf-8",
-                start_new_session=True,  # Ctrl-C is for us to pass on
+                start_new_session=True,  # we pass on Ctrl-C ourselves
             )
             try:
                 answer, _ = process.communicate(json.dumps(task), timeout=self._timeout)
@@ -277,7 +277,7 @@ class InProcess:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Asks a job to end, and kills it where it does not."""
+    """Asks a job to end, and kills it if it does not."""
     with suppress(ProcessLookupError):
         process.send_signal(signal.SIGINT)
     try:

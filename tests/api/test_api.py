@@ -1,4 +1,4 @@
-"""The Python API over the real core: on tiny models, and on the catalogue's where they are here."""
+"""The Python API over the real core: on tiny models, and on downloaded catalogue models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def model(path: Path) -> stoker.Model:
 
 
 def downloaded(name: str) -> tuple[Entry, Path]:
-    """A catalogue model that is in the cache; the test is skipped where it is not."""
+    """A catalogue model that is in the cache; skips the test if it is not."""
     entry = catalogue.find(name)
     assert entry is not None
     path = cache.cached(entry)
@@ -99,7 +99,7 @@ def test_greedy_is_repeatable_and_the_session_agrees(model: stoker.Model) -> Non
         part.read()
         halves += part.tokens
     assert halves == first.tokens
-    # What the model said of each token is what logits() says.
+    # The probabilities reported for each token are those of logits().
     rows = model.logits([*map(int, prompt), *first.tokens])
     rows[:, list(model.tokenizer.eog_ids)] = -np.inf
     assert rows[19:-1].argmax(axis=1).tolist() == first.tokens
@@ -150,7 +150,7 @@ def test_perplexity_counts_what_it_says(model: stoker.Model) -> None:
         rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
         return [-rows[i - 1, tokens[i]] for i in range(first, len(tokens))]
 
-    # llama.cpp's way: windows of 32, the tokens after position 16 scored; 4 tokens are left out.
+    # As in llama.cpp, windows of 32 have the tokens after position 16 scored; 4 are left out.
     scored = [x for begin in (0, 32, 64) for x in nll(ids[begin : begin + 32], 17)]
     got = model.perplexity(ids, context=32)
     assert (got.tokens, got.chunks) == (len(scored), 3) == (45, 3)
@@ -203,7 +203,7 @@ def test_bad_perplexity_options(
 
 
 def test_threads_with_a_session_each(model: stoker.Model) -> None:
-    """Eight threads on one model say what each would say alone."""
+    """Eight threads on one model each get the answer that they would get alone."""
 
     def answer(i: int) -> list[int]:
         session = model.session()
@@ -237,7 +237,7 @@ def test_load_errors(tmp_path: Path, path: Path) -> None:
 
 
 def test_tokens_of_kind(model: stoker.Model) -> None:
-    """Any integers do for tokens, and nothing else."""
+    """Any integers are accepted as tokens, and nothing else."""
     for tokens in ([1, 2], (1, 2), np.array([1, 2], np.int64), [np.int32(1), np.int32(2)]):
         assert model.logits(tokens).shape[0] == 2
     for bad in ([1.5], [[1, 2]], [True], [None], 5):
@@ -329,12 +329,12 @@ def test_chat_on_a_real_model() -> None:
     second = session.chat("Name another one.", temperature=0, max_tokens=20)
     text = second.read()
     assert second.stats.reused_tokens >= first.stats.prompt_tokens
-    # The cache changes nothing: the same conversation from nothing gives the same answer.
+    # The KV cache changes nothing: the same conversation in a new session has the same answer.
     assert model.session().chat(session.messages[:-1], temperature=0, max_tokens=20).read() == text
 
 
 def test_embeddings_on_a_real_model() -> None:
-    """Near in meaning is near in angle."""
+    """Texts near in meaning have embeddings near in angle."""
     _, path = downloaded("smollm2")
     model = stoker.load(path)
     texts = ("A cat sleeps on the sofa.", "A kitten naps on the couch.", "Stocks fell on Monday.")

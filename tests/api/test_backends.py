@@ -32,14 +32,14 @@ def onnx_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def pair(onnx_pair: tuple[Path, Path]) -> tuple[stoker.Model, stoker.Model]:
-    """(native, on onnxruntime)."""
+    """The same model on the native engine and on onnxruntime."""
     gguf, onnx = onnx_pair
     options: dict[str, Any] = {"kv_type": "f32", "threads": 1}
     return stoker.load(gguf, precision="high", **options), stoker.load(onnx, **options)
 
 
 def graph_without_cache(path: Path) -> Path:
-    """y = a + b, of floats and of int64 [n, 2]."""
+    """A graph of y = a + b, for floats and for int64 [n, 2]."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     helper, kinds = onnx.helper, onnx.TensorProto
@@ -64,7 +64,7 @@ def graph_without_cache(path: Path) -> Path:
 
 def test_same_logits_and_embeddings(pair: tuple[stoker.Model, stoker.Model]) -> None:
     native, onnx = pair
-    tokens = some_tokens(700)  # more than one chunk, and than the first capacity of the cache
+    tokens = some_tokens(700)  # more than one chunk, and more than the cache's first capacity
     assert np.abs(onnx.logits(tokens) - native.logits(tokens)).max() < 1e-3
     assert np.abs(onnx.embed(tokens[:50]) - native.embed(tokens[:50])).max() < 1e-3
     a, b = native.perplexity(tokens, context=128), onnx.perplexity(tokens, context=128)
@@ -168,7 +168,7 @@ def test_cancel_from_another_thread(pair: tuple[stoker.Model, stoker.Model]) -> 
 
 
 def test_a_foreign_decoder_without_buffer(onnx_pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """As optimum makes them: no properties, present is past and what is new."""
+    """Decoders as optimum makes them: no properties, and present is past plus the new tokens."""
     onnx = pytest.importorskip("onnx")
     gguf, path = onnx_pair
     model = onnx.load(path)
@@ -187,7 +187,7 @@ def test_a_foreign_decoder_without_buffer(onnx_pair: tuple[Path, Path], tmp_path
         _ = foreign.tokenizer
 
 
-# Other graphs, and files that are none.
+# Other graphs, and files that are not graphs.
 
 
 def test_run_of_any_graph(tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_llama_cpp_is_chosen_with_a_message(
         f"stoker: {gguf}: no such architecture; running on llama.cpp"
     ]
     tokens = some_tokens(100)
-    # llama.cpp keeps some of attention in half precision.
+    # llama.cpp computes some of attention in half precision.
     assert np.abs(model.logits(tokens) - native.logits(tokens)).max() < 0.05
     assert np.abs(model.embed(tokens) - native.embed(tokens)).max() < 0.05
     expected = native.generate("the thing", temperature=0, max_tokens=20).read()

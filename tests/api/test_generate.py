@@ -62,7 +62,7 @@ def test_stop_strings(
     shown = ""
     for chunk in generation:
         shown += chunk.text
-        assert text.startswith(shown)  # nothing that belongs to a stop string was shown, ever
+        assert text.startswith(shown)  # no part of a stop string was ever shown
     assert generation.text == shown == text
     assert generation.finish_reason == "stop"
     assert generation.stop_string == matched
@@ -84,7 +84,7 @@ def test_cut_off_character_is_replaced_at_the_end(monkeypatch: pytest.MonkeyPatc
     ended = reciting(monkeypatch, "a🙂".encode()[:3]).chat("?")
     chunks = list(ended)
     assert ended.text == "a\ufffd"
-    assert chunks[-1].token is None  # carries only what was held back
+    assert chunks[-1].token is None  # the last chunk has only text that was held back
     assert len(ended.tokens) == 3
 
 
@@ -170,7 +170,7 @@ def test_sampler_gets_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made.options["temperature"] == 0.5
     assert made.options["top_k"] == 3
     assert made.options["seed"] == 7
-    assert made.accepted == []  # no penalty: the sampler need not know the prompt
+    assert made.accepted == []  # without a penalty the sampler need not know the prompt
     model.chat("xyz", repetition_penalty=1.1, penalty_window=2).read()
     assert fake_core.Sampler.made[-1].accepted == [ord("z"), fake_core.ANSWER]
     model.chat("xyz", repetition_penalty=1.1, penalty_window=-1).read()
@@ -184,14 +184,14 @@ def test_fresh_seeds_differ_and_are_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class StoppedClock:
-    """Time passes only where a test says so; seconds."""
+    """A clock that advances only when a test says so; seconds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def taking(self, seconds: float, call: Any) -> Any:
-        """`call`, which takes so long."""
+        """`call`, made to take `seconds`."""
 
         def slow(*arguments: Any) -> Any:
             self.now += seconds
@@ -349,7 +349,7 @@ def test_a_new_call_ends_the_generation_left_behind(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("failing", [1, 2, 4])
 def test_interrupt_leaves_a_usable_session(monkeypatch: pytest.MonkeyPatch, failing: int) -> None:
-    """Whether it comes during the prompt, the first or a later token."""
+    """An interrupt may come during the prompt, the first or a later token."""
     session = reciting(monkeypatch, "abcdef").session()
     session.chat("earlier", max_tokens=3).read()
     held = session.messages
@@ -410,7 +410,7 @@ def in_thread(call: Any) -> tuple[threading.Thread, list[Any]]:
 
 
 def test_cancel_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fake_core.Engine, "stuck", ("slowly", 20))  # it does not end by itself
+    monkeypatch.setattr(fake_core.Engine, "stuck", ("slowly", 20))  # it never ends by itself
     session = reciting(monkeypatch, "abcdef" * 50).session()
     generation = session.chat("slowly?")
     thread, results = in_thread(generation.read)
@@ -421,7 +421,7 @@ def test_cancel_from_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     assert generation.finish_reason == "cancelled"
     assert results == [generation.text]
     assert 0 < len(generation.text) <= 21
-    # Neither the next prompt nor the next answer hears of it.
+    # The cancellation affects neither the next prompt nor the next answer.
     assert session.chat("?", max_tokens=5).read() == "abcde"
 
 
@@ -436,7 +436,7 @@ def test_cancelled_append(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.go_on.set()
     assert isinstance(results[0], Cancelled)
     assert session.position == 0
-    session.cancel()  # nothing is running: must not hit the next call
+    session.cancel()  # nothing is running, so this must not affect the next call
     assert session.append("text") == 4
 
 

@@ -1,6 +1,6 @@
 """Ways to leave a generation: what it held is free at once, without a garbage collection.
 
-Each way is gone after some steps of generate, chat and a session's chat, on a model in memory, a
+Each way is tried after some steps of generate, chat and a session's chat, on a model in memory, a
 mixture whose experts are on flash, and one whose weights are streamed: the latter two in budgets
 that hold one sequence, so that a second one that is still alive is a BudgetError.
 """
@@ -24,7 +24,7 @@ from offload_models import MEBIBYTE, TinyMixture, named_minimum
 from stoker.runtime.generate import Generation
 
 STREAMED = {"n_embd": 256, "n_ff": 1024}
-CONTEXT = 4096  # of whose KV cache there is room for one
+CONTEXT = 4096  # tokens; there is room for one KV cache of this size
 STEPS = (0, 1, 2, 5)
 PROMPT = "the cat sat on the mat"
 
@@ -38,7 +38,7 @@ def steps(generation: Generation, n: int) -> None:
         next(generation, None)
 
 
-# The ways: each gets the only reference to a generation, in a list of one.
+# The ways to leave: each gets the only reference to a generation, in a list of one.
 
 
 def by_break(held: list[Generation], n: int) -> None:
@@ -59,7 +59,7 @@ def by_del(held: list[Generation], n: int) -> None:
 
 def by_close(held: list[Generation], n: int) -> None:
     steps(held[0], n)
-    held[0].close()  # somebody still refers to it
+    held[0].close()  # the list still refers to it
 
 
 def by_with(held: list[Generation], n: int) -> None:
@@ -98,7 +98,7 @@ def by_an_error_of_the_step(held: list[Generation], n: int) -> None:
     try:
         next(held[0])
     except stoker.ContextLengthError as error:
-        assert error.__traceback__ is not None  # its frames are still there
+        assert error.__traceback__ is not None  # its frames are still alive
         assert held[0].finish_reason == "error"
     else:
         raise AssertionError("a prompt longer than the context")
@@ -157,7 +157,7 @@ def by_a_timer_that_closes(held: list[Generation], n: int) -> None:
 
 
 def by_a_cancelled_task(held: list[Generation], n: int) -> None:
-    """The executor's thread goes on to the end of its step, after the task has gone."""
+    """The executor's thread runs to the end of its step after the task is gone."""
 
     async def read(generation: Generation, begun: asyncio.Event) -> None:
         await asyncio.to_thread(steps, generation, n)
@@ -198,7 +198,7 @@ CALLS: list[Callable[[stoker.Model], Generation]] = [as_generate, as_chat, as_se
 
 
 def load(kind: str, folder: Path) -> stoker.Model:
-    """A model of a kind; in a budget with room for one sequence, but for that in memory."""
+    """A model of a kind; unless resident, in a budget with room for one sequence."""
     if kind == "resident":
         return stoker.load(TinyMixture("llama").write(folder), threads=2)
     what = TinyMixture("mixtral", overrides={"context": CONTEXT})
@@ -237,7 +237,7 @@ def test_what_is_left_is_free_at_once(
 ) -> None:
     expected = as_generate(model).read()
     before = model.engine.sessions
-    assert before == (1, 0)  # what generate keeps for its next call; nothing of the cache is lent
+    assert before == (1, 0)  # one sequence kept for the next generate, no bytes lent by the cache
     gc.disable()
     try:
         for n, call in itertools.product(STEPS, CALLS):
@@ -297,7 +297,7 @@ def test_a_variable_gets_its_next_answer(
     for n in STEPS:
         last = answer = call(model)
         steps(answer, n)
-        answer = call(model)  # the variable still has the last one
+        answer = call(model)  # during the call the variable still has the last one
         assert answer.read() == expected
         ended = last.finish_reason == "cancelled"
         assert ended == (model.stream is not None or "holds one sequence" in caplog.text)

@@ -1,4 +1,4 @@
-"""Limits around a process: quotas and thread limits of control groups, budgets at both ends."""
+"""Limits of a process: quotas and thread limits of control groups, extreme budgets."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_fewer_threads_than_wanted(tiny: Path, mixture: Path, limit: int, budget
         done = inside(folder, sys.executable, *arguments)
     if done.returncode == 0:
         assert done.stdout == expected + ("" if expected.endswith("\n") else "\n")
-    else:  # a mixture's flash needs one thread besides the caller
+    else:  # reading a mixture from flash needs one thread besides the caller
         assert budget and limit < 3 and done.returncode == 1
         assert re.fullmatch(r"stoker: error: expected a thread .*\n", done.stderr)
 
@@ -88,7 +88,7 @@ def groups(root: Path, lines: str, mounts: Sequence[str], files: dict[str, str])
 
 
 def test_quota_of_version_2(tmp_path: Path) -> None:
-    """The tightest on the way up; the group's own says nothing."""
+    """The tightest quota on the way up counts; the group itself has none."""
     at = groups(
         tmp_path,
         "0::/app.slice/job\n",
@@ -159,7 +159,7 @@ def test_a_quota_that_is_none(tmp_path: Path) -> None:
     assert _core.cpu_quota(groups=str(tmp_path / "none")) == 0
 
 
-# Budgets beyond the group's limit, and at the least.
+# Budgets beyond the group's limit, and the least budget.
 
 
 def test_a_budget_above_the_groups_limit(
@@ -168,12 +168,12 @@ def test_a_budget_above_the_groups_limit(
     monkeypatch.setattr(memory, "anonymous_bytes", lambda: 100 << 20)
     monkeypatch.setattr(memory, "memory_headroom", lambda: Headroom(1000 << 20, 890 << 20))
     assert memory.budget("900MiB") == 900 << 20
-    assert memory.budget("1000MiB") == 1000 << 20  # ten of page tables are ours
+    assert memory.budget("1000MiB") == 1000 << 20  # 10 MiB are our own page tables
     assert not caplog.records
     assert memory.budget(2000 << 20) == 1000 << 20
     assert "is more than the control group of this process allows" in caplog.text
     monkeypatch.setattr(memory, "memory_headroom", lambda: Headroom(1000 << 20, 400 << 20))
-    assert memory.budget("900MiB") == 500 << 20  # another process has the other half
+    assert memory.budget("900MiB") == 500 << 20  # another process uses the rest
     monkeypatch.setattr(memory, "memory_headroom", lambda: None)
     assert memory.budget("900GiB") == 900 << 30
 
@@ -205,7 +205,7 @@ def test_a_budget_above_the_limit_is_cut_and_survives(mixture: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["offloaded", "streamed"])
 def test_the_least_budget_works(mixture: Path, tiny: Path, kind: str) -> None:
-    """What a BudgetError names is enough in the next process, whose size differs a little."""
+    """The budget that a BudgetError names suffices in the next process, of slightly other size."""
     path = mixture if kind == "offloaded" else tiny
     arguments = [sys.executable, "-m", "stoker.runtime.cli.main", "run", str(path), "a", "-n", "2"]
     for _ in range(5):

@@ -40,11 +40,11 @@ CHUNK = 64  # positions evaluated together: 64 rows of Gemma's logits are 64 MiB
 
 # Bounds on the distance from the exact distribution, by precision. llama.cpp's own default, int8
 # activations everywhere, is at KL 2.1e-3 (smollm2), 2.9e-3 (gemma3), 5.7e-5 (smallthinker Q4_0).
-KL_OF_LLAMA_CPP = {"balanced": 0.75}  # measured: 0.48, 0.26, 0.42 of it
+KL_OF_LLAMA_CPP = {"balanced": 0.75}  # as a share; measured: 0.48, 0.26, 0.42
 KL_FLOOR = {"balanced": 1e-5, "high": 3e-6}  # nats; measured for high: at most 5e-7
 SAME_BEST = {"balanced": 0.97, "high": 0.998}  # measured: 0.981 and 1
 LOG_PERPLEXITY = {"balanced": 0.015, "high": 5e-4}  # measured: 0.007 and 2e-4
-# Greedy choices may differ where the exact lead of the best token is below this, nats.
+# Greedy choices may differ if the exact lead of the best token is below this, nats.
 DECIDED = {"balanced": 0.4, "high": 0.01}
 
 
@@ -68,7 +68,7 @@ CASES = [(name, precision) for name in FILES for precision in ("balanced", "high
 
 @pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
 def golden(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The record of a model with an engine that has loaded it, and stoker's own record."""
+    """A model's golden record with an engine that has loaded it, and stoker's own record."""
     name, precision = request.param
     path = model_path(name)
     if path is None:
@@ -131,7 +131,7 @@ def test_perplexity(golden: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("prompt", range(3))
 def test_greedy_text(golden: dict[str, Any], prompt: int) -> None:
-    """At each step of the exact greedy text, stoker chooses the same token where it is decided."""
+    """At each step of the exact greedy text, stoker chooses the same token if the lead is clear."""
     start, text = golden[f"prompt_{prompt}_tokens"], golden[f"greedy_{prompt}"]
     sequence = golden["engine"].sequence()
     sequence.eval(start[:-1])
@@ -142,7 +142,7 @@ def test_greedy_text(golden: dict[str, Any], prompt: int) -> None:
 
 
 def test_decoding_equals_the_prompt(golden: dict[str, Any]) -> None:
-    """Tokens one by one give the bits that they give as a prompt."""
+    """Tokens evaluated one by one give the same bits as in a prompt."""
     start, text = golden["prompt_0_tokens"], golden["greedy_0"][:16]
     prompt = golden["engine"].sequence()
     prompt.eval(start)
@@ -166,7 +166,7 @@ def recorded_variants() -> list[str]:
 
 @pytest.mark.parametrize("variant", recorded_variants())
 def test_tiny_models(tiny_golden: dict[str, Any], variant: str, tmp_path: Path) -> None:
-    """Each family's graph as llama.cpp computes it, for the engine and for the oracle."""
+    """The engine and the oracle compute each family's graph as llama.cpp does."""
     family, overrides = VARIANTS[variant]
     path = make(tmp_path / f"{variant}.gguf", family, **overrides)
     assert fingerprint(path) == int(tiny_golden[f"weights_{variant}"]), (

@@ -1,4 +1,4 @@
-"""Memory budgets: sizes, what the machine gives, plans, statistics and traces of offloaded runs."""
+"""Memory budgets: sizes, available memory, plans, statistics and traces of offloaded runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 experts of 384 KiB, of which a token uses 6."""
+    """A mixture with 48 experts of 384 KiB, of which a token uses 6."""
     return make(
         tmp_path_factory.mktemp("mixture") / "mixture.gguf",
         "qwen3moe",
@@ -40,10 +40,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tight(path: Path, **options: Any) -> stoker.Model:
-    """The model inside the smallest budget that it names."""
+    """The model in the smallest budget that its BudgetError names."""
     memory = MIB
-    # A process grows by the exception, by huge pages and by what else is mapped, under a sanitizer
-    # by all that it freed: more to spare each time.
+    # The process grows by the exception, by huge pages and by other mappings, and under a sanitizer
+    # by all that it freed: each attempt leaves a larger margin.
     for attempt in range(5):
         try:
             return stoker.load(path, memory=memory, threads=2, **options)
@@ -116,7 +116,7 @@ def test_budget_of_shares(monkeypatch: pytest.MonkeyPatch) -> None:
         memory.budget("25%")
 
 
-# What the machine gives.
+# Available memory.
 
 
 def tree(root: Path, proc: str, files: dict[str, str]) -> dict[str, str]:
@@ -143,7 +143,7 @@ def test_headroom_leaves_the_page_cache_out(tmp_path: Path) -> None:
 
 
 def test_headroom_of_the_tightest_group(tmp_path: Path) -> None:
-    """Not the one with the smallest limit: another of its children may have filled the parent."""
+    """The tightest need not have the smallest limit: siblings may have filled the parent."""
     at = tree(
         tmp_path,
         "0::/a/b\n",
@@ -237,7 +237,7 @@ def test_impossible_budget_names_the_least(mixture: Path, dense: Path) -> None:
     for path in (mixture, dense):
         with pytest.raises(stoker.BudgetError, match=r"expected at least \d+ .*, found 1"):
             stoker.load(path, memory="1MiB")
-    assert stoker.load(dense, memory="2GiB").offload is None  # it fits, and that is all
+    assert stoker.load(dense, memory="2GiB").offload is None  # everything fits in memory
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_statistics_count_every_use(mixture: Path) -> None:
     stats = generation.stats
     e = stats.experts
     assert e is not None
-    # A decode step uses 2 experts in each of 3 layers; a prompt each layer's experts once.
+    # A decode step uses 2 experts in each of 3 layers; a prompt uses each expert at most once.
     assert e.decode_hits + e.decode_late + e.decode_misses == 10 * 3 * 2
     assert 10 * 3 * 2 < e.hits + e.late + e.misses <= 10 * 3 * 2 + 3 * 16
     assert e.misses > 0
@@ -353,7 +353,7 @@ def test_counter_adds_only_what_it_sees() -> None:
     for gain in (3, 4):
         with counter.counting(lambda: dict(counters)):
             counters["hits"] += gain
-        counters["hits"] += 100  # another session's
+        counters["hits"] += 100  # hits of another session
     found = counter.statistics()
     assert found is not None and found.hits == 7
     nothing = Counter(ExpertStatistics)
@@ -366,7 +366,7 @@ def test_counter_adds_only_what_it_sees() -> None:
 
 
 def test_forecasts_agree(mixture: Path) -> None:
-    """`Model.forecast`, and what `stoker plan` says of a device with the bandwidths it measured."""
+    """`Model.forecast` equals `stoker plan` for a device with the bandwidths that it measured."""
     model = tight(mixture)
     model._memory_bandwidth = 2e10  # the model is too small to measure it with
     found = model.forecast()
@@ -388,7 +388,7 @@ def test_forecasts_agree(mixture: Path) -> None:
 
 
 def test_auto_asks_the_core(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is in memory from exactly what the core's plan comes to, and less is offloaded."""
+    """Everything is in memory from exactly the size of the core's plan on, offloaded below it."""
     whole = stoker.load(mixture)
     plan = whole.plan
     parts = sum(int(plan[f"{kind}_bytes"]) for kind in ("weight", "kv", "scratch"))
@@ -455,7 +455,7 @@ def test_recorded_routing_reads_back(mixture: Path, tmp_path: Path) -> None:
     experts = [t for t in model.file.tensors if "_exps" in t.name]
     assert trace.expert_bytes.sum() * 16 == sum(t.nbytes for t in experts)
     assert list(tmp_path.iterdir()) == [path]
-    assert model.engine.take_routing()["layer"].size == 0  # it records no more
+    assert model.engine.take_routing()["layer"].size == 0  # recording has stopped
 
 
 def test_recording_does_not_depend_on_the_chunks(

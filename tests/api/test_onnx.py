@@ -1,4 +1,4 @@
-"""GGUF to ONNX: the graph computes what the native engine does, and files appear whole or not."""
+"""GGUF to ONNX: the graph computes what the native engine does, and files are whole or absent."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from stoker.export.onnx.graph.config import FAMILIES  # noqa: E402
 from stoker.export.to_onnx import gguf_to_onnx  # noqa: E402
 from stoker.runtime import _core  # noqa: E402
 
-# onnxruntime rotates heads of a multiple of 16 values only.
+# onnxruntime's rotary embedding needs heads of a multiple of 16 values.
 RUN = [
     name
     for name, (family, o) in VARIANTS.items()
     if o.get("head_dim", 16) % 16 == 0 and spec_of(family).arch in FAMILIES
 ]
 N = 60  # tokens
-SPLITS = (1, 30, 7, 1, 21)  # how they are fed with a past
+SPLITS = (1, 30, 7, 1, 21)  # tokens per evaluation when fed with a past
 
 
 def session(path: Path) -> Any:
@@ -91,7 +91,7 @@ def test_agrees_with_the_native_engine(variant: str, tmp_path: Path) -> None:
 def test_experts_keep_their_values(
     family: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With activations in float32, so that no rounding decides which experts are chosen."""
+    """Activations are float32, so that rounding does not decide which experts are chosen."""
     monkeypatch.setattr(weights, "_INT8_ACTIVATIONS", 1)
     gguf = make(tmp_path / "m.gguf", family, quant=quant, **WIDE)
     tokens = some_tokens(N)
@@ -304,7 +304,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 def test_a_graph_that_does_not_run_gets_no_name(
     copies: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last check is onnxruntime itself, also where the weights have to stay mapped."""
+    """The last check is a run in onnxruntime, also if the weights have to stay mapped."""
     gguf = make(tmp_path / "m.gguf", "llama")
     monkeypatch.setattr(onnx_trial, "_COPIES", copies)
     good = gguf_to_onnx(gguf, tmp_path / "good.onnx", type="f16")
@@ -356,7 +356,7 @@ def test_a_killed_export_goes_on(tmp_path: Path) -> None:
     assert not out.exists()
     seen: list[int] = []
     made = gguf_to_onnx(gguf, out, type="int4", progress=lambda _, done, total: seen.append(done))
-    assert seen[0] > len(wanted) // 20  # not from the beginning
+    assert seen[0] > len(wanted) // 20  # it does not start from the beginning
     assert made.data.read_bytes() == wanted
     left = {".m.onnx.data.part", ".m.onnx.new"} & {p.name for p in tmp_path.iterdir()}
     assert not left
@@ -398,7 +398,7 @@ def test_smollm2_at_four_bits(shared_data: Path, tmp_path: Path) -> None:
     a, b = (log_softmax(m.logits(tokens)) for m in (model, four))
     assert float((np.exp(a) * (a - b)).sum(axis=-1).mean()) < 0.01
     assert float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean()) > 0.9
-    with four.session() as session:  # the same, a token at a time
+    with four.session() as session:  # the same tokens, one at a time
         steps = []
         for token in tokens[:24]:
             session.append([int(token)])

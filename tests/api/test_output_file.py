@@ -1,4 +1,4 @@
-"""Where a result may go."""
+"""Paths that a result may be written to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stoker.runtime.files import output_file
 
 
 def test_only_the_name_itself_counts(tmp_path: Path) -> None:
-    """A file of a hidden part's name is not the result: nothing is replaced, no --force needed."""
+    """A file with a hidden part's name is no result: nothing is replaced, no --force needed."""
     out = tmp_path / "net.gguf"
     output_file.check_output(out, force=False)
     out.with_name(output_file._PART.format(out.name)).write_text("{}")

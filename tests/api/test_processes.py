@@ -23,7 +23,7 @@ PROMPT = "the cat sat"
 
 
 def load(path: Path, budget: bool) -> stoker.Model:
-    """In memory, or with experts on flash."""
+    """The model in memory, or in a budget with experts on flash."""
     if not budget:
         return stoker.load(path, threads=2)
     with pytest.raises(stoker.BudgetError) as refused:
@@ -37,7 +37,7 @@ def answer(model: stoker.Model) -> str:
 
 # Forks.
 
-_INHERITED: list[stoker.Model] = []  # what a forked child finds
+_INHERITED: list[stoker.Model] = []  # models that a forked child inherits
 
 
 def _child(how: str, path: Path, results: Any) -> None:
@@ -49,7 +49,7 @@ def _child(how: str, path: Path, results: Any) -> None:
 
 
 def in_child(start: str, how: str, path: Path) -> tuple[str, str]:
-    """What a child process says: (answer, text) or (an error's name, message)."""
+    """Result of a child process: ("answer", text) or (an error's name, its message)."""
     context = multiprocessing.get_context(start)
     results = context.Queue()
     child = context.Process(target=_child, args=(how, path, results))
@@ -57,7 +57,7 @@ def in_child(start: str, how: str, path: Path) -> tuple[str, str]:
     try:
         said: tuple[str, str] = results.get(timeout=120)
         child.join(timeout=120)
-        assert child.exitcode == 0  # it ends, threads of a parent or not
+        assert child.exitcode == 0  # it ends whether or not its parent has threads
         return said
     except queue.Empty:
         raise AssertionError(f"{start}, {how}: the child says nothing") from None
@@ -68,7 +68,7 @@ def in_child(start: str, how: str, path: Path) -> tuple[str, str]:
 
 @contextmanager
 def generating(model: stoker.Model) -> Iterator[None]:
-    """While another thread is in the middle of long generations."""
+    """Context in which another thread is in the middle of long generations."""
     stop, begun = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -135,7 +135,7 @@ def test_a_forked_child_exits_and_loads_anew(mixture: Path) -> None:
             try:
                 answer(model)
             except stoker.OptionError:
-                del model  # takes nothing apart that waits for threads
+                del model  # must not wait for threads that do not exist here
                 code = 0 if answer(load(mixture, True)) == expected else 2
         finally:
             os._exit(code)
@@ -222,7 +222,7 @@ def test_exit_while_a_daemon_thread_works(tiny: Path, work: str, pause: float) -
 
 
 def test_a_handler_at_exit_may_still_generate(tiny: Path) -> None:
-    """Registered before the core closes its gate, called after it."""
+    """The handler is registered before the core's own, and so called after it."""
     code = (
         "import atexit, sys\n"
         "held = []\n"

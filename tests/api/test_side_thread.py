@@ -1,4 +1,4 @@
-"""Threads that the system refuses: the same files without them, or an error that says so."""
+"""If the system refuses threads, the same files are made without them, or an error says so."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What is made of it with all threads."""
+    """The quantized file made with all threads."""
     made = quantize.quantize(base, tmp_path_factory.mktemp("whole") / "out.gguf", type="Q4_K_M")
     return made.path.read_bytes()
 
 
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Python's threads do not start, as where the system has none left; the names of these."""
+    """Makes starts of Python threads fail, as if the system had none left; yields their names."""
     names: list[str] = []
 
     def start(thread: threading.Thread) -> None:
@@ -105,7 +105,7 @@ def test_without_threads_a_part_is_kept_and_taken_up(
     assert not out.exists() and quantize.resumable_part(out) is not None
     left: list[int] = []
     quantize.quantize(base, out, type="Q4_K_M", progress=lambda _, at, __: left.append(at))
-    assert left[0] > done[-1]  # it went on, and did not start again
+    assert left[0] > done[-1]  # it resumed instead of starting over
     assert out.read_bytes() == whole
     assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
 
@@ -132,7 +132,7 @@ def test_a_worker_without_a_thread_to_read_it_is_ended(tmp_path: Path) -> None:
 
 
 def test_jobs_are_done_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that were handed over when threads were refused, and are not any more."""
+    """This includes jobs handed over while threads were refused and later allowed again."""
     start, left = threading.Thread.start, [1]
 
     def now_and_then(thread: threading.Thread) -> None:
@@ -154,7 +154,7 @@ def test_jobs_are_done_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(ValueError, match="no number"):
             failing.result()
         assert (process.result() == threading.get_ident()) == bool(refusals)
-        assert left[0] < refusals  # a refused pool asks for no other thread
+        assert left[0] < refusals  # a pool that was refused a thread asks for no other
 
 
 @pytest.mark.usefixtures("refused")

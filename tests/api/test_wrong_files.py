@@ -1,6 +1,6 @@
 """Files with one thing wrong: metadata, tensors, profiles, traces, device profiles.
 
-Each is refused in the exception tree, at once, or it loads and says something; the process lives.
+Each is refused at once with a StokerError, or it loads and generates; the process survives.
 The changes are drawn from a fixed seed; STOKER_HYPOTHESIS=search draws more of them.
 """
 
@@ -30,15 +30,15 @@ from stoker.runtime._core import metadata_keys
 from tiny_models import make
 
 SEARCH = os.environ.get("STOKER_HYPOTHESIS") == "search"
-COUNT = 3000 if SEARCH else 60  # of changes to each file
-LONGEST_S = 5.0  # that a refusal may take, on a busy machine
+COUNT = 3000 if SEARCH else 60  # changes per file
+LONGEST_S = 5.0  # limit for a refusal, on a busy machine
 
 FAMILIES = (
     "llama", "llama-moe", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "olmoe", "gemma3",
     "smallthinker",
 )  # fmt: skip
 
-# GGUF as the specification has it: ids of the types of values, and how struct packs them.
+# GGUF's ids of value types, as in the specification, and their struct formats.
 PACKED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 Value = tuple[int, bytes]  # type and bytes
@@ -110,7 +110,7 @@ class Gguf:
 
 
 def parts(content: bytes) -> Gguf:
-    """The parts of a right file."""
+    """The parts of a valid file."""
     _, n_tensors, n_metadata = struct.unpack_from("<IQQ", content, 4)
     at = 24
 
@@ -153,14 +153,14 @@ def parts(content: bytes) -> Gguf:
 
 
 def keys(file: Gguf) -> list[bytes]:
-    """Every key that the engine knows, of this file's architecture, and those that it has."""
+    """Every key that the engine knows for this file's architecture, and the file's own keys."""
     arch = next(value[8:] for key, _, value in file.metadata if key == b"general.architecture")
     listed = [key.encode().replace(b"{arch}", arch) for key, _, _ in metadata_keys()]
     return sorted({*(k for k in listed if b"{" not in k), *(row[0] for row in file.metadata)})
 
 
 def changed(right: Gguf, rng: random.Random) -> tuple[Gguf, list[str]]:
-    """The file with one or two things different, and what these are."""
+    """The file with one or two changes, and their description."""
     file, done = copy.deepcopy(right), []
     for _ in range(rng.choice((1, 1, 1, 2))):
         if rng.random() < 0.6:
@@ -170,7 +170,7 @@ def changed(right: Gguf, rng: random.Random) -> tuple[Gguf, list[str]]:
                 file.metadata.append([key, kind, value])
             done.append(f"{key!r} = type {kind}, {value[:40]!r}")
             if key == b"general.architecture":
-                break  # the other keys follow it
+                break  # it changes the meaning of the other keys
             continue
         row = rng.choice(file.tensors)
         what = rng.choice(("dimension", "shape", "type", "offset", "name", "gone", "twice", "swap"))
@@ -195,7 +195,7 @@ def changed(right: Gguf, rng: random.Random) -> tuple[Gguf, list[str]]:
 
 
 def refused_or_works(call: Callable[[], object], what: object) -> bool:
-    """Whether a call works; otherwise it is refused in the tree, soon and in one line."""
+    """Whether a call works; otherwise it must raise a StokerError soon and in one line."""
     began = time.monotonic()
     try:
         call()
@@ -208,7 +208,7 @@ def refused_or_works(call: Callable[[], object], what: object) -> bool:
         stoker.OptionError,
     ) as error:
         assert str(error).isprintable() and len(str(error)) < 1000, (what, str(error)[:300])
-        # Only what the file allows of an option is an option's error.
+        # An OptionError is right only if the file limits what an option may be.
         allowed = (
             "context",
             "profile",
@@ -226,7 +226,7 @@ def refused_or_works(call: Callable[[], object], what: object) -> bool:
 
 
 def used(path: Path, what: object) -> None:
-    """All that a model is loaded for."""
+    """Uses a model for everything that it can be loaded for."""
     loaded: list[stoker.Model] = []
     if not refused_or_works(lambda: loaded.append(stoker.load(path, threads=1, context=32)), what):
         return
@@ -256,7 +256,7 @@ def test_models_with_other_values(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", [key for key, _, _ in metadata_keys() if "{" not in key])
 def test_every_key_of_the_tokenizer(key: str, tmp_path: Path) -> None:
-    """Those that the engine reads for every architecture, with a share of the values each."""
+    """Each key that the engine reads for every architecture gets a share of the values."""
     right = parts(make(tmp_path / "right.gguf", "llama", n_layer=1, context=32).read_bytes())
     share = zlib.crc32(key.encode()) % 16
     for kind, value in VALUES[share::16]:
@@ -365,7 +365,7 @@ def test_profiles_with_other_values(mixture: tuple[Path, Path], tmp_path: Path) 
         if rng.random() < 0.5:
             document, what = replaced(header, rng)
             write(document, states)
-        else:  # a state that is whole, and wrong
+        else:  # a state that is complete but wrong
             document, what = copy.deepcopy(header), predictor
             offset, nbytes, _ = header["sections"][predictor]
             state = bytearray(states[offset : offset + nbytes])

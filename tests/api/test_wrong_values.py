@@ -1,8 +1,8 @@
 """Values that Python can hold and the core cannot: each is used, or refused by name.
 
 Whatever value an argument gets, a call works or raises a StokerError of one printable line: an
-OptionError that names the argument where it is an option. The model and its sessions then say what
-they said before. STOKER_HYPOTHESIS=search looks further.
+OptionError that names the argument if it is an option. The model and its sessions then answer as
+they did before. STOKER_HYPOTHESIS=search looks further.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def model(path: Path) -> stoker.Model:
 
 @pytest.fixture(scope="module")
 def said(model: stoker.Model) -> Callable[[], tuple[str, str]]:
-    """What the model and a session with a past say; the session is the same each time."""
+    """Function that gives the answers of the model and of a session with a past."""
     session = model.session()
     session.append("the dog")
 
@@ -57,7 +57,7 @@ def said(model: stoker.Model) -> Callable[[], tuple[str, str]]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _unchanged(said: Callable[[], tuple[str, str]]) -> Iterator[None]:
-    """After everything that was done to the model it says what it said."""
+    """Checks that the answers are the same afterwards."""
     before = said()
     yield
     assert said() == before
@@ -65,7 +65,7 @@ def _unchanged(said: Callable[[], tuple[str, str]]) -> Iterator[None]:
 
 @contextmanager
 def refusal(option: str = "") -> Iterator[None]:
-    """Lets a StokerError pass: of one printable line; an OptionError that names the option."""
+    """Accepts a StokerError of one printable line; an OptionError must name the option."""
     try:
         yield
     except stoker.StokerError as error:
@@ -77,12 +77,12 @@ def refusal(option: str = "") -> Iterator[None]:
 
 
 def label(value: Any) -> str:
-    """The name of a test's value: pytest cannot write every value."""
+    """The name of a test's value; pytest cannot print every value."""
     return value if isinstance(value, str) and value.isidentifier() and value.isascii() else "-"
 
 
 def each(call: Callable[[Any], object], option: str = "") -> None:
-    """Calls with every odd value there is."""
+    """Calls with every odd value."""
     for value in [*ODD, *iterators()]:
         with refusal(option):
             call(value)
@@ -108,7 +108,7 @@ def test_generation_options(model: stoker.Model, given: dict[str, Any]) -> None:
     except stoker.OptionError as error:
         assert any(name in str(error) for name in given) and str(error).isprintable()
         return
-    # What the class takes the core takes, but for what only the model can tell.
+    # Options that the class accepts the core accepts too, unless they depend on the model.
     try:
         model.generate("the", options=options, **{"max_tokens": 2}).read()
     except stoker.OptionError as error:
@@ -177,7 +177,7 @@ def test_refused_load_options(path: Path, option: str, value: object, message: s
 
 
 def test_numbers_of_other_types_mean_what_they_say(path: Path) -> None:
-    """A numpy integer of 8 bits is the integer: nothing is computed in its type."""
+    """A numpy integer of 8 bits counts as a Python integer: nothing is computed in its type."""
     model = stoker.load(path, threads=np.int8(1), context=np.uint8(32), memory=np.int64(1 << 36))
     assert model.config["context"] == 32
     options = stoker.GenerationOptions(
@@ -190,7 +190,7 @@ def test_numbers_of_other_types_mean_what_they_say(path: Path) -> None:
 
 
 def test_the_largest_numbers_are_only_large(model: stoker.Model) -> None:
-    """A bias or penalty of any size leaves logits that are numbers: it means always, or never."""
+    """A bias or penalty of any size leaves finite logits: it means always, or never."""
     for bias in (1e39, 1e300, 3.4e38):
         run = model.generate("the", temperature=0, max_tokens=3, logit_bias={70: bias})
         run.read()
@@ -249,7 +249,7 @@ def test_every_value_of_an_argument(model: stoker.Model) -> None:
     with pytest.raises(stoker.OptionError, match="progress must be a function, not 5"):
         model.perplexity(TEXT, progress=5)  # type: ignore[arg-type]
     with pytest.raises(stoker.OptionError, match="context must be at least 3, not 2"):
-        model.perplexity(TEXT, context=2)  # its second half is no token
+        model.perplexity(TEXT, context=2)  # its second half has no token to score
     # A text that is shorter than the window is scored whole, as overlapping windows do.
     assert model.perplexity(TEXT, context=2, stride=1).tokens == model.perplexity(TEXT).tokens
 
@@ -446,7 +446,7 @@ def test_odd_paths_of_recordings(model: stoker.Model) -> None:
 
 
 def test_arguments_are_covered() -> None:
-    """Every argument of a public call has a test here: one that is added needs one."""
+    """Every argument of a public call has a test here; a new one needs one, too."""
     known = {
         "generate": {"prompt", "options", "overrides"},
         "chat": {"messages", "tools", "template", "parse_special", "options", "overrides"},
@@ -463,7 +463,7 @@ def test_arguments_are_covered() -> None:
             assert set(inspect.signature(method).parameters) - {"self"} <= known[name], name
 
 
-# What makes files (stoker.export), with arguments that end soon: most have no model.
+# Functions that make files (stoker.export), with cheap arguments: most have no model.
 
 SOURCE = "missing.gguf"
 EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -500,7 +500,7 @@ def test_every_value_of_an_export(
 
 
 def test_an_export_of_other_types(path: Path, tmp_path: Path) -> None:
-    """A path of any kind and a number of numpy are what they say."""
+    """A path of any kind and a numpy number work like their plain values."""
     quantize = import_module("stoker.export.quantize").quantize
     quantize(path, tmp_path / "a.gguf", type="Q8_0", threads=np.int8(1))
     quantize(str(path), str(tmp_path / "b.gguf"), type=np.str_("Q8_0"))

@@ -1,7 +1,7 @@
-"""stoker-bench, cross-built for aarch64 and run under qemu-user: never for its speed.
+"""stoker-bench, cross-built for aarch64 and run under qemu-user; speed is not tested.
 
 The program is built by mobile_bench/native/build_arm.sh in build/aarch64 (STOKER_ARM_BUILD
-names another folder), where `make neon` has left most of it.
+names another folder), in which `make neon` has built most of it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tiny_models import some_tokens
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="qemu-user runs on Linux"),
-    pytest.mark.timeout(1200),  # with an empty build folder it compiles the core
+    pytest.mark.timeout(1200),  # in an empty build folder it compiles the core
 ]
 QEMU = "qemu-aarch64"
 TOKENS = 6
@@ -75,7 +75,7 @@ def measured(build: Path, model: Path, tmp_path: Path, *arguments: object) -> re
 
 
 def greedy(model: Path, prompt: list[int]) -> list[int]:
-    """The same tokens from this machine's build: the one after the prompt and TOKENS more."""
+    """Greedy tokens from this machine's build: the one after the prompt and TOKENS more."""
     engine = _core.Engine(_core.GgufFile(str(model)), threads=2, context=len(prompt) + TOKENS + 1)
     sequence = engine.sequence()
     sampler = _core.Sampler(engine.config["n_vocab"])
@@ -142,7 +142,7 @@ def test_a_mixture_under_a_budget_gives_the_same_tokens(
     prompt = [int(i) for i in some_tokens(12)]
     given = ("--ids", ",".join(map(str, prompt)), "--prompts", "none")
     least = least_budget(measured(build, model, tmp_path, *given, "--memory", "1MB"))
-    # The emulator's own memory counts as the process's, and grows; what is named has room for that.
+    # The emulator's own memory counts as the process's, and grows: the budgets leave room for that.
     budgets = f"none,{least + (1 << 18)},{least + (24 << 20)}"
     resident, tight, wide = measured(build, model, tmp_path, *given, "--memory", budgets)["runs"]
     expected = greedy(model, prompt)
@@ -182,7 +182,7 @@ def test_results_are_those_of_stoker_bench(build: Path, tmp_path: Path) -> None:
         assert decode is not None and len(decode["token_s"]) == decode["tokens"] == TOKENS
         assert decode["seconds"] == pytest.approx(sum(decode["token_s"]))
         assert run["tokens_sha256"] == hashlib.sha256(repr(ids).encode()).hexdigest()
-    memory = 256 << 20  # of Python, more than it needs
+    memory = 256 << 20  # of the Python process, more than it needs
     engine = _core.Engine(_core.GgufFile(str(model)), memory=1 << 30, process_bytes=memory)
     assert runs[0]["plan"] is not None and runs[1]["plan"] is not None
     assert runs[1]["plan"].keys() == engine.plan.keys()
@@ -239,7 +239,7 @@ def test_a_run_that_fails_is_a_result(
 
 
 def test_isas_agree_bit_for_bit(build: Path) -> None:
-    """Of one kernel program, as instruction_counts.py relies on."""
+    """One kernel program gives the same hash on all ISAs; instruction_counts.py relies on that."""
     hashes = {
         emulated(build / "kernel_instructions", "Q4_K", isa, 20, 512, 5, 1).stdout
         for isa in ("scalar", "neon", "i8mm")
@@ -322,7 +322,7 @@ def test_a_device_is_measured(
     shards = sorted(p.name for p in model.parent.glob("*.gguf"))
     assert len(shards) > 1
     assert sorted(p.name for p in there.iterdir()) == [*shards, "stoker-bench"]
-    # Again: the model is there already; other results are added; nothing stays behind.
+    # On a second run the model is there already, results are appended, and nothing is left behind.
     before = len(log)
     again = on_device(stand_ins, *given, "--remove", *ours)
     assert again.returncode == 0, again.stderr

@@ -31,7 +31,7 @@ from stoker.offload.plan.device_profile import current_id
 from stoker.runtime.base.errors import ModelFileError, OptionError
 from tiny_models import WIDE, make
 
-# llama-cpp-python as far as a worker uses it, computed by stoker; FAKE_LLAMA: how it fails.
+# llama-cpp-python as far as a worker uses it, computed by stoker; $FAKE_LLAMA says how it fails.
 FAKE_LLAMA = """
 import os, signal, time
 from types import SimpleNamespace
@@ -96,7 +96,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 experts, 3 used, a few MB of experts."""
+    """A mixture of 12 experts, 3 of them used, with a few MB of experts."""
     wide = {**WIDE, "n_expert": 12, "n_expert_used": 3}
     return TinyMixture("mixtral", "F32", overrides=wide).write(tmp_path_factory.mktemp("mixture"))
 
@@ -116,7 +116,7 @@ def llama(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where memory cgroups are not allowed: tiny budgets hold what stoker counts, no more."""
+    """Disallows memory cgroups: tiny budgets hold only what stoker itself counts."""
     monkeypatch.setattr(measure, "groups_allowed", lambda: False)
 
 
@@ -125,7 +125,7 @@ def small(model: Path, **values: Any) -> Case:
 
 
 def tight(model: Path) -> int:
-    """A budget with which most of the mixture's experts stay in the file."""
+    """A budget that leaves most of the mixture's experts in the file."""
     refused = run_case(small(model, memory=1))
     least = re.search(r"expected at least (\d+) bytes", refused["error"] or "")
     assert least, refused["error"]
@@ -173,7 +173,7 @@ def test_peak_of_the_group(dense: Path) -> None:
     run = run_case(small(dense, memory=400 << 20))
     assert run["error"] is None
     assert run["limit"] == 400 << 20 and run["memory"] == int(0.95 * (400 << 20))
-    # Libraries that another process brought into memory are charged to that one.
+    # Libraries that another process has loaded are charged to that process.
     assert run["group_peak_bytes"] is not None and 1 << 20 < run["group_peak_bytes"] <= 400 << 20
     assert not list(Path("/sys/fs/cgroup").glob(f"**/stoker-{os.getpid()}-*"))
 
@@ -205,7 +205,7 @@ def test_run_under_a_budget(mixture: Path) -> None:
     assert roofs[0]["limit_s"] == max(
         roofs[0]["compute_s"], flash["belady_bytes"] / flash["bytes_s"]
     )
-    assert rooflines([run]) == []  # without what computation takes
+    assert rooflines([run]) == []  # there is no resident run to give the computation time
 
 
 @pytest.mark.usefixtures("no_groups")
@@ -326,7 +326,7 @@ def test_onnx_form_of_a_model(dense: Path, tmp_path: Path) -> None:
     assert other["error"] is None, other["error"]
     assert other["token_ids"][0] == own["token_ids"][0]
     assert other["engine"] == "onnx" and other["model"]["name"] == "dense.onnx"
-    # Without the other file the tokenizer that came with the graph cuts the prompt.
+    # Without the other file, the tokenizer that came with the graph makes the prompt.
     assert prompt_ids(file, 16) == prompt_ids(dense, 16)
     (baseline,) = parse_baselines(f"onnx={file}", dense, "")
     made = cases(Series(dense, baselines=(baseline,), repeats=1))
@@ -381,7 +381,7 @@ def test_order_of_a_series(dense: Path) -> None:
     )
     made = cases(series)
     first, second, third = ([c for c in made if c.repeat == r] for r in range(3))
-    assert len(first) == 8  # auto is resident here: measured once
+    assert len(first) == 8  # auto is resident here, so it is measured once
     assert [(c.memory, c.threads, c.engine) for c in first[:4]] == [
         (None, 1, "stoker"),
         (None, 1, "llama-cpp"),
@@ -444,7 +444,7 @@ def test_command_and_resume(mixture: Path, llama: Path, tmp_path: Path) -> None:
 
     refused = bench(*arguments)
     assert refused.returncode == 2 and "--resume" in refused.stderr
-    # As an interruption leaves it: two lines gone, the last of the others cut off.
+    # An interruption leaves it like this: two lines missing, the last of the others cut off.
     lines = results.read_text().splitlines(keepends=True)
     results.write_text("".join(lines[:6]) + lines[6][:40])
     resumed = bench(*arguments, "--resume")

@@ -1,4 +1,4 @@
-"""What `stoker bench` makes of its figures: medians, ratios, tables, noise, energy."""
+"""Figures derived by `stoker bench`: medians, ratios, tables, noise, energy."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def write(path: Path, value: object) -> None:
 
 def test_clocks_and_throttling(tmp_path: Path) -> None:
     assert clock_share(tmp_path) is None
-    before = throttle_count(tmp_path) or 0  # of this process's own group
+    before = throttle_count(tmp_path) or 0  # the count of this process's own group
     for cpu, clock in ((0, 1000), (1, 1800)):
         write(tmp_path / f"cpu{cpu}/cpufreq/scaling_cur_freq", clock)
         write(tmp_path / f"cpu{cpu}/cpufreq/cpuinfo_max_freq", 2000)
@@ -112,8 +112,8 @@ def test_energy_of_packages(tmp_path: Path) -> None:
         write(tmp_path / f"powercap/{zone}/max_energy_range_uj", 10_000_000)
     meter = EnergyMeter(tmp_path)
     assert meter.source == "rapl" and meter.joules() is None
-    write(tmp_path / "powercap/intel-rapl:0/energy_uj", 2_000_000)  # it has begun again
-    write(tmp_path / "powercap/intel-rapl:0:0/energy_uj", 9_900_000)  # in the package already
+    write(tmp_path / "powercap/intel-rapl:0/energy_uj", 2_000_000)  # the counter has wrapped
+    write(tmp_path / "powercap/intel-rapl:0:0/energy_uj", 9_900_000)  # already in the package
     write(tmp_path / "powercap/intel-rapl:0:1/energy_uj", 9_500_000)
     assert meter.joules() == pytest.approx(3.5)
     assert meter.reading(7) == {"source": "rapl", "joules": pytest.approx(3.5), "joules_token": 0.5}

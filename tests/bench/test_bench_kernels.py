@@ -27,7 +27,7 @@ def small_stack(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def baseline(folder: Path, script: str) -> str:
-    """An interpreter that runs `script` instead of what it is asked to."""
+    """An interpreter that runs `script` instead of the given program."""
     stand_in = folder / "stand_in.py"
     stand_in.write_text(script)
     program = folder / "python"
@@ -90,7 +90,7 @@ def test_measures_every_combination() -> None:
         seconds=QUICK,
         progress=lambda _, done, total: seen.append((done, total)),
     )
-    # Q6_K has blocks of 256, which do not fit 320 columns.
+    # Q6_K has blocks of 256, which do not divide 320 columns.
     assert len(found.rows) == (2 * 2 + 1) * 2 * 2
     assert {(r.format, r.cols) for r in found.rows} == {
         ("Q4_0", 256), ("Q4_0", 320), ("Q6_K", 256), ("F16", 256), ("F16", 320)
@@ -113,7 +113,7 @@ def test_measures_every_combination() -> None:
 
 
 def test_by_default_all_formats_and_all_isas_but_scalar(monkeypatch: pytest.MonkeyPatch) -> None:
-    def limits(self: kernels._Limits) -> None:  # for every format they take their time
+    def limits(self: kernels._Limits) -> None:  # measuring them for every format takes long
         self.memory_s = 1.0
         self.int8_s = self.float32_s = dict.fromkeys(self.int8_s, 1.0)
 
@@ -185,7 +185,7 @@ def test_a_baseline_that_does_not_run(tmp_path: Path, script: str, message: str)
 
 
 def test_ggml_itself() -> None:
-    """All formats through the real library, where there is one."""
+    """Times all formats with the real library, if there is one."""
     python = os.environ.get("STOKER_BASELINE_PYTHON") or kernels.baseline_here()
     if python is None:
         pytest.skip("no llama-cpp-python here, and none in STOKER_BASELINE_PYTHON")
@@ -214,7 +214,7 @@ def test_command() -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [(r["format"], r["tokens"]) for r in document["rows"]] == [("Q8_0", 1), ("Q8_0", 16)]
-    assert document["rows"][0]["stacked"] > 1000  # of 4352 bytes: beyond every cache
+    assert document["rows"][0]["stacked"] > 1000  # 4352 bytes each: more than every cache
 
 
 @pytest.mark.parametrize(

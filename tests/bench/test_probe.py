@@ -81,7 +81,7 @@ def test_core_kinds_of_a_phone(tmp_path: Path) -> None:
 
 
 def test_core_kinds_of_a_laptop(tmp_path: Path) -> None:
-    """Two performance cores with two threads each, of which one clocks higher; four small ones."""
+    """Two performance cores with two threads each, one with a higher clock; four small cores."""
     cpu = "sys/devices/system/cpu"
     files: dict[str, Any] = {
         f"{cpu}/online": "0-7",
@@ -231,7 +231,7 @@ def test_peaks_of_every_usable_isa() -> None:
 
 
 def io_bytes() -> int:
-    """Bytes that this process has had fetched from storage."""
+    """Bytes that were fetched from storage for this process."""
     rows = Path("/proc/self/io").read_text().splitlines()
     return next(int(row.split()[1]) for row in rows if row.startswith("read_bytes"))
 
@@ -273,7 +273,7 @@ def test_storage_points(tmp_path: Path) -> None:
 
 
 class FakeFile:
-    """Counts what is asked of it."""
+    """Stand-in for a StorageFile that counts its calls."""
 
     direct = True
     nbytes = 0
@@ -309,7 +309,7 @@ def test_failing_reads_leave_the_others(tmp_path: Path, monkeypatch: pytest.Monk
     fake_scratch(monkeypatch)
     storage, reads = probe_storage.measure(tmp_path, TINY)
     assert storage["error"] == "disk: cannot read: Input/output error"
-    assert {r["mode"] for r in reads} == {"direct"}  # mapped: everything was in memory
+    assert {r["mode"] for r in reads} == {"direct"}  # no mapped reads: everything was in memory
     assert all(r["bytes_s"] == 5 * r["block"] for r in reads)
 
 

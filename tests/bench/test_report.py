@@ -112,7 +112,7 @@ def test_ratios_are_taken_pair_by_pair(tmp_path: Path) -> None:
     assert (row.cells[0].text, row.cells[0].spread) == ("2.00", "1.88\N{EN DASH}2.22")
     assert row.cells[0].tone == "better"
     assert [note for note in table.notes if note.endswith("3 pairs each.")]
-    # A repeat that only one side has is no pair, nor is one of another command.
+    # A repeat that only one side has, or that is of another command, makes no pair.
     lines[0]["run"] = "another"
     report = reports.build([sample.put(tmp_path / "b.jsonl", lines[:-1])])
     table = tables(report)["stoker against other engines, pair by pair within a repeat"]
@@ -221,7 +221,7 @@ def test_devices_side_by_side(tmp_path: Path) -> None:
     facts, decode, ttft = report.across
     assert decode.columns == facts.columns == (sample.LAPTOP.name, sample.PHONE.name)
     assert decode.caption == "Decode, tok/s" and ttft.caption == "TTFT of 512 tokens, s"
-    # What only one of them has run (llama.cpp on the laptop) is not beside anything.
+    # A setup that only one device has run (llama.cpp on the laptop) is not listed.
     assert {row.engine for row in decode.rows} == {"stoker", "onnx"}
     assert all(cell.text for row in decode.rows for cell in row.cells)
     assert [section.device.name for section in report.sections] == list(decode.columns)
@@ -276,7 +276,7 @@ def test_command_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (setup,) = (one for one in found["setups"] if one["engine"] == "stoker")
     assert setup["decode_tok_s"]["n"] == 3
     verdicts = {c["quantity"]: c["verdict"] for c in found["against"]["comparisons"]}
-    assert verdicts["decode"] == "same"  # the last of the two engines, llama.cpp
+    assert verdicts["decode"] == "same"  # the later of the two engines, llama.cpp
     assert list(tmp_path.glob("*.html")) == []
 
 

@@ -12,7 +12,7 @@ from stoker.mobile_bench.report import report
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib (stoker[bench])")
 
-# Pictures without a size; text that leaves its picture; the page wider than the window.
+# Finds pictures without a size, text outside its picture, and a page wider than the window.
 _LOOK = """(() => {
   const box = e => e.getBoundingClientRect();
   const pictures = [...document.querySelectorAll('svg, img')];
@@ -44,7 +44,7 @@ _LOOK = """(() => {
   };
 })()"""
 
-# The least contrast of visible text with what is behind it (WCAG 2), and the text.
+# Finds the least contrast of visible text with its background (WCAG 2), and that text.
 _CONTRAST = """(() => {
   const part = c => { c /= 255; return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
   const light = c => 0.2126 * part(c[0]) + 0.7152 * part(c[1]) + 0.0722 * part(c[2]);

@@ -28,7 +28,7 @@ def page_of(report: reports.Report) -> str:
 
 
 class Page(HTMLParser):
-    """What a page is made of; fails where elements are not closed in order."""
+    """The parts of a page; fails if elements are not closed in order."""
 
     VOID = frozenset(("meta", "link", "br", "img", "hr", "input"))
 
@@ -119,7 +119,7 @@ TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 
 
 
 def lab(colour: str, vision: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* of "#rrggbb" as eyes of this kind see it."""
+    """CIE L*a*b* of "#rrggbb" as seen with this kind of colour vision."""
     rgb = np.array([int(colour[n : n + 2], 16) for n in (1, 3, 5)]) / 255
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     x, y, z = TO_XYZ @ np.clip(vision @ linear, 0, 1) / np.array([0.9505, 1.0, 1.089])
@@ -249,7 +249,7 @@ JUNK: tuple[Any, ...] = (
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something is inside of a record; of long lists the beginning."""
+    """Paths to all values inside a record; only the beginning of long lists."""
     inside = value.items() if isinstance(value, dict) else ()
     inside = enumerate(value[:3]) if isinstance(value, list) else inside
     found = [path] if path else []
@@ -277,7 +277,7 @@ def test_any_field_may_be_junk(tmp_path: Path, seed: int) -> None:
         return
     json.dumps(reports.as_json(report))
     markdown(report)
-    if seed % 4 == 0:  # pictures take their time
+    if seed % 4 == 0:  # pictures take long
         Page(page_of(report))
 
 

@@ -1,4 +1,4 @@
-"""What became worse or better since earlier results."""
+"""Comparison with earlier results: worse, better or the same."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_verdict(old: Any, new: Any, more: bool, expected: str) -> None:
 
 
 def test_what_chance_does_with_three_repeats() -> None:
-    # As the page states it: of all orders of 3 and 3 exchangeable repeats, a fifth.
+    # The page states a fifth of all orders of 3 and 3 exchangeable repeats.
     apart = 0
     orders = list(itertools.combinations(range(6), 3))
     for mine in orders:

@@ -59,7 +59,7 @@ SPEEDS = """
     prompts: [16]
     tokens: 8"""
 SIX = "jobs:" + PERPLEXITIES
-# Their results do not depend on when and where they run.
+# The results of these jobs do not depend on time or host.
 TWELVE = "jobs:" + WIDTHS + PERPLEXITIES + SPEEDS
 
 
@@ -91,7 +91,7 @@ def spec_of(folder: Path, text: str, name: str = "spec.yaml") -> sweep_spec.Spec
 
 
 def comparable(out: Path) -> dict[str, Any]:
-    """Everything of a file of results that is not a time, by job."""
+    """All fields of a file of results that are not times, by job."""
     found = {}
     for job in records.read(out)["jobs"]:
         results: list[Any] = []
@@ -113,7 +113,7 @@ def cli(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 
 
 def wait_for(found: Callable[[], Any], of: subprocess.Popen[str] | None = None) -> Any:
-    """Something true that `found` gives; of: a process that must not end before."""
+    """Waits until `found` gives something true; of: a process that must not end before."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         if value := found():
@@ -153,7 +153,7 @@ def test_quantized_once_and_found_by_content(folder: Path, tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def twelve(folder: Path) -> Iterator[tuple[Path, Summary]]:
-    """The results of the twelve jobs, one after the other here."""
+    """The results of the twelve jobs, run one after the other here."""
     os.environ["STOKER_CACHE"] = str(folder / "cache")
     out = folder / "here.jsonl"
     yield out, sweep(spec_of(folder, TWELVE, "twelve.yaml"), out, InProcess())
@@ -182,7 +182,7 @@ def test_twelve_jobs(folder: Path, twelve: tuple[Path, Summary]) -> None:
     import stoker
 
     assert stoker.load(folder / "dense.gguf").perplexity(TEXT, context=64).ppl == first
-    # Nothing is left of the searches, and only whole models are in the cache.
+    # The searches have left nothing behind, and only whole models are in the cache.
     left = [p.name for p in (folder / "cache" / "quantized").iterdir() if p.is_file()]
     assert [n for n in left if not n.endswith(".sweep")] and not [
         n for n in left if "bits" in n and not n.endswith(".sweep")
@@ -190,7 +190,7 @@ def test_twelve_jobs(folder: Path, twelve: tuple[Path, Summary]) -> None:
 
 
 class Spy:
-    """Which jobs were begun."""
+    """A watcher that records which jobs were begun."""
 
     def __init__(self, begun: Callable[[Job], None] | None = None) -> None:
         self.jobs: list[Job] = []
@@ -214,7 +214,7 @@ def test_what_is_in_the_file_is_not_run_again(folder: Path, twelve: tuple[Path, 
     summary = sweep(spec, out, InProcess(), watcher=spy)
     assert not spy.jobs and (summary.done, summary.reused) == (0, 12)
     assert out.read_bytes() == content
-    # Two jobs are lost of a file that ends in the middle of a line; nothing else is.
+    # A file that ends in the middle of a line loses two jobs, and nothing else.
     lines = content.splitlines(keepends=True)
     cut = b"".join(lines[:-1])
     out.write_bytes(b"".join(lines[:-2]) + lines[-2][: len(lines[-2]) // 2])
@@ -271,7 +271,7 @@ def test_a_failing_job_does_not_stop_the_rest(folder: Path, tmp_path: Path) -> N
     try:
         spec = sweep_spec.load(folder / "failing.yaml")
         spy = Spy()
-        # The model is here now: another content, another key.
+        # The model is here now, so its key has changed with its content.
         assert len(sweep(spec, out, InProcess(), watcher=spy).failures) == 2
         assert [Path(job.model).name for job in spy.jobs] == ["nowhere.gguf"]
         summary_again = sweep(spec, out, InProcess(), retry_failed=True, watcher=spy)
@@ -391,24 +391,24 @@ B = Node("3", "b", 2, frozenset({"laptop"}))
 @pytest.mark.parametrize(
     ("pending", "nodes", "running", "expected"),
     [
-        # One measurement a machine, however many raylets it has.
+        # There is one measurement per machine, however many raylets it has.
         ([MEASURE] * 3, [A1, A2, B], [], ["1", "3"]),
         ([MEASURE], [A1, A2], [(MEASURE, A1)], []),
         ([MEASURE], [A1, A2], [(SEARCH, A1)], []),
         ([SEARCH], [A1, A2], [(MEASURE, A1)], []),
-        # Searches side by side, as many as there are CPUs, spread over machines.
+        # Searches run side by side, as many as there are CPUs, spread over machines.
         ([SEARCH] * 7, [A1, B], [], ["1", "3", "1", "3"]),
         ([replace(SEARCH, threads=None)] * 3, [A1, B], [], ["1", "3"]),
         ([replace(SEARCH, threads=64)], [A1], [], ["1"]),
-        # A measurement that waits is not overtaken where it waits.
+        # Later jobs do not overtake a waiting measurement on the machine that it waits for.
         ([MEASURE, SEARCH], [A1], [(SEARCH, A1)], []),
         ([MEASURE, SEARCH], [A1, B], [(SEARCH, A1)], ["3", "1"]),
         ([MEASURE, MEASURE, SEARCH], [A1, B], [(SEARCH, A1)], ["3"]),
-        # Devices.
+        # Jobs that are bound to a device run only there.
         ([replace(MEASURE, device="laptop")] * 2, [A1, B], [], ["3"]),
         ([replace(MEASURE, device="phone"), SEARCH], [A1], [], [None, "1"]),
         ([MEASURE], [], [], []),
-        # A node that has left while a job of it is still counted.
+        # A node has left while one of its jobs is still counted.
         ([SEARCH], [A1], [(SEARCH, B)], ["1"]),
     ],
 )
@@ -450,7 +450,7 @@ def cluster(folder: Path) -> Iterator[Any]:
     """A head without CPUs and two nodes of one CPU each."""
     pytest.importorskip("ray", reason="needs Ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["STOKER_CACHE"] = str(folder / "cache")  # of the nodes
+    os.environ["STOKER_CACHE"] = str(folder / "cache")  # for the nodes
     from ray.cluster_utils import Cluster
 
     patience = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}
@@ -509,7 +509,7 @@ def test_a_cluster_that_loses_a_worker_gives_the_same(
     killed: list[str] = []
 
     def kill() -> None:
-        # Both nodes search widths: one loses the process that does, then the other one goes away.
+        # Both nodes search widths: one loses its worker process, then the other node goes away.
         wait_for(lambda: busy(first) and busy(second))
         time.sleep(1)
         for process in wait_for(lambda: busy(first)):
@@ -534,7 +534,7 @@ def test_a_cluster_that_loses_a_worker_gives_the_same(
 
 
 def test_a_cluster_without_nodes(cluster: Any, folder: Path, tmp_path: Path) -> None:
-    """The last test on it: no job fails because nobody is there."""
+    """No job fails because there are no nodes. This must be the cluster's last test."""
     for node in list(cluster.worker_nodes):
         cluster.remove_node(node)
     spec = spec_of(folder, SIX)

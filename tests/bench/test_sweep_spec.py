@@ -114,7 +114,7 @@ def test_product_of_the_lists_repeat_by_repeat(folder: Path) -> None:
         ("jobs: [a: b", 1, "not YAML"),
         ("jobs:\n\t- models: a", 2, "not YAML"),
         ("jobs: []\n---\njobs: []", 2, "not YAML"),
-        # What a stranger's file could do.
+        # Attacks that a stranger's file could try.
         ("jobs: &a [1]\nretries: *a", 1, "anchor"),
         ("jobs: !!python/object/apply:os.system ['true']", 1, "tag"),
         ("jobs: " + "[" * 100_000, 1, "at most 8 levels"),
@@ -172,7 +172,7 @@ def test_a_key_is_what_decides_the_result() -> None:
         replace(job, settings={"tokens": 9, "engine": "stoker"}),
     ]
     assert len({other.key(None) for other in [job, *others]}) == len(others) + 1
-    # The content of a model that is here counts, not its name.
+    # The content of a model that is here counts, rather than its name.
     assert job.key("5" * 64) == others[0].key("5" * 64) != job.key("6" * 64)
 
 

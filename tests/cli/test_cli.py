@@ -26,7 +26,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recital(tmp_path: Path) -> str:
-    """A file that exists, for the model that does not read it."""
+    """An existing file for the reciting model, which does not read it."""
     path = tmp_path / "recital.gguf"
     path.touch()
     return str(path)
@@ -36,17 +36,17 @@ def recital(tmp_path: Path) -> str:
 
 
 def test_help_is_quick_and_has_examples() -> None:
-    seconds = []  # of processor time, the best of three: a busy machine counts little
+    seconds = []  # processor time; the best of three, so that a busy machine matters little
     for _ in range(3):
         before = os.times()
         done = finish(command("--help"))
         after = os.times()
-        seconds.append(sum(after[2:4]) - sum(before[2:4]))  # user and system, of children
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))  # user and system time of children
     names = ("run", "chat", "inspect", "pull", "perplexity", "doctor")
     assert all(re.search(rf"^  {name} ", done.stdout, re.M) for name in names)
     for name in names:
         assert f"\n  stoker {name} " in finish(command(name, "--help")).stdout
-    # A tenth of it on a desktop. What must not be loaded is the next test's.
+    # A desktop takes a tenth of it. The next test checks which modules must not be loaded.
     assert min(seconds) < 1
 
 
@@ -95,7 +95,7 @@ def test_usage_errors_are_one_line(arguments: list[str], message: str) -> None:
     assert done.stdout == ""
 
 
-# Bad model files: one line that names the file, what was expected and what was found; code 2.
+# Bad model files give one line with the file, what was expected and what was found; code 2.
 
 
 def rewritten(data: bytes, old: bytes, new: bytes) -> bytes:
@@ -122,7 +122,7 @@ def test_damaged_files(tiny: Path, tmp_path: Path, harm: str, sub_command: str) 
 
 
 def test_flipped_bits_never_crash(tiny: Path, tmp_path: Path) -> None:
-    """A flip in the header or directory is refused in one line, or harmless."""
+    """A flipped bit in the header or directory is refused in one line, or harmless."""
     data = tiny.read_bytes()
     path = tmp_path / "flipped.gguf"
     code = (
@@ -151,9 +151,9 @@ def test_unsupported_models(tiny: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert re.fullmatch(r"stoker: error: .*other\.gguf: .*zebra.*\n", done.stderr)
     shown = finish(command("inspect", str(path)))
-    assert shown.returncode == 0  # what cannot be run can be looked at
+    assert shown.returncode == 0  # a model that cannot run can be inspected
     assert "zebra" in shown.stdout
-    # The first F32 tensor's type becomes one that does not exist.
+    # Change the first F32 tensor's type to one that does not exist.
     name = b"token_embd.weight"
     at = data.index(name) + len(name)
     at += 4 + 8 * struct.unpack_from("<I", data, at)[0]
@@ -384,11 +384,11 @@ def test_chat_in_a_terminal(recital: str, terminals: list[Terminal]) -> None:
     terminal.expect("> ")
     terminal.type("hello\r")
     answer = terminal.expect("words. ")
-    assert "\x1b[1;23r" in answer  # the last row is kept for the status
+    assert "\x1b[1;23r" in answer  # the last row is reserved for the status
     status = r"\d tokens \| [\d.]+ tok/s \| \d+ of 4096 tokens of context"
     assert re.search(status, terminal.statuses)
     rest = terminal.expect("> ")
-    assert "\x1b[r" in rest  # and given back
+    assert "\x1b[r" in rest  # and released again
     # Ctrl-C stops the answer, not the program; what was said is remembered.
     terminal.type("and more, slowly\r")
     terminal.expect("slowly")  # the echo
@@ -399,7 +399,7 @@ def test_chat_in_a_terminal(recital: str, terminals: list[Terminal]) -> None:
     terminal.type("/stats\r")
     terminal.expect("tok/s")
     terminal.expect("> ")
-    # Again, because readline misses a signal that comes between its prompt and its select().
+    # Ctrl-C is repeated: readline misses a signal between its prompt and its select().
     for _ in range(100):
         terminal.type("\x03")
         if terminal.comes("(Ctrl-D or /quit to leave)", 0.5):
@@ -436,7 +436,7 @@ def test_words_are_not_broken(
     wrap = WordWrap(out)
     for i in range(0, len(text), piece):
         wrap.write(text[i : i + piece])
-    screen = ""  # what a terminal makes of it
+    screen = ""  # the text that a terminal would show
     for part in re.split(r"(\x1b\[\d+D\x1b\[K)", out.getvalue()):
         back = re.fullmatch(r"\x1b\[(\d+)D\x1b\[K", part)
         screen = screen[: -int(back[1])] if back else screen + part
@@ -468,7 +468,7 @@ def test_base_model_without_a_template(tmp_path: Path) -> None:
     import gguf
 
     source = make(tmp_path / "tiny.gguf", "llama")
-    # Without its template, and with marks that are not ChatML's.
+    # The template is removed, and the marks are not ChatML's.
     data = source.read_bytes()
     data = data.replace(b"tokenizer.chat_template", b"tokenizer.chat_templatx")
     data = data.replace(b"<|im_start|>", b"<|xx_start|>").replace(b"<|im_end|>", b"<|xx_end|>")

@@ -1,4 +1,4 @@
-"""What `stoker doctor` finds: control groups of both versions, storage, the report."""
+"""Findings of `stoker doctor`: control groups of both versions, storage, the report."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_version_2_without_a_limit(tmp_path: Path) -> None:
 
 
 def test_version_2_in_a_container(tmp_path: Path) -> None:
-    """The path is the host's, or points out of the mount, which is the group itself."""
+    """The path is the host's or leads out of the mount; the mount is the group itself."""
     for path in ("/docker/abc", "/../../elsewhere", "/"):
         found = groups(
             tmp_path, f"0::{path}\n", {"memory.max": "4096\n", "memory.current": "100\n"}
@@ -91,7 +91,7 @@ def test_bandwidth_of_a_scratch_file_and_of_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_SCRATCH_BYTES", 8 << 20)
-    monkeypatch.setattr(doctor, "_SECONDS", 60.0)  # more than the files last
+    monkeypatch.setattr(doctor, "_SECONDS", 60.0)  # longer than the files last
     scratch = doctor.read_bandwidth(tmp_path)
     if not scratch["direct"]:
         pytest.skip("no direct I/O in the temporary folder")
@@ -101,7 +101,7 @@ def test_bandwidth_of_a_scratch_file_and_of_a_model(
     (tmp_path / "small.gguf").write_bytes(b"x")
     (tmp_path / "large.gguf").write_bytes(os.urandom((9 << 20) + 5))
     model = doctor.read_bandwidth(tmp_path)
-    assert model["probe_bytes"] == 9 << 20  # whole blocks of the larger file
+    assert model["probe_bytes"] == 9 << 20  # the whole blocks of the larger file
 
 
 def test_refused_direct_reads_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +116,7 @@ def test_refused_direct_reads_are_said(tmp_path: Path, monkeypatch: pytest.Monke
         "stoker.runtime._core.StorageFile", SimpleNamespace(scratch=lambda folder: file)
     )
     found = doctor.examine(tmp_path)
-    assert found["storage"]["read_mb_s"] is None  # no reads: a file system in memory
+    assert found["storage"]["read_mb_s"] is None  # not measured: the file system is in memory
     assert "in memory" in dict(doctor.lines(found))["storage"]
     found = doctor.examine(tmp_path)
     assert found["storage"]["read_mb_s"] == 8.4

@@ -1,4 +1,4 @@
-"""Files whose strings are not UTF-8: they load, speak and are shown; their bytes are kept."""
+"""Files whose strings are not UTF-8 load, generate and are shown; their bytes are kept."""
 
 from __future__ import annotations
 

@@ -252,8 +252,8 @@ class Hub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Request)
         self.files: dict[str, bytes] = {}
         self.etags: dict[str, str] = {}
-        self.cut: Callable[[int], int | None] = lambda _: None  # bytes to send of request i
-        self.ranges: list[str | None] = []  # of the GET requests
+        self.cut: Callable[[int], int | None] = lambda _: None  # request -> bytes to send
+        self.ranges: list[str | None] = []  # Range headers of the GET requests
         self.tokens: set[str | None] = set()
 
     def put(self, name: str, content: bytes, etag: str | None = None) -> None:
@@ -296,7 +296,7 @@ class Request(http.server.BaseHTTPRequestHandler):
         if body:
             limit = self.server.cut(len(self.server.ranges))
             self.server.ranges.append(wanted)
-            with suppress(ConnectionError):  # a client that was interrupted
+            with suppress(ConnectionError):  # the client was interrupted
                 end = len(content) if limit is None else begin + limit
                 self.wfile.write(content[begin:end])
             if limit is not None:
@@ -317,7 +317,7 @@ def server() -> Iterator[Hub]:
 
 
 def stoker(server: Hub, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own: huggingface-hub reads its settings when imported."""
+    """Runs the command in a separate process: huggingface-hub reads its settings when imported."""
     settings = {
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(home / "hf"),

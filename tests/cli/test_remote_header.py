@@ -1,4 +1,4 @@
-"""Headers that stay where they are: range requests against a local server."""
+"""Headers of remote files: range requests against a local server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MEBIBYTE = 1 << 20
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Name of a tiny mixture -> its file."""
+    """Function from the name of a tiny mixture to its file."""
     folder = tmp_path_factory.mktemp("remote")
     made: dict[str, Path] = {}
 
@@ -120,7 +120,7 @@ def directory(file: Any) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="session")
 def large(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A file of 12 MB whose header has 1.5 MB."""
+    """A file of 12 MB with a header of 1.5 MB."""
     import gguf
 
     path = tmp_path_factory.mktemp("large") / "large.gguf"
@@ -142,7 +142,7 @@ def test_remote_header_fetches_no_more_than_it_needs(server: Server, large: byte
         assert file.get("note") == "x" * 1_500_000
         folder = Path(file.path).parent
     assert not folder.exists()
-    # 1 MiB, then 2 more.
+    # The first request is for 1 MiB, the second for 2 more.
     assert len(server.seen) == 2
     assert server.sent == 3 * MEBIBYTE
     assert all(path.endswith("?signature=1") for path, _ in server.seen)
@@ -234,7 +234,7 @@ def test_the_token_stays_with_the_hub(server: Server, large: bytes) -> None:
 
 
 def hub_process(server: Server, command: list[str]) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: huggingface-hub reads its settings when imported."""
+    """Runs in a separate process: huggingface-hub reads its settings when imported."""
     settings = {
         "HF_ENDPOINT": server.url(""),
         "HF_TOKEN": "secret",
@@ -264,7 +264,7 @@ def test_plan_command_of_a_url(
     local = hub_process(server, [*command, str(models("olmoe"))])
     assert remote.returncode == url.returncode == local.returncode == 0, remote.stderr
     rows = [done.stdout.splitlines()[1].split("\t") for done in (remote, url, local)]
-    # All but what depends on the size of this process.
+    # Compare the columns that do not depend on the size of this process.
     assert {row[4] for row in rows} == {rows[0][4]}
     assert {row[1] for row in rows} == {"True"}
     missing = hub_process(server, [*command, "hf:acme/tiny/none.gguf"])

@@ -94,7 +94,7 @@ def test_closed_streams(tiny: Path, tmp_path: Path, closed: int | tuple[int, ...
     assert "internal error" not in err and "Traceback" not in err
     for n, text in ((1, out), (2, err)):
         assert (n in gone) == (text == ""), n
-    assert list(tmp_path.iterdir()) == []  # nothing took a stream's place
+    assert list(tmp_path.iterdir()) == []  # no file took a closed stream's descriptor
 
 
 @posix
@@ -123,7 +123,7 @@ def test_standard_input_that_says_nothing(tiny: Path, command: str, given: bytes
 
 @posix
 def test_devices_are_not_replaced(tiny: Path, tmp_path: Path, capsys: Any) -> None:
-    """A result takes its name when it is complete, by a rename that no device would survive."""
+    """A complete result is renamed to its name, which would replace a device."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     results = tmp_path / "results.jsonl"

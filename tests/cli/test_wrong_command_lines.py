@@ -1,4 +1,4 @@
-"""Command lines with wrong values: exit code 2 (1 where the device failed), and one line that says
+"""Command lines with wrong values: exit code 2 (1 if the device failed), and one line that says
 which; never a traceback. Most run in this process."""
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from stoker.runtime.cli import main as cli
 from stoker.runtime.cli.main import main
 from tiny_models import make
 
-# Each option that takes a value is given these; NUL, which no shell passes, other programs give.
+# Each option that takes a value gets these. No shell passes NUL, but other programs do.
 VALUES = (
     "", "-1", "3.5", "nan", "inf", "9" * 30, "9" * 5000, "x", "\0", "\udcff\udcfe", "\ud800", "٣",
     " 1 ", "1,,2", "{0}", "[/red]", "a\nb", "\x1b[31m", "x" * 300, "loop", "folder", "missing/x",
     "text.txt/x", "~no-such-user/x", "latin.txt", "deep.json",
 )  # fmt: skip
 MISSING = "missing.gguf"
-# The cheapest arguments that get as far as the options: those that measure have no model.
+# The cheapest arguments that get as far as the options: commands that measure get no model.
 COMMANDS: dict[str, list[str]] = {
     "run": ["tiny.gguf", "the cat", "-n", "1", "-t", "1"],
     "chat": ["tiny.gguf", "-n", "1", "-t", "1"],
@@ -54,7 +54,7 @@ COMMANDS: dict[str, list[str]] = {
     "export verify": [MISSING, "tiny.gguf"],
 }
 SHARES = 4
-# Values with which these begin to measure, which takes long.
+# Values with which these options begin to measure, which takes long.
 SLOW = {("probe", "--path"): ("", " 1 ", "folder")}
 
 
@@ -74,7 +74,7 @@ def _folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setenv("STOKER_CACHE", str(folder / "cache"))
         patch.delenv("STOKER_MODELS", raising=False)
         patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-        # The same commands every time: to make them takes longer than most of them.
+        # The commands are built once: building them takes longer than running most of them.
         patch.setattr(typer.main, "get_command", cache(typer.main.get_command))
         yield folder
 
@@ -122,7 +122,7 @@ def test_every_option_of_a_command(name: str) -> None:
         if parameter.param_type_name == "argument" or parameter.is_flag:
             continue
         option = max(parameter.opts, key=len)
-        # Each option gets a share of the values: those of one kind, all of them between them.
+        # Each option gets a share of the values; together the options of a command get all.
         for value in VALUES[number % SHARES :: SHARES]:
             if value not in SLOW.get((name, option), ()):
                 ran([*words, *given, f"{option}={value}"])
@@ -177,7 +177,7 @@ def test_what_is_said(arguments: list[str], message: str) -> None:
     assert code == 2 and message in told, told
 
 
-# Surroundings: other processes.
+# Environments, tested in other processes.
 
 
 def process(
@@ -187,7 +187,7 @@ def process(
     before: Sequence[str] = (),
     **others: Any,
 ) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command; environment: over an empty one with PATH."""
+    """Exit code, stdout and stderr of the command; environment: in addition to PATH."""
     done = subprocess.run(
         [*before, sys.executable, "-m", "stoker.runtime.cli.main", *arguments],
         env={"PATH": os.environ["PATH"], **environment},
@@ -261,7 +261,7 @@ def test_arguments_that_are_not_utf8() -> None:
 
 
 def test_without_proc(tmp_path: Path) -> None:
-    """As in a jail: what the machine has is unknown, or is found in other ways."""
+    """Without /proc, as in a jail, the machine's facts are unknown or found in other ways."""
     mount = f'mount --bind {tmp_path} /proc && exec "$@"'
     hidden = ["unshare", "--mount", "sh", "-c", mount, "-"]
     nothing = [sys.executable, "-c", "pass"]
@@ -283,7 +283,7 @@ def test_without_proc(tmp_path: Path) -> None:
 
 
 def test_a_file_cut_while_it_is_used(tmp_path: Path) -> None:
-    """What is in memory goes on; weights that are read anew are an error that says so."""
+    """Weights in memory still work; reading the cut ones is an error that says so."""
     import stoker
 
     sizes = {"n_embd": 256, "n_ff_expert": 512, "n_layer": 4, "head_dim": 64, "n_expert": 32}

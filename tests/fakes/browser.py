@@ -22,20 +22,20 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def find() -> str | None:
-    """The browser's path, None where there is none. STOKER_CHROMIUM names one."""
+    """The browser's path, None if there is none. STOKER_CHROMIUM names one."""
     named = os.environ.get("STOKER_CHROMIUM")
     return named or next(filter(None, map(shutil.which, NAMES)), None)
 
 
 class Browser:
-    """One tab. `events` are all that the browser has said by itself."""
+    """One tab. events: all messages that the browser has sent unasked."""
 
     def __init__(self, path: str) -> None:
         self._home = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
 
-        def place() -> None:  # the browser reads from 3 and writes to 4
+        def place() -> None:  # the browser reads from descriptor 3 and writes to 4
             first, second = os.dup(to_read), os.dup(to_write)
             os.dup2(first, 3)
             os.dup2(second, 4)
@@ -72,7 +72,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """What the browser answers. Raises RuntimeError where it refuses."""
+        """Calls a method; returns the browser's answer. Raises RuntimeError if it refuses."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -96,7 +96,7 @@ class Browser:
         return json.loads(one)
 
     def open(self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Opens a file and waits until it is there. width, height: of the window, CSS pixels."""
+        """Opens a file and waits until it has loaded. width, height: of the window, CSS pixels."""
         self.events.clear()
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -120,7 +120,7 @@ class Browser:
 
     @property
     def requests(self) -> list[str]:
-        """URLs that the page has asked for."""
+        """URLs that the page has requested."""
         return [
             e["params"]["request"]["url"]
             for e in self.events
@@ -129,7 +129,7 @@ class Browser:
 
     @property
     def complaints(self) -> list[str]:
-        """What is in the console, and what could not be loaded."""
+        """Messages in the console, and resources that could not be loaded."""
         kinds = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown")
         kinds += ("Network.loadingFailed",)
         return [json.dumps(e["params"]) for e in self.events if e.get("method") in kinds]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 FAKES = Path(__file__).parent
-# The command on a model whose words the test decides. It never ends its answer to a question with
-# "slowly" in it: an interruption cannot come too late.
+# Runs the command on a model whose words the test decides. Its answer to a question with "slowly"
+# in it never ends, so that an interruption cannot come too late.
 RECITING = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -52,7 +52,7 @@ def finish(
     )
 
 
-# Save the cursor, write on the last row, go back.
+# The sequence saves the cursor, writes on the last row and goes back.
 STATUS = re.compile(r"\x1b7\x1b\[24;1H\x1b\[2K\x1b\[2m(.*?)\x1b\[0m\x1b8")
 
 
@@ -73,7 +73,7 @@ class Terminal:
                 os._exit(127)
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         self.seen = ""
-        self.statuses = ""  # what was written on the status row
+        self.statuses = ""  # the text written on the status row
 
     def expect(self, text: str, seconds: float = 120) -> str:
         """Reads until `text` comes; returns what came with it."""
@@ -83,14 +83,14 @@ class Terminal:
         return before + text
 
     def comes(self, text: str, seconds: float) -> bool:
-        """Whether `text` comes; expect() finds it, then."""
+        """Whether `text` comes in time; expect() then finds it."""
         end = time.monotonic() + seconds
         while text not in self.seen:
             if not select.select([self.fd], [], [], max(end - time.monotonic(), 0))[0]:
                 return False
             try:
                 data = os.read(self.fd, 65536)
-            except OSError:  # the program has gone
+            except OSError:  # the program has ended
                 data = b""
             if not data:
                 raise AssertionError(f"expected {text!r}, found the end after {self.seen!r}")

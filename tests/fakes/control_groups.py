@@ -14,9 +14,9 @@ import pytest
 
 @contextmanager
 def group(controller: str, settings: dict[str, str]) -> Iterator[Path]:
-    """A control group below a new one, which has the limits; the test is skipped where not allowed.
+    """A control group below a new one, which has the limits; skips the test if not allowed.
 
-    settings: of version 1, "cpu.max" and the like of version 2.
+    settings: names of version 1, or "cpu.max" and the like of version 2.
     """
     v1 = Path("/sys/fs/cgroup") / controller
     top = (v1 if v1.is_dir() else Path("/sys/fs/cgroup")) / f"stoker-test-{os.getpid()}"
@@ -44,7 +44,7 @@ def group(controller: str, settings: dict[str, str]) -> Iterator[Path]:
 
 
 def joining(folder: Path, *command: str) -> list[str]:
-    """The command, which joins the group first."""
+    """A command line that joins the group and then becomes the command."""
     join = 'echo $$ > "$0" && exec "$@"'
     return ["/bin/sh", "-c", join, str(folder / "cgroup.procs"), *command]
 

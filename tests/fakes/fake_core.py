@@ -1,8 +1,8 @@
 """A stand-in for stoker.runtime._core with a byte-level model that recites a given text.
 
 After the last <|answer|> token the model says `Engine.story`, a byte a token, then ends; so what
-it says depends on every token before it, and characters of several bytes are split. Used where a
-test wants to decide what a model says; what real models compute is tested elsewhere.
+it says depends on every token before it, and characters of several bytes are split. It is for
+tests that decide what a model says; what real models compute is tested elsewhere.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def plan(
 
 class Engine:
     story = b"the story"
-    delay = 0.0  # seconds that one evaluation takes
-    # (text, n): of the answer to a question with that text, what follows n bytes never comes.
+    delay = 0.0  # seconds per evaluation
+    # (text, n): the answer to a question with that text stops after n bytes and never ends.
     stuck: tuple[str, int] | None = None
-    offload: dict[str, Any] | None = None  # of a model whose experts are in memory
+    offload: dict[str, Any] | None = None  # None: all experts are in memory
     stream: dict[str, Any] | None = None
     survives_fork = True
-    budgets: list[dict[str, Any]] = []  # noqa: RUF012 (what each load was given beyond the rest)
+    budgets: list[dict[str, Any]] = []  # noqa: RUF012 (further arguments of each load)
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class EngineSequence:
         self._has_logits = False
         until = math.inf if self._stuck(tokens) else time.monotonic() + self.engine.delay
         self.engine.evaluating.set()
-        while True:  # as the core does, look for a request before the work and during it
+        while True:  # like the core, look for a cancellation before and during the work
             if self._cancelled.is_set():
                 self._cancelled.clear()
                 raise Cancelled("the session was cancelled")
@@ -219,13 +219,13 @@ class EngineSequence:
         return np.array([[token, 1] for token in tokens], np.float32)
 
     def eval_nll(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
-        """Says that token t costs t / 100 nats, wherever it stands."""
+        """Returns t / 100 nats for token t, wherever it stands."""
         self.eval(list(tokens))
         return np.asarray(tokens[1:], np.float64) / 100
 
 
 class Sampler:
-    """The argmax after the bias; keeps what it was told."""
+    """Takes the argmax after the bias; keeps its arguments for the test."""
 
     made: list[Sampler] = []  # noqa: RUF012 (a log shared on purpose)
 

@@ -72,7 +72,7 @@ def _batch(n: int, _embeddings: int, _sequences: int) -> Any:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Puts the module in place of llama_cpp; the returned list tells what was freed."""
+    """Puts the module in place of llama_cpp; the returned list records what is freed."""
     from stoker.runtime.backends import llama_cpp as backend
 
     freed: list[str] = []

@@ -1,8 +1,8 @@
 """Values of every kind that Python can hold, for tests that hand them to the public API.
 
-`ODD` is a list of values that no option means; some are right for some arguments. `values()` is a
-strategy of hypothesis over these, over numbers around every power of two that is a limit of
-something, and over containers of them.
+`ODD` is a list of values that make no sense for options; some are valid for some arguments.
+`values()` is a strategy of hypothesis over these, over numbers around every power of two that is a
+limit of something, and over containers of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 
 class Raises:
-    """Every way to look at it raises a `kind` of error, a new one each time."""
+    """An object of which every operation raises a new error of `kind`."""
 
     def __init__(self, kind: type[BaseException], *arguments: object) -> None:
         self._error = kind, arguments
@@ -36,7 +36,7 @@ class Raises:
 
 
 class Lies:
-    """Every way to look at it gives something of another type."""
+    """An object of which every operation returns a value of the wrong type."""
 
     def __index__(self) -> Any:
         return "x"  # noqa: PLE0305
@@ -69,7 +69,7 @@ class Number(int):
 
 
 def breaking() -> Iterator[int]:
-    """One token, then an error."""
+    """Yields one token, then raises."""
     yield 1
     raise KeyError("generator")
 
@@ -156,7 +156,7 @@ def iterators() -> list[Any]:
 
 
 def values() -> st.SearchStrategy[Any]:
-    """Any value: of the lists above, drawn, or a container of such."""
+    """Any value: from the lists above, drawn, or a container of such values."""
     single = st.one_of(
         st.sampled_from(ODD),
         st.integers(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from stoker.offload.plan import device_profile
 from stoker.offload.plan.device_profile import DeviceProfile
 
-# A device in round numbers; memory 10 GB/s, storage 1 GB/s at 1 MiB.
+# Memory has 10 GB/s, storage 1 GB/s at 1 MiB.
 PROFILE: DeviceProfile = {
     "kind": "profile",
     "version": device_profile.VERSION,

@@ -1,6 +1,6 @@
 """Results as `stoker bench` writes them, made up from a simple model of a device.
 
-Deterministic: the same arguments give the same records. Nothing of it was measured.
+Deterministic: the same arguments give the same records. None of it was measured.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class SampleDevice:
     cores: int
     memory: int  # bytes
     isa: str
-    memory_s: float  # bytes a second, one thread
-    flash_s: float  # bytes a second at its best
-    int8_s: float  # operations a second, one thread
+    memory_s: float  # bytes per second, one thread
+    flash_s: float  # bytes per second at its best
+    int8_s: float  # operations per second, one thread
     system: str = "Linux"
 
     @property
@@ -46,7 +46,7 @@ class SampleModel:
     name: str
     nbytes: int
     token_bytes: int  # weights that a token uses
-    expert_bytes: int  # of those, experts
+    expert_bytes: int  # the experts' share of token_bytes
     layers: int = 30
     experts: int = 64
     used: int = 4
@@ -141,7 +141,7 @@ def profile(device: SampleDevice, *, quick: bool = False) -> dict[str, Any]:
 
 
 def hit_rate(share: float) -> float:
-    """Of a cache that holds a share of the experts."""
+    """Hit rate of a cache that holds a share of the experts."""
     return min(1.0, 1 - (1 - share) ** 2.6 * 0.9)
 
 
@@ -159,7 +159,7 @@ def run(
     command: str = "stoker bench up64.gguf --memory 500MB,1GB,2GB --against llama-cpp",
     series: str = "a1b2c3d4",
 ) -> dict[str, Any]:
-    """One repeat of one engine in one configuration; faster: of stoker's own times."""
+    """One repeat of one engine in one configuration; faster: speed-up of stoker's own times."""
     rng = random.Random(f"{device.name}{model.name}{engine}{memory}{repeat}{threads}")
     wobble = rng.uniform(0.985, 1.015) / faster
     bandwidth = device.memory_s * threads / (1 + 0.35 * (threads - 1))
@@ -264,7 +264,7 @@ def run(
 def roofline(
     device: SampleDevice, model: SampleModel, memory: int | None, threads: int = 4
 ) -> dict[str, Any]:
-    """The limit of a configuration."""
+    """The roofline of a configuration."""
     bandwidth = device.memory_s * threads / (1 + 0.35 * (threads - 1))
     compute = model.token_bytes / bandwidth * 1.15
     held = 1.0 if memory is None else min(max(memory - 240 * MB, 0) / (model.nbytes - 160 * MB), 1)
@@ -295,7 +295,7 @@ def results(
     dense: bool = True,
     faster: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """A whole file: the profile, a mixture over budgets, a dense model, rooflines."""
+    """The lines of a whole file: profile, mixture over budgets, dense model, rooflines."""
     lines: list[dict[str, Any]] = [profile(device)]
     for repeat in range(repeats):
         for memory in budgets:
@@ -321,7 +321,7 @@ def results(
 
 
 def failed(line: dict[str, Any], error: str) -> dict[str, Any]:
-    """The run as one that died."""
+    """The run, changed to one that died."""
     return line | {
         "load_cold_s": None,
         "load_warm_s": None,
