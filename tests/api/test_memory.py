@@ -16,7 +16,7 @@ from stoker.offload.plan.forecast import RESOURCES, Device, ModelHeader, Workloa
 from stoker.offload.plan.planned import PROCESS_GROWTH
 from stoker.offload.trace.trace import read_trace
 from stoker.runtime.base import cgroup, memory
-from stoker.runtime.statistics import Counter, ExpertStatistics, Statistics
+from stoker.runtime.statistics import ExpertStatistics, Statistics, gained
 from tiny_models import make, some_tokens
 
 MIB = 1 << 20
@@ -346,20 +346,12 @@ def test_figures_derived_from_the_counts() -> None:
     assert ExpertStatistics().as_dict()["recall"] == 0
 
 
-def test_counter_adds_only_what_it_sees() -> None:
-    counters = dict.fromkeys(ExpertStatistics().__dataclass_fields__, 0)
-    counter = Counter(ExpertStatistics)
-    assert counter.statistics() is None
-    for gain in (3, 4):
-        with counter.counting(lambda: dict(counters)):
-            counters["hits"] += gain
-        counters["hits"] += 100  # hits of another session
-    found = counter.statistics()
-    assert found is not None and found.hits == 7
-    nothing = Counter(ExpertStatistics)
-    with nothing.counting(lambda: None):
-        pass
-    assert nothing.statistics() is None
+def test_what_counters_gained() -> None:
+    before = dict.fromkeys(ExpertStatistics().__dataclass_fields__, 1)
+    found = gained(ExpertStatistics, before, before | {"hits": 8, "other": 3})
+    assert found == ExpertStatistics(hits=7)
+    assert gained(ExpertStatistics, None, before) is None
+    assert gained(ExpertStatistics, before, None) is None
 
 
 # Plans.
