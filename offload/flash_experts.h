@@ -1,5 +1,5 @@
-// Experts on flash, some of them in the cache: hits are given at once, misses in order of arrival,
-// and what the predictor expects is read meanwhile.
+// FlashExperts keeps some experts in a cache and reads the others from flash: it gives hits at once
+// and misses in order of arrival, and meanwhile reads what the predictor expects.
 #pragma once
 
 #include <cstdint>
@@ -22,15 +22,15 @@ namespace stoker {
 // was on the way) or a miss.
 struct StoreStatistics {
   int64_t hits = 0, late = 0, misses = 0;
-  int64_t prefetches = 0;  // submitted
+  int64_t prefetches = 0;  // reads submitted
   int64_t prefetches_used =
       0;  // acquired by the forward pass that they were made for, late ones included
-  int64_t cancelled = 0;     // prefetches that never began
-  int64_t demand_bytes = 0;  // read from flash
+  int64_t cancelled = 0;     // prefetches cancelled before they began
+  int64_t demand_bytes = 0;  // bytes read from flash
   int64_t prefetch_bytes = 0;
   int64_t evictions = 0;
-  double stall_s = 0;  // compute waited for reads
-  // Of decode only (chunks of one token).
+  double stall_s = 0;  // time that compute waited for reads
+  // These count decode only (chunks of one token).
   int64_t decode_hits = 0, decode_late = 0, decode_misses = 0;
   int64_t decode_bytes = 0;
   double decode_stall_s = 0;
@@ -40,9 +40,9 @@ struct StoreStatistics {
 // One acquired expert, for traces.
 struct Access {
   int32_t evaluation = 0;  // chunks since the trace began
-  int32_t tokens = 0;      // of the chunk: 1 in decode
-  int32_t token = 0;       // of the chunk
-  int32_t id = 0;          // of the token in the vocabulary
+  int32_t tokens = 0;      // tokens of the chunk: 1 in decode
+  int32_t token = 0;       // index of the token in the chunk
+  int32_t id = 0;          // id of the token in the vocabulary
   int16_t layer = 0;
   int16_t rank = 0;  // 0: the router's first choice
   int32_t expert = 0;
@@ -54,7 +54,7 @@ struct Access {
 class FlashExperts : public ExpertStore {
  public:
   struct Options {
-    std::vector<int64_t> slots;  // of each size class
+    std::vector<int64_t> slots;  // slots of each size class
     std::string policy{kDefaultPolicy};
     std::string predictor{kDefaultPredictor};
     std::string predictor_state;  // what it has learnt before; empty: nothing
@@ -78,22 +78,22 @@ class FlashExperts : public ExpertStore {
   const Layout& layout() const { return layout_; }
   const Cache& cache() const { return cache_; }
   const FlashReader& reader() const { return *reader_; }
-  // As they were between two chunks; for any thread.
+  // Returns the counts as of the end of the last chunk. Any thread may call it.
   StoreStatistics statistics() const;
-  // How prefetch goes, for people; for any thread.
+  // Returns how prefetch is doing, for people. Any thread may call it.
   std::string prefetch_description() const;
-  // Another session's `bytes` come out of the cache, and go back to it. Between chunks. Throws
-  // Error(kBudget) where the cache would be too small to work.
+  // Takes `bytes` out of the cache for another session, or gives them back. Called between chunks.
+  // Throws Error(kBudget) where the cache would be too small to work.
   int64_t lend(int64_t bytes);
   int64_t take_back(int64_t bytes) { return cache_.take_back(bytes); }
   Predictor* predictor() { return predictor_.get(); }
 
-  void record(bool on);              // tracing
-  std::vector<Access> take_trace();  // what was recorded since the last call
-  // Bytes a second of reading randomly chosen units, about `bytes` of them, with as many reads
-  // under way as the reader takes.
+  void record(bool on);              // switches tracing on or off
+  std::vector<Access> take_trace();  // returns what was recorded since the last call
+  // Measures the bandwidth, bytes a second, of reading about `bytes` of randomly chosen units, with
+  // as many reads in flight as the reader takes.
   double flash_bandwidth(int64_t bytes, uint64_t seed);
-  void forget();  // empties the cache: for measurements from cold
+  void forget();  // empties the cache, for measurements from cold
 
  private:
   friend class FlashLease;
@@ -103,18 +103,19 @@ class FlashExperts : public ExpertStore {
     UnitId unit;
     int64_t step;
     float probability;
-    bool certain = false;  // it will be used: it waits for a slot where a guess is given up
+    bool certain = false;  // It will be used: it waits for a slot where a guess is given up
   };
 
   int64_t step(int64_t layer) const { return pass_ * layout_.n_layer() + layer; }
   void submit(Slot& slot, bool demand);
-  // Books the reads that have ended; land(): one of them.
+  // reap() records the reads that have ended; land() records one of them.
   void reap();
   void land(size_t read_index);
   void land(const Slot& slot);
   // Cancels prefetches whose layer has come without them.
   void cancel_stale();
-  // Cancels the latest prefetch that has not begun, for its slot. False where there is none.
+  // Cancels the latest prefetch that has not begun, to free its slot. Returns false if there is
+  // none.
   bool cancel_one();
   void land_cancelled(size_t read_index);
   void publish();
@@ -133,18 +134,18 @@ class FlashExperts : public ExpertStore {
   const bool overlap_;
   const int64_t used_;  // experts of a layer that one token uses
   int64_t pass_ = 0;    // chunks so far
-  int64_t tokens_ = 1;  // of this chunk
-  int64_t layer_ = -1;  // acquired last
+  int64_t tokens_ = 1;  // tokens of this chunk
+  int64_t layer_ = -1;  // the layer acquired last
   const std::function<void()>* poll_ = nullptr;
   struct ReadInFlight {
     Slot* slot;
-    int64_t step;  // that a prefetch is for
+    int64_t step;  // the step that a prefetch is for
     bool demand;
   };
   std::vector<ReadInFlight> reads_;
-  std::vector<Candidate> candidates_;  // by step, then the likeliest first
-  std::vector<Candidate> certain_;     // of later layers, by step
-  size_t certain_queued_ = 0;  // of them, from the first: those that are candidates or in the cache
+  std::vector<Candidate> candidates_;  // by step, then by falling probability
+  std::vector<Candidate> certain_;     // certain prefetches of later layers, by step
+  size_t certain_queued_ = 0;  // how many of them, from the first, are candidates or in the cache
   std::vector<Guess> guesses_;
   std::vector<UnitId> units_;
   std::vector<uint8_t> resident_;

@@ -1,4 +1,4 @@
-// From scores of experts to an ordered guess.
+// Ranker turns scores of experts into an ordered guess.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,9 @@ namespace stoker {
 
 class Ranker {
  public:
-  // The union of each token's `width` best of scores [tokens][n_expert], those that most tokens
-  // want first; of one token, its best first, with scores in standard deviations of the row above
-  // what would be the last of `used` chosen ones.
+  // Ranks the union of each token's `width` best of scores [tokens][n_expert], those that most
+  // tokens want first; for one token, its best first, with scores in standard deviations of the row
+  // above the score that would be the last of `used` chosen ones.
   void rank(const float* scores, int64_t tokens, int64_t n_expert, int64_t used, int64_t width,
             Guess& guess) {
     width = std::min(width, n_expert);
@@ -45,7 +45,7 @@ class Ranker {
   }
 
  private:
-  static constexpr float kUnknown = 4;  // below the edge: the score of a NaN
+  static constexpr float kUnknown = 4;  // the score of a NaN, below the edge
 
   static void standardize(const float* scores, int64_t n_expert, int64_t used, Guess& guess) {
     float sum = 0, squares = 0;
@@ -63,7 +63,7 @@ class Ranker {
     }
   }
 
-  // A strict order whatever the scores, NaN included.
+  // A strict order for any scores, NaN included.
   static bool before(const float* score, int32_t a, int32_t b) {
     const float x = score[a], y = score[b];
     const bool nan_x = x != x, nan_y = y != y;

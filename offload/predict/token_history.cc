@@ -26,7 +26,7 @@ int64_t TokenHistory::nbytes(int64_t n_layer, int64_t n_expert_used, int64_t tok
 TokenHistory::Stream& TokenHistory::stream(int64_t id) {
   size_t i = 0;
   while (i + 1 < streams_.size() && streams_[i].id != id) ++i;
-  if (streams_[i].id != id) streams_[i] = {id, -1};  // the one that has waited longest goes
+  if (streams_[i].id != id) streams_[i] = {id, -1};  // replaces the least recently used one
   std::rotate(streams_.begin(), streams_.begin() + static_cast<int64_t>(i),
               streams_.begin() + static_cast<int64_t>(i) + 1);
   return streams_[0];
@@ -54,7 +54,7 @@ void TokenHistory::begin(int64_t id, std::span<const int32_t> tokens) {
 
 void TokenHistory::take(int64_t layer, const Routes& routes) {
   const int64_t n = static_cast<int64_t>(routes.expert.size()) / used_;
-  // A chunk longer than the ring has lost its first tokens.
+  // A chunk longer than the ring has already lost its first tokens.
   for (int64_t t = std::max<int64_t>(0, n - size_); t < n; ++t) {
     uint16_t* out = taken(first_ + count_ - n + t, layer);
     for (int64_t j = 0; j < used_; ++j) {
@@ -100,7 +100,8 @@ int TokenHistory::bin() const {
 
 std::span<const uint16_t> TokenHistory::foretold(int64_t ahead, int64_t layer) const {
   if (match_ == 0 || path_.empty()) return {};
-  // Into the chunk and on from its occurrence, where that was a token of this stream.
+  // Beyond the chunk the lookup continues from its occurrence, where the chunk followed it in the
+  // same stream.
   const int64_t period = static_cast<int64_t>(path_.size());
   if (ahead >= period && at(path_.back()).after != first_) return {};
   const int64_t entry = path_[static_cast<size_t>(ahead % period)];

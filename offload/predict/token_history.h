@@ -1,6 +1,7 @@
-// The tokens that were evaluated, with the experts that each took, and what they foretell: where
-// the last tokens occurred before, the same experts are likely to follow again. A text repeats
-// itself more than its routers do: names, quotations, code, answers that take up the question.
+// TokenHistory keeps the tokens that were evaluated, with the experts that each took, and predicts
+// from them: where the last tokens occurred before, the same experts are likely to follow again. A
+// text repeats itself more than its routers do: names, quotations, code, answers that take up the
+// question.
 #pragma once
 
 #include <array>
@@ -14,42 +15,45 @@ namespace stoker {
 
 class TokenHistory {
  public:
-  static constexpr int64_t kTokens = 4096;  // remembered at most
-  static constexpr int kBins = 6;           // of the length of an occurrence
+  static constexpr int64_t kTokens = 4096;  // tokens remembered at most
+  static constexpr int kBins = 6;           // bins of an occurrence's length
 
   TokenHistory(int64_t n_layer, int64_t n_expert_used, int64_t tokens = kTokens);
 
-  // A chunk of `stream` begins: the tokens that follow those of its last chunk.
+  // Begins a chunk of `stream`: tokens that follow those of its last chunk.
   void begin(int64_t stream, std::span<const int32_t> tokens);
-  // What the chunk's tokens took, or the last of them.
+  // Records the experts of the chunk's tokens, or of the last of them.
   void take(int64_t layer, const Routes& routes);
-  // Of the chunk.
+  // Returns the token at `index` of the chunk.
   int32_t token(int64_t index) const { return at(first_ + index).token; }
 
-  // How many of the last tokens, the chunk's one token last, the latest of the longest earlier
-  // occurrences shares: 0 of a chunk of several tokens, and where there is none.
+  // Returns how many of the last tokens, up to and including the chunk's one token, agree with the
+  // latest of the longest earlier occurrences: 0 for a chunk of several tokens, and where there is
+  // none.
   int match() const { return match_; }
-  // Whether the chunk's token is the one that was foretold when its predecessor was evaluated.
+  // Returns whether the chunk's token is the one that was predicted when its predecessor was
+  // evaluated.
   bool as_foretold() const { return as_foretold_; }
-  // 0 .. kBins - 1: match() coarsened, for records of what an occurrence is worth.
+  // Returns 0 .. kBins - 1: match() coarsened, for records of how reliable an occurrence is.
   int bin() const;
-  // What the token `ahead` tokens after the chunk's one took at `layer` there, [n_expert_used]; an
-  // occurrence that runs into the chunk repeats itself. Empty where it is not known.
+  // Returns the experts that the token `ahead` tokens after the occurrence's took at `layer`,
+  // [n_expert_used]; an occurrence that runs into the chunk repeats itself. Empty where they are
+  // not known.
   std::span<const uint16_t> foretold(int64_t ahead, int64_t layer) const;
 
-  // Bytes of `tokens` tokens and what belongs to them.
+  // Returns the bytes of `tokens` tokens and all data kept for them.
   static int64_t nbytes(int64_t n_layer, int64_t n_expert_used, int64_t tokens = kTokens);
 
  private:
   static constexpr int kMostCommon = 32;  // tokens: longer occurrences are as good
-  static constexpr int kTried = 256;      // earlier occurrences of one token
-  static constexpr size_t kReach = 128;   // tokens foretold, if they do not repeat themselves
+  static constexpr int kTried = 256;      // earlier occurrences of one token that are compared
+  static constexpr size_t kReach = 128;   // tokens predicted, if they do not repeat themselves
   static constexpr int kStreams = 16;
   static constexpr size_t kHeads = 1024;
   static constexpr uint16_t kUnknown = UINT16_MAX;
   struct Entry {
     int32_t token = -1;
-    int64_t before = -1;  // of its stream
+    int64_t before = -1;  // the entry before it in its stream
     int64_t after = -1;
     int64_t alike = -1;  // the last entry before it with the same hash
   };
@@ -65,7 +69,7 @@ class TokenHistory {
     return taken_.data() + ((entry % size_) * n_layer_ + layer) * used_;
   }
   Stream& stream(int64_t id);
-  // Tokens that end at `a` and at `b` and are the same.
+  // Returns how many tokens that end at `a` and at `b` are the same.
   int common(int64_t a, int64_t b) const;
   void find();
 
@@ -73,9 +77,9 @@ class TokenHistory {
   std::vector<Entry> entries_;            // [size], a ring
   std::vector<uint16_t> taken_;           // [size][n_layer][used]
   std::vector<int64_t> heads_;            // [kHeads]: the last entry of each hash
-  std::array<Stream, kStreams> streams_;  // the one used last first
-  int64_t next_ = 0;                      // entry to come
-  int64_t first_ = 0;                     // of the chunk
+  std::array<Stream, kStreams> streams_;  // the most recently used first
+  int64_t next_ = 0;                      // the next entry to be written
+  int64_t first_ = 0;                     // first entry of the chunk
   int64_t count_ = 0;                     // tokens of the chunk
   int match_ = 0;
   bool as_foretold_ = false;
