@@ -9,20 +9,21 @@ namespace stoker {
 
 namespace {
 
-// Weight of one more outcome in a decayed mean.
+// The weight of one more outcome in a decayed mean.
 constexpr float kOutcome = 1.0f / 16;
-// Scores are told apart in steps of this many spreads.
+// Scores are binned in steps of this many spreads.
 constexpr float kStep = 0.2f;
 // The share of the time that the disk should be busy, and how fast the threshold follows.
 constexpr double kBusy = 0.9;
 constexpr float kThresholdGain = 0.15f;
 constexpr float kLeastThreshold = 0.5f, kMostThreshold = 0.97f;
-// A trial compares this many tokens of the other side with as many just before; it ends early where
-// some tokens are slower by a share that says enough.
+// A trial compares this many tokens of the other side with as many just before it; it ends early
+// where a few tokens are slower by a clear share.
 constexpr int64_t kTrial = 12;
 constexpr size_t kShortTrial = 4;
 constexpr double kClearly = 0.2;
-// The cache fills first; then trials, ever rarer while their outcome stays the same.
+// The cache fills before the first trial; later trials become rarer while their outcome stays the
+// same.
 constexpr int64_t kFirstTrial = 24;
 constexpr int64_t kMaxBackoff = 16;
 // The side in use is kept unless the other one is faster by this share.
@@ -33,8 +34,8 @@ constexpr double kGain = 0.01;
 Controller::Controller(const PredictorShape& shape, PrefetchMode mode)
     : shape_(shape), mode_(mode), active_(mode != PrefetchMode::kOff) {
   width_ = std::min(shape.n_expert, 2 * shape.n_expert_used);
-  // Before anything is known: a coin at the edge, nearly certain far above it; but what is not in
-  // memory has to earn its trust, because the predictor may be worthless for this model.
+  // Initial probabilities: one half at a score of 0, nearly 1 far above it. Experts that are not in
+  // memory start at half of that, because the predictor may be worthless for this model.
   Record record;
   for (size_t d = 0; d < kMaxDistance; ++d) {
     for (int b = 0; b < kBins; ++b) {
@@ -44,7 +45,7 @@ Controller::Controller(const PredictorShape& shape, PrefetchMode mode)
       record[d][1][static_cast<size_t>(b)] = 0.95f * p;
     }
   }
-  // The longer an occurrence, the surer.
+  // A guess from the token history is surer the longer the occurrence is.
   for (size_t b = 0; b < kBins; ++b) {
     const float p = 1 - 0.6f / static_cast<float>(b + 1);
     record[kRememberedNow][0][b] = record[kRememberedNext][0][b] = 0.9f * p;
@@ -86,8 +87,8 @@ void Controller::end(double now_s, double busy_s) {
 }
 
 void Controller::weigh(double token_s, double busy_share) {
-  // A read that turns out useless costs next to nothing where the disk is idle, and is paid in full
-  // where it never rests: only guesses sure enough to keep it busy are worth reading.
+  // A useless read costs next to nothing where the disk is idle, and its full time where the disk
+  // never rests: only guesses that are sure enough to keep it busy are worth reading.
   threshold_ += kThresholdGain * static_cast<float>(busy_share - kBusy);
   threshold_ = std::clamp(threshold_, kLeastThreshold, kMostThreshold);
   token_s_ = token_s_ == 0 ? token_s : token_s_ + (token_s - token_s_) / 16;
@@ -96,7 +97,7 @@ void Controller::weigh(double token_s, double busy_share) {
   if (mode_ != PrefetchMode::kAuto) return;
   times_.push_back(token_s);
   if (--phase_left_ > 0 && !loses_clearly()) return;
-  // The last tokens of the phase: its first ones still feel the phase before.
+  // Only the last tokens of the phase count: the first ones are still affected by the phase before.
   const size_t n = std::min(times_.size(), static_cast<size_t>(kTrial - kTrial / 4));
   const double mean = std::accumulate(times_.end() - static_cast<int64_t>(n), times_.end(), 0.0) /
                       static_cast<double>(n);
@@ -112,7 +113,7 @@ void Controller::weigh(double token_s, double busy_share) {
   }
   trial_ = false;
   if (side < (1 - kGain) * other) {
-    backoff_ = 1;  // the other side is faster: stay there
+    backoff_ = 1;  // the other side is faster, so it is kept
   } else {
     active_ = !active_;
     backoff_ = std::min(2 * backoff_, kMaxBackoff);
@@ -131,7 +132,7 @@ void Controller::guessed(int64_t layer, const Guess& guess, std::span<const uint
                          std::vector<float>* probability) {
   const size_t n = guess.experts.size();
   probability->assign(n, 1.0f);
-  if (prompt_) return;  // of a prompt: nothing is known, and nearly all is used
+  if (prompt_) return;  // in a prompt nothing is known, and nearly all experts are used
   const int64_t ahead = std::clamp<int64_t>(guess.layer - layer, 1, kMaxDistance);
   const size_t kind = !guess.remembered               ? static_cast<size_t>(ahead - 1)
                       : guess.layer >= shape_.n_layer ? kRememberedNext

@@ -11,13 +11,14 @@ namespace stoker {
 
 namespace {
 
-// Reads under way at once, guesses included: enough to keep the disk busy until the next look, and
-// no more, because a later guess is a better one.
+// The most reads in flight at once, guesses included: enough to keep the disk busy until the next
+// look, and no more, because a later guess is a better one.
 constexpr int64_t kDecodeReads = 3;
 constexpr int64_t kPromptReads = 64;
-// A certain prefetch cannot turn out wrong: enough reads that the disk has always the next one.
+// A certain prefetch cannot turn out wrong: the disk gets so many reads that it always has the next
+// one.
 constexpr int64_t kCertainReads = 8;
-// Least probability of a guess that is read into an empty slot.
+// The least probability of a guess that is read into an empty slot.
 constexpr float kFillThreshold = 0.2f;
 
 double now() {
@@ -42,7 +43,7 @@ class FlashLease : public ExpertLease {
     for (size_t i = 0; i < experts_.size(); ++i) {
       const int32_t index = static_cast<int32_t>(i);
       FlashExperts::Slot* slot = store_.cache_.find(unit(i));
-      // Looked at once: a prefetch may end, and fail, at any moment.
+      // The status is loaded once, because a prefetch may end, and fail, at any moment.
       const IoStatus status =
           slot ? slot->job.status.load(std::memory_order_acquire) : IoStatus::kIdle;
       if (status == IoStatus::kFailed) {
@@ -130,7 +131,7 @@ class FlashLease : public ExpertLease {
  private:
   UnitId unit(size_t index) const { return store_.layout_.unit(layer_, experts_[index]); }
 
-  // Reads of missing experts, as far as there are slots; then there may be room for guesses.
+  // Submits reads of missing experts while there are slots; then there may be room for guesses.
   void request_missing() {
     while (missing_next_ < missing_.size()) {
       const int32_t index = missing_[missing_next_];
@@ -149,7 +150,7 @@ class FlashLease : public ExpertLease {
     store_.pump();
   }
 
-  // What has arrived goes from waiting_ to give_.
+  // Moves the experts that have arrived from waiting_ to give_.
   void collect() {
     store_.reap();
     for (size_t i = 0; i < waiting_.size();) {
@@ -190,7 +191,7 @@ class FlashLease : public ExpertLease {
   std::vector<int32_t> experts_;
   const Routes& routes_;
   double began_ = 0;
-  std::vector<FlashExperts::Slot*> slots_;  // [experts], null: not pinned by this lease
+  std::vector<FlashExperts::Slot*> slots_;  // [experts], null: this lease does not pin it
   std::vector<Expert> views_;               // [experts]
   std::vector<int8_t> source_;
   std::vector<float> wait_;
@@ -223,7 +224,7 @@ FlashExperts::FlashExperts(Layout layout, std::shared_ptr<FlashReader> reader,
 }
 
 FlashExperts::~FlashExperts() {
-  // Reads end before their slots go.
+  // The reads must end before their slots are freed.
   std::vector<IoJob*> jobs;
   for (const ReadInFlight& f : reads_) jobs.push_back(&f.slot->job);
   reader_->end(jobs);
@@ -241,11 +242,12 @@ void FlashExperts::begin(const Step& step, const std::function<void()>* poll) {
   certain_queued_ = 0;
   if (history_.as_foretold()) {
     std::erase_if(candidates_,
-                  [](const Candidate& w) { return w.certain; });  // of an interrupted forward pass
+                  // Left by an interrupted forward pass.
+                  [](const Candidate& w) { return w.certain; });
   } else {
     candidates_.clear();
   }
-  publish();  // of a forward pass that was interrupted
+  publish();  // the counts of a forward pass that was interrupted
   controller_.begin(step, now(), reader_->io().statistics().busy_s);
   if (predictor_) predictor_->begin(step);
 }
@@ -272,8 +274,8 @@ void FlashExperts::prefetch_certain(int64_t layer, const Routes& routes) {
 
 void FlashExperts::queue_certain() {
   if (certain_queued_ == certain_.size()) return;
-  // What is queued for stays in its slot until its layer comes. The layer that computes and the
-  // policy keep the rest; the next layer always gets its candidates.
+  // A prefetched expert stays in its slot until its layer comes. Some slots are left to the layer
+  // that computes and to the policy; the next layer always gets its candidates.
   std::vector<int64_t> room(layout_.class_units().size());
   for (size_t c = 0; c < room.size(); ++c) {
     room[c] = cache_.n_slots(static_cast<int>(c)) - 2 * used_;
@@ -310,8 +312,8 @@ std::unique_ptr<ExpertLease> FlashExperts::acquire(int64_t layer, std::span<cons
   history_.take(layer, routes);
   controller_.judge(layer, experts);
   if (predictor_) predictor_->observe(layer, routes);
-  // Candidates for this layer are moot now; the rest of them wait until its misses are on their
-  // way.
+  // Candidates for this layer are obsolete now; the others wait until this layer's misses are being
+  // read.
   const auto past = [&](const Candidate& w) { return w.visit <= visit(layer); };
   std::erase_if(candidates_, past);
   const auto queued = certain_.begin() + static_cast<int64_t>(certain_queued_);
@@ -335,10 +337,10 @@ void FlashExperts::look_ahead(int64_t layer, RouterProbe& ahead) {
     }
     controller_.guessed(layer, guess, resident_, &probabilities_);
     if (!controller_.prefetches()) continue;
-    // Every expert of a prompt's guess was chosen by some token.
+    // Every expert in a guess for a prompt was chosen by some token.
     const float threshold = step_.is_prompt() ? 0 : controller_.threshold();
     for (size_t i = 0; i < units_.size(); ++i) {
-      // While the cache fills, an idle disk may as well fetch what is likely at some later time.
+      // While the cache fills, an idle disk can fetch what is likely to be used at some later time.
       if (probabilities_[i] < (cache_.has_free(units_[i]) ? kFillThreshold : threshold)) continue;
       add_candidate({units_[i], visit(guess.layer), probabilities_[i]});
     }
@@ -506,7 +508,7 @@ double FlashExperts::flash_bandwidth(int64_t bytes, uint64_t seed) {
   int64_t total = 0;
   IoJob job;
   for (size_t i = 0; total < bytes; ++i) {
-    // What is read is never looked at: buffers may be shared.
+    // Nobody looks at the bytes, so the buffers may be shared.
     uint8_t* into = memory.data() + i % kBuffers * room;
     layout_.prepare(units[random() % units.size()], into, job);
     for (int r = 0; r < job.n_reads; ++r) {

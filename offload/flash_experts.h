@@ -1,5 +1,5 @@
-// Experts on flash, some of them in the cache: hits are given at once, misses in order of arrival,
-// and what the predictor expects is read meanwhile.
+// FlashExperts keeps some experts in a cache and reads the others from flash: it gives hits at once
+// and misses in order of arrival, and meanwhile reads what the predictor expects.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +23,10 @@ namespace stoker {
 struct Access {
   int32_t evaluation = 0;  // chunks since the trace began
   Phase phase = Phase::kPrompt;
-  int32_t tokens = 0;      // of the chunk
-  int32_t token = 0;       // of the chunk
-  int64_t sequence = 0;    // of the token
-  int32_t id = 0;          // of the token in the vocabulary
+  int32_t tokens = 0;      // tokens of the chunk
+  int32_t token = 0;       // index of the token in the chunk
+  int64_t sequence = 0;    // id of the token's sequence
+  int32_t id = 0;          // id of the token in the vocabulary
   int16_t layer = 0;
   int16_t rank = 0;  // 0: the router's first choice
   int32_t expert = 0;
@@ -38,7 +38,7 @@ struct Access {
 class FlashExperts : public ExpertStore {
  public:
   struct Options {
-    std::vector<int64_t> slots;  // of each size class
+    std::vector<int64_t> slots;  // slots of each size class
     std::string policy{kDefaultPolicy};
     std::string predictor{kDefaultPredictor};
     std::string predictor_state;  // what it has learnt before; empty: nothing
@@ -61,24 +61,24 @@ class FlashExperts : public ExpertStore {
   const Layout& layout() const { return layout_; }
   const Cache& cache() const { return cache_; }
   const FlashReader& reader() const { return *reader_; }
-  // Since the load, as it was between two chunks; for any thread.
+  // Returns the counts as of the end of the last chunk. Any thread may call it.
   StoreStatistics statistics() const;
-  // The same, now; under the pool's lease.
+  // Returns the counts of this moment. Called under the pool's lease.
   const StoreCounters& counters() const { return statistics_; }
-  // How prefetch goes, for people; for any thread.
+  // Returns how prefetch is doing, for people. Any thread may call it.
   std::string prefetch_description() const;
-  // Sequences' `bytes` come out of the cache (0: it would be too small to work), and go back to it.
-  // Their bytes. Between chunks.
+  // Takes `bytes` out of the cache for the pages of sequences, or gives them back. Returns how many
+  // bytes it was: 0 where the cache would become too small to work. Called between chunks.
   int64_t lend(int64_t bytes);
   int64_t take_back(int64_t bytes) { return cache_.take_back(bytes); }
   Predictor* predictor() { return predictor_.get(); }
 
-  void record(bool on);              // tracing
-  std::vector<Access> take_trace();  // what was recorded since the last call
-  // Bytes a second of reading randomly chosen units, about `bytes` of them, with as many reads
-  // under way as the reader takes.
+  void record(bool on);              // switches tracing on or off
+  std::vector<Access> take_trace();  // returns what was recorded since the last call
+  // Measures the bandwidth, bytes a second, of reading about `bytes` of randomly chosen units, with
+  // as many reads in flight as the reader takes.
   double flash_bandwidth(int64_t bytes, uint64_t seed);
-  void forget();  // empties the cache: for measurements from cold
+  void forget();  // empties the cache, for measurements from cold
 
  private:
   friend class FlashLease;
@@ -88,18 +88,19 @@ class FlashExperts : public ExpertStore {
     UnitId unit;
     int64_t visit;  // of the layer it is for
     float probability;
-    bool certain = false;  // it will be used: it waits for a slot where a guess is given up
+    bool certain = false;  // It will be used: it waits for a slot where a guess is given up
   };
 
   int64_t visit(int64_t layer) const { return pass_ * layout_.n_layer() + layer; }
   void submit(Slot& slot, bool demand);
-  // Books the reads that have ended; land(): one of them.
+  // reap() records the reads that have ended; land() records one of them.
   void reap();
   void land(size_t read_index);
   void land(const Slot& slot);
   // Cancels prefetches whose layer has come without them.
   void cancel_stale();
-  // Cancels the latest prefetch that has not begun, for its slot. False where there is none.
+  // Cancels the latest prefetch that has not begun, to free its slot. Returns false if there is
+  // none.
   bool cancel_one();
   void land_cancelled(size_t read_index);
   void publish();
@@ -119,17 +120,17 @@ class FlashExperts : public ExpertStore {
   const int64_t used_;  // experts of a layer that one token uses
   int64_t pass_ = 0;    // chunks so far
   Step step_;           // this chunk
-  int64_t layer_ = -1;  // acquired last
+  int64_t layer_ = -1;  // the layer acquired last
   const std::function<void()>* poll_ = nullptr;
   struct ReadInFlight {
     Slot* slot;
-    int64_t visit;  // that a prefetch is for
+    int64_t visit;  // the visit that a prefetch is for
     bool demand;
   };
   std::vector<ReadInFlight> reads_;
-  std::vector<Candidate> candidates_;  // by visit, then the likeliest first
-  std::vector<Candidate> certain_;     // of later layers, by visit
-  size_t certain_queued_ = 0;  // of them, from the first: those that are candidates or in the cache
+  std::vector<Candidate> candidates_;  // by visit, then by falling probability
+  std::vector<Candidate> certain_;     // certain prefetches of later layers, by visit
+  size_t certain_queued_ = 0;  // how many of them, from the first, are candidates or in the cache
   std::vector<Guess> guesses_;
   std::vector<UnitId> units_;
   std::vector<uint8_t> resident_;

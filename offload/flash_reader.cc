@@ -13,7 +13,7 @@ namespace {
 // Reads of this size use all the bandwidth of the disks that we measured, and several of them
 // spread over the readers.
 constexpr uint64_t kPieceBytes = uint64_t{1} << 20;
-// How often somebody who waits looks for Ctrl-C.
+// How often a waiting caller checks for Ctrl-C.
 constexpr std::chrono::milliseconds kPoll{20};
 
 }  // namespace
@@ -25,7 +25,7 @@ FlashReader::FlashReader(const std::vector<std::string>& paths, const std::vecto
 void FlashReader::on_job_end(IoJob&) {
   ended_.fetch_add(1);
   if (waiting_.load()) {
-    // Under the mutex, so that the notification cannot fall between the waiter's look and its
+    // The mutex is held so that the notification cannot fall between the waiter's check and its
     // sleep.
     const std::lock_guard lock(mutex_);
     changed_.notify_all();
@@ -82,7 +82,7 @@ void FlashReader::read_all(std::span<const Piece> pieces, const std::function<vo
       await(jobs[i], poll);
       if (jobs[i].status.load() != IoStatus::kDone) throw_failed(jobs[i]);
     } catch (...) {
-      // The jobs must have ended before they go.
+      // The jobs must have ended before they are destroyed.
       std::vector<IoJob*> rest;
       for (size_t j = i; j < jobs.size(); ++j) rest.push_back(&jobs[j]);
       end(rest);

@@ -1,4 +1,4 @@
-// An I/O backend with someone to wait on it.
+// FlashReader is an I/O backend with a way to wait for its jobs.
 #pragma once
 
 #include <atomic>
@@ -23,7 +23,8 @@ class FlashReader : private IoListener {
   IoBackend& io() { return *backend_; }
   const IoBackend& io() const { return *backend_; }
 
-  // Jobs that have ended so far, modulo 2^32: take it, look at the jobs, then wait() for more.
+  // Returns the number of jobs that have ended so far, modulo 2^32. A caller reads it, looks at the
+  // jobs, then calls wait() for more.
   uint32_t ended() const { return ended_.load(std::memory_order_acquire); }
   // Returns once ended() differs from `seen`, or after 20 ms.
   void wait(uint32_t seen);
@@ -32,9 +33,9 @@ class FlashReader : private IoListener {
   // Cancels those of the jobs that have not begun, and waits for the others.
   void end(std::span<IoJob* const> jobs);
 
-  // Extents to memory, `into[i]` as they lie in a page-aligned copy: byte 0 of extent i is at
-  // into[i] + offset % kIoAlign. poll is called every 20 ms and may throw. Throws Error(kDevice),
-  // Error(kModelFile).
+  // Reads extents to memory. `into[i]` has the layout of a page-aligned copy: byte 0 of extent i is
+  // at into[i] + offset % kIoAlign. poll is called every 20 ms and may throw. Throws
+  // Error(kDevice), Error(kModelFile).
   struct Piece {
     Extent extent;
     uint8_t* into;
@@ -48,10 +49,10 @@ class FlashReader : private IoListener {
   std::atomic<bool> waiting_{false};
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::unique_ptr<IoBackend> backend_;  // last: its threads call on_job_end
+  std::unique_ptr<IoBackend> backend_;  // the last member: its threads call on_job_end
 };
 
-// The failed job's error as an exception.
+// Throws the failed job's error as an exception.
 [[noreturn]] void throw_failed(const IoJob& job);
 
 }  // namespace stoker

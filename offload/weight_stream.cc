@@ -10,7 +10,7 @@ namespace stoker {
 
 namespace {
 
-// What is being computed with takes at most this part of the ring.
+// The weights being computed with take at most one part in this many of the ring.
 constexpr uint64_t kGivenShare = 4;
 
 double now() {
@@ -29,7 +29,7 @@ int64_t lent_bytes(const StreamPlan& plan) {
   return bytes;
 }
 
-// Pages that a row may touch.
+// Returns the bytes of the pages that a row may touch.
 uint64_t row_span(const StreamTensor& t) {
   return (static_cast<uint64_t>(t.row_bytes()) + 2 * kIoAlign - 1) / kIoAlign * kIoAlign;
 }
@@ -84,7 +84,7 @@ WeightStream::~WeightStream() { drop(ring_.size()); }
 void WeightStream::begin(Phase phase, const std::function<void()>* poll) {
   decode_ = phase != Phase::kPrompt;
   poll_ = poll;
-  release();  // what a forward pass that failed has left
+  release();  // releases what a failed forward pass has left
 }
 
 const uint8_t* WeightStream::weights(int32_t i, const uint8_t* data) const {
@@ -104,7 +104,7 @@ const uint8_t* WeightStream::get(int32_t i, bool wait) {
   auto it = find();
   if (it == ring_.end()) {
     if (!first) return nullptr;
-    // Not what was expected: a forward pass was broken off, or leaves out the output.
+    // The request is unexpected: a forward pass was interrupted, or leaves out the output.
     drop(ring_.size());
     next_ = wanted;
     pump();
@@ -122,12 +122,12 @@ const uint8_t* WeightStream::get(int32_t i, bool wait) {
   if (status != IoStatus::kDone) {
     const std::string error = it->job.error;
     drop(ring_.size());
-    next_ = wanted;  // to be read again
+    next_ = wanted;  // it will be read again
     throw Error(ErrorKind::kDevice, error);
   }
   const auto at = static_cast<size_t>(it - ring_.begin());
   if (at >= given_) {
-    // Reads go on while what was given is computed with.
+    // Reads continue while the weights that were given are computed with.
     if (!first && given_bytes_ + it->taken > arena_.size() / kGivenShare) return nullptr;
     count(static_cast<int64_t>(it->job.reads[0].bytes), 0);
     given_bytes_ += it->taken;
@@ -139,7 +139,7 @@ const uint8_t* WeightStream::get(int32_t i, bool wait) {
 
 void WeightStream::release() {
   if (last_given_ >= 0) {
-    // A read whose last piece was not asked for yet is kept.
+    // A read whose last piece has not been asked for yet is kept.
     const bool more = last_given_ + 1 < read(ring_[given_ - 1].read).last;
     drop(given_ - (more ? 1 : 0));
   }
@@ -260,7 +260,7 @@ void WeightStream::pump() {
   while (ring_.size() < streamed_.size()) {
     const Extent& extent = read(next_).extent;
     const auto span = static_cast<uint64_t>(page_span(extent));
-    // A read lies in one part; what the arena's end is too short for is skipped.
+    // A read must be contiguous; the end of the arena is skipped where it is too short.
     const bool wraps = head_ + span > arena_.size();
     const uint64_t skipped = wraps ? arena_.size() - head_ : 0;
     if (used_ + skipped + span > arena_.size()) return;

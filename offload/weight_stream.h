@@ -1,5 +1,5 @@
-// The weights that every token uses, where they do not all fit the memory: some pieces stay, the
-// others pass through a ring, read ahead in the order of use.
+// WeightStream holds the weights that every token uses, where they do not all fit in memory: some
+// pieces are pinned, the others are streamed through a ring, read ahead in the order of use.
 #pragma once
 
 #include <atomic>
@@ -18,7 +18,7 @@
 
 namespace stoker {
 
-// Used by one thread at a time: the evaluating one, under the pool's lease.
+// One thread uses it at a time: the evaluating one, under the pool's lease.
 class WeightStream {
  public:
   // lookup: a matrix of which forward passes look up single rows, the embeddings; it may be one of
@@ -29,11 +29,12 @@ class WeightStream {
   WeightStream(const WeightStream&) = delete;
   WeightStream& operator=(const WeightStream&) = delete;
 
-  // A chunk of rows begins its forward pass. poll is called every 20 ms of waiting and may throw;
+  // Begins the forward pass of a chunk of rows. poll is called every 20 ms of waiting and may throw;
   // it must live until the forward pass ends.
   void begin(Phase phase, const std::function<void()>* poll);
 
-  // The pieces of a tensor, by number: [first, last), ascending rows; empty: it is in memory.
+  // A range of a tensor's pieces, by number: [first, last), ascending rows; empty: it is pinned as
+  // a whole.
   struct Range {
     int32_t first = 0, last = 0;
   };
@@ -43,50 +44,53 @@ class WeightStream {
   }
   const StreamPiece& piece(int32_t i) const { return plan_.pieces[static_cast<size_t>(i)]; }
 
-  // The weights of a piece, rows one after the other; valid until release(). Null where they are
-  // still being read and `wait` is false, or where others must be released first: not so for the
-  // first one after release(), for which it waits. Throws Error(kDevice) where a read failed.
+  // Returns the weights of a piece, rows one after the other; valid until release(). Null where
+  // they are still being read and `wait` is false, or where others must be released first: this
+  // does not apply to the first one after release(), for which it waits. Throws Error(kDevice)
+  // where a read failed.
   const uint8_t* get(int32_t piece, bool wait);
-  // What get() gave is done with: reads go on in its place.
+  // Releases what get() gave, so that reads can take its place in the ring.
   void release();
 
-  // Gives up lent weights (stream_plan.h) of at least `bytes`, or all of them; their bytes. Takes
-  // back such weights of at most `bytes`, which are read again; their bytes. Between chunks.
+  // lend() gives up lent weights (stream_plan.h) of at least `bytes`, or all of them; take_back()
+  // pins such weights of at most `bytes` again, which it reads. Both return the bytes that it was,
+  // and are called between chunks.
   int64_t lend(int64_t bytes);
   int64_t take_back(int64_t bytes);
 
-  // Rows of the lookup matrix, at most kLookupRows of them; valid until the next call.
+  // Returns rows of the lookup matrix, at most kLookupRows of them; valid until the next call.
   static constexpr size_t kLookupRows = 32;
   std::span<const uint8_t* const> rows(std::span<const int32_t> numbers);
-  // Memory of rows() for such a matrix.
+  // Returns the memory that rows() needs for such a matrix.
   static int64_t lookup_bytes(const StreamTensor& lookup);
 
   const StreamPlan& plan() const { return plan_; }
   const FlashReader& reader() const { return *reader_; }
-  // Since the load; for any thread.
+  // Returns the counts since the load. Any thread may call it.
   StreamCounters statistics() const;
-  // Bytes a second of reading `bytes` of the streamed pieces, as many reads under way as the
-  // reader takes, from a random one on.
+  // Measures the bandwidth, bytes a second, of reading `bytes` of the streamed pieces from a random
+  // one on, with as many reads in flight as the reader takes.
   double flash_bandwidth(int64_t bytes, uint64_t seed);
 
  private:
   // A read in the ring, or on its way there.
   struct Passing {
     int32_t read = 0;
-    uint8_t* data = nullptr;  // of its first page
-    uint64_t taken = 0;       // bytes of the ring, what was skipped at its end included
+    uint8_t* data = nullptr;  // start of its first page
+    uint64_t taken = 0;       // bytes of the ring, including those skipped at its end
     IoJob job;
   };
 
   const StreamRead& read(int32_t i) const { return plan_.reads[static_cast<size_t>(i)]; }
-  // Where a piece lies in its read at `data`.
+  // Returns the address of a piece in its read at `data`.
   const uint8_t* weights(int32_t piece, const uint8_t* data) const;
   int32_t streamed_after(int32_t read) const;
   // The streamed reads have changed: reads go on with the first one that is not in the ring.
   void restart();
   // Submits reads while the ring has room.
   void pump();
-  // Ends the reads of the first `count` of ring_, or throws them away where they have not begun.
+  // Removes the first `count` reads of ring_: it cancels those that have not begun and waits for
+  // the others.
   void drop(size_t count);
   const std::function<void()>& poll() const { return poll_ ? *poll_ : none_; }
   void count(int64_t bytes, double stall_s);
@@ -95,17 +99,17 @@ class WeightStream {
   const StreamPlan plan_;
   const StreamTensor lookup_;
   HugeMemory kept_, arena_, lent_memory_;
-  std::vector<Range> ranges_;      // by tensor
-  std::vector<uint8_t*> pinned_;   // [reads], of the pinned ones, else null
+  std::vector<Range> ranges_;      // pieces of each tensor
+  std::vector<uint8_t*> pinned_;   // [reads], null for the streamed ones
   std::vector<int32_t> streamed_;  // streamed reads, ascending
   std::vector<uint8_t*> lent_at_;  // [plan's lent] where each is, or was
   size_t given_up_ = 0;            // of the plan's lent, from the first
   std::deque<Passing> ring_;       // in the order of use
-  size_t given_ = 0;               // of it, from the first, up to the last that get() gave from
+  size_t given_ = 0;               // reads of ring_ up to the last that get() gave from
   int32_t last_given_ = -1;        // piece; -1: none since release()
-  uint64_t given_bytes_ = 0;       // of the ring, since release()
-  int32_t next_ = 0;               // read that comes next
-  uint64_t head_ = 0, used_ = 0;   // where in the arena the next piece goes; bytes taken
+  uint64_t given_bytes_ = 0;       // bytes of the ring given since release()
+  int32_t next_ = 0;               // the next read to submit
+  uint64_t head_ = 0, used_ = 0;   // place of the next read in the arena; bytes taken
   std::vector<const uint8_t*> rows_;
   HugeMemory row_memory_;
   bool decode_ = false;

@@ -1,4 +1,4 @@
-// How each backend of io_backends.inc is opened.
+// Declares the functions that open the backends of io_backends.inc.
 #pragma once
 
 #include <memory>
@@ -8,7 +8,7 @@
 
 namespace stoker {
 
-// Throw Error(kOption) where options.backend, a script included, cannot be used here.
+// They throw Error(kOption) where options.backend, a script included, cannot be used here.
 #define STOKER_IO_BACKEND(name, summary)                                       \
   std::unique_ptr<IoBackend> open_##name(std::shared_ptr<const IoFiles> files, \
                                          const IoOptions& options, IoListener* listener);

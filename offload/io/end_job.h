@@ -1,4 +1,4 @@
-// The two ends of a job, the same for every backend.
+// How a job is checked at its submission and ended, the same for every backend.
 #pragma once
 
 #include <stdexcept>
@@ -9,7 +9,7 @@
 
 namespace stoker {
 
-// Throws std::invalid_argument where a job is not one that can be submitted.
+// Throws std::invalid_argument where a job cannot be submitted.
 inline void check_job(const IoFiles& files, const IoJob& job) {
   if (job.n_reads < 1 || job.n_reads > IoJob::kMaxReads) {
     throw std::invalid_argument("IoJob: expected 1 to 4 reads, found " +
@@ -32,11 +32,11 @@ inline void end_cancelled(IoJob& job) {
   job.status.store(IoStatus::kCancelled, std::memory_order_release);
 }
 
-// On an I/O thread, without the backend's lock, when no read of the job is left. The job is its
-// owner's again from the store of its status on.
+// Ends a job; called on an I/O thread, without the backend's lock, when no read of the job is left.
+// The job belongs to its owner again once its status is stored.
 inline void end_job(const IoFiles& files, IoJob& job, IoListener* listener) {
   IoStatus status = JobQueue::outcome(job);
-  // After the bytes have arrived: a write before the read is in the time that is compared here.
+  // The check follows the arrival of the bytes, so that it also finds a write made before the read.
   for (int i = 0; status == IoStatus::kDone && i < job.n_reads; ++i) {
     const int32_t file = job.reads[static_cast<size_t>(i)].file;
     if (i > 0 && file == job.reads[static_cast<size_t>(i - 1)].file) continue;

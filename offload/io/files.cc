@@ -66,7 +66,7 @@ AlignedBytes aligned_bytes(uint64_t n) {
   return AlignedBytes(static_cast<uint8_t*>(::operator new(n, std::align_val_t(kIoAlign))));
 }
 
-// The file system's name where the kernel's number for it is known, for messages.
+// Returns the file system's name, for messages, where the kernel's number for it is known.
 std::string file_system(int descriptor) {
 #if defined(__linux__)
   struct statfs s;
@@ -109,7 +109,8 @@ void drop(int descriptor, uint64_t offset, uint64_t bytes) {
 #endif
 }
 
-// Bytes that arrived of [offset, offset + bytes), fewer only at the end of the file; -errno.
+// Returns how many bytes of [offset, offset + bytes) arrived, fewer only at the end of the file, or
+// -errno.
 int64_t read_some(int descriptor, uint8_t* into, uint64_t offset, uint64_t bytes) {
   for (;;) {
     const ssize_t n = ::pread(descriptor, into, bytes, static_cast<off_t>(offset));
@@ -118,8 +119,9 @@ int64_t read_some(int descriptor, uint8_t* into, uint64_t offset, uint64_t bytes
   }
 }
 
-// "" where direct reads bring what buffered ones do: some FUSE file systems accept direct I/O and
-// return stale bytes, and some drop the last, partial page. Compares the file's start and its end.
+// Returns "" where direct reads bring the same bytes as buffered ones: some FUSE file systems
+// accept direct I/O and return stale bytes, and some drop the last, partial page. Compares the
+// file's start and its end.
 std::string direct_fault(int descriptor, uint64_t size) {
   const AlignedBytes direct = aligned_bytes(kVerifyBytes), buffered = aligned_bytes(kVerifyBytes);
   const uint64_t last = size > kVerifyBytes ? (size - 1) / kIoAlign * kIoAlign : 0;
@@ -169,8 +171,8 @@ void IoFiles::close_all() {
 }
 
 void IoFiles::open(File& f, FileAccess access) {
-  // Opened without O_DIRECT, which is switched on after the comparison: one descriptor, so that
-  // both kinds of read see the same file even if the path is replaced meanwhile.
+  // The file is opened without O_DIRECT, which is switched on after the comparison: with one
+  // descriptor both kinds of read see the same file even if the path is replaced meanwhile.
   f.descriptor = ::open(f.path.c_str(), O_RDONLY | O_CLOEXEC);
   if (f.descriptor < 0) fail(f.path, std::string("cannot open: ") + std::strerror(errno));
   struct stat s;
@@ -221,7 +223,7 @@ bool IoFiles::advance(const Read& r, int64_t found, uint64_t* got, ReadOutcome* 
     *got = reached;
     return false;
   }
-  // No progress: the end of the file.
+  // A read without progress has met the end of the file.
   if (reached <= *got) {
     outcome->error = failure(r, *got, "");
     return false;
@@ -250,7 +252,7 @@ bool IoFiles::read_merged(const Read* const* reads, int n, ReadOutcome* outcome)
   uint64_t end = begin;
   for (int i = 0; i < n; ++i) {
     const Read& r = *reads[i];
-    const uint64_t shared = end - r.offset;  // 0 or one page, which the read before brings
+    const uint64_t shared = end - r.offset;  // 0 or one page, which the previous read brings
     parts[i].iov_base = r.into + shared;
     parts[i].iov_len = r.bytes - shared;
     end = r.offset + r.bytes;
@@ -325,7 +327,7 @@ std::string IoFiles::mode() const {
 
 namespace stoker {
 
-// Nothing below the constructor is reached.
+// Nothing after the constructor is reached.
 IoFiles::IoFiles(const std::vector<std::string>&, const std::vector<uint64_t>&, FileAccess) {
   throw Error(ErrorKind::kUnsupported,
               "offloading: expected Linux, Android or macOS, found a system without pread");

@@ -1,5 +1,5 @@
-// Reads from flash. A job is the reads of one unit; it is submitted once, may overtake others by
-// promotion, may be cancelled, and ends exactly once.
+// Jobs that read from flash. A job holds the reads of one unit; it is submitted once, may overtake
+// others by promotion, may be cancelled, and ends exactly once.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@
 
 namespace stoker {
 
-// Direct I/O wants offsets, lengths and addresses in multiples of this.
+// Direct I/O needs offsets, lengths and addresses that are multiples of this.
 constexpr uint64_t kIoAlign = 4096;
 
 struct Read {
@@ -25,20 +25,20 @@ struct Read {
 
 enum class IoStatus : int { kIdle, kPending, kDone, kFailed, kCancelled };
 
-// Owned by the caller; must live, and its memory with it, until the status is past kPending and,
+// The caller owns a job; the job and its memory must live until the status is past kPending and,
 // where a listener looks at the job, until on_job_end has returned.
 struct IoJob {
   static constexpr int kMaxReads = 4;
   std::array<Read, kMaxReads> reads;
   int n_reads = 0;
-  uint64_t tag = 0;  // the caller's
-  // kPending from submit() until the job ends; the store that ends it is a release, so that who
-  // reads kDone (acquire) sees the bytes.
+  uint64_t tag = 0;  // free for the caller
+  // The status is kPending from submit() until the job ends; the store that ends it is a release,
+  // so that a reader who sees kDone (acquire) sees the bytes.
   std::atomic<IoStatus> status{IoStatus::kIdle};
   std::string error;       // valid once status is kFailed: file, what was expected, what was found
-  double submitted_s = 0;  // steady clock; set by submit()
+  double submitted_s = 0;  // on the steady clock; set by submit()
   double done_s = 0;       // set before the job ends
-  // The backend's own: see job_queue.h.
+  // The fields below belong to the backend: see job_queue.h.
   int io_left = 0;
   unsigned io_begun = 0;
   bool io_demand = false;
@@ -48,15 +48,15 @@ struct IoJob {
 };
 
 struct IoStatistics {
-  int64_t reads = 0;      // system calls that completed
-  int64_t bytes = 0;      // that arrived
-  double busy_s = 0;      // time during which at least one read was in read_index
-  int64_t cancelled = 0;  // jobs
+  int64_t reads = 0;      // completed system calls
+  int64_t bytes = 0;      // bytes that arrived
+  double busy_s = 0;      // time during which at least one read was in flight
+  int64_t cancelled = 0;  // cancelled jobs
 };
 
-// Called on an I/O thread after a job has ended as kDone or kFailed (its status is set). Must be
-// quick; must not call back into the backend. Not called for kCancelled: that ends on the thread
-// that cancels (or destroys the backend), which knows.
+// on_job_end is called on an I/O thread after a job has ended as kDone or kFailed (its status is
+// set). It must be quick and must not call back into the backend. It is not called for kCancelled,
+// because the thread that cancels (or destroys the backend) knows of that end.
 struct IoListener {
   virtual void on_job_end(IoJob& job) = 0;
 
@@ -67,16 +67,18 @@ struct IoListener {
 class IoBackend {
  public:
   virtual ~IoBackend() =
-      default;  // waits for what is in read_index; pending jobs end as kCancelled
-  // demand: before every job that is not. Within a priority: first come, first served.
+      default;  // waits for the reads in flight; pending jobs end as kCancelled
+  // Submits a job. Demands come before all other jobs; within a priority the order is first come,
+  // first served.
   virtual void submit(IoJob& job, bool demand) = 0;
-  // A waiting job becomes a demand; nothing where it is one or has ended.
+  // Makes a waiting job a demand; does nothing where it is one or has ended.
   virtual void promote(IoJob& job) = 0;
-  // Ends the job as kCancelled if none of its reads has begun: true. Otherwise it goes on: false.
+  // Ends the job as kCancelled and returns true if none of its reads has begun. Otherwise the job
+  // goes on and the result is false.
   virtual bool cancel(IoJob& job) = 0;
   virtual IoStatistics statistics() const = 0;
-  // For people: "pread_pool, 4 readers, direct" or "..., buffered: the file system refuses direct
-  // I/O (tmpfs)".
+  // Returns a description for people: "pread_pool, 4 readers, direct" or "..., buffered: the file
+  // system refuses direct I/O (tmpfs)".
   virtual std::string description() const = 0;
 };
 
@@ -86,7 +88,7 @@ struct IoOptions {
   bool direct = true;
 };
 
-// Files are opened, their sizes compared with `sizes`, and direct I/O verified once by comparing a
+// Opens the files, compares their sizes with `sizes`, and verifies direct I/O once by comparing a
 // piece with a buffered read; falls back to buffered reads where that fails. Throws
 // Error(kModelFile) where a file cannot be opened or has another size, Error(kOption) for an
 // unknown backend.

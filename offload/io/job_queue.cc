@@ -87,11 +87,11 @@ int JobQueue::take_following(TakenRead* taken) {
   int n = 1;
   IoJob* job = list(*taken[0].job).first;
   for (int seen = 0; job && seen < kMergeLookahead && n < kMaxMerged; ++seen) {
-    IoJob* const next = job->io_after;  // begin() may take `job` out
+    IoJob* const next = job->io_after;  // begin() may remove `job` from its list
     for (int i = 0; i < job->n_reads && n < kMaxMerged; ++i) {
       const Read& r = job->reads[static_cast<size_t>(i)];
       if (!waits(*job, i) || r.file != first.file || r.bytes >= kSmallRead) continue;
-      // Neighbours of sizes that are no multiple of a page share one.
+      // Neighbours whose sizes are not multiples of a page share one.
       if (r.offset != end && r.offset + kIoAlign != end) continue;
       const uint64_t r_end = r.offset + r.bytes;
       if (r_end <= end || r_end - first.offset > kMaxMergedBytes) continue;

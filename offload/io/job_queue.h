@@ -1,7 +1,8 @@
-// Jobs that wait, and the books of those begun. No lock of its own: its backend's.
+// JobQueue holds the jobs that wait and tracks the reads of those that have begun. It has no lock
+// of its own: the backend's lock protects it.
 //
-// Two lists, demands and the rest, each first come first served and linked through the jobs
-// themselves (io_before, io_after), so that nothing is allocated and that promotion and
+// It keeps two lists, demands and the rest, each first come first served and linked through the
+// jobs themselves (io_before, io_after), so that nothing is allocated and that promotion and
 // cancellation take the same time however many jobs wait. A job is in a list (io_queued) while a
 // read of it waits; io_begun has bit i set once its read i has begun; io_left counts the reads that
 // have not ended. A job whose read failed, or that a closing backend gives up, leaves its list and
@@ -12,7 +13,7 @@
 
 namespace stoker {
 
-// One read of a job, taken out of the queue.
+// One read of a job that was taken out of the queue.
 struct TakenRead {
   IoJob* job = nullptr;
   int index = 0;
@@ -29,25 +30,26 @@ class JobQueue {
   bool empty() const { return !lists_[0].first && !lists_[1].first; }
   void push(IoJob& job, bool demand);
   void promote(IoJob& job);
-  // Takes a job out of which no read has begun: true. Sets no status.
+  // Removes a job none of whose reads has begun and returns true. It sets no status.
   bool cancel(IoJob& job);
 
-  // The next read: demands first. `skip` reads of the same priority are passed over (for tests);
-  // at most waiting() - 1.
+  // Takes the next read, demands first. It passes over `skip` reads of the same priority (for
+  // tests); `skip` is at most waiting() - 1.
   TakenRead take(int skip = 0);
-  // Reads that wait in the list that take() would serve.
+  // Returns the number of reads that wait in the list that take() would serve.
   int waiting() const;
-  // After a take(): the small reads of the same priority, among the next few jobs, that continue
-  // taken[0] in its file. Adds them at taken[1..]; returns the number of reads in `taken`.
+  // Takes, after a take(), the small reads of the same priority, among the next few jobs, that
+  // continue taken[0] in its file. Adds them at taken[1..]; returns the number of reads in `taken`.
   int take_following(TakenRead* taken);
 
-  // A read ended; error is empty or says why it failed. True if it was the job's last: the caller
-  // then calls end_job().
+  // Records that a read ended; error is empty or says why it failed. Returns true if it was the
+  // job's last read: the caller then calls end_job().
   bool end_read(IoJob& job, const std::string& error);
-  // For a backend that closes: the next waiting job leaves its list, without the reads that have
-  // not begun. True where none of the others is in read_index: the caller ends the job.
+  // Removes the next waiting job from its list, for a backend that closes, and drops its reads that
+  // have not begun. *ended is true where none of its other reads is in flight: the caller then ends
+  // the job.
   IoJob* give_up(bool* ended);
-  // The status of a job of which no read is left.
+  // Returns the status of a job that has no reads left.
   static IoStatus outcome(const IoJob& job);
 
  private:

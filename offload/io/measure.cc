@@ -19,20 +19,21 @@ namespace stoker {
 namespace {
 
 constexpr uint64_t kPiece = uint64_t{256} << 10;
-constexpr int kJobs = 8;  // in a round of one backend: 2 MB
+constexpr int kJobs = 8;  // of one backend in a round: 2 MB
 constexpr int kMaxRounds = 8;
-// A slow disk ends the measurement early, without an answer: there, both wait for the disk.
+// A slow disk ends the measurement early, without an answer, because both backends then wait for
+// the disk.
 constexpr double kMaxSeconds = 0.045;
-// uring has to win by this: rounds differ by a tenth from noise alone, and only pread_pool joins
-// small neighbours.
+// uring must be faster by this factor: rounds differ by a tenth from noise alone, and only
+// pread_pool joins small neighbours.
 constexpr double kMargin = 1.25;
 
 struct AlignedDelete {
   void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t(kIoAlign)); }
 };
 
-// Seconds of one round of kJobs jobs at places of its own; < 0 where a read failed or the round
-// would have gone on beyond the deadline.
+// Returns the seconds of one round of kJobs jobs at places of its own; < 0 where a read failed or
+// the round would have passed the deadline.
 double round_seconds(IoBackend& io, int32_t file, const uint64_t* places, uint8_t* into,
                      double deadline) {
   std::array<IoJob, kJobs> jobs;
@@ -77,7 +78,7 @@ bool uring_is_faster(const std::shared_ptr<const IoFiles>& files, const IoOption
 
   const std::unique_ptr<uint8_t, AlignedDelete> memory(
       static_cast<uint8_t*>(::operator new(kJobs* kPiece, std::align_val_t(kIoAlign))));
-  // Places differ, because whatever lies below may remember those that the other has read.
+  // The two backends read different places, because the storage may cache what the other has read.
   std::vector<uint64_t> places(pieces);
   for (uint64_t i = 0; i < pieces; ++i) places[i] = i;
   std::minstd_rand random(1);

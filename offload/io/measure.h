@@ -1,4 +1,4 @@
-// The choice between the backends that read directly, by trying them.
+// Chooses between the backends that read directly by trying them.
 #pragma once
 
 #include <memory>
@@ -8,9 +8,9 @@
 
 namespace stoker {
 
-// Reads at most 32 MB of the largest file, for about 50 ms, by turns through uring and pread_pool
-// with options.readers. False where uring cannot be used, is not clearly faster, or where the file
-// is too small to tell.
+// Reads at most 32 MB of the largest file, for about 50 ms, alternating between uring and
+// pread_pool, with options.readers. Returns false where uring cannot be used or is not clearly
+// faster, and where the file is too small to tell.
 bool uring_is_faster(const std::shared_ptr<const IoFiles>& files, const IoOptions& options);
 
 }  // namespace stoker

@@ -1,9 +1,11 @@
-// Copies out of a shared map, one page fault at a time: how engines without an I/O layer read. Here
-// to be compared with; it fills the page cache, and the kernel takes pages back when it likes.
+// This backend copies out of a shared map, one page fault at a time, as engines without an I/O
+// layer read. It serves as a comparison; it fills the page cache, and the kernel reclaims pages at
+// any time.
 //
-// A page of a map beyond the end of its file kills the process with SIGBUS. Each copy is preceded
-// by an fstat, so that a file that was truncated before it fails the job like any other change; a
-// truncation in the microseconds between the two still kills. Another reason not to use this one.
+// Touching a page of a map beyond the end of its file kills the process with SIGBUS. Each copy is
+// preceded by an fstat, so that a file that was truncated before it fails the job like any other
+// change; a truncation in the microseconds between the two still kills the process. That is another
+// reason not to use this backend.
 #include <cerrno>
 #include <cstring>
 #include <memory>
@@ -71,7 +73,7 @@ class MapCopy final : public ReadMethod {
   }
 
   const std::shared_ptr<const IoFiles> files_;
-  std::vector<const uint8_t*> maps_;  // one a file
+  std::vector<const uint8_t*> maps_;  // one map a file
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Reads the true bytes, with scripted delays, orders and faults: "null:SCRIPT", or "null" for none.
+// This backend reads the true bytes, with scripted delays, orders and faults: "null:SCRIPT", or
+// "null" for none.
 // SCRIPT is a list of items between commas:
 //   delay=A..Bms    each read takes A to B ms longer, uniformly ("delay=3ms": always 3)
 //   spike=Dms@P     with probability P a read takes D ms longer
@@ -7,8 +8,8 @@
 //   short=P         with probability P a read ends early, as at the end of a truncated file
 //   fail=N          read number N (from 1, in the order in which reads begin) fails with EIO
 //   seed=S          of all these draws; 0
-// What happens to read number N follows from S and N alone, so that a failure can be repeated;
-// which bytes are read as number N depends, with several readers, on when they come round.
+// What happens to read number N follows from S and N alone, so that a failure can be repeated; with
+// several readers, which bytes are read as number N depends on their timing.
 #include <cerrno>
 #include <charconv>
 #include <chrono>
@@ -48,8 +49,8 @@ struct Script {
                   std::string(item) + "\"");
 }
 
-// Not std::from_chars, which has no floating point in every library, nor strtod, which reads the
-// locale.
+// std::from_chars has no floating point in some libraries, and strtod reads the locale, so this
+// function replaces both.
 double number(std::string_view text, std::string_view item) {
   double value = 0, scale = 1;
   bool fraction = false, digits = false;
@@ -146,7 +147,7 @@ class Scripted final : public ReadMethod {
       return outcome;
     }
     if (draw(number, Draw::kShort) < script_.cut && r.needed > 0) {
-      // Some of the bytes arrive, as they would.
+      // Some of the bytes arrive, as in a real short read.
       Read part = r;
       part.needed = static_cast<uint64_t>(draw(number, Draw::kLength) * double(r.needed));
       part.bytes = (part.needed + kIoAlign - 1) / kIoAlign * kIoAlign;
@@ -165,7 +166,8 @@ class Scripted final : public ReadMethod {
  private:
   enum class Draw : uint64_t { kDelay = 1, kSpike, kEio, kShort, kLength, kOrder };
 
-  // Uniform in [0, 1): a hash of seed, read and purpose (the finalizer of SplitMix64, twice).
+  // Returns a number uniform in [0, 1): a hash of seed, read and purpose (the finalizer of
+  // SplitMix64, twice).
   double draw(int64_t number, Draw purpose) const {
     const uint64_t n = static_cast<uint64_t>(number) * 8 + static_cast<uint64_t>(purpose);
     return static_cast<double>(mix(mix(script_.seed) ^ n) >> 11) * 0x1p-53;

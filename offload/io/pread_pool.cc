@@ -1,4 +1,4 @@
-// Blocking reads by a pool of threads: works everywhere (Android forbids io_uring to apps).
+// A pool of threads with blocking reads, which works everywhere (Android forbids io_uring to apps).
 #include <memory>
 #include <utility>
 

@@ -1,4 +1,4 @@
-// A thread that no signal is delivered to: they belong to the threads of the program around us
+// Starts threads to which no signal is delivered: signals belong to the threads of the host program
 // (Ctrl-C to the interpreter), and a read that a signal interrupts has to be begun again.
 #pragma once
 
@@ -15,13 +15,13 @@
 
 namespace stoker {
 
-// Throws Error(kDevice) where the system gives no more threads.
+// Throws Error(kDevice) where the system refuses another thread.
 template <typename F>
 std::thread quiet_thread(F body) {
 #if defined(__unix__) || defined(__APPLE__)
   sigset_t all, before;
   sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);  // inherited by the thread
+  pthread_sigmask(SIG_SETMASK, &all, &before);  // the thread inherits it
   struct Restore {
     const sigset_t& mask;
     ~Restore() { pthread_sigmask(SIG_SETMASK, &mask, nullptr); }

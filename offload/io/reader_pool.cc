@@ -17,7 +17,7 @@ ReaderPool::ReaderPool(std::string name, std::shared_ptr<const IoFiles> files,
   for (int i = 0; i < readers; ++i) {
     try {
       readers_.push_back(quiet_thread([this] { serve(); }));
-    } catch (...) {  // no more threads to be had: fewer readers do
+    } catch (...) {  // no more threads are available: fewer readers suffice
       if (i == 0) throw;
       break;
     }
@@ -48,8 +48,8 @@ void ReaderPool::submit(IoJob& job, bool demand) {
     queue_.push(job, demand);
     wake = idle_ > 0;
   }
-  // One reader only: it wakes the next if there is more to do, so that the caller, who has a token
-  // to compute, pays for one wake-up however many reads the job has.
+  // Only one reader is woken; it wakes the next one if there is more to do, so that the caller, who
+  // has a token to compute, pays for one wake-up however many reads the job has.
   if (wake) wake_.notify_one();
 }
 
@@ -91,7 +91,7 @@ void ReaderPool::serve() {
     }
     const int64_t number = begun_;
     taken[0] = queue_.take(method_->reorders() ? method_->choose(queue_.waiting(), number) : 0);
-    // While a reader sleeps, it can read the neighbour at the same time instead.
+    // While another reader sleeps, it can read the neighbour at the same time instead.
     int n = 1;
     if (idle_ == 0 && method_->merges()) n = queue_.take_following(taken);
     begun_ += n;

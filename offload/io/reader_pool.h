@@ -1,5 +1,5 @@
-// Threads that read, each blocking in one call at a time. What a read is (a pread, a copy from a
-// map, a scripted fault) is the ReadMethod's.
+// ReaderPool is a set of threads that read, each blocking in one call at a time. A ReadMethod
+// defines what a read is (a pread, a copy from a map, a scripted fault).
 #pragma once
 
 #include <condition_variable>
@@ -14,19 +14,20 @@
 
 namespace stoker {
 
-// Called by several threads at once, except choose().
+// Several threads call its methods at once, except choose().
 class ReadMethod {
  public:
   virtual ~ReadMethod() = default;
-  // The read number `number` (from 0, in the order in which reads begin).
+  // Performs read number `number` (from 0, in the order in which reads begin).
   virtual ReadOutcome read(const Read& read, int64_t number) = 0;
-  // Whether several small neighbours may become one call, and that call (IoFiles::read_merged).
+  // Whether several small neighbours may become one call, and the function that makes that call
+  // (IoFiles::read_merged).
   virtual bool merges() const { return false; }
   virtual bool read_merged(const Read* const* reads, int n, ReadOutcome* outcome) {
     (void)reads, (void)n, (void)outcome;
     return false;
   }
-  // Which of `waiting` reads of one priority is to begin as number `number`: 0 is the oldest.
+  // Chooses which of `waiting` reads of one priority begins as number `number`: 0 is the oldest.
   virtual bool reorders() const { return false; }
   virtual int choose(int waiting, int64_t number) const {
     (void)waiting, (void)number;
@@ -36,7 +37,7 @@ class ReadMethod {
 
 class ReaderPool final : public IoBackend {
  public:
-  // name: the backend's, for description(). 1 <= readers; one thread each.
+  // name: the backend's, for description(). 1 <= readers; each has one thread.
   ReaderPool(std::string name, std::shared_ptr<const IoFiles> files,
              std::unique_ptr<ReadMethod> method, int readers, IoListener* listener);
   ~ReaderPool() override;
@@ -58,10 +59,10 @@ class ReaderPool final : public IoBackend {
 
   mutable std::mutex mutex_;
   std::condition_variable wake_;
-  // Under mutex_.
+  // mutex_ protects these fields.
   JobQueue queue_;
   IoStatistics statistics_;
-  int64_t begun_ = 0;     // reads
+  int64_t begun_ = 0;     // number of reads
   int in_flight_ = 0;     // readers in a call
   double busy_from_ = 0;  // since when in_flight_ > 0
   int idle_ = 0;          // readers that sleep

@@ -1,7 +1,7 @@
-// io_uring on Linux, without liburing: one ring, one thread that fills it from the queue, sleeps in
-// the kernel until something has completed, and ends the jobs. An eventfd that the ring polls wakes
-// it for new jobs. Many kernels and containers refuse io_uring (Android's apps, Docker's default
-// profile): then pread_pool does.
+// This backend uses io_uring on Linux, without liburing: one ring, one thread that fills it from
+// the queue, sleeps in the kernel until something has completed, and ends the jobs. An eventfd that
+// the ring polls wakes the thread for new jobs. Many kernels and containers refuse io_uring
+// (Android's apps, Docker's default profile); pread_pool is used there.
 #include <memory>
 #include <string>
 #include <utility>
@@ -47,13 +47,13 @@ namespace {
                   std::strerror(error) + "; pread_pool works everywhere");
 }
 
-// The two rings that are shared with the kernel. For one thread.
+// The submission and completion rings that are shared with the kernel. One thread uses them.
 //
 // Entries are written at the submission tail and consumed by the kernel from the head; completions
-// the other way about. Each side owns one index and publishes it with a release store.
+// go the other way. Each side owns one index and publishes it with a release store.
 class Ring {
  public:
-  // Room for `entries` requests that have not completed.
+  // Makes room for `entries` requests that have not completed.
   explicit Ring(unsigned entries) {
     struct io_uring_params p = {};
     descriptor_ = static_cast<int>(::syscall(__NR_io_uring_setup, entries, &p));
@@ -70,7 +70,8 @@ class Ring {
   Ring(const Ring&) = delete;
   Ring& operator=(const Ring&) = delete;
 
-  // A cleared entry, handed to the kernel by the next enter(). The caller keeps below `entries`.
+  // Adds a cleared entry, which the next enter() hands to the kernel. The caller must stay below
+  // `entries`.
   struct io_uring_sqe& add(uint64_t user_data) {
     const unsigned slot = tail_ & sq_mask_;
     struct io_uring_sqe& sqe = sqes_[slot];
@@ -81,7 +82,8 @@ class Ring {
     return sqe;
   }
 
-  // Submits what was added and sleeps until at least one request has completed. 0 or an errno.
+  // Submits what was added and sleeps until at least one request has completed. Returns 0 or an
+  // errno.
   int enter() {
     __atomic_store_n(sq_tail_, tail_, __ATOMIC_RELEASE);
     const unsigned waiting = tail_ - __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE);
@@ -90,7 +92,7 @@ class Ring {
     return n < 0 ? errno : 0;
   }
 
-  // on_completion(user_data, result) for each completion so far.
+  // Calls on_completion(user_data, result) for each completion so far.
   template <typename F>
   void reap(F on_completion) {
     unsigned head = *cq_head_;
@@ -101,7 +103,8 @@ class Ring {
     }
   }
 
-  // Takes back what the kernel will not have: on_completion(user_data, -error) for each.
+  // Takes back the requests that the kernel refuses: calls on_completion(user_data, -error) for
+  // each.
   template <typename F>
   void take_back(int error, F on_completion) {
     const unsigned head = __atomic_load_n(sq_head_, __ATOMIC_ACQUIRE);
@@ -166,7 +169,7 @@ class Ring {
 
   int descriptor_ = -1;
   std::vector<std::pair<void*, uint64_t>> maps_;
-  unsigned tail_ = 0;  // of submissions, not yet published
+  unsigned tail_ = 0;  // tail of the submissions, not yet published
   unsigned* sq_head_ = nullptr;
   unsigned* sq_tail_ = nullptr;
   unsigned* sq_array_ = nullptr;
@@ -180,12 +183,12 @@ class Ring {
 
 class Uring final : public IoBackend {
  public:
-  // depth: reads in read_index at most.
+  // depth: the most reads in flight.
   Uring(std::shared_ptr<const IoFiles> files, int depth, IoListener* listener)
       : files_(std::move(files)),
         listener_(listener),
         slots_(static_cast<size_t>(depth)),
-        ring_(static_cast<unsigned>(depth) + 1) {  // and the poll of wake_
+        ring_(static_cast<unsigned>(depth) + 1) {  // one more for the poll of wake_
     wake_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (wake_ < 0) refuse("eventfd", errno);
     try {
@@ -217,7 +220,7 @@ class Uring final : public IoBackend {
       const std::lock_guard<std::mutex> lock(mutex_);
       start_job(job);
       queue_.push(job, demand);
-      // A full ring looks at the queue when a read has completed.
+      // A full ring looks at the queue only when a read has completed.
       asleep = in_flight_ < slots_.size() && !woken_;
       woken_ |= asleep;
     }
@@ -249,7 +252,7 @@ class Uring final : public IoBackend {
   }
 
  private:
-  // A read in read_index; the number of its slot is the request's user_data.
+  // A read in flight; the number of its slot is the request's user_data.
   struct Slot {
     TakenRead taken;  // job null: free
     uint64_t got = 0;
@@ -260,7 +263,7 @@ class Uring final : public IoBackend {
 
   void wake() {
     const uint64_t one = 1;
-    // Fails only when the counter is full, which wakes as well.
+    // The write fails only when the counter is full, which wakes as well.
     if (::write(wake_, &one, sizeof one) < 0) return;
   }
 
@@ -282,13 +285,14 @@ class Uring final : public IoBackend {
         }
         polled = false;
         uint64_t count = 0;
-        // Cleared before the queue is looked at: what is submitted from here on wakes again.
+        // The eventfd is cleared before the queue is looked at, so that a later submission wakes
+        // again.
         if (::read(wake_, &count, sizeof count) < 0) return;
         const std::lock_guard<std::mutex> lock(mutex_);
         woken_ = false;
       };
       const int error = ring_.enter();
-      // The kernel is short of memory for the moment, or wants completions taken first.
+      // The kernel is short of memory for the moment, or requires that completions are taken first.
       const bool again = error == EAGAIN || error == EBUSY || error == EINTR || error == ENOMEM;
       if (error != 0 && !again) ring_.take_back(error, complete);
       if (error != 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -296,7 +300,8 @@ class Uring final : public IoBackend {
     }
   }
 
-  // Takes reads from the queue while slots are free. False when all is done for good.
+  // Takes reads from the queue while slots are free. Returns false when the backend closes and no
+  // read is in flight.
   bool fill() {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (size_t i = 0; i < slots_.size() && in_flight_ < slots_.size() && !queue_.empty(); ++i) {
@@ -347,12 +352,12 @@ class Uring final : public IoBackend {
   IoListener* const listener_;
   int wake_ = -1;
 
-  // The ring thread's own.
+  // Only the ring thread uses these fields.
   std::vector<Slot> slots_;
   Ring ring_;
 
   mutable std::mutex mutex_;
-  // Under mutex_.
+  // mutex_ protects these fields.
   JobQueue queue_;
   IoStatistics statistics_;
   size_t in_flight_ = 0;

@@ -17,11 +17,11 @@ std::string mib(int64_t bytes) {
   return text;
 }
 
-// Page tables, stacks, allocators: this much, or this part of a large budget.
+// Page tables, stacks and allocators take this much, or this part of a large budget.
 constexpr int64_t kLeastMargin = int64_t{12} << 20;
 constexpr int64_t kMarginShare = 64;
 
-// The smallest budget that leaves `bytes` after its margin.
+// Returns the smallest budget that leaves `bytes` after its margin.
 int64_t with_margin(int64_t bytes) {
   int64_t budget = bytes + kLeastMargin;
   while (budget - memory_margin(budget) < bytes) budget += bytes - (budget - memory_margin(budget));

@@ -12,11 +12,12 @@ namespace {
 
 constexpr int64_t kMostRing = 2 * kRingReads * kMostRead;
 constexpr int64_t kLeastRing = kRingReads * kLeastRead;
-// What a read costs besides its bytes, in bytes read meanwhile: 25 us at 3 GB/s, four at a time.
+// The cost of a read besides its bytes, as bytes read in that time: 25 us at 3 GB/s, four at a
+// time.
 constexpr double kReadCost = 75e3;
-// Neighbours in the file with less than this between them are one read.
+// Neighbours in the file with a gap smaller than this are one read.
 constexpr uint64_t kMergeGap = 64 * 1024;
-// Rows of a read are a multiple of what kernels take at once.
+// The rows of a read are a multiple of what kernels take at once.
 constexpr int64_t kRowTile = 16;
 
 int64_t read_rows(const StreamTensor& t, int64_t bytes) {
@@ -24,22 +25,23 @@ int64_t read_rows(const StreamTensor& t, int64_t bytes) {
   return std::min(t.rows, std::max(fit, kRowTile));
 }
 
-// The ring with which a forward pass reads shortest where `missing` bytes do not fit. It takes
-// memory of weights that would stay: (missing + ring) * (1 + kReadCost / (ring / kRingReads)) is
-// least.
+// Returns the ring with which a forward pass reads for the shortest time where `missing` bytes do
+// not fit. The ring takes memory from weights that would be pinned, so that (missing + ring) * (1 +
+// kReadCost / (ring / kRingReads)) has to be least.
 int64_t best_ring(int64_t missing) {
   return static_cast<int64_t>(
       std::sqrt(static_cast<double>(missing) * static_cast<double>(kRingReads) * kReadCost));
 }
 
-// Memory of the largest read where reads have about `bytes`.
+// Returns the memory of the largest read where reads have about `bytes`.
 int64_t largest_span(const std::vector<StreamTensor>& order, int64_t bytes) {
   int64_t most = bytes;
   for (const StreamTensor& t : order) most = std::max(most, read_rows(t, bytes) * t.row_bytes());
   return most + 2 * static_cast<int64_t>(kIoAlign);
 }
 
-// Of these extents and what lies between; bytes 0 where that is too much, or files differ.
+// Returns these extents and the gaps between them as one; bytes is 0 where a gap is too large or
+// the files differ.
 Extent joined(std::vector<Extent> all) {
   std::sort(all.begin(), all.end(), [](const Extent& a, const Extent& b) {
     return a.shard != b.shard ? a.shard < b.shard : a.offset < b.offset;
@@ -54,7 +56,7 @@ Extent joined(std::vector<Extent> all) {
 }
 
 // Cuts the forward pass into pieces and reads of about `bytes`. Only whole tensors are joined, so
-// all or nothing of a read is pinned.
+// that a read is pinned as a whole or not at all.
 void cut(const std::vector<StreamTensor>& order, int64_t bytes, StreamPlan& plan) {
   const auto add = [&](const StreamTensor& t, int64_t begin, int64_t end) {
     StreamPiece p{t.tensor, static_cast<int32_t>(plan.reads.size()), begin, end, t.extent};
@@ -77,7 +79,7 @@ void cut(const std::vector<StreamTensor>& order, int64_t bytes, StreamPlan& plan
       ++i;
       continue;
     }
-    // As many of the next tensors as lie together.
+    // As many of the next tensors as lie together are joined.
     std::vector<Extent> together{t.extent};
     Extent extent = t.extent;
     size_t last = i + 1;
@@ -113,7 +115,7 @@ StreamPlan plan_stream(const std::vector<StreamTensor>& order, int64_t room) {
     plan.whole.push_back(t.tensor);
   }
   std::sort(plan.whole.begin(), plan.whole.end());
-  // A ring larger than the streamed weights would be none.
+  // A ring as large as the weights would stream nothing.
   const int64_t least = std::max(kLeastRing, 4 * largest_span(order, kLeastRead));
   if (all <= std::max(room, least)) return plan;
 
@@ -121,7 +123,7 @@ StreamPlan plan_stream(const std::vector<StreamTensor>& order, int64_t room) {
   plan.ring_bytes = std::max(least, std::min(room, wanted));
   StreamPlan cuts;
   cut(order, std::clamp(plan.ring_bytes / kRingReads, kLeastRead, kMostRead), cuts);
-  // Pinned weights are read tensor by tensor.
+  // Pinned weights are stored tensor by tensor.
   const auto memory = [&](const StreamRead& r) {
     int64_t bytes = 0;
     for (int32_t i = r.first; i < r.last; ++i) {
@@ -131,11 +133,12 @@ StreamPlan plan_stream(const std::vector<StreamTensor>& order, int64_t room) {
   };
   int64_t total = 0;
   for (const StreamRead& r : cuts.reads) total += memory(r);
-  // Every read earns its share of the room; one that has earned its size is pinned, and pays.
+  // Every read earns its share of the room; a read that has earned its size is pinned and spends
+  // it.
   const double share = static_cast<double>(std::max<int64_t>(0, room - plan.ring_bytes)) /
                        static_cast<double>(total);
   int64_t earned = 0;
-  std::set<int32_t> streamed;  // tensors of which something does
+  std::set<int32_t> streamed;  // tensors with at least one streamed read
   for (StreamRead& r : cuts.reads) {
     const int64_t span = memory(r);
     earned += static_cast<int64_t>(static_cast<double>(span) * share);

@@ -1,6 +1,6 @@
-// Frequency over recency: the least uses of the whole past for each token since the last one; of
-// equals the least recently used. Between LRU and LFU: a popular unit survives a pause that grows
-// with its count.
+// Frequency over recency: evicts the unit with the fewest uses of the whole past per token since
+// its last use; among equals the least recently used. It lies between LRU and LFU: a popular unit
+// survives a pause that grows with its count.
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -39,7 +39,7 @@ class Lfru : public Policy {
     Unit worst = unit_[static_cast<size_t>(candidates[0])];
     for (size_t i = 1; i < candidates.size(); ++i) {
       const Unit& unit = unit_[static_cast<size_t>(candidates[i])];
-      // uses / (tokens since + 1), compared exactly: both sides multiplied by the denominators
+      // Compares uses / (tokens since + 1) exactly: both sides are multiplied by the denominators.
       const int64_t mine = unit.uses * (now - worst.token + 1);
       const int64_t other = worst.uses * (now - unit.token + 1);
       if (mine < other || (mine == other && unit.order < worst.order)) {
@@ -53,8 +53,8 @@ class Lfru : public Policy {
  private:
   struct Unit {
     int64_t uses = 0;
-    int64_t token = 0;  // of the last use
-    int64_t order = 0;  // of the last use among all uses
+    int64_t token = 0;  // token of the last use
+    int64_t order = 0;  // number of the last use among all uses
   };
   TokenClock clock_;
   int64_t order_ = 0;

@@ -1,4 +1,5 @@
-// Least frequently used, with all counts halved every 16 tokens; of equals the least recently used.
+// Evicts the least frequently used unit, with all counts halved every 16 tokens; among equals the
+// least recently used.
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -26,7 +27,7 @@ class Lfu : public Policy {
   }
 
   // Instead of halving every count, a use counts twice as much after each halving: the order is the
-  // same and nothing but the used units is touched.
+  // same and only the used units are touched.
   void use(std::span<const UnitId> units, std::span<const float>) override {
     const int64_t halvings = clock_.next_use() / kTokensAHalving;
     while (halvings - rescaled_ > kHalvingsARescale) {

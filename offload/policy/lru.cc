@@ -1,4 +1,5 @@
-// Least recently used: the unit whose last use lies furthest back in the forward pass.
+// Evicts the least recently used unit: the one whose last use lies furthest back in the forward
+// pass.
 #include <cstddef>
 #include <cstdint>
 #include <memory>

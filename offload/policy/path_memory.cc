@@ -8,10 +8,10 @@ namespace stoker {
 
 namespace {
 
-// Chosen by replaying three recorded traces (tests/offload/test_simulate.py). A sharpness of 14 or
-// 20 loses a fifth to a third of what the memory gains there.
+// These were chosen by replaying three recorded traces (tests/offload/test_simulate.py). A
+// sharpness of 14 or 20 loses a fifth to a third of what the memory gains there.
 constexpr float kSharpness = 8.0f;    // weight exp(sharpness * share of experts in common)
-constexpr float kCarry = 0.63f;       // of a token's weight that passes to its successor
+constexpr float kCarry = 0.63f;       // share of a token's weight that passes to its successor
 constexpr float kNegligible = 0.02f;  // share of the largest weight below which none counts
 
 }  // namespace

@@ -1,17 +1,18 @@
 // Evicts the unit with the least worth: the expected discount e^(-t / 12) of its next use in t
-// tokens, by a logistic model that learns while it runs.
+// tokens, predicted by a logistic model that learns while it runs.
 //
-// Inputs of the model, for each unit after each visit of its layer: the time since the last use,
+// The model's inputs, for each unit after each visit of its layer, are the time since the last use,
 // uses decayed with half-lives of 4 to 256 tokens, the router's weight at the last use, and what
-// the paths of similar tokens foretell (path_memory.h). Target, one visit later: 1 where the layer
-// used the unit, else the discounted worth that the model gives it now (temporal differences), so
-// that nothing must be kept until a distant use is seen.
+// the paths of similar tokens predict (path_memory.h). The target, one visit later, is 1 where the
+// layer used the unit, else the discounted worth that the model gives it now (temporal
+// differences), so that nothing must be kept until a distant use is seen.
 //
 // Where the tokens are known and the last of them occurred before, what followed there
 // (token_history.h) says when units will be used, with a confidence that is measured: the worth is
-// a mixture of both views.
+// a mixture of both predictions.
 //
-// It is deterministic and begins with weights rounded from what it learnt on three recorded traces.
+// The policy is deterministic and begins with weights rounded from what it learnt on three recorded
+// traces.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -31,20 +32,21 @@ namespace stoker {
 namespace {
 
 constexpr std::array<float, 4> kHalfLife = {4, 16, 64, 256};  // tokens
-constexpr int kInputs = 8;                                    // one, age, four counts, weight, path
+// Constant, age, four counts, weight, path.
+constexpr int kInputs = 8;
 using Inputs = std::array<float, kInputs>;
 constexpr Inputs kStart = {-1.1f, -0.3f, 0.08f, 0.3f, 0.1f, 0.0f, 0.28f, 0.55f};
-constexpr float kLimit = 8.0f;        // of a learnt weight
-constexpr float kDiscount = 0.92f;    // a token: e^(-1/12)
-constexpr float kRate = 0.03f;        // of learning, a visit
-constexpr float kLeastShare = 0.01f;  // of similar tokens: none is as good as this
+constexpr float kLimit = 8.0f;        // bound of a learnt weight
+constexpr float kDiscount = 0.92f;    // per token: e^(-1/12)
+constexpr float kRate = 0.03f;        // of learning, per visit
+constexpr float kLeastShare = 0.01f;  // of similar tokens: unit of the path input
 constexpr int64_t kLongAgo = 1000;    // tokens
-constexpr int64_t kOutlooks = 4;      // at the layers ahead, in a token
-// Of what followed an earlier occurrence of the last tokens, by its length (TokenHistory::bin).
+constexpr int64_t kOutlooks = 4;      // scorings of the layers ahead per token
+// What followed an earlier occurrence of the last tokens, by its length (TokenHistory::bin).
 constexpr int64_t kForesight = 64;  // tokens
 constexpr std::array<float, TokenHistory::kBins> kComesTrue = {0.5f, 0.6f, 0.7f, 0.8f, 0.9f, 0.9f};
 constexpr std::array<float, TokenHistory::kBins> kGoesOn = {0.2f, 0.4f, 0.6f, 0.8f, 0.9f, 0.95f};
-constexpr float kReturn = 0.2f;        // a text that leaves what is foretold often returns to it
+constexpr float kReturn = 0.2f;        // a text that leaves what is predicted often returns to it
 constexpr float kOutcome = 1.0f / 32;  // weight of one more outcome
 
 float logistic(float z) { return 1.0f / (1.0f + std::exp(-z)); }
@@ -129,11 +131,11 @@ class Reuse : public Policy {
  private:
   struct Unit {
     std::array<float, kHalfLife.size()> count{};  // decayed uses, as of the layer's last visit
-    int64_t token = -kLongAgo;                    // of the last use
-    float weight = 0;                             // of the router at that use
+    int64_t token = -kLongAgo;                    // token of the last use
+    float weight = 0;                             // router weight at that use
     float own = 0;     // the model's score without the path's input, at the layer's last visit
-    float score = 0;   // with it
-    int64_t due = -1;  // token of the next use, as the history foretells; < 0: it does not
+    float score = 0;   // the score with it
+    int64_t due = -1;  // token of the next use predicted by the history; < 0: none
     Inputs inputs{};   // at the layer's last visit; [0] is 0 before the first
   };
 
@@ -156,7 +158,7 @@ class Reuse : public Policy {
     }
   }
 
-  // The layer's uses are known: learns from them and scores its units anew.
+  // Learns from the layer's uses, which are now known, and scores its units anew.
   void learn() {
     if (!open_ || uses_ == 0) return;
     open_ = false;
@@ -170,7 +172,7 @@ class Reuse : public Policy {
       const Inputs before = unit.inputs;
       const bool known = before[0] != 0;
       look(unit, now, share_[static_cast<size_t>(e)]);
-      // Where several tokens pass together it is hidden which of them came next.
+      // In a chunk of several tokens it is unknown which of them came next.
       if (follows_ && known) {
         const float target =
             used_[static_cast<size_t>(e)] != 0 ? 1.0f : kDiscount * logistic(unit.score);
@@ -215,7 +217,7 @@ class Reuse : public Policy {
     return sum;
   }
 
-  // Scores the layers ahead by the path as far as it is known.
+  // Scores the units of the layers ahead by the path as far as it is known.
   void look_out() {
     for (int64_t layer = layer_ + 1; layer < n_layer_; ++layer) {
       paths_.foretell(layer, true, share_);
@@ -227,7 +229,7 @@ class Reuse : public Policy {
     }
   }
 
-  // Of the present token: did its layer take what was foretold?
+  // Records, for the present token, whether its layer took the predicted experts.
   void book_foretold() {
     float& comes_true = comes_true_[static_cast<size_t>(bin_)];
     for (uint16_t e : history_->foretold(0, layer_)) {
@@ -235,7 +237,7 @@ class Reuse : public Policy {
     }
   }
 
-  // When the layer's units are due, as the history foretells from `ahead` tokens on.
+  // Sets when the layer's units are due, as the history predicts from `ahead` tokens on.
   void look_back(int64_t layer, int64_t ahead) {
     Unit* units = units_.data() + layer * n_expert_;
     for (int64_t e = 0; e < n_expert_; ++e) units[e].due = -1;
@@ -246,7 +248,7 @@ class Reuse : public Policy {
     }
   }
 
-  // The worth of the layer's units.
+  // Computes the worth of the layer's units.
   void rate(int64_t layer) {
     for (int64_t e = 0; e < n_expert_; ++e) {
       const size_t id = static_cast<size_t>(layer * n_expert_ + e);
@@ -273,7 +275,7 @@ class Reuse : public Policy {
   int64_t layers_since_outlook_ = 0;
   TokenClock clock_;
   PathMemory paths_;
-  std::array<float, kHalfLife.size()> decay_{};  // of a count in a token
+  std::array<float, kHalfLife.size()> decay_{};  // decay of a count per token
   Inputs weight_ = kStart;
   std::vector<Unit> units_;       // [n_layer * n_expert]
   std::vector<float> worth_;      // [n_layer * n_expert]
@@ -283,10 +285,10 @@ class Reuse : public Policy {
   int64_t layer_ = 0;             // of this visit
   int64_t tokens_ = 1;            // of this visit
   bool follows_ = true;           // this visit's one token follows the last visit's
-  int64_t uses_ = 0;              // tokens of this visit that use() has told of
-  bool open_ = false;             // a visit that has not been learnt from
+  int64_t uses_ = 0;              // tokens of this visit that use() has reported
+  bool open_ = false;             // whether there is a visit that has not been learnt from
   const TokenHistory* history_ = nullptr;
-  int bin_ = -1;  // of the history's occurrence; -1: none
+  int bin_ = -1;  // bin of the history's occurrence; -1: none
   std::array<float, TokenHistory::kBins> comes_true_ = kComesTrue, goes_on_ = kGoesOn;
   std::array<float, kForesight + 2> goes_so_far_{}, discount_{};  // in t tokens
 };

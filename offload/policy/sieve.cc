@@ -45,8 +45,8 @@ class Sieve : public Policy {
       at(candidates[i]).round = round_;
       at(candidates[i]).candidate = i;
     }
-    // Two turns at most: the first may clear every candidate's bit. Units that are in use just now
-    // keep theirs.
+    // Two full turns are enough: the first may clear every candidate's bit. Units that are in use
+    // now keep theirs.
     for (int turn = 0; turn < 3; ++turn) {
       for (; hand_ != kNone; hand_ = at(hand_).newer) {
         Node& node = at(hand_);
@@ -56,7 +56,7 @@ class Sieve : public Policy {
       }
       hand_ = oldest_;
     }
-    return 0;  // only candidates that were never inserted come here
+    return 0;  // reached only by candidates that were never inserted
   }
 
  private:
@@ -66,8 +66,8 @@ class Sieve : public Policy {
     UnitId older = kNone;
     bool resident = false;
     bool visited = false;
-    uint64_t round = 0;    // of victim() in which it was a candidate
-    size_t candidate = 0;  // its index there
+    uint64_t round = 0;    // of the victim() call in which it was a candidate
+    size_t candidate = 0;  // its index in that call
   };
 
   Node& at(UnitId unit) { return node_[static_cast<size_t>(unit)]; }
@@ -75,7 +75,7 @@ class Sieve : public Policy {
   std::vector<Node> node_;  // [n_layer * n_expert]
   UnitId newest_ = kNone;
   UnitId oldest_ = kNone;
-  UnitId hand_ = kNone;  // kNone: start at the oldest
+  UnitId hand_ = kNone;  // kNone: starts at the oldest
   uint64_t round_ = 0;
 };
 

@@ -21,7 +21,7 @@ std::vector<int64_t> Cache::plan_slots(const Layout& layout, int64_t bytes, int6
     slots[c] += more;
     used += more * size[c];
   }
-  // What rounding left goes to the large slots first.
+  // The bytes that rounding left go to the large slots first.
   for (size_t c = size.size(); c-- > 0;) {
     while (slots[c] < units[c] && used + size[c] <= bytes) {
       ++slots[c];
@@ -53,7 +53,7 @@ Cache::Cache(const Layout& layout, std::vector<int64_t> slots, std::unique_ptr<P
       slots_[static_cast<size_t>(s)].size_class = static_cast<int>(c);
       at += layout.class_bytes()[c];
     }
-    // Taken from the back: the arena is filled from its start.
+    // Free slots are taken from the back, so that the arena is filled from its start.
     for (int32_t k = range_.back().second; k-- > range_.back().first;) free_[c].push_back(k);
   }
 }
@@ -75,7 +75,7 @@ Cache::Slot* Cache::take(UnitId unit, int64_t step, bool force) {
     };
     gather(0);
     if (candidates_.empty() && force) {
-      // Of what is kept for later, what is needed last.
+      // Among the units kept for later, those that are needed last are candidates.
       int64_t last = 0;
       for (int32_t k = range_[c].first; k < range_[c].second; ++k) {
         const Slot& slot = slots_[static_cast<size_t>(k)];
@@ -107,8 +107,8 @@ int64_t Cache::n_slots(int size_class) const {
 }
 
 int64_t Cache::lend(int64_t bytes, const std::vector<int64_t>& least) {
-  // From the end of each class, the class with the most memory first: what is left stays in
-  // proportion and in one piece.
+  // Slots are taken from the end of each class, the class with the most memory first, so that the
+  // rest stays in proportion and in one piece.
   std::vector<int32_t> chosen;
   std::vector<int64_t> left(range_.size());
   for (size_t c = 0; c < range_.size(); ++c) {
@@ -140,7 +140,7 @@ int64_t Cache::lend(int64_t bytes, const std::vector<int64_t>& least) {
     Slot& slot = slots_[static_cast<size_t>(s)];
     if (slot.unit >= 0) drop(slot);
     std::erase(free_[static_cast<size_t>(slot.size_class)], s);
-    slot.pins = 1;  // nobody's: neither free nor a candidate
+    slot.pins = 1;  // a pin without an owner: neither free nor a candidate
     arena_.release(slot.data, static_cast<uint64_t>(
                                   layout_.class_bytes()[static_cast<size_t>(slot.size_class)]));
     lent_.push_back(s);

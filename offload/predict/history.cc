@@ -1,6 +1,6 @@
-// What followed the same words before (token_history.h), for a whole token ahead: all layers of the
-// token that begins, and one by one those of the token after it. What is nearest is also asked of
-// the next layers' routers, who know words that are new.
+// Predicts what followed the same words before (token_history.h), for a whole token ahead: all
+// layers of the token that begins, and one by one those of the token after it. The next layers'
+// routers are also asked for the nearest layers, because they know words that are new.
 #include <memory>
 
 #include "offload/predict/predictor.h"

@@ -1,5 +1,5 @@
-// Which layers to guess at: each once, `distance` ahead, and where a forward pass begins those
-// before that.
+// Horizon chooses the layers to guess at: each one once, `distance` ahead; at the start of a
+// forward pass also the nearer ones.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace stoker {
 class Horizon {
  public:
   void begin() { first_ = true; }
-  // Of a guess made at `layer`: [first, last], empty beyond the last layer.
+  // The layers of a guess made at `layer`: [first, last], empty beyond the last layer.
   struct Layers {
     int64_t first, last;
   };

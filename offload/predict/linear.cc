@@ -1,8 +1,8 @@
-// Linear maps from the hidden state of a layer to the logits of later layers' routers, fitted to
-// recorded hidden states by ridge regression towards the routers themselves
-// (offload/profile/profile.py). The first source is the token's embedding, before layer 0. After
-// M2R2's early alignment (Bae et al., 2025): what a later layer will decide can be read off earlier
-// states, but not by its own router as it is.
+// Predicts with linear maps from the hidden state of a layer to the logits of later layers'
+// routers, fitted to recorded hidden states by ridge regression towards the routers themselves
+// (offload/profile/profile.py). The first source is the token's embedding, before layer 0. The idea
+// is M2R2's early alignment (Bae et al., 2025): what a later layer will decide can be read off
+// earlier states, but not by its own router as it is.
 //
 // State: i64 distances; of each source layer -1 .. n_layer - 2: f32 [n_embd] factors of the unit
 // RMS hidden state's values (by which Q8_0 sees them at about one size); of each distance: i64 1

@@ -14,7 +14,7 @@ class MapInput {
  public:
   static constexpr int64_t kBatch = 32;
   explicit MapInput(int64_t cols = 32);
-  // x [n][cols], n <= kBatch. A row with a NaN gives NaN.
+  // Takes x [n][cols], n <= kBatch. A row with a NaN gives NaN.
   void set(const float* x, int64_t n);
 
  private:
@@ -22,7 +22,7 @@ class MapInput {
   struct alignas(64) Line {
     int8_t q[64];
   };
-  int64_t cols_, lines_;  // lines_: of a row
+  int64_t cols_, lines_;  // lines_: lines of a row
   int64_t n_ = 0;
   std::vector<Line> q_;         // [kBatch][lines_]
   std::vector<float> scale_;    // [kBatch][cols / 32]
@@ -32,13 +32,14 @@ class MapInput {
 
 class Map {
  public:
-  // Takes rows x cols weights in Q8_0 from the state; cols is a multiple of 32.
+  // Reads rows x cols weights in Q8_0 from the state; cols is a multiple of 32.
   void load(StateReader& state, int64_t rows, int64_t cols);
   void save(StateWriter& state) const { state.bytes(w_.data(), w_.size()); }
   explicit operator bool() const { return !w_.empty(); }
-  // y[i * y_stride + r] = row (row_begin + r) of the map times the input's row i, for `rows` rows.
+  // Sets y[i * y_stride + r] = row (row_begin + r) of the map times the input's row i, for `rows`
+  // rows.
   void multiply(MapInput& x, int64_t row_begin, int64_t rows, float* y, int64_t y_stride) const;
-  // Adds a row of the map, [cols].
+  // Adds a row of the map, [cols], to y.
   void add_row(int64_t row, std::vector<float>& buffer, float* y) const;
   int64_t rows() const { return rows_; }
 
@@ -47,10 +48,10 @@ class Map {
   std::vector<uint8_t> w_;  // [rows][row_bytes]
 };
 
-// out = x / rms(x) * factor, [n].
+// Sets out = x / rms(x) * factor, [n].
 void scale_to_unit(const float* x, const float* factor, int64_t n, float* out);
 
-// cols rounded up to what a map takes.
+// Rounds cols up to the multiple that a map needs.
 inline int64_t map_cols(int64_t cols) { return (cols + 31) / 32 * 32; }
 
 }  // namespace stoker

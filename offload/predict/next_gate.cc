@@ -1,4 +1,4 @@
-// The routers of the next layers applied to this layer's hidden state: the residual stream changes
+// Applies the routers of the next layers to this layer's hidden state: the residual stream changes
 // little from layer to layer (Pre-gated MoE, AdapMoE and others build on that).
 #include <algorithm>
 #include <numeric>

@@ -1,4 +1,4 @@
-// Demand only: nothing is read before its router has asked for it.
+// This predictor guesses nothing: no expert is read before its router has asked for it.
 #include "offload/predict/predictor.h"
 
 namespace stoker {

@@ -1,5 +1,5 @@
-// Replays recorded routing: what a perfect predictor would bring. As soon as a layer chooses other
-// experts than the record says, it falls silent until it is loaded again.
+// Replays recorded routing and so shows what a perfect predictor would gain. As soon as a layer
+// chooses other experts than the record says, it makes no more guesses until it is loaded again.
 //
 // State: i64 evaluations; of each: i64 tokens; of each mixture layer: u16 [tokens][n_expert_used].
 #include <algorithm>
@@ -76,7 +76,7 @@ class Oracle : public Predictor {
     StateReader in(bytes, "oracle", shape_);
     std::vector<Evaluation> evaluations;
     std::vector<uint16_t> experts;
-    // Every evaluation takes some of the bytes: a lying count ends at their end.
+    // Every evaluation takes some of the bytes, so that a wrong count fails where they end.
     const int64_t n = in.integer("evaluations", 0, INT32_MAX);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t tokens = in.integer("tokens", 1, kMostTokens);
@@ -115,7 +115,7 @@ class Oracle : public Predictor {
 
   PredictorShape shape_;
   int64_t n_mixture_;
-  std::vector<int64_t> row_;  // [n_layer] among the mixture layers
+  std::vector<int64_t> row_;  // [n_layer] number among the mixture layers
   std::vector<Evaluation> evaluations_;
   std::vector<uint16_t> experts_;
   int64_t at_ = -1;  // evaluation under way

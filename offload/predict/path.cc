@@ -1,7 +1,7 @@
-// One small network that foresees a token's whole path before the first layer: from its embedding
-// and the experts of the token before, the experts of every layer. After ExpertFlow's routing path
-// predictor (He et al., 2024), with one hidden layer in place of a transformer; trained by
-// offload/profile/profile_path.py.
+// One small network predicts a token's whole path before the first layer: from its embedding and
+// the experts of the token before, it computes the experts of every layer. It follows ExpertFlow's
+// routing path predictor (He et al., 2024), with one hidden layer in place of a transformer;
+// offload/profile/profile_path.py trains it.
 //
 //     h = relu(W1 (factor * embedding / rms(embedding)) + sum of Wp's rows of the experts + b1)
 //     score = W2 h + b2, a row for each expert of each layer
@@ -37,7 +37,7 @@ class Path : public Predictor {
   }
 
   void observe(int64_t layer, const Routes& routes) override {
-    // The chunk's last token is the one before the next chunk.
+    // The chunk's last token precedes the next chunk.
     const size_t used = static_cast<size_t>(shape_.n_expert_used);
     for (size_t i = routes.expert.size() - used; i < routes.expert.size(); ++i) {
       chosen_.push_back(layer * shape_.n_expert + routes.expert[i]);
@@ -110,7 +110,8 @@ class Path : public Predictor {
       embedding_.set(scaled_.data(), n);
       from_embedding_.multiply(embedding_, 0, n_hidden_, h_.data() + first * n_hidden_, n_hidden_);
     }
-    // Within a chunk all tokens pass a layer together: only its first one has a known predecessor.
+    // All tokens of a chunk pass a layer together, so that only its first one has a known
+    // predecessor.
     for (int64_t unit : before_) from_experts_.add_row(unit, row_, h_.data());
     for (int64_t i = 0; i < tokens_; ++i) {
       float* h = h_.data() + i * n_hidden_;
@@ -120,7 +121,7 @@ class Path : public Predictor {
     }
   }
 
-  // Fills score_ [tokens][n_expert] of a layer.
+  // Fills score_ [tokens][n_expert] for a layer.
   void score(int64_t layer) {
     score_.resize(static_cast<size_t>(tokens_ * shape_.n_expert));
     const float* bias = score_bias_.data() + layer * shape_.n_expert;
@@ -146,7 +147,7 @@ class Path : public Predictor {
   Map to_experts_;                 // [n_layer * n_expert][H]
   bool prompt_ = false;
   int64_t tokens_ = 1;             // of this forward pass
-  bool ready_ = false;             // h_ is of this forward pass
+  bool ready_ = false;             // whether h_ belongs to this forward pass
   Horizon horizon_;
   std::vector<int64_t> before_;  // layer * n_expert + expert of the token before this chunk
   std::vector<int64_t> chosen_;  // the same of this chunk's last token

@@ -1,7 +1,7 @@
-// Nothing of its own: where an architecture routes before attention, the store reads what that
-// router chose while the attention is computed (prefetch_certain()), for every predictor but
-// `none`. With this one nothing else is read ahead; where routers come after attention it is demand
-// only.
+// This predictor guesses nothing itself: where an architecture routes before attention, the store
+// reads what that router chose while the attention is computed (prefetch_certain()), for every
+// predictor but `none`. With this one nothing else is read ahead; where routers come after
+// attention, all reads are on demand.
 #include "offload/predict/predictor.h"
 
 namespace stoker {

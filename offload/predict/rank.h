@@ -1,4 +1,4 @@
-// From scores of experts to an ordered guess.
+// Ranker turns scores of experts into an ordered guess.
 #pragma once
 
 #include <algorithm>
@@ -74,7 +74,7 @@ class Ranker {
     }
   }
 
-  // A strict order whatever the scores, NaN included.
+  // A strict order for any scores, NaN included.
   static bool before(const float* score, int32_t a, int32_t b) {
     const float x = score[a], y = score[b];
     const bool nan_x = x != x, nan_y = y != y;

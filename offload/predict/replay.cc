@@ -62,7 +62,7 @@ Recall replay(Predictor& predictor, const PredictorShape& shape, const Recording
       const size_t n = predictor.predict(layer, distance, width, ahead, guesses);
       if (t < count_from) continue;
       for (size_t g = 0; g < n; ++g) {
-        // At the start of a forward pass there are guesses at nearer layers too.
+        // At the start of a forward pass there are guesses at nearer layers too, which are skipped.
         if (guesses[g].layer != layer + distance) continue;
         for (int32_t e : chosen(t, guesses[g].layer)) {
           const auto& guessed = guesses[g].experts;

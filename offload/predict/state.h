@@ -1,5 +1,5 @@
-// What a predictor has learnt, as bytes: a header that names the predictor and the model's shape,
-// then little-endian fields.
+// The state of a predictor is what it has learnt, as bytes: a header that names the predictor and
+// the model's shape, then little-endian fields.
 //
 //     char[4]  "SKPS"
 //     u32      version, 1
@@ -43,14 +43,14 @@ class StateReader {
     std::memcpy(&v, bytes(sizeof v).data(), sizeof v);
     return v;
   }
-  // An integer in low .. high.
+  // Reads an integer in low .. high.
   int64_t integer(const char* what, int64_t low, int64_t high);
-  // n finite floats.
+  // Reads n finite floats.
   void floats(const char* what, float* out, size_t n);
-  // The next n bytes, which live as long as the state.
+  // Returns the next n bytes, which live as long as the state.
   std::string_view bytes(size_t n);
   size_t left() const { return rest_.size(); }
-  // Nothing may be left.
+  // Throws if any bytes are left.
   void end() const;
 
  private:

@@ -75,7 +75,7 @@ void TokenHistory::begin(const Step& step) {
 void TokenHistory::take(int64_t layer, const Routes& routes) {
   const int64_t n = static_cast<int64_t>(routes.expert.size()) / used_;
   if (count_ == 0) return;
-  // A chunk longer than the ring has lost its first tokens.
+  // A chunk longer than the ring has already lost its first tokens.
   for (int64_t t = std::max<int64_t>(0, n - size_); t < n; ++t) {
     uint16_t* out = taken(first_ + count_ - n + t, layer);
     for (int64_t j = 0; j < used_; ++j) {

@@ -1,6 +1,7 @@
-// The tokens that were evaluated, with the experts that each took, and what they foretell: where
-// the last tokens occurred before, the same experts are likely to follow again. A text repeats
-// itself more than its routers do: names, quotations, code, answers that take up the question.
+// TokenHistory keeps the tokens that were evaluated, with the experts that each took, and predicts
+// from them: where the last tokens occurred before, the same experts are likely to follow again. A
+// text repeats itself more than its routers do: names, quotations, code, answers that take up the
+// question.
 #pragma once
 
 #include <array>
@@ -14,8 +15,8 @@ namespace stoker {
 
 class TokenHistory {
  public:
-  static constexpr int64_t kTokens = 4096;  // remembered at most
-  static constexpr int kBins = 6;           // of the length of an occurrence
+  static constexpr int64_t kTokens = 4096;  // tokens remembered at most
+  static constexpr int kBins = 6;           // bins of an occurrence's length
 
   TokenHistory(int64_t n_layer, int64_t n_expert_used, int64_t tokens = kTokens);
 
@@ -39,19 +40,19 @@ class TokenHistory {
   // occurrence that runs into the row's own token repeats itself. Empty where it is not known.
   std::span<const uint16_t> foretold(int64_t ahead, int64_t layer, int64_t row = 0) const;
 
-  // Bytes of `tokens` tokens and what belongs to them.
+  // Returns the bytes of `tokens` tokens and all data kept for them.
   static int64_t nbytes(int64_t n_layer, int64_t n_expert_used, int64_t tokens = kTokens);
 
  private:
   static constexpr int kMostCommon = 32;  // tokens: longer occurrences are as good
-  static constexpr int kTried = 256;      // earlier occurrences of one token
-  static constexpr size_t kReach = 128;   // tokens foretold, if they do not repeat themselves
+  static constexpr int kTried = 256;      // earlier occurrences of one token that are compared
+  static constexpr size_t kReach = 128;   // tokens predicted, if they do not repeat themselves
   static constexpr size_t kStreams = 64;
   static constexpr size_t kHeads = 1024;
   static constexpr uint16_t kUnknown = UINT16_MAX;
   struct Entry {
     int32_t token = -1;
-    int64_t before = -1;  // of its stream
+    int64_t before = -1;  // the entry before it in its stream
     int64_t after = -1;
     int64_t alike = -1;  // the last entry before it with the same hash
   };

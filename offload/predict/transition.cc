@@ -1,10 +1,11 @@
-// Experts that often follow those of the last two layers (EdgeMoE, Yi et al., 2023), counted while
-// the model runs; no profile is needed, but what was counted can be saved.
+// Predicts experts that often follow those of the last two layers (EdgeMoE, Yi et al., 2023),
+// counted while the model runs; no profile is needed, but the counts can be saved.
 //
 // For each pair of layers one and two apart it keeps how often expert b of the later one was used
 // by tokens that used expert a of the earlier one. The guess at a layer takes the known experts of
 // the two layers before as independent signs of each expert: its log odds against all others are
-// those of its share of all tokens plus the sum over signs of ln(p(b | a) / p(b)).
+// those of its share of all tokens plus the sum over signs of ln(p(b
+// a) / p(b)).
 //
 // Counts are bytes; a row is halved when the uses of its expert reach 255, so that they are those
 // of the last 128 to 255 times.
@@ -24,10 +25,11 @@ namespace stoker {
 namespace {
 
 constexpr int64_t kLags = 2;
-// What an unseen pair counts: so many uses with b's share of all tokens.
+// The weight of the prior: every pair counts as if it had been seen so often with b's share of all
+// tokens.
 constexpr float kPrior = 1.0f;
-// Signs are not independent: together they count as this many. Best on recorded mixtures, for one
-// layer's signs as for two layers'.
+// Signs are not independent: together they count as this many. The value was best on recorded
+// mixtures, for one layer's signs as for two layers'.
 constexpr float kSigns = 1.2f;
 
 class Transition : public Predictor {
@@ -58,7 +60,7 @@ class Transition : public Predictor {
 
   size_t predict(int64_t layer, int64_t distance, int64_t width, RouterProbe&,
                  std::vector<Guess>& guesses) override {
-    // A prompt's tokens choose nearly everything between them: that needs no guess.
+    // The tokens of a chunk together choose nearly all experts, so that no guess is needed.
     if (!single_ || layer < 0) return 0;
     size_t n = 0;
     const Horizon::Layers layers = horizon_.at(layer, std::min(distance, kLags), shape_.n_layer);
@@ -111,7 +113,7 @@ class Transition : public Predictor {
     }
   }
 
-  // Fills score_ for a layer; false where nothing is known of it.
+  // Fills score_ for a layer; returns false where nothing is known of it.
   bool foretell(int64_t layer) {
     bool any = false;
     const auto precedes = [&](const Seen& s) {
@@ -133,7 +135,7 @@ class Transition : public Predictor {
         const uint8_t* row = counts + a * row_;
         const float unit = 1 / (static_cast<float>(row[shape_.n_expert]) + kPrior);
         for (size_t b = 0; b < score_.size(); ++b) {
-          // Of all tokens, with one more that used every expert alike.
+          // The share of all tokens counts one more token that used every expert alike.
           const float p = (static_cast<float>(all[b]) + share) / (total + 1);
           product_[b] *= static_cast<double>((static_cast<float>(row[b]) / p + kPrior) * unit);
         }

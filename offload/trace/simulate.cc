@@ -110,7 +110,8 @@ Chunks chunks_of(const RoutingTrace& trace) {
   return chunks;
 }
 
-// Belady's MIN: the unit whose next use lies furthest ahead. Told of it chunk by chunk.
+// Belady's MIN: evicts the unit whose next use lies furthest ahead. It is told of the next uses
+// chunk by chunk.
 class Belady : public Policy {
  public:
   explicit Belady(const PolicyShape& shape)
@@ -134,7 +135,7 @@ class Belady : public Policy {
   std::vector<int64_t> next_;  // [n_layer * n_expert]: number of the chunk
 };
 
-// Which units have a slot.
+// The set of units that have a slot.
 class Slots {
  public:
   Slots(int64_t slots, int64_t units)
@@ -144,7 +145,7 @@ class Slots {
 
   bool resident(UnitId unit) const { return resident_flag_[static_cast<size_t>(unit)] != 0; }
 
-  // Begins a chunk: its units are not candidates.
+  // Begins a chunk, whose units are not candidates for eviction.
   void need(std::span<const UnitId> units) {
     ++chunk_;
     for (const UnitId unit : units) needed_[static_cast<size_t>(unit)] = chunk_;
@@ -159,8 +160,8 @@ class Slots {
           if (needed_[static_cast<size_t>(other)] != chunk_) candidates_.push_back(other);
         }
       }
-      // More needed than there are slots: the chunk goes in waves, and all of the wave that is
-      // done may leave.
+      // If the chunk needs more units than there are slots, it is loaded in waves, and any unit of
+      // a wave that is done may leave.
       if (candidates_.empty()) candidates_ = resident_;
       const size_t index = policy.victim(candidates_);
       if (index >= candidates_.size()) bad("a policy chose no candidate");
@@ -187,7 +188,7 @@ class Slots {
   uint64_t chunk_ = 0;
 };
 
-// A predictor that is told of the forward pass, and what it has named of each layer.
+// A predictor that is told of the forward pass, together with what it has named for each layer.
 class Foresight : RouterProbe {
  public:
   Foresight(std::string_view name, const PolicyShape& shape, const TokenHistory* history)
@@ -219,7 +220,7 @@ class Foresight : RouterProbe {
   std::span<const int32_t> named(size_t layer) const { return named_[layer]; }
 
  private:
-  // Its routers see nothing here, and their guesses are not taken.
+  // The routers have no hidden states here, and guesses made from them are not used.
   void logits(int64_t, float* out) override { std::fill_n(out, n_expert_, 0.0f); }
   const float* hidden() const override { return nullptr; }
 

@@ -1,6 +1,6 @@
-// The only door to expert weights. A layer asks for experts by number and gets leases of them in
-// the order in which they are ready: at once where everything is resident, as reads complete where
-// experts live on flash.
+// ExpertStore is the only access to expert weights. A layer asks for experts by number and gets
+// leases of them in the order in which they are ready: at once where everything is resident, as
+// reads complete where experts are on flash.
 #pragma once
 
 #include <cstdint>
@@ -20,39 +20,41 @@ struct Expert {
   Matrix down;  // [n_embd][n_ff]
 };
 
-// Experts of one layer. Those that next_ready() gave are pinned until it is called again or the
-// lease is destroyed, so that a layer may need more experts than there is room for.
+// A lease of experts of one layer. Those that next_ready() gave are pinned until it is called again
+// or the lease is destroyed, so that a layer may need more experts than there are slots.
 class ExpertLease {
  public:
   virtual ~ExpertLease() = default;
-  // Indices into the experts asked for that have become ready since the last call; waits until at
-  // least one is. Empty when all have been given. Throws Error(kDevice) where a read failed.
+  // Waits until at least one more expert is ready and returns the indices (into the experts asked
+  // for) of those that became ready since the last call. Empty when all have been given. Throws
+  // Error(kDevice) where a read failed.
   virtual std::span<const int32_t> next_ready() = 0;
-  // Valid for the indices that the last next_ready() gave.
+  // Returns an expert; valid for the indices that the last next_ready() gave.
   virtual const Expert& expert(int32_t index) const = 0;
 };
 
-// What the router of a layer chose for a chunk of tokens.
+// The experts that the router of a layer chose for a chunk of tokens.
 struct Routes {
   std::vector<int32_t> expert;  // [tokens][n_expert_used], best first
   std::vector<float> weight;    // [tokens][n_expert_used]
 };
 
-// The routers of later layers, applied to what is known now. For predictors.
+// Applies the routers of later layers to what is known now, for predictors.
 class RouterProbe {
  public:
-  // logits [tokens][n_expert] of `layer`'s router for the present hidden states of the chunk.
+  // Computes the logits [tokens][n_expert] of `layer`'s router for the present hidden states of the
+  // chunk.
   virtual void logits(int64_t layer, float* out) = 0;
-  // The present hidden states [tokens][n_embd] (the residual stream).
+  // Returns the present hidden states [tokens][n_embd] (the residual stream).
   virtual const float* hidden() const = 0;
 
  protected:
   ~RouterProbe() = default;
 };
 
-// Called between the layers of a forward pass, in this order: begin() a chunk; for each mixture
-// layer prefetch_certain() where its experts are known before its attention, acquire(),
-// look_ahead(); end().
+// Its methods are called between the layers of a forward pass, in this order: begin() a chunk; for
+// each mixture layer prefetch_certain() where its experts are known before its attention,
+// acquire(), look_ahead(); end().
 class ExpertStore {
  public:
   virtual ~ExpertStore() = default;
@@ -61,18 +63,19 @@ class ExpertStore {
   virtual void begin(const Step& step, const std::function<void()>* poll) {
     (void)step, (void)poll;
   }
-  virtual void end() {}  // of the chunk's last layer
-  // The experts that `layer` will certainly use; for any number of layers ahead, once each.
+  virtual void end() {}  // after the chunk's last layer
+  // Tells which experts `layer` will certainly use; for any number of layers ahead, once each.
   virtual void prefetch_certain(int64_t layer, const Routes& routes) { (void)layer, (void)routes; }
-  // experts: the distinct numbers of routes.expert, ascending. One lease at a time.
+  // Leases experts: the distinct numbers of routes.expert, ascending. Only one lease may exist at a
+  // time.
   virtual std::unique_ptr<ExpertLease> acquire(int64_t layer, std::span<const int32_t> experts,
                                                const Routes& routes) = 0;
-  // Time to guess what comes after `layer`, whose reads are under way; -1: before layer 0, when the
+  // Guesses what comes after `layer`, whose reads are in flight; -1: before layer 0, when the
   // hidden states are the tokens' embeddings.
   virtual void look_ahead(int64_t layer, RouterProbe& ahead) { (void)layer, (void)ahead; }
 };
 
-// Every expert in memory.
+// An expert store with every expert in memory.
 class ResidentExperts : public ExpertStore {
  public:
   explicit ResidentExperts(int64_t n_layer) : layers_(static_cast<size_t>(n_layer)) {}

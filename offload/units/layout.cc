@@ -6,9 +6,9 @@ namespace stoker {
 
 namespace {
 
-// Extents closer than this are read as one: the bytes between cost less than another read.
+// Extents closer than this are read as one: the bytes between them cost less than another read.
 constexpr uint64_t kMergeGap = 64 * 1024;
-// Slot sizes within this share of each other become one: a few bytes lost for a cache that can
+// Slot sizes within this share of each other become one: this loses a few bytes, but the cache can
 // move its slots between layers.
 constexpr double kSameClass = 0.04;
 

@@ -1,6 +1,6 @@
-// Where the units of a model lie: in the file (three extents an expert in a stock file, one where
-// they were packed together) and in a cache slot, which mirrors the file's pages so that direct
-// reads need no copy.
+// Layout says where the units of a model lie: in the file (three extents an expert in a stock file,
+// one where they were packed together) and in a cache slot, which mirrors the file's pages so that
+// direct reads need no copy.
 #pragma once
 
 #include <array>
@@ -26,7 +26,7 @@ class Layout {
 
   // Throws Error(kModelFile) for a size that does not fit a slot.
   void add(int64_t layer, int64_t expert, const Parts& parts);
-  // Groups the units by slot size. Call once, after the last add().
+  // Groups the units by slot size. It is called once, after the last add().
   void finish();
 
   int64_t n_layer() const { return n_layer_; }
@@ -37,27 +37,27 @@ class Layout {
   }
   int64_t layer_of(UnitId u) const { return u / n_expert_; }
   bool has(UnitId u) const { return at(u).n_reads > 0; }
-  // Gate, up and down of a unit: shapes and formats, data null.
+  // Returns gate, up and down of a unit: shapes and formats, data null.
   const std::array<Matrix, 3>& matrices(UnitId u) const { return at(u).matrices; }
-  // Weight bytes of a unit.
+  // Returns the weight bytes of a unit.
   int64_t nbytes(UnitId u) const { return at(u).weight_bytes; }
-  // Bytes that reading a unit takes from flash.
+  // Returns the bytes that reading a unit takes from flash.
   int64_t read_bytes(UnitId u) const { return at(u).read_bytes; }
 
-  // Slot sizes, bytes, ascending; multiples of kIoAlign.
+  // Returns the slot sizes in bytes, ascending; they are multiples of kIoAlign.
   const std::vector<int64_t>& class_bytes() const { return class_bytes_; }
-  const std::vector<int64_t>& class_units() const { return class_units_; }  // how many of each
+  const std::vector<int64_t>& class_units() const { return class_units_; }  // units of each
   int size_class(UnitId u) const { return at(u).size_class; }
 
   // Fills job.reads for a slot at `slot`.
   void prepare(UnitId u, uint8_t* slot, IoJob& job) const;
-  // The expert's matrices in a slot.
+  // Returns the expert's matrices in a slot.
   Expert view(UnitId u, const uint8_t* slot) const;
 
  private:
   struct Unit {
     std::array<Matrix, 3> matrices;
-    std::array<uint64_t, 3> at{};  // of each matrix in the slot
+    std::array<uint64_t, 3> at{};  // offset of each matrix in the slot
     std::array<Read, 3> reads;     // `into` unset
     std::array<uint64_t, 3> read_at{};
     int n_reads = 0;

@@ -5,10 +5,10 @@
 
 namespace stoker {
 
-// Number of a unit: layer * n_expert + expert.
+// The number of a unit: layer * n_expert + expert.
 using UnitId = int32_t;
 
-// Bytes of a file that belong to a unit.
+// The bytes of a file that belong to a unit.
 struct Extent {
   int32_t shard = 0;
   uint64_t offset = 0;

@@ -79,8 +79,9 @@ class ControlSpellings:
         for head in self._heads.finditer(text):
             begin = head.start()
             for n in self._lengths[head[1]]:  # from the shortest on
-                if text[begin : begin + n] in self._known:
-                    found[begin] = begin + n
+                spelling = text[begin : begin + n]  # shorter than n where the text ends
+                if spelling in self._known:
+                    found[begin] = begin + len(spelling)
         return found
 
     def spans(self, text: str, places: Iterable[int]) -> list[tuple[int, int]]:

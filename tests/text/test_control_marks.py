@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fake_core import byte_symbols
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from stoker.runtime.base.errors import ChatTemplateError
 from stoker.runtime.text.chat import CHATML, ChatTemplate
@@ -408,6 +408,7 @@ def test_spellings_are_found(spellings: set[str], text: str) -> None:
     assert known.places(text) == places | ({start} if goes_on else set())
 
 
+@example({"aa", "aa<"}, set(), "aa", {0})  # the longer one does not fit
 @given(
     st.sets(st.text("ab<", min_size=2, max_size=4), max_size=4),
     st.sets(st.text("ab<", min_size=2, max_size=5), max_size=3),
