@@ -497,7 +497,7 @@ class Model:
             ):
                 answer.close()
                 _LOG.warning(
-                    "stoker: %s: the memory holds one sequence: an unfinished answer was ended",
+                    "stoker: %s: the memory is full: an unfinished answer was ended",
                     self.path.name,
                 )
                 return True

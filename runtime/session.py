@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .base import arguments
 from .base.errors import (
@@ -18,6 +18,7 @@ from .base.errors import (
     ContextLengthError,
     OptionError,
 )
+from .backends.engine import LoadedModel
 from .generate import Generation
 from .options import GenerationOptions, merge
 from .text.conversation import Message
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ._core import Sampler
-    from .backends.engine import EngineSequence, LoadedModel, Tokens
+    from .backends.engine import EngineSequence, Tokens
 
 
 _BUSY = "this session is in use by another thread: make one session for each (Model.session())"
@@ -49,6 +50,15 @@ class Evaluated:
     logits_at: int = -1
 
 
+class SharedModel(LoadedModel, Protocol):
+    """A model whose sessions share its memory, as its sessions see it."""
+
+    def _make_session(
+        self, *, system: str | None = None, evaluated: Evaluated | None = None
+    ) -> Session: ...
+    def _make_way(self, session: Session) -> bool: ...
+
+
 class Session:
     """Made by `Model.session()`. For one thread at a time; another gets OptionError.
 
@@ -57,7 +67,7 @@ class Session:
     """
 
     def __init__(
-        self, model: LoadedModel, *, system: str | None = None, evaluated: Evaluated | None = None
+        self, model: SharedModel, *, system: str | None = None, evaluated: Evaluated | None = None
     ) -> None:
         """evaluated: what another session has left, None makes a sequence."""
         start = evaluated or Evaluated(model._engine.sequence())
@@ -72,7 +82,7 @@ class Session:
         self._messages: list[dict[str, Any]] = []
 
     @property
-    def model(self) -> LoadedModel:
+    def model(self) -> SharedModel:
         """The shared model."""
         return self._model
 

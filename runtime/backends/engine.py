@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from ...offload.trace.record import RoutingRecorder
     from .. import _core
-    from ..session import Evaluated, Session
     from ..text.chat import ChatTemplate
     from ..text.conversation import Message
     from ..text.tokenizer import Tokenizer
@@ -179,10 +178,6 @@ class LoadedModel(Protocol):
     @property
     def _never_chosen(self) -> Mapping[int, float]: ...
     def _check_process(self) -> None: ...
-    def _make_session(
-        self, *, system: str | None = None, evaluated: Evaluated | None = None
-    ) -> Session: ...
-    def _make_way(self, session: Session) -> bool: ...
     def _require_causal(self, what: str) -> None: ...
     def _encode(
         self, text: str | Tokens, *, add_special: bool, parse_special: bool

@@ -103,20 +103,23 @@ int64_t scratch_bytes(const ModelConfig& c, int threads, int64_t chunk) {
 // how many tokens a chunk has.
 class BudgetSplit {
  public:
-  // all: bytes of these weights; largest: tokens of the largest chunk; scratch: bytes of one.
+  // Sets what depends on the chunk: scratch, and pages that windows keep for one.
+  using ForChunk = std::function<void(FixedMemory&, int64_t chunk)>;
+
+  // all: bytes of these weights; largest: tokens of the largest chunk.
   BudgetSplit(const GgufFile& file, const Partition& parts, const FixedMemory& others, int64_t all,
-              int64_t experts_used, int64_t largest, std::function<int64_t(int64_t)> scratch)
+              int64_t experts_used, int64_t largest, ForChunk for_chunk)
       : file_(file),
         parts_(parts),
         experts_used_(experts_used),
         least_pinned_(std::min(kLeastChunk, largest)),
         least_streamed_(std::min(kSmallestChunk, largest)),
-        scratch_(std::move(scratch)),
+        for_chunk_(std::move(for_chunk)),
         pinned_(others),
         streamed_(with(plan_stream(parts.pass_order, 0), others)) {
     pinned_.pinned = all;
-    pinned_.scratch = scratch_(least_pinned_);
-    streamed_.scratch = scratch_(least_streamed_);
+    for_chunk_(pinned_, least_pinned_);
+    for_chunk_(streamed_, least_streamed_);
   }
 
   // With the smallest chunk, and everything pinned or all streamed that can be.
@@ -128,13 +131,16 @@ class BudgetSplit {
     const bool all_pinned = budget >= least(pinned_) || least(pinned_) <= least(streamed_);
     FixedMemory fixed = all_pinned ? pinned_ : streamed_;
     const int64_t experts = least_slot_bytes(parts_.layout, experts_used_);
-    const int64_t room = budget - memory_margin(budget) - experts - fixed.total() + fixed.scratch;
+    const int64_t room = budget - memory_margin(budget) - experts;
     const int64_t smallest = all_pinned ? least_pinned_ : least_streamed_;
-    while (chunk > smallest && scratch_(chunk) > room) chunk = std::max(smallest, chunk / 2);
-    fixed.scratch = scratch_(chunk);
+    for_chunk_(fixed, chunk);
+    while (chunk > smallest && fixed.total() > room) {
+      chunk = std::max(smallest, chunk / 2);
+      for_chunk_(fixed, chunk);
+    }
     if (all_pinned) return fixed;
     const int64_t lookup = WeightStream::lookup_bytes(parts_.lookup);
-    stream = plan_stream(parts_.pass_order, room - fixed.scratch + fixed.ring - lookup);
+    stream = plan_stream(parts_.pass_order, room - fixed.total() + fixed.ring - lookup);
     return with(stream, fixed);
   }
 
@@ -151,7 +157,7 @@ class BudgetSplit {
   const GgufFile& file_;
   const Partition& parts_;
   const int64_t experts_used_, least_pinned_, least_streamed_;
-  const std::function<int64_t(int64_t)> scratch_;
+  const ForChunk for_chunk_;
   FixedMemory pinned_, streamed_;  // with the smallest chunk
 };
 
@@ -201,19 +207,21 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   while (p.chunk > least && scratch(p.chunk) > scratch_limit) {
     p.chunk = std::max(least, p.chunk / 4 * 3);
   }
-  // Chunks may get smaller yet, and windows' pages with them: by then it is decided.
-  p.kv_bytes = KvLayout(kv_shape(c), options.kv_type).nbytes(p.context, p.chunk);
   FixedMemory fixed;
   fixed.process = o.process_bytes + static_cast<int64_t>(o.predictor_state.size());
   fixed.process_varies = std::min(o.process_bytes / kProcessVariesShare, kProcessVariesBytes);
   if (c.is_mixture()) fixed.process += TokenHistory::nbytes(c.n_layer, c.n_expert_used);
-  fixed.kv = p.kv_bytes;
+  const KvLayout layout(kv_shape(c), options.kv_type);
+  const auto for_chunk = [&](FixedMemory& f, int64_t chunk) {
+    f.scratch = scratch(chunk);
+    f.kv = layout.nbytes(p.context, chunk);
+  };
   p.weight_bytes = TensorMemory::nbytes(file);
   const int64_t all = c.is_mixture() ? TensorMemory::nbytes(parts.kept) : p.weight_bytes;
-  const BudgetSplit fit(file, parts, fixed, all, c.n_expert_used, largest, scratch);
+  const BudgetSplit fit(file, parts, fixed, all, c.n_expert_used, largest, for_chunk);
   p.least_memory = fit.least_memory();
   StreamPlan stream;
-  fixed.scratch = scratch(p.chunk);
+  for_chunk(fixed, p.chunk);
   if (o.memory > 0) {
     fixed = fit.into(o.memory, p.chunk, stream);
     p.kv_lent_bytes = lend_to_pinned(stream, fixed.kv);
@@ -223,6 +231,7 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
         plan_memory(file.path(), o.memory, fixed, parts.layout, parts.working_set, c.n_expert_used);
   }
   p.scratch_bytes = fixed.scratch;
+  p.kv_bytes = fixed.kv;
   if (o.memory > 0 && !o.cache && c.is_mixture()) {
     p.memory = ring_only(p.memory, parts.layout, c.n_expert_used);
   }

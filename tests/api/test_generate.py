@@ -356,10 +356,10 @@ def test_interrupt_leaves_a_usable_session(monkeypatch: pytest.MonkeyPatch, fail
     calls = itertools.count(1)
     real = fake_core.EngineSequence.eval
 
-    def interrupted(self: Any, tokens: Any) -> None:
+    def interrupted(self: Any, tokens: Any, phase: str = "prompt") -> None:
         if next(calls) == failing:
             raise KeyboardInterrupt
-        real(self, tokens)
+        real(self, tokens, phase)
 
     monkeypatch.setattr(fake_core.EngineSequence, "eval", interrupted)
     generation = session.chat("now")
@@ -382,8 +382,8 @@ def test_interrupted_append_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     session.append("before")
     real = fake_core.EngineSequence.eval
 
-    def half(self: Any, tokens: Any) -> None:
-        real(self, tokens[: len(tokens) // 2])  # the core ends at a whole chunk
+    def half(self: Any, tokens: Any, phase: str) -> None:
+        real(self, tokens[: len(tokens) // 2], phase)  # the core ends at a whole chunk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fake_core.EngineSequence, "eval", half)

@@ -2,7 +2,8 @@
 
 Each way is tried after some steps of generate, chat and a session's chat, on a model in memory, a
 mixture whose experts are on flash, and one whose weights are streamed: the latter two in budgets
-that hold one sequence, so that a second one that is still alive is a BudgetError.
+that hold one sequence of the full context, so that a second long one that is still alive is a
+BudgetError.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ STREAMED = {"n_embd": 256, "n_ff": 1024}
 CONTEXT = 4096  # tokens; there is room for one KV cache of this size
 STEPS = (0, 1, 2, 5)
 PROMPT = "the cat sat on the mat"
+LONG_PROMPT = " ".join([PROMPT] * 380)  # of more than half of the context
 
 
 class Left(Exception):
@@ -182,12 +184,12 @@ WAYS: list[Callable[[list[Generation], int], None]] = [
 ]
 
 
-def as_generate(model: stoker.Model) -> Generation:
-    return model.generate(PROMPT, temperature=0, max_tokens=8, ignore_eos=True)
+def as_generate(model: stoker.Model, prompt: str = PROMPT) -> Generation:
+    return model.generate(prompt, temperature=0, max_tokens=8, ignore_eos=True)
 
 
-def as_chat(model: stoker.Model) -> Generation:
-    return model.chat(PROMPT, temperature=0, max_tokens=8, ignore_eos=True)
+def as_chat(model: stoker.Model, prompt: str = PROMPT) -> Generation:
+    return model.chat(prompt, temperature=0, max_tokens=8, ignore_eos=True)
 
 
 def as_session(model: stoker.Model) -> Generation:
@@ -200,14 +202,15 @@ CALLS: list[Callable[[stoker.Model], Generation]] = [as_generate, as_chat, as_se
 def load(kind: str, folder: Path) -> stoker.Model:
     """A model of a kind; unless resident, in a budget with room for one sequence."""
     if kind == "resident":
-        return stoker.load(TinyMixture("llama").write(folder), threads=2)
+        what = TinyMixture("llama", overrides={"context": CONTEXT})
+        return stoker.load(what.write(folder), threads=2)
     what = TinyMixture("mixtral", overrides={"context": CONTEXT})
     if kind == "streamed":
         what = TinyMixture("llama", overrides={**STREAMED, "context": CONTEXT})
     path = what.write(folder)
     with pytest.raises(stoker.BudgetError) as refused:
         stoker.load(path, threads=2, memory=1)
-    return stoker.load(path, threads=2, memory=named_minimum(refused.value) + MEBIBYTE)
+    return stoker.load(path, threads=2, memory=named_minimum(refused.value) + MEBIBYTE // 4)
 
 
 @pytest.fixture(scope="module", params=["resident", "offloaded", "streamed"])
@@ -221,10 +224,14 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_one_sequence_fills_the_budget(model: stoker.Model) -> None:
     if model.engine.survives_fork:
         pytest.skip("everything is in memory: there is no budget")
-    kept = model.session()
+    kept, other = model.session(), model.session()
+    kept.append(LONG_PROMPT)
+    assert kept.context / 2 < kept.position < kept.context
     with pytest.raises(stoker.BudgetError):
-        model.session()
-    assert kept.position == 0
+        other.append(LONG_PROMPT)
+    assert kept.logits().shape == (model.n_vocab,)
+    del kept
+    other.append(LONG_PROMPT)
 
 
 def test_there_are_two_hundred_ways() -> None:
@@ -293,22 +300,26 @@ def test_an_answer_that_ended_tells_its_figures(model: stoker.Model) -> None:
 def test_a_variable_gets_its_next_answer(
     model: stoker.Model, call: Callable[[stoker.Model], Generation], caplog: Any
 ) -> None:
-    expected = call(model).read()
+    expected = call(model, LONG_PROMPT).read()
+    full = not model.engine.survives_fork  # its memory
+    ended = 0
     for n in STEPS:
-        last = answer = call(model)
+        last = answer = call(model, LONG_PROMPT)
         steps(answer, n)
-        answer = call(model)  # during the call the variable still has the last one
+        answer = call(model, LONG_PROMPT)  # during the call the variable still has the last one
         assert answer.read() == expected
-        ended = last.finish_reason == "cancelled"
-        assert ended == (model.stream is not None or "holds one sequence" in caplog.text)
+        ended += last.finish_reason == "cancelled"
+        assert caplog.text.count("an unfinished answer was ended") == ended
         del last, answer
+    assert ended >= (len(STEPS) - 1 if full else 0) and (full or not ended)
     # Another thread's answer is not ended.
-    if model.stream is not None:
+    if full:
         theirs: list[Generation] = []
         made, done = threading.Event(), threading.Event()
 
         def work() -> None:
-            theirs.append(call(model))
+            theirs.append(call(model, LONG_PROMPT))
+            next(theirs[0])
             made.set()
             done.wait(60)
 
@@ -316,10 +327,11 @@ def test_a_variable_gets_its_next_answer(
         thread.start()
         assert made.wait(60)
         with pytest.raises(stoker.BudgetError):
-            call(model)
+            call(model, LONG_PROMPT).read()
         done.set()
         thread.join()
-        assert theirs.pop().read() == expected
+        theirs[0].read()
+        assert theirs.pop().text == expected
 
 
 def test_a_late_cancel_is_not_the_next_calls(model: stoker.Model) -> None:

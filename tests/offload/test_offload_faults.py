@@ -446,24 +446,24 @@ def test_eight_threads_of_which_some_fail_and_some_are_cancelled(mixtral: Model)
 
 def test_more_sessions_than_the_budget_holds(mixtral: Model) -> None:
     e = mixtral.offloaded(0.5)
-    kept = [e.sequence()]
     tokens = prompt(e)
     expected = mixtral.resident.sequence()
     expected.eval(tokens)
-    with pytest.raises(errors.BudgetError, match="session"):
-        for _ in range(1000):
-            kept.append(e.sequence())
-    assert len(kept) > 1
-    for t in kept:
-        t.eval(tokens)
-        np.testing.assert_array_equal(t.logits(), expected.logits())
-    # As many again once they have gone.
-    count = len(kept)
-    del kept, t
+
+    def fill() -> list[_core.Sequence]:
+        kept = []
+        with pytest.raises(errors.BudgetError, match="sessions"):
+            for _ in range(1000):
+                kept.append(e.sequence())
+                kept[-1].eval(tokens)
+                np.testing.assert_array_equal(kept[-1].logits(), expected.logits())
+        assert kept[-1].position == 0
+        return kept
+
+    count = len(fill())
+    assert count > 2
     gc.collect()
-    again = [e.sequence() for _ in range(count)]
-    again[-1].eval(tokens)
-    np.testing.assert_array_equal(again[-1].logits(), expected.logits())
+    assert len(fill()) == count  # as many again once they have gone
 
 
 # --- leaks ----------------------------------------------------------------------------------------
