@@ -141,6 +141,13 @@ class Engine:
         all_logits: returns those of every row, [rows, n_vocab]. Each row has the bits that it would
         have alone. phase: prompt, decode (the next token of each) or verify (drafts).
         """
+    def decode(self, steps: list[tuple[Sequence, int, Sampler]]) -> list[int | None]:
+        """Evaluates a token of each sequence in one forward pass, and chooses the next of each.
+
+        None: the sampler could not; Sequence.sample says why.
+        """
+    def score(self, rows: list[tuple[Sequence, int, int]]) -> npt.NDArray[np.float64]:
+        """Appends rows (sequence, token, target); -ln p(target) after each, nats [rows]."""
 
 def architectures() -> list[str]:
     """The architectures that the engine runs (arch/archs.inc)."""

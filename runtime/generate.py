@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .base.errors import Cancelled, OptionError
@@ -17,11 +18,14 @@ from .statistics import ExpertStatistics, Statistics, StreamStatistics, gained, 
 from .text.stop import StopMatcher
 
 if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
     from types import TracebackType
 
     from ._core import Sampler
     from .backends.engine import EngineSequence, LoadedModel
     from .text.tokenizer import TokenStream
+
+_MOST_ASYNC = 256  # answers that `async for` generates at once
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -168,6 +172,24 @@ class Generation:
             self._leave()
         if chunk is None:
             raise StopIteration
+        return chunk
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """The next chunk, from a thread that waits for it; a task that is cancelled ends it."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        step = loop.run_in_executor(_waiting_threads(), next, self, None)
+        try:
+            chunk = await asyncio.shield(step)
+        except asyncio.CancelledError:
+            self.close()
+            raise
+        if chunk is None:
+            raise StopAsyncIteration
         return chunk
 
     def read(self) -> str:
@@ -339,6 +361,14 @@ class Generation:
             return Chunk(text, token)
         top = tuple((int(t), float(p)) for t, p in sampler.top_logprobs)
         return Chunk(text, token, float(sampler.logprob), top)
+
+
+@cache
+def _waiting_threads() -> ThreadPoolExecutor:
+    """Threads that wait for the steps of `async for`, as many as there are answers."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(_MOST_ASYNC, thread_name_prefix="stoker-async")
 
 
 def _rest(text: str, matcher: StopMatcher, *, special: bool = False) -> str:

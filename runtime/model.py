@@ -25,9 +25,10 @@ from .base.errors import (
     UnsupportedModelError,
 )
 from .base.memory import available_memory, budget, check_memory, process_bytes
-from .options import GenerationOptions, LoadOptions
+from .options import GenerationOptions, LoadOptions, merge
 from .perplexity import Perplexity, measure
 from .pooling import check_pooling, pool, pooling_of_file
+from .scheduler import Scheduler
 from .session import Evaluated, Session
 from .text.conversation import Message
 
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
 
     from ..offload.trace.record import RoutingRecorder
     from . import _core
+    from .answers import Answers
     from .backends.engine import Engine, ModelFile, Tokens
     from .generate import Generation
     from .plan import PlanReport
+    from .rank import CandidateScore
     from .text.chat import ChatTemplate
     from .text.tokenizer import Tokenizer
 
@@ -58,6 +61,7 @@ class Model:
 
     _file: ModelFile
     _engine: Engine
+    _scheduler: Scheduler
 
     def __init__(self, path: Path, options: LoadOptions | None = None) -> None:
         from ._core import Engine, GgufFile
@@ -305,6 +309,8 @@ class Model:
     ) -> Session:
         session = Session(self, system=system, evaluated=evaluated)
         with self._idle_lock:
+            if "_scheduler" not in self.__dict__:
+                self._scheduler = Scheduler(self._engine)
             self._sessions.add(session)
         return session
 
@@ -355,6 +361,48 @@ class Model:
                 **overrides,
             ),
         )
+
+    def generate_many(
+        self,
+        prompts: Sequence[str | Tokens | Sequence[Message]],
+        *,
+        n: int = 1,
+        parallel: int = 16,
+        options: GenerationOptions | None = None,
+        **overrides: Any,
+    ) -> Answers:
+        """Answers many prompts in forward passes that they share; each as if it were alone.
+
+        prompts: texts or tokens to continue, or conversations to answer (lists of messages).
+        n: samples of each prompt, which is evaluated once; a seed makes the j-th sample's seed + j.
+        parallel: answers that are generated at once, where the memory holds so many.
+        Raises OptionError; ContextLengthError, BudgetError, ... while iterating.
+        """
+        from .answers import Answers
+
+        chosen = merge(options, overrides)
+        listed = arguments.sequence("prompts", prompts, "a sequence of prompts")
+        self._require_causal("generate")
+        return Answers(
+            self,
+            list(listed),
+            chosen,
+            n=arguments.integer("n", n, 1),
+            parallel=arguments.integer("parallel", parallel, 1),
+        )
+
+    def rank(
+        self, prompt: str | Tokens, candidates: Sequence[str | Tokens]
+    ) -> list[CandidateScore]:
+        """How probable each candidate is as the continuation of a prompt, in one forward pass.
+
+        Texts are tokenized together with the prompt. The scores are in the order of `candidates`.
+        Raises ContextLengthError, OptionError, UnsupportedModelError (another backend).
+        """
+        from .rank import rank
+
+        self._require_causal("rank")
+        return rank(self, prompt, candidates)
 
     def logits(self, tokens: str | Tokens) -> npt.NDArray[np.float32]:
         """The logits after each token, [n, n_vocab]; a string is tokenized first."""
@@ -462,13 +510,15 @@ class Model:
         return evaluated
 
     def _wait_for_the_abandoned(self, caller: Session) -> bool:
-        """Waits for a session besides `caller` that ends with the step that a thread is inside of, as nobody has it.
+        """Waits for a session that ends with the step that a thread is inside of.
 
         Such a one was left in the middle of a step: by a cancelled task of asyncio, say, whose
-        thread goes on to the end of the step. Whether one has gone.
+        thread goes on to the end of the step, as nobody has it. Whether one has gone; `caller` is
+        none of them.
         """
         with self._idle_lock:
             others = [s for s in self._sessions if s is not caller and s._lock.locked()]
+            others = [s for s in others if s._active is not None and s._active() is None]
             busy = [(weakref.ref(s), s._lock) for s in others]
             del others
         until = time.monotonic() + _STEP_GRACE_S
@@ -527,6 +577,8 @@ class Model:
         process = os.getpid()
         if process != self._process:
             self._lazy, self._idle_lock = threading.RLock(), threading.RLock()
+            if "_scheduler" in self.__dict__:
+                self._scheduler = Scheduler(self._engine)
             self._process = process
 
     def _check_process(self) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from ._core import Sampler
     from .backends.engine import EngineSequence, Tokens
+    from .scheduler import Scheduler
 
 
 _BUSY = "this session is in use by another thread: make one session for each (Model.session())"
@@ -52,6 +53,8 @@ class Evaluated:
 
 class SharedModel(LoadedModel, Protocol):
     """A model whose sessions share its memory, as its sessions see it."""
+
+    _scheduler: Scheduler
 
     def _make_session(
         self, *, system: str | None = None, evaluated: Evaluated | None = None
@@ -378,7 +381,10 @@ class Session:
             # Recorded chunk by chunk, so that the recording of a long prompt needs no more memory.
             stop = end if recorder is None else min(end, begin + recorder.chunk)
             try:
-                self._sequence.eval(self._tokens[begin:stop], "decode" if decode else "prompt")
+                if recorder is None and not decode:
+                    self._model._scheduler.prompt(self._sequence, self._tokens[begin:stop])
+                else:
+                    self._sequence.eval(self._tokens[begin:stop], "decode" if decode else "prompt")
             except BudgetError:
                 if not self._model._make_way(self):
                     raise
@@ -406,7 +412,7 @@ class Session:
         while True:
             self._logits_at = -1
             try:
-                token = self._sequence.decode(self._tokens[-1], sampler)
+                token = self._model._scheduler.decode(self._sequence, self._tokens[-1], sampler)
             except BudgetError:
                 if not self._model._make_way(self):
                     raise

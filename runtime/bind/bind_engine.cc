@@ -15,6 +15,7 @@
 #include "runtime/bind/bind.h"
 #include "runtime/bind/engine_options.h"
 #include "runtime/base/errors.h"
+#include "runtime/core/decode.h"
 #include "runtime/core/sequence.h"
 #include "runtime/bind/unlocked.h"
 
@@ -359,6 +360,44 @@ nb::object eval_rows(const Engine& e, const nb::list& given, const std::string& 
   });
 }
 
+// A step of generation of several sequences: (sequence, token, sampler) each. Returns the tokens
+// chosen; None where the sampler could not.
+nb::list decode_steps(const Engine& e, const nb::list& given) {
+  std::vector<stoker::DecodeStep> steps;
+  for (nb::handle item : given) {
+    const auto step = nb::cast<nb::tuple>(item);
+    if (step.size() != 3) throw nb::type_error("expected (sequence, token, sampler)");
+    steps.push_back({nb::cast<Sequence*>(step[0]), nb::cast<int32_t>(step[1]),
+                     nb::cast<stoker::Sampler*>(step[2])});
+  }
+  {
+    const stoker::Unlocked unlocked;
+    stoker::decode(e, steps, poll_signals);
+  }
+  nb::list tokens;
+  for (const stoker::DecodeStep& s : steps) {
+    tokens.append(s.next < 0 ? nb::object(nb::none()) : nb::object(nb::int_(s.next)));
+  }
+  return tokens;
+}
+
+// -ln p(target) after each row (sequence, token, target); the sequences keep no logits.
+nb::object score_rows(const Engine& e, const nb::list& given) {
+  std::vector<stoker::Row> rows;
+  std::map<Sequence*, int64_t> next;
+  for (nb::handle item : given) {
+    const auto row = nb::cast<nb::tuple>(item);
+    if (row.size() != 3) throw nb::type_error("rows: expected (sequence, token, target)");
+    auto* sequence = nb::cast<Sequence*>(row[0]);
+    const auto position = next.try_emplace(sequence, sequence->position()).first;
+    rows.push_back({sequence, nb::cast<int32_t>(row[1]), position->second++, stoker::kWantNll,
+                    nb::cast<int32_t>(row[2])});
+  }
+  return filled<double>({rows.size()}, [&](double* out) {
+    e.eval(rows, stoker::Phase::kPrompt, {.nll = out}, poll_signals);
+  });
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -385,6 +424,8 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("routers", routers)
       .def("empty_cache", empty_cache)
       .def("eval", eval_rows, nb::arg("rows"), nb::arg("phase"), nb::arg("all_logits") = false)
+      .def("decode", decode_steps, nb::arg("steps"))
+      .def("score", score_rows, nb::arg("rows"))
       .def("flash_bandwidth", flash_bandwidth, nb::arg("nbytes"), nb::arg("seed") = 1)
       .def("sequence", [](std::shared_ptr<Engine> e) {
         const stoker::Unlocked unlocked;  // it may wait for another session's evaluation

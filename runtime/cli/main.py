@@ -35,6 +35,7 @@ from ..terminal.standard_streams import abandon_output, open_closed_streams
 COMMANDS = {
     "run": "run",
     "chat": "chat",
+    "batch": "batch",
     "inspect": "inspect",
     "pull": "pull",
     "perplexity": "perplexity",
@@ -50,7 +51,7 @@ COMMANDS = {
     "export": "export.main",
 }
 # Whose options are in groups.
-_OF_MODELS = ("run", "chat", "perplexity")
+_OF_MODELS = ("run", "chat", "batch", "perplexity")
 
 _BAD_INPUT = (
     BudgetError,
