@@ -1,6 +1,6 @@
-// The exceptions of the core. Each kind has a Python class of the same name in
-// runtime/base/errors.py; bindings.cc translates. Messages are one line: the file, what was
-// expected, what was found.
+// The exceptions of the core. Each kind has a Python class in runtime/base/errors.py, named beside
+// it below; bindings.cc translates. A message is one line with the file, what was expected and what
+// was found.
 #pragma once
 
 #include <stdexcept>
