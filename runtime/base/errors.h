@@ -14,7 +14,7 @@ enum class ErrorKind {
   kContext,      // ContextLengthError: more tokens than the session's context
   kBudget,       // BudgetError: does not fit the memory
   kOption,       // OptionError: a bad argument or environment variable
-  kInterrupted,  // KeyboardInterrupt or a cancelled session
+  kInterrupted,  // Cancelled: a cancelled session, or an interpreter that is ending
   kDevice,       // DeviceError: a read failed, an instruction traps
 };
 
