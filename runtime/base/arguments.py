@@ -45,7 +45,7 @@ def shown(value: object) -> str:
     """Returns a value's representation for a message, cut short; its type where it has none."""
     try:
         return " ".join(_BRIEF.repr(value).split())
-    except Exception:  # its own methods are anybody's code
+    except Exception:  # the value's own methods may raise anything
         return f"a {type(value).__name__}"
 
 
@@ -116,7 +116,7 @@ def text(name: str, value: object, expected: str = "a string") -> str:
     """Returns a string; expected: what the message says it must be."""
     if not isinstance(value, str):
         _refuse(name, expected, value)
-    return str.__str__(value)  # of a subclass the characters alone
+    return str.__str__(value)  # a plain str, also for a value of a subclass
 
 
 def choice(name: str, value: object, choices: Sequence[str]) -> str:
@@ -215,7 +215,7 @@ def _index(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return None
     try:
-        return int(index(value))  # of a bool that __index__ returned, too
+        return int(index(value))  # int(), because __index__ may return a bool
     except Exception:
         return None
 

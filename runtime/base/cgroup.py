@@ -61,7 +61,7 @@ def memory_headroom(**files: str) -> Headroom | None:
 def _reclaimable(stat: Path, version: int) -> int:
     """Returns the bytes that the kernel reclaims before it kills: page cache, above all."""
     names = {"active_file", "inactive_file", "slab_reclaimable"}
-    if version == 1:  # its plain names leave the groups below out
+    if version == 1:  # the names without total_ exclude the groups below
         names = {"total_active_file", "total_inactive_file"}
     try:
         rows = [line.split() for line in stat.read_text().splitlines()]

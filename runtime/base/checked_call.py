@@ -39,7 +39,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             bound.arguments[name] = checks[name](value)
         try:
             return function(*bound.args, **bound.kwargs)
-        except (StokerError, BrokenPipeError):  # the latter of a progress that is printed
+        except (StokerError, BrokenPipeError):  # printing a progress may raise the latter
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""

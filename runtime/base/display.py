@@ -24,7 +24,7 @@ def size(count: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """Writes each row as a line with aligned columns, of which the first `left` are flush left."""
+    """Writes each row as a line with aligned columns, the first `left` of them flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

@@ -22,7 +22,7 @@ _TYPICAL_PROCESS = 128 << 20
 # share of the limit. Only usage beyond that is attributed to other processes.
 _OVERHEAD = 0.05
 
-_PAGE = 4096  # a group's limit is rounded to whole ones
+_PAGE = 4096  # bytes; a group's limit is rounded to whole pages
 
 _LOG = logging.getLogger("stoker")
 

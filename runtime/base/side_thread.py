@@ -51,7 +51,7 @@ class SideThread:
         done: Future[_T] = Future()
         try:
             done.set_result(job(*arguments))
-        except Exception as error:  # Ctrl-C is the caller's own and goes on
+        except Exception as error:  # Ctrl-C is the caller's own and is not caught
             done.set_exception(error)
         return done
 
@@ -60,4 +60,4 @@ class SideThread:
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown()  # waits for what it is doing
+            self._pool.shutdown()  # waits for the submitted jobs
