@@ -1,4 +1,4 @@
-"""The options of a load, as a table."""
+"""The table of load options."""
 
 from __future__ import annotations
 
