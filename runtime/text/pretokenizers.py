@@ -1,4 +1,4 @@
-"""The pre-tokenizer kinds of GGUF files: how a text is cut into words before merges are applied.
+"""The pre-tokenizer kinds of GGUF files, which cut a text into words before merges are applied.
 
 `tokenizer.ggml.pre` names a kind. A kind is a list of patterns: each one in turn cuts every
 segment that the patterns before it left, and both what it matches and what lies between matches
@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 
 from ..base.errors import TokenizerError
 
-# In place of a pattern: runs of punctuation as the library's Punctuation step finds them. Its
-# Unicode is older than the one behind \p{P}.
+# This stands for a pattern: runs of punctuation as the library's Punctuation step finds them. Its
+# Unicode version is older than the one behind \p{P}.
 PUNCTUATION = "punctuation"
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One kind.
+    """One kind of pre-tokenizer.
 
     patterns: regular expressions in Oniguruma syntax, or PUNCTUATION, applied in order; empty for
         `escaped`.
@@ -46,7 +46,7 @@ _CJK_KANA = "[一-龥぀-ゟ゠-ヿ]+"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ASCII_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
-# Groups of three digits counted from the right: 1234567 is 1, 234, 567.
+# This groups digits in threes from the right: 1234567 is 1, 234, 567.
 _DIGITS_FROM_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 
 
@@ -81,7 +81,7 @@ def _marked(punctuation: str) -> str:
     )
 
 
-# Escaped where normalization would turn the letter into another one.
+# A letter is escaped if normalization would turn it into another one.
 _DEEPSEEK_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ"
     "-Ὅὐ-ὗὙὛὝὟ-\u1F7Dᾀ-ᾴᾶ-ᾼ\u1FBEῂ-ῄῆ-ῌῐ-\u1FD3ῖ-\u1FDBῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212A-ℭℯ-ℴℹ"
@@ -104,12 +104,12 @@ _BAILING = (
 )
 _ESCAPED = PreTokenizer((), escaped=True)
 
-# `nfc` is set where the published tokenizer is known to have it: Qwen 2, 2.5, 3 and 3.5, Command-R,
+# `nfc` is set if the published tokenizer is known to have it: Qwen 2, 2.5, 3 and 3.5, Command-R,
 # GPT-NeoX and its kin (OLMo, MPT, ModernBERT) in transformers' own classes for them, StableLM 2
 # and Hunyuan in their tokenization_arcade100k.py and tokenization_hy.py. Those of Llama 3,
-# DeepSeek, GPT-2 and StarCoder are known to have none. Of the other names it could not be
-# established: deepseek-r1-qwen, kormo, f2llmv2 and megrez cut as Qwen 2 does, but their published
-# files were not at hand, and none is taken for granted.
+# DeepSeek, GPT-2 and StarCoder are known to have none. It is unset for the other names, for which
+# this could not be established: deepseek-r1-qwen, kormo, f2llmv2 and megrez cut as Qwen 2 does, but
+# their published files were not available.
 _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
     ("default", _DEFAULT),
     ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano", _LLAMA3),
@@ -264,7 +264,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-    """The kind that tokenizer.ggml.pre calls `name`; TokenizerError where it is unknown."""
+    """Returns the kind that tokenizer.ggml.pre calls `name`. TokenizerError if it is unknown."""
     kind = PRE_TOKENIZERS.get(name)
     if kind is None:
         raise TokenizerError(
