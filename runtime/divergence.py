@@ -19,7 +19,7 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
 
 
 def token_nll(logits: Floats, window: Sequence[int]) -> npt.NDArray[np.float64]:
-    """Returns -ln p of each token of the window but the first, [n - 1], nats; logits [n, n_vocab]."""
+    """Returns -ln p of each window token but the first, [n - 1], nats; logits [n, n_vocab]."""
     p = log_softmax(logits[:-1])
     return np.asarray(-p[np.arange(len(window) - 1), list(window[1:])])
 

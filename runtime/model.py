@@ -99,7 +99,7 @@ class Model:
         # The next generate or chat continues with this. It holds no reference to the model, so that
         # a model without references is freed at once.
         self._idle: Evaluated | None = None
-        self._idle_lock = threading.RLock()  # re-entered if a generation is dropped while it is held
+        self._idle_lock = threading.RLock()  # re-entered if a generation is dropped while held
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._recorder: RoutingRecorder | None = None
         self._memory_bandwidth = self._load_bandwidth = 0.0  # bytes a second; 0: not measured
@@ -378,7 +378,8 @@ class Model:
 
         pooling: "mean" of all tokens, "cls" (the first one's), "last", or "none": one row a token,
             [n, n_embd]. None takes what the file names, and the mean if it names nothing.
-        normalize: scale to L2 norm 1. Raises OptionError, UnsupportedModelError (a reranker's file).
+        normalize: scale to L2 norm 1.
+        Raises OptionError, UnsupportedModelError (a reranker's file).
         """
         import numpy as np  # imported only here, because it takes 14 MiB
 
@@ -462,7 +463,7 @@ class Model:
         return self._make_session(evaluated=self._left())
 
     def _left(self) -> Evaluated | None:
-        """Takes what the last session of generate or chat left; None if it is taken already."""
+        """Takes what the last session of generate or chat left; None if there is nothing."""
         with self._idle_lock:
             evaluated, self._idle = self._idle, None
         return evaluated
@@ -514,7 +515,7 @@ class Model:
             self._idle = evaluated
 
     def _lend(self, session: Session, begin: Callable[[Session], Generation]) -> Generation:
-        """Returns what `begin` makes; its session's state comes back however the generation ends."""
+        """Returns what `begin` makes; takes the session's state back however that ends."""
         try:
             generation = begin(session)
         except BaseException:
@@ -528,7 +529,7 @@ class Model:
         return generation
 
     def _own_locks(self) -> None:
-        """Makes new locks in a forked process, since threads that it lacks may hold the old ones."""
+        """Makes new locks in a forked process, since threads that it lacks may hold the old."""
         process = os.getpid()
         if process != self._process:
             self._lazy, self._idle_lock = threading.RLock(), threading.RLock()

@@ -32,7 +32,7 @@ class Perplexity:
 
 
 def windows(n: int, context: int, stride: int | None) -> Iterator[tuple[int, int, int]]:
-    """Yields (begin, end, first scored token) of each window over n tokens; see Model.perplexity."""
+    """Yields (begin, end, first scored token) of each window; see Model.perplexity."""
     if n < context:
         yield 0, n, 1
     elif stride is None:
@@ -60,7 +60,7 @@ def measure(
 ) -> Perplexity:
     """Measures the perplexity of tokens [n] on an otherwise unused sequence.
 
-    bos: replaces each window's first token (None if the model has none).
+    bos: replaces each window's first token; None leaves it.
     progress: called after each window with (windows done, windows in all, ppl so far).
     """
     least = 2 if stride is not None else 3  # the second half of two tokens scores none

@@ -32,7 +32,7 @@ def nfc() -> Callable[[str], str]:
 
 
 def squeezed_spaces(text: str) -> str:
-    """Removes spaces at both ends and repeated ones, as SentencePiece's remove_extra_whitespaces."""
+    """Removes outer and repeated spaces, as SentencePiece's remove_extra_whitespaces."""
     return re.sub(" {2,}", " ", text.strip(" "))
 
 
