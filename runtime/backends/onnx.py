@@ -2,7 +2,7 @@
 
 A decoder is a graph with an input input_ids, past_key_values.N.key and .value, and outputs
 logits and present.N.key and .value, as `stoker export onnx`, optimum and onnxruntime-genai make
-them. Its tokenizer is in the file (`stoker export onnx`) or in files beside it.
+them. `stoker export onnx` puts the tokenizer into the file; files of other tools have none in it.
 """
 
 from __future__ import annotations
