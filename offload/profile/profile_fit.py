@@ -83,7 +83,7 @@ class Recording:
 
 
 def recall(scores: Floats, experts: npt.NDArray[np.int32], width: int) -> float:
-    """Returns the share of experts [tokens, used] among the `width` best scores [tokens, n_expert]."""
+    """Returns the share of experts [tokens, used] in the `width` best scores [tokens, n_expert]."""
     width = min(width, scores.shape[1])
     guessed = np.zeros(scores.shape, dtype=bool)
     best = np.argpartition(-scores, width - 1, axis=1)[:, :width]
