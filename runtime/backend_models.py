@@ -78,7 +78,7 @@ class OnnxModel(Model):
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
-        """Name -> (type, shape) of each output, as of `inputs`."""
+        """Name -> (type, shape) of each output, in the form of `inputs`."""
         return {o.name: (type_name(o.type), tuple(o.shape)) for o in self._graph.get_outputs()}
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:

@@ -186,13 +186,13 @@ class Model:
 
     @property
     def offload(self) -> Mapping[str, Any] | None:
-        """Counters of the expert cache since the load; None where all experts are in memory."""
+        """Counters of the expert cache since the load; None if all experts are in memory."""
         counters = self._engine.offload
         return None if counters is None else MappingProxyType(dict(counters))
 
     @property
     def stream(self) -> Mapping[str, Any] | None:
-        """Counters of streamed weights since the load; None where all are pinned.
+        """Counters of streamed weights since the load; None if all are pinned.
 
         These are weights that every token uses. bytes, decode_bytes: read from flash. stall_s,
         decode_stall_s: seconds spent waiting for them.
@@ -276,7 +276,7 @@ class Model:
 
     @property
     def chat_template(self) -> ChatTemplate | None:
-        """The file's chat template, None where it has none. Raises ChatTemplateError."""
+        """The file's chat template, None if it has none. Raises ChatTemplateError."""
         self._own_locks()
         with self._lazy:
             return self._chat_template
@@ -348,8 +348,8 @@ class Model:
         A string is one user message; a conversation that ends with the assistant's words is
         continued. template: variables of the chat template, e.g. {"enable_thinking": False}.
         parse_special: read "<|name|>" in messages, tools and variables as the control token it
-        names; otherwise it is plain text. What the KV cache still holds from the last call is not
-        evaluated again. Raises ChatTemplateError, ContextLengthError, OptionError.
+        names; otherwise it is plain text. Tokens that the KV cache still holds from the last call
+        are not evaluated again. Raises ChatTemplateError, ContextLengthError, OptionError.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -366,7 +366,7 @@ class Model:
         )
 
     def logits(self, tokens: str | Tokens) -> npt.NDArray[np.float32]:
-        """The logits after each token, [n, n_vocab]; a string is tokenized first."""
+        """Returns the logits after each token, [n, n_vocab]; a string is tokenized first."""
         ids = self._encode(tokens, add_special=True, parse_special=True)
         with self._scratch(ids) as session:
             return session._sequence.eval_all(ids)

@@ -382,7 +382,7 @@ class OnnxSequence(BackendSequence):
         self._buffers: dict[str, Any] = {}
         self._capacity = 0  # tokens that the buffers can hold
         self._binding: Any = None
-        self._bound = ""  # the output that is bound beside the cache
+        self._bound = ""  # name of the output that is bound with the cache
 
     def _forward(self, ids: Ids, wanted: Wanted) -> Array:
         e = self._engine

@@ -1,4 +1,4 @@
-"""`stoker bench`: measures a model under budgets and beside other engines."""
+"""`stoker bench`: measures a model under budgets and compares it with other engines."""
 
 from __future__ import annotations
 

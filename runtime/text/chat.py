@@ -64,7 +64,7 @@ class Prompt:
 
     text: the prompt, with a `mark` inside each control token that a client has written
     (control_marks.py); mark: that character, "" if there is none. continued: the assistant's words
-    that the text ends with; None if an answer begins anew.
+    that the text ends with; None if a new answer begins.
     """
 
     text: str
@@ -139,10 +139,11 @@ class ChatTemplate:
 
     @classmethod
     def from_metadata(cls, get: Callable[[str], Any], tokenizer: Tokenizer) -> ChatTemplate:
-        """The templates of a GGUF file.
+        """Returns the templates of a GGUF file.
 
-        get: a metadata key to its value, None where absent. A file without any gets the ChatML
-        template if its vocabulary has <|im_start|> and <|im_end|>; otherwise ChatTemplateError.
+        get: returns a metadata key's value, None if absent. A file without any template gets the
+        ChatML template if its vocabulary has <|im_start|> and <|im_end|>; otherwise this raises
+        ChatTemplateError.
         """
         sources = template_sources(get)
         for name, source in sources.items():
@@ -441,7 +442,7 @@ def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prints_lists(text: str, messages: list[dict[str, Any]]) -> bool:
-    """Whether a template has printed a list of parts instead of its texts."""
+    """Returns whether a template has printed a list of parts instead of its texts."""
     lists = (m["content"] for m in messages if isinstance(m.get("content"), list))
     return any(repr(parts[0]) in text for parts in lists)
 

@@ -186,14 +186,14 @@ class ControlMarks:
         return self._marked(text, places)
 
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message of `conversation` with its marks."""
+        """Returns a message of `conversation` with its marks."""
         marked: dict[str, Any] = self.value(message)
         if message["role"] in _ROLES:
             marked["role"] = message["role"]
         return marked
 
     def value(self, value: Any) -> Any:
-        """A value of dict, list and str with marks in all its strings."""
+        """Returns a value of dict, list and str with marks in all its strings."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, dict):
@@ -231,7 +231,7 @@ class ControlMarks:
         return escape.sub(rf"\g<1>{self.mark}", str(value))
 
     def plain(self, value: Any) -> Any:
-        """A value of dict, list and str without marks."""
+        """Returns a value of dict, list and str without marks."""
         if isinstance(value, str):
             return value.replace(self.mark, "")
         if isinstance(value, dict):
@@ -252,7 +252,7 @@ class ControlMarks:
         return marked.sliced(at)
 
     def characters(self, text: str) -> Sequence[str]:
-        """The characters of a text."""
+        """Returns the characters of a text."""
         return MarkedText(text, self.mark).characters() if self.mark in text else text
 
     def method(self, method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

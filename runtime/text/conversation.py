@@ -21,7 +21,7 @@ Message = Mapping[str, Any]  # as a client sends it
 TEXT_KINDS = ("text", "input_text", "output_text")  # kinds of content parts that hold text
 # Names of an assistant's reasoning; transformers gives templates the first two, from any of them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Names of a tool's schema beside OpenAI's "parameters": Anthropic's and MCP's.
+# Anthropic's and MCP's names of a tool's schema, which OpenAI calls "parameters".
 _PARAMETERS = ("input_schema", "inputSchema")
 
 _LEVELS = 100  # nesting depth of mappings and lists
@@ -55,7 +55,7 @@ def conversation(messages: object) -> list[dict[str, Any]]:
     """Returns copies of the messages, all in one form.
 
     Each has "role"; "content" as a string or as a list of {"type": "text", "text": str}, absent
-    where an assistant only calls tools, as Arguments where a tool's result is no text; an
+    if an assistant only calls tools, as Arguments if a tool's result is no text; an
     assistant's thoughts before its texts, as {"type": "thinking", "thinking": str}, and as
     "reasoning_content" as well; "tool_calls" as a list of {"type": "function",
     "function": {"name": str, "arguments": Arguments}}; no key whose value is None.
@@ -308,7 +308,7 @@ def _arguments(sent: object) -> Arguments:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text, or `text` itself (the same object) where it is none."""
+    """Returns the value of a JSON text, or `text` itself (the same object) if it is none."""
 
     def finite(number: str) -> float:
         value = float(number)

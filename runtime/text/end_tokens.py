@@ -16,10 +16,11 @@ from .vocabulary import CONTROL, USER_DEFINED, Metadata, Vocabulary
 
 @dataclass(frozen=True)
 class EndTokens:
-    """eot, eom: ids that end a turn and a message, None where there are none.
+    """The tokens of a file that end a turn, a message or a generation.
 
-    eog: every token that ends a generation. control: the tokens among these, and the
-    fill-in-the-middle tokens, that are control tokens although the file's type says otherwise.
+    eot, eom: ids that end a turn and a message, None if there are none. eog: every token that ends
+    a generation. control: the tokens among these, and the fill-in-the-middle tokens, that are
+    control tokens although the file's type says otherwise.
     """
 
     eot: int | None

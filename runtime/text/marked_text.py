@@ -56,7 +56,7 @@ class MarkedText:
         return self.part(start, stop)
 
     def characters(self) -> list[str]:
-        """The characters, each with the marks at its ends."""
+        """Returns the characters, each with the marks at its ends."""
         return [self.part(i, i + 1) for i in range(len(self.plain))]
 
     def remarked(self, changed: str) -> str:

@@ -13,7 +13,7 @@ from .vocabulary import spelled_bytes
 
 
 def nfc() -> Callable[[str], str]:
-    """A function that brings text to Unicode's normalization form C as HF tokenizers does.
+    """Returns a function that brings text to Unicode's normalization form C as HF tokenizers does.
 
     It uses that library's function, because its Unicode version is older than Python's and leaves
     newer combining marks in their order. Text that Python finds normalized is so by the older
@@ -60,7 +60,7 @@ class PrecompiledMap:
         self._verbatim = re.compile(longest_first) if longest_first else None
 
     def replace(self, text: bytes, start: int) -> tuple[bytes, int] | None:
-        """The replacement of the longest known prefix at `start` and its length in bytes."""
+        """Returns the replacement of the longest known prefix at `start`, and that one's bytes."""
         units, best = self._units, None
         node = self._offset(units[0])
         for end in range(start, len(text)):
@@ -82,7 +82,7 @@ class PrecompiledMap:
         return best
 
     def mapped(self, text: str) -> str:
-        """The text with every known prefix replaced, from left to right."""
+        """Returns the text with every known prefix replaced, from left to right."""
         data = text.encode()
         out = bytearray()
         at = 0

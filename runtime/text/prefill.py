@@ -14,12 +14,12 @@ TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 def to_continue(messages: list[dict[str, Any]]) -> bool:
-    """Whether a conversation ends with words of the assistant, and no tool calls."""
+    """Returns whether a conversation ends with words of the assistant, and no tool calls."""
     return messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
 
 
 def tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with the tag behind the last text of its last message."""
+    """Returns the conversation with the tag behind the last text of its last message."""
     *before, last = messages
     content = last["content"]
     if isinstance(content, list):

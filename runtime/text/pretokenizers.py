@@ -51,7 +51,7 @@ _DIGITS_FROM_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 
 
 def _contracted(number: str, spaces: str = _SPACES, head: str = f"{_CONTRACTION}|") -> str:
-    """The pattern of the Llama 3 and Qwen 2 families; `number` is what differs."""
+    """Returns the pattern of the Llama 3 and Qwen 2 families; `number` is what differs."""
     return head + r"[^\r\n\p{L}\p{N}]?\p{L}+|" + number + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + spaces
 
 
@@ -62,7 +62,7 @@ def _cased(
     lower: str = _LOWER,
     head: str = "",
 ) -> str:
-    """The pattern of o200k and Tekken: a word also ends where lower case turns into upper case."""
+    """Returns the pattern of o200k and Tekken, which also cuts where upper case follows lower."""
     start = r"[^\r\n\p{L}\p{N}]?"
     return (
         f"{head}{start}{upper}*{lower}+{contraction}|{start}{upper}+{lower}*{contraction}|"
@@ -73,7 +73,7 @@ def _cased(
 
 
 def _marked(punctuation: str) -> str:
-    """The last pattern of the DeepSeek V3 family, where combining marks belong to the letters."""
+    """Returns the last pattern of the DeepSeek V3 family, with combining marks as letters."""
     return (
         _ASCII_PUNCTUATION
         + r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
@@ -275,7 +275,7 @@ def pre_tokenizer(name: str) -> PreTokenizer:
 
 
 def byte_level_words(kind: PreTokenizer) -> Callable[[str], list[str]]:
-    """A function that cuts a text into the words of `kind`, spelled in GPT-2's byte alphabet."""
+    """Returns a function that cuts a text into `kind`'s words, in GPT-2's byte alphabet."""
     from tokenizers import Regex, pre_tokenizers
 
     steps: list[pre_tokenizers.PreTokenizer] = [

@@ -85,7 +85,7 @@ class StopMatcher:
         return any(stop.startswith(text) for stop in self._stops)
 
     def _cuts(self, position: int) -> bool:
-        """Whether a position lies inside of a special token's spelling."""
+        """Returns whether a position lies inside of a special token's spelling."""
         return position < len(self._inside) and self._inside[position] == 2
 
     def _release(self, end: int, shown: list[int]) -> str:

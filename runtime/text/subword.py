@@ -29,7 +29,7 @@ class Subword(Protocol):
     """The interface that all algorithms of this file share."""
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         ...
 
 
@@ -75,7 +75,7 @@ class Merges:
         self._words: dict[str, tuple[int, ...]] = {}
 
     def word(self, word: str) -> tuple[int, ...]:
-        """The token ids of one word."""
+        """Returns the token ids of one word."""
         known = self._words.get(word)
         if known is not None:
             return known
@@ -155,7 +155,7 @@ class ByteLevelBpe:
         self._merges = Merges(ids, cost, joint, lambda piece: [ids[c] for c in piece if c in ids])
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         out: list[int] = []
         for word in self._split(text):
             whole = self._ids.get(word) if self._whole_words else None
@@ -189,7 +189,7 @@ class EscapedBpe:
         self._parts = re.compile(part).findall
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         text = text.replace(" ", SPACE)
         out: list[int] = []
         if not self._newlines:
@@ -238,7 +238,7 @@ class Unigram:
         self._lengths = lengths
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         text = self._normalize(text)
         n = len(text)
         best = [0.0] + [float("-inf")] * n  # by end position, in characters
@@ -295,7 +295,7 @@ class WordPiece:
 
     The text is lowercased and stripped of accents (NFD, marks dropped) as asked; punctuation and
     each CJK ideograph are words of their own; a word is cut into the longest tokens from the
-    left, or is `unk` where that does not cover it.
+    left, or is `unk` if that does not cover it.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class WordPiece:
         self._words: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         out: list[int] = []
         for word in self._split(text):
             known = self._words.get(word)
@@ -357,7 +357,7 @@ class WordPiece:
 
 
 def _is_word(char: str, category: str) -> bool:
-    """Whether a character is a BERT word of its own: punctuation, or a CJK ideograph."""
+    """Returns whether a character is a BERT word of its own: punctuation, or a CJK ideograph."""
     if category[0] == "P" or (char < "\x7f" and category[0] == "S"):
         return True
     # These are the ranges of BERT's own tokenizer (U+2B920 as in its Rust port).
@@ -385,7 +385,7 @@ class LongestMatch:
         self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items()}
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         data = text.encode()
         out: list[int] = []
         at = 0
@@ -404,7 +404,7 @@ class LongestMatch:
 
 
 def unescape_rwkv(spelling: str) -> bytes:
-    r"""The bytes of an RWKV token, which is spelled with \t, \n, \r and \x00 escapes."""
+    r"""Returns the bytes of an RWKV token, which is spelled with \t, \n, \r and \x00 escapes."""
     out = bytearray()
     at = 0
     while at < len(spelling):

@@ -23,7 +23,7 @@ _JSON = f'{{"needle": "{_ONE}", "count": 5}}'
 _USER = {"role": "user", "content": "Question"}
 _ANSWER = {"role": "assistant", "content": "Answer"}
 _HEADS = ("system", "developer")  # roles that usually begin a conversation
-_ID = "call00000"  # Mistral's templates want nine letters or digits
+_ID = "call00000"  # Mistral's templates require nine letters or digits
 _TOOL = {
     "type": "function",
     "function": {
@@ -149,13 +149,13 @@ class TemplateForms:
         return False, False, _ABSENT if renders is None else renders
 
     def _shows_text(self, kind: str) -> bool:
-        """Whether messages of a kind show a content that is a string."""
+        """Returns whether messages of a kind show a content that is a string."""
         if kind not in self._text:
             self._text[kind] = any(_ONE in text for text in self._with_content(kind, _ONE))
         return self._text[kind]
 
     def _shows_parts(self, kind: str) -> bool:
-        """Whether messages of a kind show all texts of a content that is a list of parts."""
+        """Returns whether messages of a kind show all texts of a list of parts."""
         if kind not in self._parts:
             parts = [{"type": "text", "text": _ONE}, {"type": "text", "text": _TWO}]
             self._parts[kind] = any(
@@ -165,7 +165,7 @@ class TemplateForms:
         return self._parts[kind]
 
     def _shows_results(self) -> bool:
-        """Whether a tool's result that is a mapping is printed as JSON."""
+        """Returns whether a tool's result that is a mapping is printed as JSON."""
         if self._results is None:
             as_text, _, empty = self._call_forms()
             call = _calling(_JSON if as_text else {"n": 5}, empty)
@@ -177,7 +177,7 @@ class TemplateForms:
         return self._results
 
     def _shows_thoughts(self) -> bool:
-        """Whether an assistant's content may have parts of type "thinking"."""
+        """Returns whether an assistant's content may have parts of type "thinking"."""
         if self._thoughts is None:
             thought = {"type": "thinking", "thinking": _ONE}
             message = {**_ANSWER, "content": [thought, {"type": "text", "text": _TWO}]}
@@ -194,7 +194,7 @@ class TemplateForms:
         return self._developer
 
     def _shows_heads(self, roles: tuple[str, ...]) -> bool:
-        """Whether messages of system and developer that begin a conversation are all shown."""
+        """Returns whether all leading messages of system and developer are shown."""
         if roles not in self._heads:
             needles = [f"needle-75{i:02d}-" for i in range(len(roles))]
             heads = []

@@ -66,7 +66,7 @@ class TemplateStopped(ChatTemplateError):
 
 
 def compile_template(environment: Environment, source: str, name: str) -> Template:
-    """The template of a source text; `name` is for messages. ChatTemplateError if malformed."""
+    """Compiles a template; `name` is for messages. Raises ChatTemplateError if malformed."""
     if len(source) > MAX_SOURCE:
         raise ChatTemplateError(
             f"chat template {name!r}: expected at most {MAX_SOURCE} characters, found {len(source)}"
@@ -243,7 +243,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 
 def sandbox() -> Environment:
-    """A new environment that compiles and runs chat templates."""
+    """Returns a new environment that compiles and runs chat templates."""
     environment = _Bounded(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -320,7 +320,7 @@ def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[
 def _sum(
     environment: Environment, value: Iterable[Any], attribute: Any = None, start: Any = 0
 ) -> Any:
-    """Adds up as Jinja's sum, but Python's own copies the whole sum for each list or tuple."""
+    """Adds up as Jinja's sum does, but without copying the sum for each further list or tuple."""
     if attribute is not None:
         value = map(make_attrgetter(environment, attribute), value)
     if not isinstance(start, (list, tuple)):
@@ -404,7 +404,7 @@ def _printed(value: Any) -> Any:
 
 
 def undeclared(environment: Environment, source: str) -> frozenset[str]:
-    """The variables that a template reads and expects from outside."""
+    """Returns the variables that a template reads and expects from outside."""
     return frozenset(find_undeclared_variables(environment.parse(source)))
 
 

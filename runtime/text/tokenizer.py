@@ -84,7 +84,7 @@ class TokenStream:
 class Tokenizer:
     """An immutable tokenizer; may be shared between threads.
 
-    kind: tokenizer.ggml.model; pre: tokenizer.ggml.pre ("default" where absent).
+    kind: tokenizer.ggml.model; pre: tokenizer.ggml.pre ("default" if absent).
     vocab_size: number of tokens. bos_id, eos_id, eot_id, eom_id, unk_id, sep_id, pad_id: ids or
     None. eog_ids: every token that ends a generation. add_bos, add_eos: whether encode() frames
     the text. add_space_prefix: whether text gets a space in front, as SentencePiece does.
@@ -144,10 +144,10 @@ class Tokenizer:
     def from_metadata(cls, get: Metadata, strings: Strings | None = None) -> Tokenizer:
         """Builds the tokenizer of a file.
 
-        get: a metadata key to its value (str, int, float, bool or a sequence of these), None
-        where absent, e.g. GgufFile.get. strings: a key to its array of strings without a copy of
-        them (GgufFile.strings), which saves most of the memory. TokenizerError where the metadata
-        is missing, malformed or of an unknown kind.
+        get: returns a metadata key's value (str, int, float, bool or a sequence of these), None
+        if absent, e.g. GgufFile.get. strings: returns a key's array of strings without a copy of
+        them (GgufFile.strings), which saves most of the memory. Raises TokenizerError if the
+        metadata is missing, malformed or of an unknown kind.
         """
         return cls(get, strings)
 
@@ -233,7 +233,7 @@ class Tokenizer:
         return TokenStream(self, skip_special=skip_special, at_start=at_start)
 
     def token_bytes(self, token: int) -> bytes:
-        """The exact bytes that a token contributes to a text. TokenizerError if out of range."""
+        """Returns the exact bytes of a token in a text. Raises TokenizerError if out of range."""
         token = arguments.integer("token", token, None, None)
         spelling = self.id_to_token(token)
         kind = self._vocabulary.types.get(token, NORMAL)
@@ -275,7 +275,7 @@ class Tokenizer:
         return self._vocabulary.tokens[token]
 
     def token_to_id(self, spelling: str) -> int | None:
-        """The id of a token as the file spells it, None where there is none."""
+        """Returns the id of a token as the file spells it, None if there is none."""
         return self._vocabulary.ids.get(arguments.text("spelling", spelling))
 
     def special_spellings(self) -> list[str]:
@@ -283,7 +283,7 @@ class Tokenizer:
         return self._spellings(CONTROL, UNKNOWN)
 
     def defined_spellings(self) -> list[str]:
-        """The spellings of user-defined tokens, which encode() finds in any text."""
+        """Returns the spellings of user-defined tokens, which encode() finds in any text."""
         return self._spellings(USER_DEFINED)
 
     def _spellings(self, *kinds: int) -> list[str]:

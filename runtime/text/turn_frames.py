@@ -131,7 +131,7 @@ def _strings(node: nodes.Node, named: dict[str, set[str]]) -> set[str]:
 
 
 def _tokens(text: str, spellings: Iterable[str]) -> Iterator[_Found]:
-    """The tokens in a text as the tokenizer cuts them out, each with its begin and end."""
+    """Yields the tokens in a text as the tokenizer cuts them out, each with its begin and end."""
     present = sorted((s for s in spellings if s in text), key=len, reverse=True)
     if present:
         for match in re.finditer("|".join(map(re.escape, present)), text):

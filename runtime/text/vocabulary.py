@@ -16,7 +16,7 @@ from ..base.errors import TokenizerError
 # tokenizer.ggml.token_type, from the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-Metadata = Callable[[str], Any]  # a metadata key to its value, None where absent
+Metadata = Callable[[str], Any]  # returns the value of a metadata key, None if absent
 
 
 class Ids(Protocol):
@@ -83,7 +83,7 @@ class Vocabulary:
         return token if token is not None and 0 <= token < len(self.tokens) else None
 
     def named(self, get: Metadata, key: str, default: int | None = None) -> int | None:
-        """The id in tokenizer.ggml.`key`; one outside the vocabulary (often -1) is None."""
+        """Returns the id in tokenizer.ggml.`key`; one outside the vocabulary (often -1) is None."""
         value = get(f"tokenizer.ggml.{key}")
         if value is None:
             return default
@@ -96,7 +96,7 @@ class Vocabulary:
         return self.known(token)
 
     def scores(self, get: Metadata) -> Sequence[float]:
-        """The scores by id, float32. TokenizerError where they are missing or too few."""
+        """Returns the scores by id, float32. TokenizerError if they are missing or too few."""
         scores = get("tokenizer.ggml.scores")
         if not is_list(scores) or len(scores) < len(self):
             raise TokenizerError(
@@ -112,7 +112,7 @@ class Vocabulary:
 
 
 def merge_ranks(get: Metadata, strings: Strings | None = None) -> Ids:
-    """The ranks of tokenizer.ggml.merges, "left right"; TokenizerError where there are none."""
+    """Returns the ranks of tokenizer.ggml.merges, "left right"; TokenizerError without any."""
     inside = None if strings is None else strings("tokenizer.ggml.merges")
     if inside is not None:
         return inside.ids
@@ -148,12 +148,12 @@ def flag(get: Metadata, key: str, default: bool) -> bool:
 
 
 def is_list(value: object) -> bool:
-    """Whether a metadata value is an array."""
+    """Returns whether a metadata value is an array."""
     return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
 
 
 def spelled_bytes(spelling: str) -> bytes:
-    """The bytes of a spelling as they stand in the file, which need not be UTF-8."""
+    """Returns the bytes of a spelling as they are in the file, which need not be UTF-8."""
     return spelling.encode("utf-8", "surrogateescape")
 
 
