@@ -1,1 +1,1 @@
-"""stoker.kernels_cpu."""
+"""The CPU kernels, which are C++ and part of the core."""

@@ -18,7 +18,7 @@ inline float f32_from_bits(uint32_t bits) {
   return x;
 }
 
-// IEEE binary16 to f32; exact. NaNs come out quiet, as the hardware conversions make them.
+// Converts IEEE binary16 to f32, exactly. NaNs become quiet, as in the hardware conversions.
 inline float f16_to_f32(uint16_t h) {
   const uint32_t sign = uint32_t{h & 0x8000u} << 16;
   const uint32_t exponent = (h >> 10) & 31;
@@ -32,7 +32,8 @@ inline float f16_to_f32(uint16_t h) {
   return f32_from_bits(sign | (exponent + 112) << 23 | mantissa << 13);
 }
 
-// f32 to IEEE binary16: to nearest, ties to even; beyond 65504 + half a step gives infinity.
+// Converts f32 to IEEE binary16, to nearest, ties to even; values from 65504 plus half a step on
+// become infinity.
 inline uint16_t f32_to_f16(float x) {
   const uint32_t bits = f32_bits(x);
   const uint32_t sign = bits >> 16 & 0x8000u;
@@ -52,17 +53,17 @@ inline uint16_t f32_to_f16(float x) {
   return static_cast<uint16_t>(sign | ((rounded >> 13) - (112u << 10)));
 }
 
-// bfloat16 to f32; exact.
+// Converts bfloat16 to f32, exactly.
 inline float bf16_to_f32(uint16_t h) { return f32_from_bits(uint32_t{h} << 16); }
 
-// f32 to bfloat16: to nearest, ties to even; NaNs stay NaN (made quiet).
+// Converts f32 to bfloat16, to nearest, ties to even; NaNs stay NaN (made quiet).
 inline uint16_t f32_to_bf16(float x) {
   const uint32_t bits = f32_bits(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 64);
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
-// Unaligned little-endian reads and writes: blocks lie at any address.
+// These reads and writes are little-endian and may be unaligned, since blocks lie at any address.
 inline uint16_t load_u16(const uint8_t* p) {
   uint16_t v;
   std::memcpy(&v, p, sizeof v);

@@ -1,8 +1,9 @@
 // The kernel table: what a weight format can do on each instruction set.
 //
-// One arithmetic. A row of K weights is cut into groups of G (16 or 32) that share a scale s and,
-// in some formats, an offset m: w = s * q + m with q a small signed integer. Activations are int8
-// with a float scale t per 32. For every (row, token) every kernel computes, in this order,
+// All kernels share one arithmetic. A row of K weights is cut into groups of G (16 or 32) that
+// share a scale s and, in some formats, an offset m: w = s * q + m with q a small signed integer.
+// Activations are int8 with a float scale t per 32. For every (row, token) every kernel computes,
+// in this order,
 //
 //     acc = 0
 //     for each group g in order:
@@ -11,7 +12,7 @@
 //
 // so that scalar, AVX2, AVX-512 and NEON, one token or five hundred, give the same bits. Float
 // formats (F32, F16, BF16) multiply float activations: lane j of 16 accumulates k = j, j+16, ...
-// with fma; the lanes are then summed as ((l0+l8)+(l4+l12))+... , see vec.h.
+// with fma; the lanes are then summed as ((l0+l8)+(l4+l12))+... (reduce_add of isa/vec_*.h).
 #pragma once
 
 #include <cstddef>
@@ -32,11 +33,11 @@ enum class Isa : int {
 };
 inline constexpr int kIsaCount = 6;
 
-// What a format multiplies with.
+// The type of the activations that a format's kernels take.
 enum class ActKind { f32, i8 };
 
 // Activations of `tokens` tokens, `cols` values each. For ActKind::f32 only `x` is set; for
-// ActKind::i8 the other three. cols is a multiple of 32 for i8.
+// ActKind::i8 the other three arrays are, and cols is a multiple of 32.
 struct Activations {
   ActKind kind = ActKind::f32;
   int64_t tokens = 0;
@@ -49,8 +50,8 @@ struct Activations {
   const int32_t* sum16 = nullptr;  // [tokens][cols / 16] int32: sum of q over 16 values
 };
 
-// y[i * y_stride + r] = sum_k W[r][k] * x[token(i)][k] for r in [row_begin, row_end) and
-// i in [0, n_tokens), with token(i) = token_list ? token_list[i] : i.
+// A matmul sets y[i * y_stride + r] = sum_k W[r][k] * x[token(i)][k] for r in [row_begin, row_end)
+// and i in [0, n_tokens), with token(i) = token_list ? token_list[i] : i.
 struct MatmulArgs {
   const uint8_t* w = nullptr;  // [rows][row_bytes] in the file's own layout; any alignment
   int64_t row_bytes = 0;
@@ -73,37 +74,38 @@ struct Format {
   ActKind act;
   // n is a multiple of `block`. src / dst may have any alignment.
   void (*dequantize)(const uint8_t* src, float* dst, int64_t n);
-  // importance: [n] weights of the squared error, or null. quantize is null where the format is
-  // only read.
+  // importance holds [n] weights of the squared error, or is null. quantize is null where the
+  // format is only read.
   void (*quantize)(const float* src, uint8_t* dst, int64_t n, const float* importance);
   MatmulFn matmul[kIsaCount];  // null where this build or format has no kernel for the ISA
 };
 
-// nullptr where the type is not supported.
+// Returns nullptr where the type is not supported.
 const Format* find_format(FormatId id);
 const Format* find_format(const char* name);
-// All rows of formats.inc in order; *count is set to their number.
+// Returns all rows of formats.inc in order and sets *count to their number.
 const Format* const* all_formats(int* count);
 
-// Bytes of one row of `cols` weights.
+// Returns the bytes of one row of `cols` weights.
 inline int64_t row_bytes(const Format& f, int64_t cols) { return cols / f.block * f.block_bytes; }
 
 const char* isa_name(Isa isa);
-// True where the instruction set was compiled in and has been seen to EXECUTE on this machine.
+// Returns true where the instruction set is compiled in and a probe of it has run on this machine.
 bool isa_usable(Isa isa);
-// The best usable one, or what STOKER_ISA names (throws stoker::Error where that is not usable).
+// Returns the best usable instruction set, or the one that STOKER_ISA names; throws stoker::Error
+// where that one is not usable.
 Isa active_isa();
-// The kernel for `isa`, or the nearest one below it that the format has (scalar always exists).
+// Returns the kernel for `isa`, or the nearest usable one below it (scalar always exists).
 MatmulFn matmul_kernel(const Format& f, Isa isa);
 
-// Per-thread scratch that a matmul over `cols` columns needs, in bytes.
+// Returns the bytes of per-thread scratch that a matmul over `cols` columns needs.
 size_t matmul_scratch_bytes(int64_t cols);
 
 // Quantizes one token: x[cols] -> q[cols] (zero-padded to a multiple of 64), scale[cols/32],
 // sum16[cols/16]. scale = max|x| / 127 (0 for an all-zero group, q then 0);
 // q = round-to-nearest-even(x * (127 / max|x|)). A group with a NaN or infinity gets q = 0 and
-// scale = NaN, so that outputs become NaN; one whose maximum is below 2^-116 counts as zero. Same
-// bits on every ISA.
+// scale = NaN, so that outputs become NaN; one whose maximum is below 2^-116 counts as zero. The
+// bits are the same on every ISA.
 using QuantizeActFn = void (*)(const float* x, int64_t cols, int8_t* q, float* scale,
                                int32_t* sum16);
 QuantizeActFn quantize_act_kernel(Isa isa);

@@ -1,4 +1,4 @@
-// The type of every weight.
+// The type of every weight matrix.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,17 @@
 
 namespace stoker {
 
-// A weight matrix in its file's layout; without data where it is not (all) in memory.
+// A weight matrix in its file's layout; data is null where it is not, or not all, in memory.
 struct Matrix {
   const Format* format = nullptr;
   const uint8_t* data = nullptr;  // [rows][row_bytes]
   int64_t rows = 0;
   int64_t cols = 0;
   int64_t stride = 0;  // bytes a row
-  // Where it comes from: the tensor's number in its file, and the slice where it holds several.
+  // The source: the tensor's number in its file, and the slice where the tensor holds several.
   int32_t tensor = -1;
   int32_t slice = 0;
-  int64_t first_row = 0;  // of the tensor's
+  int64_t first_row = 0;  // the tensor's row that is this matrix's first
   bool two_term = false;  // its activations have two int8 terms where precision is balanced
 
   explicit operator bool() const { return format != nullptr; }

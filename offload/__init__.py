@@ -1,1 +1,1 @@
-"""Experts and weights that are read from flash while computing."""
+"""Reading of experts and weights from flash during computation."""

@@ -1,4 +1,4 @@
-"""Models on other engines: ONNX files on onnxruntime, and what llama.cpp runs."""
+"""Models on other engines: ONNX files on onnxruntime, and GGUF files on llama.cpp."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class LlamaCppModel(Model):
-    """A GGUF file on llama.cpp; made by `stoker.load` where the native engine declines it."""
+    """A GGUF file on llama.cpp; `stoker.load` makes it if the native engine declines the file."""
 
     def __init__(self, path: Path, options: LoadOptions | None = None) -> None:
         from ._core import GgufFile
@@ -78,7 +78,7 @@ class OnnxModel(Model):
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int | str | None, ...]]]:
-        """As inputs."""
+        """Name -> (type, shape) of each output, in the form of `inputs`."""
         return {o.name: (type_name(o.type), tuple(o.shape)) for o in self._graph.get_outputs()}
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
@@ -101,7 +101,7 @@ class OnnxModel(Model):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """As Model.tokenizer; UnsupportedModelError where the graph is no decoder."""
+        """Model.tokenizer; raises UnsupportedModelError if the graph is no decoder."""
         self._require_decoder()
         return super().tokenizer
 

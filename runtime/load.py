@@ -1,4 +1,4 @@
-"""`stoker.load`: from a file or a name to a model on the engine that runs it."""
+"""`stoker.load`, which opens a file or a named model on the engine that runs it."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def load(
 
     path: a file (the first one of a sharded model), "hf:owner/name/file.gguf[@revision]", or a
     name of the catalogue ("smollm2"). A name that ends in .onnx gives an OnnxModel, which runs on
-    onnxruntime; a GGUF file that the native engine does not run goes to llama.cpp where llama_cpp
-    is installed (see backends/).
+    onnxruntime; a GGUF file that the native engine does not run goes to llama.cpp if llama_cpp is
+    installed (see backends/).
     memory: budget of the whole process: bytes, "500MB", "2GiB", "60%" of what the machine can give,
-        or "auto" (all of it, where the model needs it). Experts that do not fit stay on flash.
+        or "auto" (all of it, if the model needs it). Experts that do not fit stay on flash.
     threads, context, kv_type, precision, policy, predictor, profile, prefetch, io, readers: see
         LoadOptions.
     onnx: options of onnxruntime, fields of backends/onnx.py's OnnxOptions.
@@ -75,10 +75,10 @@ def open_model(
     options: LoadOptions | None = None,
     onnx: Mapping[str, Any] | None = None,
 ) -> Model:
-    """The model of a file, on the engine that runs it.
+    """Opens the model of a file on the engine that runs it.
 
     onnx: fields of OnnxOptions, for an ONNX file. A GGUF file that the native engine does not run
-    is given to llama.cpp where llama_cpp is installed, with a line of warning in the log "stoker"
+    is given to llama.cpp if llama_cpp is installed, with a line of warning in the log "stoker"
     (on stderr unless the program has set logging up otherwise). Raises what `stoker.load` raises.
     """
     from .model import Model

@@ -49,10 +49,10 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("stoker")
 
-_NAMED_KEYS = 5  # unknown ones that a warning names
+_NAMED_KEYS = 5  # unknown metadata keys that a warning names
 
-# How long a session that was left in the middle of a step may take to go: sessions that are in use
-# are not told from it before.
+# How long to wait for a session that was abandoned in the middle of a step. Until that step ends
+# it cannot be told from a session in use.
 _STEP_GRACE_S = 2.0
 
 
@@ -94,22 +94,22 @@ class Model:
         self.load_s = time.perf_counter() - started  # seconds that loading took
 
     def _set_up(self, path: Path, options: LoadOptions, file: ModelFile) -> None:
-        """All fields but the engine, which a backend (backends/) makes in its own way."""
+        """Sets all fields but the engine, which each backend (backends/) makes in its own way."""
         self.path = path
         self.options = options
         self._process = self._loaded_in = os.getpid()
         self._lazy = threading.RLock()
-        # What the next generate or chat goes on with. It knows nothing of the model, so that a
-        # model that nobody has is free at once.
+        # The next generate or chat continues with this. It holds no reference to the model, so that
+        # a model without references is freed at once.
         self._idle: Evaluated | None = None
-        self._idle_lock = threading.RLock()  # re-entered where a generation is dropped inside
+        self._idle_lock = threading.RLock()  # re-entered if a generation is dropped while held
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._recorder: RoutingRecorder | None = None
         self._memory_bandwidth = self._load_bandwidth = 0.0  # bytes a second; 0: not measured
         self._file = file
 
     def _resident_bytes(self, file: _core.GgufFile) -> int:
-        """What the process would take with everything in memory, as the core plans it."""
+        """Returns the bytes that the process would take with everything in memory, by the core."""
         from ..offload.plan.planned import resident_bytes
 
         o = self.options
@@ -123,7 +123,7 @@ class Model:
         )
 
     def _offload_arguments(self, file: _core.GgufFile) -> dict[str, Any]:
-        """Of the engine, for the memory that the options name; none where everything fits."""
+        """Returns the engine's arguments for the options' memory; none if everything fits."""
         o = self.options
         if check_memory(o.memory) is None:
             limit = available_memory()
@@ -131,8 +131,8 @@ class Model:
                 return {}
         else:
             limit = budget(o.memory)
-        # Built now, so that what they take is in the measured size of the process.
-        with suppress(TokenizerError, ChatTemplateError):  # it is an error only for who needs them
+        # The tokenizer and template are built now, so that the measured process size includes them.
+        with suppress(TokenizerError, ChatTemplateError):  # errors are raised once they are needed
             _ = self.chat_template
         learnt = b""
         if o.profile is not None:
@@ -156,7 +156,7 @@ class Model:
 
     @property
     def engine(self) -> _core.Engine:
-        """The native engine, for what only it can do. Raises UnsupportedModelError on another."""
+        """The native engine, for its own functions. Raises UnsupportedModelError on another."""
         from ._core import Engine
 
         if not isinstance(self._engine, Engine):
@@ -165,7 +165,7 @@ class Model:
 
     @property
     def file(self) -> _core.GgufFile:
-        """The GGUF file. Raises UnsupportedModelError for a model that is none."""
+        """The GGUF file. Raises UnsupportedModelError for a model of another format."""
         from ._core import GgufFile
 
         if not isinstance(self._file, GgufFile):
@@ -174,13 +174,14 @@ class Model:
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """Where the memory goes, bytes by kind; threads; isa."""
+        """The use of memory, bytes by kind; threads; isa."""
         return MappingProxyType(dict(self._engine.plan))
 
     def forecast(self) -> PlanReport:
-        """The plan with expected tokens a second, from bandwidths measured on this machine.
+        """Returns the plan with expected tokens a second, by bandwidths measured on this machine.
 
-        The first call reads some memory for a tenth of a second: best right after the load.
+        The first call reads some memory for a tenth of a second; it is best made right after the
+        load.
         """
         from .plan import report
 
@@ -188,25 +189,25 @@ class Model:
 
     @property
     def offload(self) -> Mapping[str, Any] | None:
-        """Counters of the expert cache since the load; None where all experts are in memory."""
+        """Counters of the expert cache since the load; None if all experts are in memory."""
         counters = self._engine.offload
         return None if counters is None else MappingProxyType(dict(counters))
 
     @property
     def stream(self) -> Mapping[str, Any] | None:
-        """Counters of streamed weights since the load; None where all are pinned.
+        """Counters of streamed weights since the load; None if all are pinned.
 
-        Of the weights that every token uses: bytes and decode_bytes read from flash, stall_s and
-        decode_stall_s waited for them.
+        These are weights that every token uses. bytes, decode_bytes: read from flash. stall_s,
+        decode_stall_s: seconds spent waiting for them.
         """
         counters = self._engine.stream
         return None if counters is None else MappingProxyType(dict(counters))
 
     @property
     def flash_bandwidth(self) -> float:
-        """Bytes a second that reads of weights or of the load reached, whichever is more.
+        """Bytes a second of the reads since the load or of the load's, whichever is more.
 
-        0 where everything is in memory.
+        It is 0 if everything is in memory.
         """
         return max(self._load_bandwidth, self._read_bandwidth())
 
@@ -225,10 +226,10 @@ class Model:
 
     @contextmanager
     def record(self, path: str | PathLike[str]) -> Iterator[None]:
-        """Writes the routing of all that is evaluated meanwhile to a trace (.csv or .csv.gz).
+        """Writes the routing of all tokens evaluated in the block to a trace (.csv or .csv.gz).
 
-        The file appears when the block ends, by an exception (Ctrl-C) too; `stoker simulate` reads
-        it. Raises OptionError where all experts are in memory, or the file cannot be written.
+        The file appears when the block ends, even by an exception (Ctrl-C); `stoker simulate` reads
+        it. Raises OptionError if all experts are in memory, or the file cannot be written.
         """
         from ..offload.trace.record import RoutingRecorder
 
@@ -255,7 +256,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The name in the file's metadata, or the file's own."""
+        """The name in the file's metadata, or else the name of the file."""
         return str(self._file.get("general.name") or self.path.stem)
 
     @cached_property
@@ -265,7 +266,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Built at first use. Raises TokenizerError."""
+        """The tokenizer, built at first use. Raises TokenizerError."""
         self._own_locks()
         with self._lazy:
             return self._tokenizer
@@ -278,7 +279,7 @@ class Model:
 
     @property
     def chat_template(self) -> ChatTemplate | None:
-        """The file's chat template, None where it has none. Raises ChatTemplateError."""
+        """The file's chat template, None if it has none. Raises ChatTemplateError."""
         self._own_locks()
         with self._lazy:
             return self._chat_template
@@ -292,15 +293,15 @@ class Model:
             return ChatTemplate.from_metadata(self._file.get, self.tokenizer)
         except ChatTemplateError:
             if template_sources(self._file.get):
-                raise  # it has one, and that one is malformed
+                raise  # the file has a template, which is malformed
             return None
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-        """Of an ONNX model: evaluates its graph once, arrays by name -> arrays by name."""
+        """Evaluates the graph of an ONNX model once, arrays by name -> arrays by name."""
         raise UnsupportedModelError(f"{self.path}: run(inputs) expects an ONNX model")
 
     def session(self, *, system: str | None = None) -> Session:
-        """A new, empty session. It takes memory as it grows."""
+        """Makes a new, empty session, which takes memory as it grows."""
         self._check_process()
         return self._make_session(system=system)
 
@@ -345,8 +346,8 @@ class Model:
         A string is one user message; a conversation that ends with the assistant's words is
         continued. template: variables of the chat template, e.g. {"enable_thinking": False}.
         parse_special: read "<|name|>" in messages, tools and variables as the control token it
-        names; otherwise it is plain text. What the KV cache still holds from the last call is not
-        evaluated again. Raises ChatTemplateError, ContextLengthError, OptionError.
+        names; otherwise it is plain text. Tokens that the KV cache still holds from the last call
+        are not evaluated again. Raises ChatTemplateError, ContextLengthError, OptionError.
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
@@ -405,7 +406,7 @@ class Model:
         return rank(self, prompt, candidates)
 
     def logits(self, tokens: str | Tokens) -> npt.NDArray[np.float32]:
-        """The logits after each token, [n, n_vocab]; a string is tokenized first."""
+        """Returns the logits after each token, [n, n_vocab]; a string is tokenized first."""
         ids = self._encode(tokens, add_special=True, parse_special=True)
         with self._scratch(ids) as session:
             return session._sequence.eval_all(ids)
@@ -413,13 +414,14 @@ class Model:
     def embed(
         self, text: str | Tokens, *, pooling: str | None = None, normalize: bool = False
     ) -> npt.NDArray[np.float32]:
-        """The tokens' final hidden states made one vector, [n_embd].
+        """Pools the tokens' final hidden states into one vector, [n_embd].
 
         pooling: "mean" of all tokens, "cls" (the first one's), "last", or "none": one row a token,
-            [n, n_embd]. None takes what the file names, and the mean where it names nothing.
-        normalize: to L2 norm 1. Raises OptionError, UnsupportedModelError (a reranker's file).
+            [n, n_embd]. None takes what the file names, and the mean if it names nothing.
+        normalize: scale to L2 norm 1.
+        Raises OptionError, UnsupportedModelError (a reranker's file).
         """
-        import numpy as np  # not before it is needed: 14 MiB
+        import numpy as np  # imported only here, because it takes 14 MiB
 
         kind = self._pooling if pooling is None else check_pooling(pooling)
         normalize = arguments.flag("normalize", normalize)
@@ -445,15 +447,15 @@ class Model:
         max_chunks: int | None = None,
         progress: Callable[[int, int, float], None] | None = None,
     ) -> Perplexity:
-        """Perplexity of `text`.
+        """Measures the perplexity of `text`.
 
         stride None counts as llama.cpp's perplexity tool does: disjoint windows of `context`
         tokens, the second half of each scored, the remainder left out. Otherwise windows overlap:
         each moves on by `stride` tokens and scores those alone (the first window scores all), so
         that every token but the first counts once, with at least context - stride tokens before
-        it. Each window begins with BOS where the model has one. A text shorter than `context` is
+        it. Each window begins with BOS if the model uses one. A text shorter than `context` is
         one window, all scored.
-        context: None takes 512, or the model's context where that is smaller.
+        context: None takes 512, or the model's context if that is smaller.
         progress: called with (windows done, windows in all, ppl so far).
         Raises OptionError.
         """
@@ -488,7 +490,7 @@ class Model:
             )
 
     def _take(self) -> Session:
-        """A session that goes on with what the last one left, or a new one."""
+        """Returns a session that continues what the last one left, or a new one."""
         self._check_process()
         return self._make_session(evaluated=self._left())
 
@@ -504,17 +506,17 @@ class Model:
         )
 
     def _left(self) -> Evaluated | None:
-        """What the last session of generate or chat left, once."""
+        """Takes what the last session of generate or chat left; None if there is nothing."""
         with self._idle_lock:
             evaluated, self._idle = self._idle, None
         return evaluated
 
     def _wait_for_the_abandoned(self, caller: Session) -> bool:
-        """Waits for a session that ends with the step that a thread is inside of.
+        """Waits for a session without other references to end with its current step.
 
-        Such a one was left in the middle of a step: by a cancelled task of asyncio, say, whose
-        thread goes on to the end of the step, as nobody has it. Whether one has gone; `caller` is
-        none of them.
+        Such a session was abandoned in the middle of a step, for example by a cancelled task of
+        asyncio, whose thread continues to the end of the step. Returns whether one has ended;
+        `caller` is not waited for.
         """
         with self._idle_lock:
             others = [s for s in self._sessions if s is not caller and s._lock.locked()]
@@ -532,9 +534,10 @@ class Model:
         return False
 
     def _end_one_left_behind(self) -> bool:
-        """Ends an unfinished answer of generate or chat that this thread has; whether there is one.
+        """Ends an unfinished answer of generate or chat of this thread; returns whether one was.
 
-        As where a variable gets its next answer: it still has the last one while that is made.
+        A variable that is assigned its next answer, for example, holds the last one while the next
+        is made.
         """
         with self._idle_lock:
             sessions = list(self._sessions)
@@ -559,7 +562,7 @@ class Model:
             self._idle = evaluated
 
     def _lend(self, session: Session, begin: Callable[[Session], Generation]) -> Generation:
-        """What `begin` makes; what its session holds comes back when it ends, however it ends."""
+        """Returns what `begin` makes; takes the session's state back however that ends."""
         try:
             generation = begin(session)
         except BaseException:
@@ -573,7 +576,7 @@ class Model:
         return generation
 
     def _own_locks(self) -> None:
-        """Makes the locks anew in a forked process: threads that it lacks may hold them."""
+        """Makes new locks in a forked process, since threads that it lacks may hold the old."""
         process = os.getpid()
         if process != self._process:
             self._lazy, self._idle_lock = threading.RLock(), threading.RLock()
@@ -582,7 +585,7 @@ class Model:
             self._process = process
 
     def _check_process(self) -> None:
-        """Raises OptionError in a forked process where the model has threads that it lacks."""
+        """Raises OptionError in a forked process, which lacks the threads that the model needs."""
         self._own_locks()
         if not self._engine.survives_fork and self._process != self._loaded_in:
             raise OptionError(
@@ -591,7 +594,7 @@ class Model:
             )
 
     def _require_causal(self, what: str) -> None:
-        """Raises UnsupportedModelError where tokens attend to later ones."""
+        """Raises UnsupportedModelError if tokens attend to later ones."""
         if not self.config.get("causal", True):
             raise UnsupportedModelError(
                 f"{self.path.name}: its tokens attend to later ones, so that it embeds texts "
@@ -605,12 +608,12 @@ class Model:
 
     @cached_property
     def _never_chosen(self) -> Mapping[int, float]:
-        """A bias against rows of the output that no token names: there can be more than tokens."""
+        """A bias that bans output rows without a token: there can be more rows than tokens."""
         return dict.fromkeys(range(self.tokenizer.vocab_size, self.n_vocab), -math.inf)
 
     @contextmanager
     def _scratch(self, ids: list[int] | None) -> Iterator[Session]:
-        """An empty session; its sequence may be used directly, and is emptied afterwards."""
+        """Yields an empty session; its sequence may be used directly, and is emptied afterwards."""
         if ids is not None and not ids:
             raise OptionError("there are no tokens to evaluate")
         session = self._take()
@@ -631,22 +634,22 @@ class Model:
             self._recorder.drain()
 
     def _encode(self, text: str | Tokens, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of a text, or the given ids, checked."""
-        if isinstance(text, str):  # anything else needs no tokenizer
+        """Returns the token ids of a text, or the given ids, checked."""
+        if isinstance(text, str):  # token ids need no tokenizer
             return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
         return arguments.tokens("a prompt", text, self.n_vocab)
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
     ) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins.
+        """Returns the token ids of a conversation up to where the answer begins.
 
-        For callers with messages and tools alone; scripts outside of the package are such, too.
+        It serves callers with messages and tools alone, among them scripts outside of the package.
         """
         return self._prompt(messages, tools=tools)[0]
 
     def _prompt(self, messages: Sequence[Message], **given: Any) -> tuple[list[int], str | None]:
-        """Token ids of a conversation, and the assistant's words that they end with, if any.
+        """Returns a conversation's token ids, and the assistant's words that they end with, if any.
 
         given: tools, variables and parse_special of ChatTemplate.prompt.
         """
@@ -666,9 +669,9 @@ class Model:
 
 
 def _check_names(options: LoadOptions) -> None:
-    """Raises OptionError for a policy, predictor or backend that there is not.
+    """Raises OptionError for a policy, predictor or backend that does not exist.
 
-    Here, since an engine that keeps everything in memory never looks at them.
+    The check is here because an engine that keeps everything in memory never reads these options.
     """
     from ._core import io_backends, policies, predictors
 

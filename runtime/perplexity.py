@@ -1,4 +1,4 @@
-"""Perplexity of a text under a model, counted as llama.cpp's tool counts it, or by a stride."""
+"""Perplexity of a text under a model, by the method of llama.cpp's tool or with a stride."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """ppl = exp(nll); nll: mean negative log-likelihood, nats a token.
+    """The perplexity of a text, ppl = exp(nll).
 
-    tokens: how many were scored; chunks: how many windows they came from; error: standard error
-    of ppl (0 for a single token).
+    nll: mean negative log-likelihood, nats a token; tokens: number of scored tokens; chunks: number
+    of windows; error: standard error of ppl (0 for a single token).
     """
 
     ppl: float
@@ -32,7 +32,7 @@ class Perplexity:
 
 
 def windows(n: int, context: int, stride: int | None) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, first scored token) of each window over n tokens; see Model.perplexity."""
+    """Yields (begin, end, first scored token) of each window; see Model.perplexity."""
     if n < context:
         yield 0, n, 1
     elif stride is None:
@@ -58,12 +58,12 @@ def measure(
     max_chunks: int | None,
     progress: Callable[[int, int, float], None] | None,
 ) -> Perplexity:
-    """Perplexity of tokens [n] on an otherwise unused sequence.
+    """Measures the perplexity of tokens [n] on an otherwise unused sequence.
 
-    bos: put in place of each window's first token (None where the model has none).
+    bos: replaces each window's first token; None leaves it.
     progress: called after each window with (windows done, windows in all, ppl so far).
     """
-    least = 2 if stride is not None else 3  # the second half of two tokens is none
+    least = 2 if stride is not None else 3  # the second half of two tokens scores none
     if context < least:
         raise OptionError(f"context must be at least {least}, not {context}")
     if context > sequence.context:
@@ -84,7 +84,7 @@ def measure(
         if bos is not None:
             window[0] = bos
         sequence.truncate(0)
-        # nll[i] is that of the window's token i + 1.
+        # nll[i] is the loss of the window's token i + 1.
         nll = sequence.eval_nll(window)[first - begin - 1 :]
         count += len(nll)
         total += float(nll.sum())

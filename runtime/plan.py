@@ -1,4 +1,4 @@
-"""The plan of a loaded model for people and JSON: where memory goes, and the speed to expect."""
+"""The plan of a loaded model as text and JSON: the use of memory and the expected speed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
     from .backends.engine import LoadedModel
 
 _MOST_READ = 256 << 20  # bytes read to measure the memory's bandwidth, at most
-_LEAST_READ = 16 << 20  # below it caches would answer
+_LEAST_READ = 16 << 20  # below this, caches would serve the reads
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Where the memory of one loaded model goes, bytes, and what speed to expect of decode.
+    """The use of memory of one loaded model, in bytes, and the expected speed of decode.
 
-    budget: of the whole process; 0: none, everything is in memory.
-    pinned: weights in memory, by kind; where not all fit that every token uses, `streamed` bytes of
-    them are read anew with every token, through `ring` bytes. kv: of one session at its full
-    context.
+    budget: bytes of the whole process; 0: no budget, everything is in memory.
+    pinned: weights in memory, by kind. If the weights that every token uses do not all fit,
+    `streamed` bytes of them are read anew with every token, through a ring of `ring` bytes.
+    kv: KV cache of one session at its full context.
     slots: experts that the cache holds of all `experts`; working_set: experts that one token uses.
-    streams: fewer slots than that: layers pass through a small ring and little is reused.
+    streams: slots are fewer than that: layers stream through a small ring with little reuse.
     times: expected seconds of a decoded token by resource, which overlap (see
-    offload/plan/forecast.py); token_s: of a token. None if a bandwidth is unknown.
+    offload/plan/forecast.py); token_s: expected seconds of a token. None if a bandwidth is unknown.
     """
 
     model: str
@@ -62,20 +62,20 @@ class PlanReport:
 
     @property
     def limited_by(self) -> str | None:
-        """The resource that takes longest; None where it is unknown."""
+        """The resource that takes longest; None if it is unknown."""
         return None if self.times is None else max(self.times, key=self.times.__getitem__)
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Decode tokens a second to expect; None where a bandwidth is unknown."""
+        """The expected decode tokens a second; None if a bandwidth is unknown."""
         return None if self.token_s is None else 1 / self.token_s
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Returns all fields, for JSON."""
         return asdict(self) | {"limited_by": self.limited_by, "tokens_per_s": self.tokens_per_s}
 
     def lines(self) -> list[str]:
-        """A table for people."""
+        """Returns the lines of a table for display."""
         rows = self._rows()
         width = max(len(what) for what, _ in rows)
         return [f"{what:{width}}  {finding}" for what, finding in rows]
@@ -132,7 +132,7 @@ class PlanReport:
 
 
 def report(model: LoadedModel) -> PlanReport:
-    """The plan of a loaded model; the first of a process measures the memory's bandwidth."""
+    """Returns the plan of a loaded model; the first call measures the memory's bandwidth."""
     plan, reads = model.plan, model.offload or model.stream
     limit = int(plan.get("memory", 0)) if reads is not None else 0
     if model._memory_bandwidth == 0:
@@ -150,7 +150,7 @@ def report(model: LoadedModel) -> PlanReport:
         }
     padding = int(plan["weight_bytes"]) - sum(pinned.values())
     if padding > 0:
-        pinned["padding"] = padding  # tensors begin where direct reads may
+        pinned["padding"] = padding  # it aligns tensors for direct reads
     flash_bandwidth = model.flash_bandwidth
     found = _decoding(model, plan, flash_bandwidth)
     return PlanReport(
@@ -187,7 +187,7 @@ def report(model: LoadedModel) -> PlanReport:
 def _decoding(
     model: LoadedModel, plan: Mapping[str, Any], flash_bandwidth: float
 ) -> Decoding | None:
-    """What `stoker plan` would say of this plan on a device with these bandwidths."""
+    """Forecasts decode as `stoker plan` would for a device with these bandwidths."""
     reads = int(plan.get("streamed_bytes", 0)) or (
         int(plan.get("slots", 0)) < int(plan.get("experts", 0))
     )
@@ -210,15 +210,15 @@ def _decoding(
 
 
 def _room(token_bytes: int, limit: int) -> int:
-    """Bytes to measure the bandwidth with: as a token reads them, inside what the budget leaves."""
+    """Returns the bytes to measure with: those that a token reads, if the budget leaves them."""
     wanted = min(token_bytes, _MOST_READ)
-    # Right after the load the cache is empty, and its memory not yet taken.
+    # Right after the load the cache is empty, and its memory is not yet in use.
     return min(wanted, limit - process_bytes() - _LEAST_READ) if limit else wanted
 
 
 @cache
 def memory_bandwidth(threads: int, nbytes: int) -> float:
-    """Bytes a second at which all threads together read `nbytes`; 0 for too few to tell."""
+    """Returns bytes a second at which all threads together read `nbytes`; 0 for too few bytes."""
     from ._core import read_bandwidth
 
     return float(read_bandwidth(threads, nbytes)) if nbytes >= _LEAST_READ else 0.0

@@ -1,4 +1,4 @@
-"""From the hidden states of a text's tokens to one vector for the text."""
+"""Pools the hidden states of a text's tokens into one vector for the text."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# By the value of <arch>.pooling_type, from llama.cpp's enumeration.
+# The poolings in the order of <arch>.pooling_type, from llama.cpp's enumeration.
 _OF_FILE = ("none", "mean", "cls", "last", "rank")
 POOLINGS = ("none", "mean", "cls", "last")
 
 
 def check_pooling(name: object) -> str:
-    """One of POOLINGS. Raises OptionError."""
+    """Returns `name` if it is one of POOLINGS. Raises OptionError."""
     return arguments.choice("pooling", name, POOLINGS)
 
 
 def pooling_of_file(value: Any, key: str) -> str:
-    """What a file's pooling_type names; "mean" where it has none (None).
+    """Returns the pooling that a file's pooling_type names; "mean" if it has none (None).
 
     Raises ModelFileError, UnsupportedModelError.
     """
@@ -40,7 +40,7 @@ def pooling_of_file(value: Any, key: str) -> str:
 
 
 def pool(hidden: npt.NDArray[np.float32], kind: str) -> npt.NDArray[Any]:
-    """hidden: [n, n_embd], n >= 1. Returns [n_embd]; [n, n_embd] for "none"."""
+    """Pools hidden [n, n_embd], n >= 1. Returns [n_embd]; [n, n_embd] for "none"."""
     import numpy as np
 
     if kind == "none":

@@ -1,4 +1,4 @@
-"""What a generation cost: times, tokens a second, bytes a token, expert cache, peak memory."""
+"""Statistics of a generation: times, tokens a second, bytes a token, expert cache, peak memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """What one generation asked of the expert cache; prompt included unless named decode.
+    """Counters of the expert cache for one generation; prompt included unless named decode.
 
-    Every use of an expert is a hit (it was in memory), late (its prefetch was under way) or a miss.
-    prefetches: submitted; prefetches_used: needed by the forward pass that they were made
-    for, late ones included; cancelled: prefetches that never began.
-    demand_bytes, prefetch_bytes, decode_bytes: read from flash.
+    Every use of an expert is a hit (it was in memory), late (its prefetch was in flight) or a miss.
+    prefetches: submitted prefetches; prefetches_used: those that their forward pass needed, late
+    ones included; cancelled: prefetches that never began.
+    demand_bytes, prefetch_bytes, decode_bytes: bytes read from flash.
     stall_s, decode_stall_s: seconds that computation waited for reads.
     """
 
@@ -54,21 +54,22 @@ class ExpertStatistics:
 
     @property
     def recall(self) -> float:
-        """Experts that prefetch had brought, or under way, among all that were not resident."""
+        """Used experts that prefetch had read or in flight, among all that were not resident."""
         return _share(self.prefetches_used, self.misses)
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures, the derived ones included, for JSON."""
+        """Returns all figures, the derived ones included, for JSON."""
         derived = ("hit_rate", "decode_hit_rate", "precision", "recall")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 @dataclass(frozen=True)
 class StreamStatistics:
-    """What passed through memory in one generation; prompt included unless named decode.
+    """Counters of streamed weights for one generation; prompt included unless named decode.
 
-    Weights that every token uses do so where not all of them fit the budget. bytes, decode_bytes:
-    read from flash. stall_s, decode_stall_s: seconds that computation waited for these reads.
+    Weights that every token uses are streamed if not all of them fit the budget. bytes,
+    decode_bytes: bytes read from flash. stall_s, decode_stall_s: seconds that computation waited
+    for these reads.
     """
 
     bytes: int = 0
@@ -87,7 +88,7 @@ _T = TypeVar("_T", ExpertStatistics, StreamStatistics)
 def gained(
     kind: type[_T], before: Mapping[str, Any] | None, now: Mapping[str, Any] | None
 ) -> _T | None:
-    """What counters of this kind have gained; None where there are none."""
+    """Returns what counters of this kind have gained, None if there are none."""
     if before is None or now is None:
         return None
     return kind(**{f.name: now[f.name] - before[f.name] for f in fields(kind)})
@@ -97,16 +98,16 @@ def gained(
 class Statistics:
     """Figures of one generation. Times are seconds of wall clock spent inside stoker.
 
-    prompt_tokens: of the whole prompt; reused_tokens of them were already in the KV cache.
+    prompt_tokens: tokens of the whole prompt; reused_tokens of them were already in the KV cache.
     new_tokens: tokens generated.
     ttft_s: from the call to the first token: tokenizing, prefill and the first choice.
     prefill_s, decode_s: evaluating the prompt; evaluating and choosing the tokens after the first.
     decode_bytes: weights and KV cache read from memory by the decode steps.
-    peak_memory: largest resident size of the process so far, bytes (0 where unknown).
-    memory_bandwidth, flash_bandwidth: measured on this machine, bytes a second (0 where unknown;
+    peak_memory: largest resident size of the process so far, bytes (0 if unknown).
+    memory_bandwidth, flash_bandwidth: measured on this machine, bytes a second (0 if unknown;
     see Model.forecast and Model.flash_bandwidth).
-    experts: what the expert cache did, None where all experts are in memory.
-    stream: what of the other weights passed through memory, None where all of them stay there.
+    experts: counters of the expert cache, None if all experts are in memory.
+    stream: counters of streamed weights, None if all other weights are pinned.
     """
 
     prompt_tokens: int = 0
@@ -125,7 +126,7 @@ class Statistics:
 
     @property
     def prefill_tok_s(self) -> float:
-        """Prompt tokens evaluated a second (reused ones do not count); 0 if there were none."""
+        """Prompt tokens evaluated a second (reused tokens do not count); 0 if there were none."""
         evaluated = self.prompt_tokens - self.reused_tokens
         return evaluated / self.prefill_s if self.prefill_s > 0 else 0.0
 
@@ -146,7 +147,7 @@ class Statistics:
 
     @property
     def flash_bytes_per_token(self) -> float:
-        """Bytes read from flash by one decode step, on average, what was read ahead included."""
+        """Bytes read from flash by one decode step, on average, prefetches included."""
         return self._flash_bytes / self.decode_tokens if self.decode_tokens else 0.0
 
     @property
@@ -162,12 +163,12 @@ class Statistics:
 
     @property
     def limit_share(self) -> float | None:
-        """How near decode came to the limit of memory and flash, 1 being the limit itself.
+        """The limit's time over the measured time of decode: 1 is the limit of memory and flash.
 
-        The limit's time over the measured one. The limit is the larger of the bytes read from
-        memory over its bandwidth, and the bytes really read from flash over its bandwidth. (A
-        better cache would read less: `stoker simulate` tells how much.) None until
-        `Model.forecast` has measured the memory's bandwidth.
+        The limit is the larger of the bytes read from memory over its bandwidth, and the bytes
+        really read from flash over its bandwidth. (A better cache would read less: `stoker
+        simulate` tells how much.) It is None until `Model.forecast` has measured the memory's
+        bandwidth.
         """
         if self.memory_bandwidth <= 0 or self.decode_s <= 0:
             return None
@@ -177,7 +178,7 @@ class Statistics:
         return limit / self.decode_s
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures, the derived ones included, for JSON."""
+        """Returns all figures, the derived ones included, for JSON."""
         derived = (
             "prefill_tok_s",
             "decode_tok_s",
@@ -194,7 +195,7 @@ class Statistics:
         return document
 
     def experts_line(self) -> str | None:
-        """One line for people about the expert cache, None where all experts are in memory."""
+        """Returns a line of text about the expert cache, None if all experts are in memory."""
         e = self.experts
         if e is None:
             return None
@@ -216,7 +217,7 @@ class Statistics:
         return " | ".join(parts)
 
     def stream_line(self) -> str | None:
-        """One line for people about streamed weights, None where all are pinned."""
+        """Returns a line of text about streamed weights, None if all are pinned."""
         s = self.stream
         if s is None:
             return None
@@ -227,7 +228,7 @@ class Statistics:
         return " | ".join(parts)
 
     def _flash_text(self, nbytes: int) -> str:
-        """nbytes: of decode, where there was any."""
+        """Returns a text about flash reads; nbytes: those of decode, if there was any."""
         text = f"flash {nbytes / max(self.decode_tokens, 1) / 1e6:.1f} MB"
         if self.decode_tokens:
             text += " a token"
@@ -242,12 +243,12 @@ class Statistics:
         return text
 
     def lines(self) -> list[str]:
-        """`line` and, where weights are read from flash, `experts_line` and `stream_line`."""
+        """Returns `line` and, if weights are read from flash, `experts_line` and `stream_line`."""
         others = (self.experts_line(), self.stream_line())
         return [self.line(), *(line for line in others if line is not None)]
 
     def line(self) -> str:
-        """One line for people."""
+        """Returns a line of text about times, tokens and memory."""
         evaluated = self.prompt_tokens - self.reused_tokens
         prompt = f"prompt {self.prompt_tokens} tokens"
         if self.reused_tokens:
@@ -266,9 +267,9 @@ class Statistics:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes; 0 where the system does not tell."""
+    """Returns the largest resident size of this process so far, bytes; 0 if it is unknown."""
     if sys.platform.startswith("linux"):
-        # VmHWM, not getrusage: ru_maxrss survives execve and would count the parent's peak.
+        # VmHWM is read because getrusage's ru_maxrss survives execve: it counts the parent's peak.
         try:
             for line in Path("/proc/self/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):

@@ -12,7 +12,8 @@ namespace stoker {
 
 }  // namespace stoker
 
-// An entry of Format::matmul: the kernel where this platform has the ISA, else null.
+// Each macro gives an entry of Format::matmul: the kernel where this platform has the ISA, else
+// null.
 #if defined(STOKER_X86)
 #define STOKER_ON_X86(kernel) kernel
 #else

@@ -24,8 +24,8 @@ static_assert(sizeof(BlockMXFP4) == 17);
 
 constexpr int8_t kDoubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-// 2^(e - 128): a normal float from e = 2 on, 2^-128 and 2^-127 are subnormal. (e = 255, NaN in the
-// standard, is read as 2^127, as the other readers of GGUF do.)
+// Returns 2^(e - 128), a normal float from e = 2 on; 2^-128 and 2^-127 are subnormal. (e = 255, NaN
+// in the standard, is read as 2^127, as the other readers of GGUF do.)
 float half_scale(uint8_t e) { return f32_from_bits(e < 2 ? 0x00200000u << e : (e - 1u) << 23); }
 
 struct MXFP4 {
@@ -47,7 +47,7 @@ float block_error(const float* x, const float* importance, uint8_t e, uint8_t* c
   for (int j = 0; j < 32; ++j) {
     float smallest = INFINITY;
     code[j] = 0;
-    for (int v = 0; v < 16; ++v) {  // the first of equals
+    for (int v = 0; v < 16; ++v) {  // of equal errors the first wins
       const float error = std::fabs(d * static_cast<float>(kDoubled[v]) - x[j]);
       if (error < smallest) {
         smallest = error;
@@ -77,7 +77,7 @@ void quantize(const float* src, uint8_t* dst, int64_t n, const float* importance
     if (weight != nullptr) {
       uint8_t other[32];
       const uint8_t next = static_cast<uint8_t>(std::min(e + 1, 254));
-      // Errors are in units of the block's scale: twice the scale, four times the square.
+      // Errors are in units of the block's scale: at twice the scale, squares count four times.
       if (4 * block_error(src + i, weight, next, other) < error) {
         block->e = next;
         std::copy(other, other + 32, code);

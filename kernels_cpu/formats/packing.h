@@ -10,7 +10,7 @@ namespace stoker {
 inline constexpr int8_t kIq4Codes[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                          1,    13,   25,  38,  53,  69,  89,  113};
 
-// The value in the table nearest to v, and the index of a value of the table.
+// A call returns the value of the table nearest to v; iq4_index returns the index of a value.
 struct Iq4Codes {
   float low = -127, high = 113;
   float step = 0.008f;  // of the search's candidate grids (search.h)
@@ -64,7 +64,7 @@ inline uint32_t pack_five_bits32(const uint8_t* v, uint8_t* qs) {
   return qh;
 }
 
-// Eight 6-bit scales and eight 6-bit minima in 12 bytes. Bytes 0..3 and 4..7 hold scales 0..3 and
+// Eight 6-bit scales and 6-bit minima lie in 12 bytes. Bytes 0..3 and 4..7 hold scales 0..3 and
 // minima 0..3 in their low 6 bits; byte 8 + i holds the low nibbles of scale 4 + i (low) and
 // minimum 4 + i (high), whose upper two bits are the upper two of bytes i and 4 + i.
 inline void unpack_scale_min6(const uint8_t* p, int g, int* scale, int* min) {

@@ -1,4 +1,5 @@
-// Choosing scales, offsets and codes when quantizing: weighted least squares over candidate grids.
+// The choice of scales, offsets and codes when quantizing: weighted least squares over candidate
+// grids.
 //
 // A group of n weights x becomes scale * code (+ offset). For given codes the best scale and
 // offset are a linear least-squares solution; for a given scale and offset the best codes are the
@@ -8,7 +9,7 @@
 // integers by trying the neighbours of the rounded ones, with the block's rounded f16 scale.
 //
 // All values are divided by a power of two first, so that nothing overflows. Sums run in eight
-// fixed lanes: the same bytes on every platform.
+// fixed lanes, which gives the same bytes on every platform.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,7 @@
 
 namespace stoker {
 
-// sum of f(i), i < n (a multiple of 8).
+// Returns the sum of f(i), i < n (a multiple of 8).
 template <int n, class F>
 inline float lane_sum(F f) {
   float s[8] = {};
@@ -29,12 +30,12 @@ inline float lane_sum(F f) {
   return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
 }
 
-// Nearest integer, ties to even; |v| < 2^22. (Unlike nearbyint it needs no instruction beyond the
-// baseline and is vectorized.)
+// Returns the nearest integer, ties to even; |v| < 2^22. (Unlike nearbyint it needs no instruction
+// beyond the baseline and is vectorized.)
 inline float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
-// v held in low..high; a NaN gives low, so that no conversion to an integer is undefined (callers
-// refuse numbers that are not finite; whatever slips through gives some valid block).
+// Returns v held in low..high; a NaN gives low, so that no conversion to an integer is undefined
+// (callers refuse numbers that are not finite; whatever slips through gives some valid block).
 inline float clamp(float v, float low, float high) { return std::min(std::max(low, v), high); }
 
 // Codes low..high in steps of 1.
@@ -48,11 +49,12 @@ struct LinearCodes {
   float operator()(float v) const { return nearest(clamp(v, low, high)); }
 };
 
-// v rounded to what an f16 field holds; values beyond its range are held at the largest.
+// Returns v rounded to what an f16 field holds; values beyond its range are held at the largest.
 inline float round_to_f16(float v) { return f16_to_f32(f32_to_f16(clamp(v, -65504.0f, 65504.0f))); }
 
-// x * 2^-exponent and the weights of its n values' squared errors. Without importances large
-// weights count a little more than small ones; zero importances still count a little.
+// The n source values times 2^-exponent, and the weights of their squared errors. Without
+// importances large values count a little more than small ones; zero importances still count a
+// little.
 template <int n>
 struct Scaled {
   float x[n];
@@ -78,18 +80,19 @@ struct Scaled {
     }
   }
 
-  // A scale of the divided values, as the block's f16 field will hold it: rounded in the units of
-  // the source, given in the divided ones.
+  // Returns a scale of the divided values as the block's f16 field will hold it: it is rounded in
+  // the units of the source and given in the divided ones.
   float rounded(float scale) const {
     return std::ldexp(round_to_f16(std::ldexp(scale, exponent)), -exponent);
   }
   float in_source_units(float scale) const { return std::ldexp(scale, exponent); }
 };
 
-// 1 / scale for choosing codes; 0 where the scale is 0 (every code is then the one nearest 0).
+// Returns 1 / scale for choosing codes; 0 where the scale is 0 (every code is then the one nearest
+// 0).
 inline float inverse(float scale) { return std::fabs(scale) < 1e-30f ? 0.0f : 1 / scale; }
 
-// The scale of x[n] ~ scale * code.
+// Returns the scale that fits x[n] ~ scale * code best.
 template <int n, class Codes>
 float fit_scale(const float* x, const float* weight, const Codes& codes) {
   float extreme = 0;
@@ -120,7 +123,7 @@ float fit_scale(const float* x, const float* weight, const Codes& codes) {
   return best;
 }
 
-// The scale >= 0 and offset of x[n] ~ scale * code + offset, code 0..top.
+// Finds the scale >= 0 and the offset that fit x[n] ~ scale * code + offset best, code 0..top.
 template <int n>
 void fit_affine(const float* x, const float* weight, int top, bool offset_below_zero, float* scale,
                 float* offset) {
@@ -275,7 +278,7 @@ void quantize_affine_groups(const float* source, const float* importance, int to
       return std::min(std::max(static_cast<int>(nearest(in_range)) + shift, 0), scale_top);
     };
     float error = 0;
-    // Normal equations of the block: x ~ d * (sc * code) - dmin * mn.
+    // These sums are the normal equations of the block, x ~ d * (sc * code) - dmin * mn.
     float aa = 0, ab = 0, bb = 0, ax = 0, bx = 0;
     for (int g = 0; g < kGroups; ++g) {
       const float* x = v.x + g * kGroup;
@@ -334,7 +337,7 @@ void quantize_affine_groups(const float* source, const float* importance, int to
 
 // ---- blocks of 32 with one scale ----
 
-// The largest magnitude with its sign, the first where several are equal.
+// Returns the value of largest magnitude, the first where several are equal.
 inline float extreme32(const float* x) {
   float extreme = 0;
   for (int i = 0; i < 32; ++i) {
@@ -343,8 +346,8 @@ inline float extreme32(const float* x) {
   return extreme;
 }
 
-// w = d * (code - top): codes 0..2 top - 1. Without importances the weight of largest magnitude
-// takes code 0, as in the published reference quantizer. Returns d as stored.
+// Quantizes to w = d * (code - top), codes 0..2 top - 1. Without importances the weight of largest
+// magnitude takes code 0, as in the published reference quantizer. Returns d as stored.
 inline float quantize_scale32(const float* x, const float* importance, int top, uint8_t* code) {
   const float half = static_cast<float>(top);
   if (importance == nullptr) {
@@ -363,14 +366,14 @@ inline float quantize_scale32(const float* x, const float* importance, int top, 
   return v.in_source_units(d);
 }
 
-// w = d * code + m: codes 0..top. Without importances the grid spans the smallest to the largest
-// weight, as in the published reference quantizer.
+// Quantizes to w = d * code + m, codes 0..top. Without importances the grid spans the smallest to
+// the largest weight, as in the published reference quantizer.
 inline void quantize_affine32(const float* x, const float* importance, int top, float* d, float* m,
                               uint8_t* code) {
   const float limit = static_cast<float>(top);
   if (importance == nullptr) {
     const auto [low, high] = std::minmax_element(x, x + 32);
-    // A range beyond the largest float has a step beyond the largest f16 in any case.
+    // A range beyond the largest float has a step beyond the largest f16 anyway.
     const float step = std::isfinite(*high - *low) ? (*high - *low) / limit : 1e38f;
     const float inv = step < 1e-37f ? 0.0f : 1 / step;
     for (int i = 0; i < 32; ++i) {

@@ -205,7 +205,8 @@ void on_illegal_instruction(int signal_number) {
   if (probing.load() && pthread_equal(pthread_self(), probing_thread)) {
     siglongjmp(probe_return, 1);
   }
-  // Not ours: put back what was there; the instruction runs again and meets that.
+  // No probe caused this signal: the previous action is restored, and the instruction runs again
+  // and meets it.
   sigaction(signal_number, &previous_action, nullptr);
 }
 
@@ -240,7 +241,7 @@ bool survives(Probe probe) {
 // ---- counting cores ----
 
 #if defined(__linux__)
-// "0-3,8" -> {0,1,2,3,8}
+// Parses a list of CPUs: "0-3,8" gives {0, 1, 2, 3, 8}.
 std::set<int> cpu_list(const std::string& text) {
   std::set<int> cpus;
   const char* p = text.c_str();

@@ -1,4 +1,4 @@
-// What the processor is and what it can be seen to execute.
+// The processor: its name, its cores, and the instruction sets that it was seen to execute.
 #pragma once
 
 #include <string>
@@ -16,16 +16,16 @@ struct Cpu {
   int performance = 1;
   // CPUs' worth of time that the control group grants, rounded up; 0 where it sets no limit.
   int quota = 0;
-  // Per Isa: compiled in, announced by the processor, enabled by the operating system, and a few
-  // instructions of it have run without a trap. On some virtual machines a flag is set and the
-  // instruction still traps, so that the flags alone prove nothing.
+  // An Isa is true where it is compiled in, announced by the processor and enabled by the operating
+  // system, and a few of its instructions have run without a trap. On some virtual machines a flag
+  // is set and the instruction still traps, so that the flags alone prove nothing.
   bool executes[kIsaCount] = {};
 };
 
-// Found once, at the first call; safe to call from any thread.
+// Returns what the first call finds; any thread may call it.
 const Cpu& cpu();
 
-// Threads that a compute pool should have by default: the performance cores, within the quota.
+// Returns the threads that a compute pool has by default: the performance cores, within the quota.
 int default_threads();
 
 }  // namespace stoker

@@ -1,7 +1,7 @@
-// AVX2 and AVX-VNNI: the vocabulary that the unpackers in formats/unpack/ are written in, and the
-// inner product of a group, for tiles of 8 rows. Included by tile_x86.h twice, inside namespace
-// stoker::avx2 with STOKER_VNNI 0 and stoker::avxvnni with STOKER_VNNI 1, each inside its target
-// region; not to be included elsewhere.
+// AVX2 and AVX-VNNI: the vector operations that the unpackers in formats/unpack/ are written in,
+// and the inner product of a group, for tiles of 8 rows. tile_x86.h alone includes this, twice:
+// inside namespace stoker::avx2 with STOKER_VNNI 0 and inside stoker::avxvnni with STOKER_VNNI 1,
+// each inside its target region.
 //
 // A register q[j] holds, in 32-bit lane r, the bytes u[4j .. 4j+3] of row r; u = q + zero point.
 
@@ -11,10 +11,10 @@ inline constexpr int kRows = 8;
 // The micro-kernel's register tile: kSubtiles x 8 rows by up to kTokens tokens.
 inline constexpr int kSubtiles = 2;
 inline constexpr int kTokens = 4;
-// Up to so many tokens are multiplied without a panel (4 or 2).
+// Up to this many tokens are multiplied without a panel (4 or 2).
 inline constexpr int kFewTokens = 4;
-// vpmaddubsw adds two products in 16 bits: with weights above 127 that saturates, and the sign of
-// the weight moves to the activation instead.
+// vpmaddubsw adds two products in 16 bits, which would saturate with weights above 127: there the
+// sign of the weight moves to the activation instead.
 template <int kMax>
 inline constexpr bool kSignedWeights = !STOKER_VNNI && (kMax > 127);
 constexpr int micro_max(int max) { return STOKER_VNNI ? 255 : max; }
@@ -40,17 +40,17 @@ struct Rows {
     for (auto& p : base) p += unit_bytes;
     next += kRows * unit_bytes;
   }
-  // As many row streams as a tile has are too many for the hardware's prefetchers. But the bytes of
-  // a later tile lie in one piece: while bytes [from, to) of every row's unit are read, the same
-  // share of that piece is asked for. Spread like this, the requests never fill the queue.
+  // The hardware's prefetchers cannot follow as many streams as a tile has rows. But the bytes of a
+  // later tile are contiguous: while bytes [from, to) of every row's unit are read, the same share
+  // of that tile is prefetched. Spread like this, the prefetches never fill the queue.
   STOKER_INLINE void fetch(int from, int to) const {
 #pragma GCC unroll 16
     for (int i = (from * kRows + 63) / 64; i < (to * kRows + 63) / 64; ++i) {
       __builtin_prefetch(next + 64 * i);
     }
-    // Tiles that outgrow the first-level cache come back from the second in bursts, a long unit at
-    // a time, and the bursts hold up the requests to memory: the rows' own next unit is asked for
-    // too.
+    // Tiles larger than the first-level cache come back from the second in bursts, a long unit at a
+    // time, and the bursts hold up the requests to memory. The rows' own next unit is therefore
+    // prefetched too.
     if (unit_bytes > 64) {
       const int first = from % 64 / 16 * (kRows / 4);  // a quarter of the rows at every call
 #pragma GCC unroll 4
@@ -76,7 +76,7 @@ template <int kBits>
 STOKER_INLINE V shift_left(V a) {
   return _mm256_slli_epi32(a, kBits);
 }
-// The upper four bits of every byte.
+// Returns the upper four bits of every byte.
 STOKER_INLINE V high_nibbles(V a) { return bit_and(shift_right<4>(a), set8(15)); }
 STOKER_INLINE V add32(V a, V b) { return _mm256_add_epi32(a, b); }
 STOKER_INLINE V sub32(V a, V b) { return _mm256_sub_epi32(a, b); }
@@ -87,7 +87,7 @@ STOKER_INLINE VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
 STOKER_INLINE VF negate(VF a) {
   return _mm256_castsi256_ps(_mm256_xor_si256(_mm256_castps_si256(a), set32(0x80000000u)));
 }
-// Byte i, zero-extended, or sign-extended.
+// byte returns byte i of every lane zero-extended, signed_byte sign-extended.
 template <int i>
 STOKER_INLINE V byte(V a) {
   if constexpr (i == 3) return _mm256_srli_epi32(a, 24);
@@ -97,15 +97,16 @@ template <int i>
 STOKER_INLINE V signed_byte(V a) {
   return _mm256_srai_epi32(_mm256_slli_epi32(a, 24 - 8 * i), 24);
 }
-// table[index[.]] for the 16-byte table; indices 0..15.
+// lookup returns table[index[.]] for a 16-byte table; the indices are 0..15.
 STOKER_INLINE V table16(const int8_t* table) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
 }
 STOKER_INLINE V lookup(V table, V index) { return _mm256_shuffle_epi8(table, index); }
-// Bits 4j .. 4j+3 of each lane's word as the bits 4 of the lane's four bytes; other bits are junk.
+// Returns bits 4j .. 4j+3 of each lane's word as bit 4 of the lane's four bytes; the other bits are
+// arbitrary.
 template <int j>
 STOKER_INLINE V bits_to_bit4(V word) {
-  // Byte j / 2 of every word four times over, then one bit of each.
+  // Byte j / 2 of every word is repeated four times, then one bit of each copy is tested.
   constexpr int kLane = 0x01010101 * (j / 2);
   const V spread = _mm256_shuffle_epi8(
       word, _mm256_setr_epi32(kLane, kLane + 0x04040404, kLane + 0x08080808, kLane + 0x0c0c0c0c,
@@ -128,13 +129,13 @@ STOKER_INLINE int load_uint16(const uint8_t* p) {
   return x;
 }
 
-// Rows i and 4 + i, 16 bytes of each.
+// Loads 16 bytes each of rows i and 4 + i.
 STOKER_INLINE V half(const Rows& rows, int at, int i) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(load_128(rows.at(i) + at)),
                                  load_128(rows.at(4 + i) + at), 1);
 }
-// out[j], lane r: bytes at + 4j .. at + 4j+3 of row r; the first `fetched` of the 16 bytes have
-// been read (and their share of the later tile been fetched) before.
+// Sets lane r of out[j] to bytes at + 4j .. at + 4j+3 of row r; the first `fetched` of the 16 bytes
+// have been read (and their share of the later tile been prefetched) before.
 STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int fetched = 0) {
   rows.fetch(at + fetched, at + 16);
   const V x0 = half(rows, at, 0), x1 = half(rows, at, 1);
@@ -146,7 +147,7 @@ STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int fetched 
   out[2] = _mm256_unpacklo_epi64(t1, t3);
   out[3] = _mm256_unpackhi_epi64(t1, t3);
 }
-// The 4 bytes at `at` of every row.
+// load_words loads the 4 bytes at `at` of every row.
 STOKER_INLINE __m128i four_words(const Rows& rows, int at, int r) {
   __m128i x = _mm_cvtsi32_si128(load_int32(rows.at(r) + at));
   x = _mm_insert_epi32(x, load_int32(rows.at(r + 1) + at), 1);
@@ -158,7 +159,8 @@ STOKER_INLINE V load_words(const Rows& rows, int at) {
   return _mm256_inserti128_si256(_mm256_castsi128_si256(four_words(rows, at, 0)),
                                  four_words(rows, at, 4), 1);
 }
-// The f16 at `at` of every row; the f16 in the low or high half of every lane.
+// load_f16 loads the f16 at `at` of every row; low_f16 and high_f16 return the f16 in the low or
+// high half of every lane.
 STOKER_INLINE VF load_f16(const Rows& rows, int at) {
   rows.fetch(at, at + 2);
   __m128i x = _mm_cvtsi32_si128(load_uint16(rows.at(0) + at));
@@ -177,7 +179,7 @@ STOKER_INLINE VF high_f16(V a) {
       _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
 }
 STOKER_INLINE VF low_f16(V a) { return high_f16(_mm256_slli_epi32(a, 16)); }
-// The byte at `at` of every row, zero-extended.
+// Loads the byte at `at` of every row, zero-extended.
 STOKER_INLINE V load_bytes(const Rows& rows, int at) {
   rows.fetch(at, at + 1);
   __m128i x = _mm_setzero_si128();
@@ -192,7 +194,7 @@ STOKER_INLINE V load_bytes(const Rows& rows, int at) {
   return _mm256_cvtepu8_epi32(x);
 }
 
-// Lanes [low, high) of a tile belong to the caller's rows.
+// The lanes [low, high) of a tile, which belong to the caller's rows.
 struct Lanes {
   V mask;
   STOKER_INLINE Lanes(int64_t low, int64_t high) {

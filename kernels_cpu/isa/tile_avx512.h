@@ -1,6 +1,6 @@
-// AVX-512: the vocabulary that the unpackers in formats/unpack/ are written in, and the two inner
-// loops, for tiles of 16 rows. Included by tile_x86.h inside namespace stoker::avx512 and the
-// target region; not to be included elsewhere.
+// AVX-512: the vector operations that the unpackers in formats/unpack/ are written in, and the
+// inner product of a group, for tiles of 16 rows. tile_x86.h alone includes this, inside namespace
+// stoker::avx512 and the target region.
 //
 // A register q[j] holds, in 32-bit lane r, the bytes u[4j .. 4j+3] of row r; u = q + zero point.
 
@@ -10,7 +10,7 @@ inline constexpr int kRows = 16;
 // The micro-kernel's register tile: kSubtiles x 16 rows by up to kTokens tokens.
 inline constexpr int kSubtiles = 2;
 inline constexpr int kTokens = 6;
-// Up to so many tokens are multiplied without a panel (4 or 2).
+// Up to this many tokens are multiplied without a panel (4 or 2).
 inline constexpr int kFewTokens = 4;
 // This ISA multiplies unsigned weights with signed activations without saturating.
 template <int kMax>
@@ -38,17 +38,17 @@ struct Rows {
     for (auto& p : base) p += unit_bytes;
     next += kRows * unit_bytes;
   }
-  // As many row streams as a tile has are too many for the hardware's prefetchers. But the bytes of
-  // a later tile lie in one piece: while bytes [from, to) of every row's unit are read, the same
-  // share of that piece is asked for. Spread like this, the requests never fill the queue.
+  // The hardware's prefetchers cannot follow as many streams as a tile has rows. But the bytes of a
+  // later tile are contiguous: while bytes [from, to) of every row's unit are read, the same share
+  // of that tile is prefetched. Spread like this, the prefetches never fill the queue.
   STOKER_INLINE void fetch(int from, int to) const {
 #pragma GCC unroll 16
     for (int i = (from * kRows + 63) / 64; i < (to * kRows + 63) / 64; ++i) {
       __builtin_prefetch(next + 64 * i);
     }
-    // Tiles that outgrow the first-level cache come back from the second in bursts, a long unit at
-    // a time, and the bursts hold up the requests to memory: the rows' own next unit is asked for
-    // too.
+    // Tiles larger than the first-level cache come back from the second in bursts, a long unit at a
+    // time, and the bursts hold up the requests to memory. The rows' own next unit is therefore
+    // prefetched too.
     if (unit_bytes > 64) {
       const int first = from % 64 / 16 * (kRows / 4);  // a quarter of the rows at every call
 #pragma GCC unroll 4
@@ -74,7 +74,7 @@ template <int kBits>
 STOKER_INLINE V shift_left(V a) {
   return _mm512_slli_epi32(a, kBits);
 }
-// The upper four bits of every byte.
+// Returns the upper four bits of every byte.
 STOKER_INLINE V high_nibbles(V a) { return bit_and(shift_right<4>(a), set8(15)); }
 STOKER_INLINE V add32(V a, V b) { return _mm512_add_epi32(a, b); }
 STOKER_INLINE V sub32(V a, V b) { return _mm512_sub_epi32(a, b); }
@@ -85,7 +85,7 @@ STOKER_INLINE VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
 STOKER_INLINE VF negate(VF a) {
   return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), set32(0x80000000u)));
 }
-// Byte i, zero-extended, or sign-extended.
+// byte returns byte i of every lane zero-extended, signed_byte sign-extended.
 template <int i>
 STOKER_INLINE V byte(V a) {
   if constexpr (i == 3) return _mm512_srli_epi32(a, 24);
@@ -95,15 +95,16 @@ template <int i>
 STOKER_INLINE V signed_byte(V a) {
   return _mm512_srai_epi32(_mm512_slli_epi32(a, 24 - 8 * i), 24);
 }
-// table[index[.]] for the 16-byte table; indices 0..15.
+// lookup returns table[index[.]] for a 16-byte table; the indices are 0..15.
 STOKER_INLINE V table16(const int8_t* table) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
 }
 STOKER_INLINE V lookup(V table, V index) { return _mm512_shuffle_epi8(table, index); }
-// Bits 4j .. 4j+3 of each lane's word as the bits 4 of the lane's four bytes; other bits are junk.
+// Returns bits 4j .. 4j+3 of each lane's word as bit 4 of the lane's four bytes; the other bits are
+// arbitrary.
 template <int j>
 STOKER_INLINE V bits_to_bit4(V word) {
-  // Each byte takes 8 bits of its 64-bit lane from 4 below the wanted bit on (modulo 64).
+  // Each byte takes 8 bits of its 64-bit lane, beginning 4 below the wanted bit (modulo 64).
   constexpr uint64_t kLow = (4 * j + 60) % 64;
   constexpr uint64_t kStart = ((kLow + 0) % 64) | ((kLow + 1) % 64) << 8 | ((kLow + 2) % 64) << 16 |
                               ((kLow + 3) % 64) << 24;
@@ -128,15 +129,15 @@ STOKER_INLINE int load_uint16(const uint8_t* p) {
   return x;
 }
 
-// Rows i, 4 + i, 8 + i, 12 + i, 16 bytes of each.
+// Loads 16 bytes each of rows i, 4 + i, 8 + i and 12 + i.
 STOKER_INLINE V quarter(const Rows& rows, int at, int i) {
   V x = _mm512_castsi128_si512(load_128(rows.at(i) + at));
   x = _mm512_inserti32x4(x, load_128(rows.at(4 + i) + at), 1);
   x = _mm512_inserti32x4(x, load_128(rows.at(8 + i) + at), 2);
   return _mm512_inserti32x4(x, load_128(rows.at(12 + i) + at), 3);
 }
-// out[j], lane r: bytes at + 4j .. at + 4j+3 of row r; the first `fetched` of the 16 bytes have
-// been read (and their share of the later tile been fetched) before.
+// Sets lane r of out[j] to bytes at + 4j .. at + 4j+3 of row r; the first `fetched` of the 16 bytes
+// have been read (and their share of the later tile been prefetched) before.
 STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int fetched = 0) {
   rows.fetch(at + fetched, at + 16);
   const V x0 = quarter(rows, at, 0), x1 = quarter(rows, at, 1);
@@ -148,7 +149,7 @@ STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int fetched 
   out[2] = _mm512_unpacklo_epi64(t1, t3);
   out[3] = _mm512_unpackhi_epi64(t1, t3);
 }
-// The 4 bytes at `at` of every row.
+// load_words loads the 4 bytes at `at` of every row.
 STOKER_INLINE __m128i four_words(const Rows& rows, int at, int r) {
   __m128i x = _mm_cvtsi32_si128(load_int32(rows.at(r) + at));
   x = _mm_insert_epi32(x, load_int32(rows.at(r + 1) + at), 1);
@@ -162,7 +163,8 @@ STOKER_INLINE V load_words(const Rows& rows, int at) {
   x = _mm512_inserti32x4(x, four_words(rows, at, 8), 2);
   return _mm512_inserti32x4(x, four_words(rows, at, 12), 3);
 }
-// The f16 at `at` of every row; the f16 in the low or high half of every lane.
+// load_f16 loads the f16 at `at` of every row; low_f16 and high_f16 return the f16 in the low or
+// high half of every lane.
 STOKER_INLINE __m128i eight_halves(const Rows& rows, int at, int r) {
   __m128i x = _mm_cvtsi32_si128(load_uint16(rows.at(r) + at));
   x = _mm_insert_epi16(x, load_uint16(rows.at(r + 1) + at), 1);
@@ -180,7 +182,7 @@ STOKER_INLINE VF load_f16(const Rows& rows, int at) {
 }
 STOKER_INLINE VF low_f16(V a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }
 STOKER_INLINE VF high_f16(V a) { return low_f16(_mm512_srli_epi32(a, 16)); }
-// The byte at `at` of every row, zero-extended.
+// Loads the byte at `at` of every row, zero-extended.
 STOKER_INLINE V load_bytes(const Rows& rows, int at) {
   rows.fetch(at, at + 1);
   __m128i x = _mm_setzero_si128();
@@ -203,7 +205,7 @@ STOKER_INLINE V load_bytes(const Rows& rows, int at) {
   return _mm512_cvtepu8_epi32(x);
 }
 
-// Lanes [low, high) of a tile belong to the caller's rows.
+// The lanes [low, high) of a tile, which belong to the caller's rows.
 struct Lanes {
   __mmask16 mask;
   STOKER_INLINE Lanes(int64_t low, int64_t high)
@@ -219,8 +221,8 @@ STOKER_INLINE VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
 STOKER_INLINE V load_v(const uint8_t* p) { return _mm512_load_si512(p); }
 STOKER_INLINE void store_v(uint8_t* p, V v) { _mm512_store_si512(p, v); }
 
-// sum[t] = init[t] + sum over a group of u * a, for one register of rows and kCount tokens.
-// `weights(j)` gives the group's register j, a(t) the address of token t's group of activations.
+// sum[m][t] += sum over a group of u * a, for kSub registers of rows and kCount tokens.
+// weights(m, j) gives register j of subtile m, acts(t) the address of token t's activations.
 template <int kGroup, int kMax, int kSub, int kCount, class Weights, class Acts>
 STOKER_INLINE void dot_group(const Weights& weights, const Acts& acts, V (&sum)[kSub][kCount]) {
 #pragma GCC unroll 8

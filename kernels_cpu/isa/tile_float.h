@@ -22,7 +22,7 @@ enum class FloatKind { f32, f16, bf16 };
 #define STOKER_HALF_TOKENS 1
 #define STOKER_DECODE_ROWS 1
 namespace float_scalar {
-// Plain C++ may not read 16-bit or 32-bit values at odd addresses: bytes are copied out first.
+// Plain C++ may not read 16-bit or 32-bit values at odd addresses, so the bytes are copied first.
 struct UnalignedScalarVec : ScalarVec {
   UnalignedScalarVec() = default;
   UnalignedScalarVec(const ScalarVec& other) : ScalarVec(other) {}

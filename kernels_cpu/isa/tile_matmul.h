@@ -1,5 +1,6 @@
-// The matmul of the x86 instruction sets over the vocabulary of tile_avx512.h or tile_avx2.h.
-// Included by tile_x86.h once per instruction set, inside its namespace and target region.
+// The matmul of the x86 and arm64 instruction sets, over the vector operations of tile_avx512.h,
+// tile_avx2.h or tile_neon.h. tile_x86.h and tile_arm64.h include this once per instruction set,
+// inside its namespace and target region.
 //
 // An unpacker is a struct of formats/unpack/<format>.h:
 //   kUnit, kUnitBytes   weights and bytes of one unit: a block, or a few
@@ -92,8 +93,8 @@ STOKER_INLINE void store_rows(float* y, VF v, int64_t low, int64_t high) {
   }
 }
 
-// How far ahead of the tile being read memory is asked for, at least: at 25 to 40 GB/s and 100 to
-// 300 ns a tile of short rows is too little.
+// The least bytes from the tile that is read to the tile that is prefetched: at 25 to 40 GB/s and a
+// latency of 100 to 300 ns one tile of short rows is too little.
 inline constexpr int64_t kAheadBytes = 12288;
 
 template <class U, int kCount>
@@ -155,9 +156,9 @@ struct Panel {
   }
 };
 
-// Packed tokens: per 32 columns, for a tile of n tokens: int8 q[n][32], float scale[n], then per
-// group in the 32, n words: int32 -zero * sum of q (with a zero point) or float scale * sum of q
-// (with an offset).
+// A tile of n packed tokens holds, per 32 columns, int8 q[n][32] and float scale[n], then n words
+// per group in the 32: int32 -zero * sum of q (with a zero point) or float scale * sum of q (with
+// an offset).
 inline constexpr int kPackedToken = 32 + 4 + 8;  // bytes of one token's 32 columns, at most
 
 template <int kGroup, int kZero, bool kOffset>
@@ -197,7 +198,7 @@ struct PackedActs {
   STOKER_INLINE const uint8_t* operator()(int t) const { return a + 32 * t; }
 };
 
-// Where a tile of kSub x kRows rows by kCount tokens is written: rows first[i] + lane for the
+// The destination of a tile of kSub x kRows rows by kCount tokens: rows first[i] + lane for the
 // lanes [low[i], high[i]) of subtile i.
 struct Target {
   float* y;
@@ -295,8 +296,8 @@ template <class U>
 void matmul_many(const MatmulArgs& args) {
   static_assert(kSubtiles * kRows <= kPanelRows && kBlockCols % U::kUnit == 0);
   constexpr int kGroup = U::kGroup, kZero = Traits<U>::kZero;
-  // The micro-kernels only ask whether there is a zero point, and how large u gets: formats that
-  // agree in this share them.
+  // The micro-kernels depend only on whether there is a zero point, and on how large u gets:
+  // formats that agree in this share them.
   constexpr int kMicroZero = kZero == 0 ? 0 : 1, kMicroMax = micro_max(U::kMax);
   const Activations& x = args.x;
   const int64_t block_cols = x.cols < kBlockCols ? x.cols : kBlockCols;
@@ -351,7 +352,7 @@ void matmul_many(const MatmulArgs& args) {
   }
 }
 
-// Fewer rows than a tile: the rows, the last one repeated, copied to scratch.
+// Copies the rows of a matrix with fewer rows than a tile to scratch, the last one repeated.
 STOKER_INLINE void copy_short(MatmulArgs* args) {
   uint8_t* copy = args->scratch;
   for (int64_t r = 0; r < kRows; ++r) {
@@ -367,7 +368,7 @@ template <class U>
 void matmul(const MatmulArgs& given) {
   MatmulArgs args = given;
   if (args.row_begin >= args.row_end || args.n_tokens <= 0) return;
-  // From here on the rows given are all there is: others may not be readable.
+  // From here on the given rows are the whole matrix, because others may not be readable.
   args.w += args.row_begin * args.row_bytes;
   args.y += args.row_begin;
   args.row_end -= args.row_begin;

@@ -1,7 +1,7 @@
-// NEON with dotprod, and with i8mm: the vocabulary of tile_avx512.h for tiles of 4 rows, so that
-// the formats' unpackers and tile_matmul.h serve this platform too. Included by tile_arm64.h twice,
-// inside namespace stoker::neon with STOKER_I8MM 0 and stoker::i8mm with STOKER_I8MM 1, each inside
-// its target region; not to be included elsewhere.
+// NEON with dotprod, and with i8mm: the vector operations of tile_avx512.h for tiles of 4 rows, so
+// that the formats' unpackers and tile_matmul.h serve this platform too. tile_arm64.h alone
+// includes this, twice: inside namespace stoker::neon with STOKER_I8MM 0 and inside stoker::i8mm
+// with STOKER_I8MM 1, each inside its target region.
 //
 // A register q[j] holds, in 32-bit lane r, the bytes u[4j .. 4j+3] of row r; u = q + zero point.
 
@@ -11,8 +11,8 @@ inline constexpr int kRows = 4;
 // The micro-kernel's register tile: kSubtiles x 4 rows by up to kTokens tokens.
 inline constexpr int kSubtiles = 2;
 inline constexpr int kTokens = 4;
-// Up to so many tokens are multiplied without a panel (4 or 2): 3 and 4 leave no registers for the
-// unpacking, and take up to twice the instructions that way.
+// Up to this many tokens are multiplied without a panel (4 or 2): 3 and 4 leave no registers for
+// the unpacking, and take up to twice the instructions that way.
 inline constexpr int kFewTokens = 2;
 // Products are of signed bytes: codes above 127 are stored as q, not as u.
 template <int kMax>
@@ -20,7 +20,7 @@ inline constexpr bool kSignedWeights = (kMax > 127);
 constexpr int micro_max(int) { return 127; }
 
 // The rows of one tile, at one unit of each row. Four streams are few enough for the hardware's
-// prefetchers: what a later tile will read is not asked for here.
+// prefetchers, so that nothing is prefetched here.
 struct Rows {
   const uint8_t* base;
   int64_t stride;  // bytes
@@ -53,7 +53,7 @@ template <int kBits>
 STOKER_INLINE V shift_left(V a) {
   return vshlq_n_u32(a, kBits);
 }
-// The upper four bits of every byte.
+// Returns the upper four bits of every byte.
 STOKER_INLINE V high_nibbles(V a) { return from_bytes(vshrq_n_u8(as_bytes(a), 4)); }
 STOKER_INLINE V add32(V a, V b) { return vaddq_u32(a, b); }
 STOKER_INLINE V sub32(V a, V b) { return vsubq_u32(a, b); }
@@ -62,7 +62,7 @@ STOKER_INLINE VF to_float(V a) { return vcvtq_f32_s32(as_int(a)); }
 STOKER_INLINE VF as_float(V a) { return vreinterpretq_f32_u32(a); }
 STOKER_INLINE VF mul(VF a, VF b) { return vmulq_f32(a, b); }
 STOKER_INLINE VF negate(VF a) { return vnegq_f32(a); }
-// Byte i, zero-extended, or sign-extended.
+// byte returns byte i of every lane zero-extended, signed_byte sign-extended.
 template <int i>
 STOKER_INLINE V byte(V a) {
   return vshrq_n_u32(shift_left<24 - 8 * i>(a), 24);
@@ -71,15 +71,16 @@ template <int i>
 STOKER_INLINE V signed_byte(V a) {
   return from_int(vshrq_n_s32(as_int(shift_left<24 - 8 * i>(a)), 24));
 }
-// table[index[.]] for the 16-byte table; indices 0..15.
+// lookup returns table[index[.]] for a 16-byte table; the indices are 0..15.
 STOKER_INLINE V table16(const int8_t* table) { return vreinterpretq_u32_s8(vld1q_s8(table)); }
 STOKER_INLINE V lookup(V table, V index) {
   return from_bytes(vqtbl1q_u8(as_bytes(table), as_bytes(index)));
 }
-// Bits 4j .. 4j+3 of each lane's word as the bits 4 of the lane's four bytes; other bits are junk.
+// Returns bits 4j .. 4j+3 of each lane's word as bit 4 of the lane's four bytes; the other bits are
+// arbitrary.
 template <int j>
 STOKER_INLINE V bits_to_bit4(V word) {
-  // Byte j / 2 of every word four times over, then one bit of each.
+  // Byte j / 2 of every word is repeated four times, then one bit of each copy is tested.
   constexpr uint32_t kLane = 0x01010101u * (j / 2);
   const uint32x4_t lane = {kLane, kLane + 0x04040404u, kLane + 0x08080808u, kLane + 0x0c0c0c0cu};
   const uint8x16_t spread = vqtbl1q_u8(as_bytes(word), as_bytes(lane));
@@ -93,7 +94,8 @@ STOKER_INLINE int load_int32(const void* p) {
   return x;
 }
 
-// out[j], lane r: bytes at + 4j .. at + 4j+3 of row r. (The last parameter serves prefetching.)
+// Sets lane r of out[j] to bytes at + 4j .. at + 4j+3 of row r. (The last parameter is for the ISAs
+// that prefetch.)
 STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int = 0) {
   const V x0 = from_bytes(vld1q_u8(rows.at(0) + at)), x1 = from_bytes(vld1q_u8(rows.at(1) + at));
   const V x2 = from_bytes(vld1q_u8(rows.at(2) + at)), x3 = from_bytes(vld1q_u8(rows.at(3) + at));
@@ -106,7 +108,7 @@ STOKER_INLINE void load_columns(const Rows& rows, int at, V out[4], int = 0) {
   out[2] = vreinterpretq_u32_u64(vzip1q_u64(t1, t3));
   out[3] = vreinterpretq_u32_u64(vzip2q_u64(t1, t3));
 }
-// The 4 bytes at `at` of every row.
+// load_words loads the 4 bytes at `at` of every row.
 STOKER_INLINE V load_words(const Rows& rows, int at) {
   const auto word = [&](int r) { return reinterpret_cast<const uint32_t*>(rows.at(r) + at); };
   V x = vld1q_dup_u32(word(0));
@@ -114,7 +116,8 @@ STOKER_INLINE V load_words(const Rows& rows, int at) {
   x = vld1q_lane_u32(word(2), x, 2);
   return vld1q_lane_u32(word(3), x, 3);
 }
-// The f16 at `at` of every row; the f16 in the low or high half of every lane.
+// load_f16 loads the f16 at `at` of every row; low_f16 and high_f16 return the f16 in the low or
+// high half of every lane.
 STOKER_INLINE VF load_f16(const Rows& rows, int at) {
   const auto half = [&](int r) { return reinterpret_cast<const uint16_t*>(rows.at(r) + at); };
   uint16x4_t x = vld1_dup_u16(half(0));
@@ -125,7 +128,7 @@ STOKER_INLINE VF load_f16(const Rows& rows, int at) {
 }
 STOKER_INLINE VF low_f16(V a) { return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(a))); }
 STOKER_INLINE VF high_f16(V a) { return vcvt_f32_f16(vreinterpret_f16_u16(vshrn_n_u32(a, 16))); }
-// The byte at `at` of every row, zero-extended.
+// Loads the byte at `at` of every row, zero-extended.
 STOKER_INLINE V load_bytes(const Rows& rows, int at) {
   V x = vdupq_n_u32(rows.at(0)[at]);
   x = vsetq_lane_u32(rows.at(1)[at], x, 1);
@@ -133,7 +136,7 @@ STOKER_INLINE V load_bytes(const Rows& rows, int at) {
   return vsetq_lane_u32(rows.at(3)[at], x, 3);
 }
 
-// Lanes [low, high) of a tile belong to the caller's rows.
+// The lanes [low, high) of a tile, which belong to the caller's rows.
 struct Lanes {
   int low, high;
   STOKER_INLINE Lanes(int64_t first, int64_t end)
@@ -157,13 +160,13 @@ STOKER_INLINE VF fma(VF a, VF b, VF c) { return vfmaq_f32(c, a, b); }
 STOKER_INLINE V load_v(const uint8_t* p) { return from_bytes(vld1q_u8(p)); }
 STOKER_INLINE void store_v(uint8_t* p, V v) { vst1q_u8(p, as_bytes(v)); }
 
-// Sixteen activations of one token.
+// Loads sixteen activations of one token.
 template <class Acts>
 STOKER_INLINE int8x16_t load_acts(const Acts& acts, int t, int at) {
   return vld1q_s8(reinterpret_cast<const int8_t*>(acts(t)) + at);
 }
 
-// sum[m][t] += sum over a group of q * a, tokens begin..kCount - 1.
+// sum[m][t] += sum over a group of q * a, for tokens begin..kCount - 1.
 template <int kGroup, int kSub, int kCount, int begin, class Weights, class Acts>
 STOKER_INLINE void dot_products(const Weights& weights, const Acts& acts, V (&sum)[kSub][kCount]) {
 #pragma GCC unroll 2
@@ -193,7 +196,7 @@ STOKER_INLINE int8x16_t zip_high64(int8x16_t a, int8x16_t b) {
   return vreinterpretq_s8_s64(vzip2q_s64(vreinterpretq_s64_s8(a), vreinterpretq_s64_s8(b)));
 }
 
-// The same for pairs of tokens: smmla multiplies 2 rows x 8 weights by 8 x 2 tokens.
+// Does the same for pairs of tokens: smmla multiplies 2 rows x 8 weights by 8 x 2 tokens.
 template <int kGroup, int kSub, int kCount, class Weights, class Acts>
 STOKER_INLINE void matrix_products(const Weights& weights, const Acts& acts,
                                    V (&sum)[kSub][kCount]) {

@@ -1,7 +1,8 @@
-// Bit packings that several formats share, in registers: see formats/packing.h. Included by
-// tile_x86.h once per instruction set.
+// The bit packings that several formats share (see formats/packing.h), unpacked in registers.
+// tile_x86.h and tile_arm64.h include this once per instruction set.
 
-// q[0..3]: the low nibbles of n[0..3], weights 0..15; q[4..7]: the high ones, weights 16..31.
+// Sets q[0..3] to the low nibbles of n[0..3], weights 0..15, and q[4..7] to the high ones, weights
+// 16..31.
 STOKER_INLINE void split_nibbles(const V* n, V* q) {
   const V low = set8(15);
 #pragma GCC unroll 4
@@ -11,7 +12,7 @@ STOKER_INLINE void split_nibbles(const V* n, V* q) {
   }
 }
 
-// split_nibbles, with bit j of the word `high` as bit 4 of weight j.
+// Does split_nibbles, with bit j of the word `high` as bit 4 of weight j.
 STOKER_INLINE void split_five_bits(const V* n, V high, V* q) {
   const V bit4 = set8(16);
   split_nibbles(n, q);
@@ -25,7 +26,7 @@ STOKER_INLINE void split_five_bits(const V* n, V high, V* q) {
   q[7] = and_or(bits_to_bit4<7>(high), bit4, q[7]);
 }
 
-// split_nibbles through a table of 16 bytes.
+// Does split_nibbles, and looks the nibbles up in a table of 16 bytes.
 STOKER_INLINE void look_up_nibbles(const V* n, V table, V* q) {
   split_nibbles(n, q);
 #pragma GCC unroll 8

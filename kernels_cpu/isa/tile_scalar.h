@@ -5,7 +5,7 @@
 //   kBlock, kGroup         weights a block and a group (16 or 32); kGroup divides kBlock
 //   kOffset                true where the format has an offset m
 //   unpack(b, g, q, s, m)  group g of block b: q[kGroup] int8, scale s, offset m (0 where !kOffset)
-// The arithmetic is that of kernel.h, "One arithmetic"; every other ISA is tested against this.
+// The arithmetic is the one that kernel.h describes; every other ISA is tested against this.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,6 @@
 // x86 kernels of one format: a formats/<format>.cc sets STOKER_UNPACKER to the header with its
-// unpacker (struct Unpack, written in the vocabulary of tile_avx512.h) and includes this once, at
-// file level; STOKER_X86_MATMUL is then the format's avx2, avxvnni and avx512 entries of
+// unpacker (struct Unpack, written in the vector operations of tile_avx512.h) and includes this
+// once, at file level; STOKER_X86_MATMUL is then the format's avx2, avxvnni and avx512 entries of
 // Format::matmul. The unpacker is compiled three times, once per instruction set.
 #include <cstddef>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Avx2Vec: vec_scalar.h's vector in two AVX2 registers.
+// Avx2Vec is the vector of vec_scalar.h in two AVX2 registers.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@ struct Avx2Vec {
   static STOKER_INLINE Avx2Vec load(const float* p) {
     return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
   }
-  // All ones in the lanes below n.
+  // Returns all ones in the lanes below n.
   static STOKER_INLINE __m256i first(int64_t n) {
     int m = n < 0 ? 0 : n > 8 ? 8 : static_cast<int>(n);
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(m), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

@@ -1,4 +1,4 @@
-// Avx512Vec: vec_scalar.h's vector in one AVX-512 register.
+// Avx512Vec is the vector of vec_scalar.h in one AVX-512 register.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// NeonVec: vec_scalar.h's vector in four NEON registers.
+// NeonVec is the vector of vec_scalar.h in four NEON registers.
 #pragma once
 
 #include <cstdint>

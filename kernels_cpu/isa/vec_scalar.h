@@ -1,6 +1,6 @@
-// ScalarVec: 16 floats in plain C++, the reference of the vector type that ops and the float
-// formats are written in. Avx2Vec, Avx512Vec and NeonVec (vec_*.h) have the same members and give
-// the same bits: every member is one IEEE operation a lane, and sums over lanes use one tree.
+// ScalarVec holds 16 floats in plain C++; it is the reference of the vector type that ops and the
+// float formats are written in. Avx2Vec, Avx512Vec and NeonVec (vec_*.h) have the same members and
+// give the same bits: every member is one IEEE operation a lane, and sums over lanes use one tree.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,7 @@ struct ScalarVec {
   static ScalarVec load(const float* p) {
     return map([&](int i) { return p[i]; });
   }
-  // The first n lanes; the others are 0.
+  // Loads the first n lanes; the others are 0.
   static ScalarVec loadn(const float* p, int64_t n) {
     return map([&](int i) { return i < n ? p[i] : 0.0f; });
   }
@@ -55,11 +55,11 @@ struct ScalarVec {
   friend ScalarVec operator/(ScalarVec a, ScalarVec b) {
     return map([&](int i) { return a.v[i] / b.v[i]; });
   }
-  // a * b + c, rounded once.
+  // Returns a * b + c, rounded once.
   static ScalarVec fma(ScalarVec a, ScalarVec b, ScalarVec c) {
     return map([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
   }
-  // a < b ? x : y, also x86's min and max (the second operand where unordered).
+  // Returns a < b ? x : y. min and max are x86's: the second operand where unordered.
   static ScalarVec select_lt(ScalarVec a, ScalarVec b, ScalarVec x, ScalarVec y) {
     return map([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
   }
@@ -77,7 +77,7 @@ struct ScalarVec {
       return r;
     });
   }
-  // Lanes summed as l[i] += l[i + 8], then + 4, + 2, + 1.
+  // Sums the lanes as l[i] += l[i + 8], then + 4, + 2, + 1.
   float reduce_add() const {
     float l[16];
     std::memcpy(l, v, sizeof l);

@@ -11,7 +11,8 @@
 
 namespace stoker {
 
-// q rows, their scores and weights of one block, and the running outputs of one row tile.
+// The scratch holds, for up to 4 rows at once, the scores (later the weights) of one block and the
+// running outputs.
 int64_t attention_scratch_floats(int64_t head_dim_v) {
   return 4 * (kAttentionBlock + head_dim_v + 16);
 }

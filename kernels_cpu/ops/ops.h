@@ -1,5 +1,5 @@
-// Vector operations between the matrix products, one table per ISA, all giving the same bits:
-// ops_body.inc is written once over the 16-float vector of kernels_cpu/vec_*.h.
+// The vector operations between the matrix products, one table per ISA. All tables give the same
+// bits: ops_body.inc is written once over the 16-float vector of kernels_cpu/isa/vec_*.h.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace stoker {
 
-// Positions a KV tile holds; the online softmax takes one block of kAttentionBlock at a time, at
-// fixed positions, so that a token's result does not depend on who is computed beside it.
+// A KV tile holds kKeyTile positions. The online softmax takes blocks of kAttentionBlock positions
+// with fixed bounds, so that a token's result does not depend on the tokens computed beside it.
 inline constexpr int kKeyTile = 16;
 inline constexpr int kAttentionBlock = 64;
 
@@ -59,7 +59,7 @@ int64_t attention_scratch_floats(int64_t head_dim_v);
 enum class Activation { kSilu, kGelu, kRelu };
 
 struct Ops {
-  // y = x / sqrt(mean(x^2) + eps) * w; w null: no weight. y may be x. [n]
+  // y = x / sqrt(mean(x^2) + eps) * w, all [n]; a null w means no weight. y may be x.
   void (*rms_norm)(const float* x, const float* w, float eps, float* y, int64_t n);
   void (*add)(float* y, const float* x, int64_t n);                  // y += x
   void (*add_scaled)(float* y, const float* x, float a, int64_t n);  // y = fma(a, x, y)
@@ -67,11 +67,11 @@ struct Ops {
   void (*softcap)(float* y, float cap, int64_t n);                   // y = cap * tanh(y / cap)
   // gate = activation(gate) * up
   void (*gate_mul)(Activation kind, float* gate, const float* up, int64_t n);
-  // error[i] = x[i] - q[i] * scale[i / 32]: what quantizing x has lost. [n], n a multiple of 32
+  // error[i] = x[i] - q[i] * scale[i / 32], the error of quantizing x; n is a multiple of 32.
   void (*rounding_error)(const float* x, const int8_t* q, const float* scale, float* error,
                          int64_t n);
-  // Rotates one head in place. cos_sin: [2][n_rot / 2]. neox: pairs (i, i + n_rot / 2), else
-  // (2i, 2i + 1).
+  // Rotates one head in place; cos_sin is [2][n_rot / 2]. The pairs are (i, i + n_rot / 2) with
+  // neox, else (2i, 2i + 1).
   void (*rope)(float* x, const float* cos_sin, int64_t n_rot, bool neox);
   // Writes one position's key [head_dim] and value [head_dim_v] into the cache.
   void (*store_kv)(const KvHead& kv, int64_t position, const float* k, const float* v,

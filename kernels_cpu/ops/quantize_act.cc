@@ -1,7 +1,7 @@
-// Activations to int8: one float scale per 32 values and the sums of 16. The scale is found from
-// the bit patterns (magnitudes of floats order like integers), which makes the maximum exact on
-// every ISA and lets an infinity or a NaN be seen: such a group gets q = 0 and scale = NaN, so
-// that the outputs it touches are NaN and not plausible numbers.
+// Quantizes activations to int8, with one float scale per 32 values and the sums of 16. The scale
+// is found from the bit patterns (magnitudes of floats order like integers), which makes the
+// maximum exact on every ISA and reveals an infinity or a NaN: such a group gets q = 0 and
+// scale = NaN, so that the outputs it touches are NaN and not plausible numbers.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int32_t kMagnitude = 0x7fffffff;
 constexpr int32_t kInfinityBits = 0x7f800000;
-// Below this magnitude (2^-116) 127 / max could overflow: the group counts as zero.
+// A group below this magnitude (2^-116) counts as zero: 127 / max overflows from 2^-121 down.
 constexpr int32_t kTinyBits = (127 - 116) << 23;
 constexpr int32_t kNanBits = 0x7fc00000;
 
@@ -24,8 +24,8 @@ float bits_to_float(int32_t bits) {
   return value;
 }
 
-// Scale of a group whose largest magnitude has these bits, and the factor that maps to -127..127;
-// false where the group's q are all zero.
+// Sets the scale of a group whose largest magnitude has these bits, and the factor that maps the
+// group to -127..127. Returns false where the group's q are all zero.
 bool group_scale(int32_t max_bits, float* scale, float* factor) {
   if (max_bits >= kInfinityBits || max_bits < kTinyBits) {
     *scale = max_bits >= kInfinityBits ? bits_to_float(kNanBits) : 0.0f;
@@ -94,7 +94,7 @@ void quantize_avx2(const float* x, int64_t cols, int8_t* q, float* scale, int32_
     __m256i n[4];
     for (int i = 0; i < 4; ++i) n[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], f));
     const __m256i s0 = _mm256_add_epi32(n[0], n[1]), s1 = _mm256_add_epi32(n[2], n[3]);
-    // Two sums of 8 lanes each: add the halves, then pairwise.
+    // Both sums have 8 lanes: their halves are added first, then the lanes pairwise.
     __m128i a = _mm_add_epi32(_mm256_castsi256_si128(s0), _mm256_extracti128_si256(s0, 1));
     __m128i b = _mm_add_epi32(_mm256_castsi256_si128(s1), _mm256_extracti128_si256(s1, 1));
     a = _mm_hadd_epi32(a, b);

@@ -1,1 +1,1 @@
-"""Plans: which bytes stay in memory, which are streamed, and how fast that will be."""
+"""Plans of which bytes are pinned in memory and which are streamed, and forecasts of the speed."""

@@ -1,4 +1,4 @@
-"""What a device can do, as measured on it: a versioned JSON object, saved where the planner looks.
+"""Device profiles: measured speeds of a device as a versioned JSON object, which the planner reads.
 
 Rates are per second, sizes are bytes; an operation is a multiplication or an addition (a
 multiply-add is two).
@@ -23,14 +23,14 @@ VERSION = 1
 
 
 class MemoryRead(TypedDict):
-    """Reading memory that no cache holds."""
+    """A measurement of reading memory that no cache holds."""
 
     threads: int
     bytes_s: float
 
 
 class Peak(TypedDict):
-    """Arithmetic out of registers."""
+    """A measurement of arithmetic on registers."""
 
     kind: Literal["int8", "float32"]
     isa: str
@@ -39,7 +39,7 @@ class Peak(TypedDict):
 
 
 class FormatSpeed(TypedDict):
-    """A matrix in a weight format on one ISA and one thread, its block layout included."""
+    """Speeds of a matrix in a weight format on one ISA and thread, its block layout included."""
 
     format: str
     isa: str
@@ -48,66 +48,67 @@ class FormatSpeed(TypedDict):
 
 
 class StorageSpread(TypedDict, total=False):
-    """What a StorageRead may also have."""
+    """The optional keys of a StorageRead."""
 
     range: list[float]  # the slowest and the fastest of the rounds, bytes a second
 
 
 class StorageRead(StorageSpread):
-    """Reads at random, aligned places of a file that is not in memory; medians of short rounds.
+    """Reads at random, aligned offsets of a file that is not in memory; medians of short rounds.
 
-    "mapped" is the first copies out of a fresh map, with the system's own read-ahead.
+    "mapped" copies for the first time out of a fresh map, with the system's own read-ahead.
     """
 
     mode: Literal["direct", "buffered", "mapped"]
     block: int
-    depth: int  # reads under way at a time
+    depth: int  # reads in flight at a time
     bytes_s: float
 
 
 class ProfileExtras(TypedDict, total=False):
-    """What a DeviceProfile may also have."""
+    """The optional keys of a DeviceProfile."""
 
-    noise: dict[str, Any]  # while it was measured: NoiseWatch.finish
-    seconds: float  # that the probe took
+    noise: dict[str, Any]  # noise during the measurement: NoiseWatch.finish
+    seconds: float  # duration of the probe
 
 
 class DeviceProfile(ProfileExtras):
-    """A device. `None` where the system does not tell."""
+    """A device; values that the system does not tell are `None`."""
 
     kind: Literal["profile"]
     version: int
-    id: str  # of the hardware: see device_id
-    name: str  # for people: "AMD EPYC, 2 cores, 24 GB"
+    id: str  # the hardware's, see device_id
+    name: str  # for display: "AMD EPYC, 2 cores, 24 GB"
     time: str  # ISO 8601, UTC
     quick: bool
     stoker: str
     platform: dict[str, Any]  # system, release, machine, python, virtual, product
     cpu: dict[str, Any]  # model, logical, physical, performance, quota, kinds, caches: probe_cpu
     isa: dict[str, Any]  # active, usable
-    # total, available, limit (of the cgroup), swap, page; optional: fresh_bytes_s (fresh_memory.py)
+    # Its keys are total, available, limit (of the cgroup), swap, page; optionally fresh_bytes_s
+    # (fresh_memory.py).
     memory: dict[str, Any]
     memory_reads: list[MemoryRead]
     peaks: list[Peak]
     formats: list[FormatSpeed]
-    # path, filesystem, device, ...: probe_storage.about; scratch (bytes measured on), direct (the
-    # file system takes it), error (why reads are missing)
+    # Its keys are path, filesystem, device, ... of probe_storage.about; scratch (bytes measured
+    # on), direct (whether the file system supports it), error (why reads are missing).
     storage: dict[str, Any]
-    storage_reads: list[StorageRead]  # empty where storage["error"] says why
+    storage_reads: list[StorageRead]  # empty if storage["error"] says why
     power: dict[str, Any]  # battery, temperatures, energy (its source), ...: probe_power
 
 
 def device_id(cpu: str, cores: int, memory: int, isa: str) -> str:
-    """12 hex digits that stay the same from probe to probe of a machine.
+    """Returns 12 hex digits that stay the same from probe to probe of a machine.
 
-    memory: bytes; rounded to a GB, since what systems report of it changes with their version.
+    memory: bytes; rounded to a GB, since the amount that systems report changes with their version.
     """
     text = f"{cpu}|{cores}|{round(memory / 1e9)}|{isa}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def current_id() -> str:
-    """device_id of this machine. Raises ImportError where the core cannot be loaded."""
+    """Returns device_id of this machine. Raises ImportError if the core cannot be loaded."""
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
     from ...runtime._core import cpu, isas
@@ -118,10 +119,10 @@ def current_id() -> str:
 
 
 def default_path() -> Path:
-    """Where `stoker probe` saves this machine's profile and the planner looks for it.
+    """Returns where `stoker probe` saves this machine's profile and the planner looks for it.
 
-    device.json in STOKER_CACHE, else in stoker/ of the user's cache (XDG_CACHE_HOME, ~/.cache;
-    %LOCALAPPDATA% on Windows).
+    It is device.json in STOKER_CACHE, else in stoker/ of the user's cache (XDG_CACHE_HOME,
+    ~/.cache; %LOCALAPPDATA% on Windows).
     """
     if cache := os.environ.get("STOKER_CACHE"):
         return Path(cache).expanduser() / "device.json"
@@ -132,7 +133,7 @@ def default_path() -> Path:
 
 
 def load(path: Path) -> DeviceProfile:
-    """Reads a profile. Raises OptionError where it is none, or of another version."""
+    """Reads a profile. Raises OptionError if it is none, or of another version."""
     try:
         profile = parse(read_whole_text(path))
     except OSError as error:
@@ -143,7 +144,7 @@ def load(path: Path) -> DeviceProfile:
 
 
 def check(profile: Any, where: str) -> DeviceProfile:
-    """The same object, if it is a profile. Raises OptionError beginning with `where`."""
+    """Returns the object itself if it is a profile. Raises OptionError beginning with `where`."""
     if not isinstance(profile, dict) or profile.get("kind") != "profile":
         raise OptionError(f"{where}: expected a device profile, as `stoker probe` writes it")
     if profile.get("version") != VERSION:
@@ -181,7 +182,7 @@ _ROWS: dict[str, Any] = {
     "formats": FormatSpeed,
     "storage_reads": StorageRead,
 }
-# What forecasts reckon with, where the system told it.
+# Forecasts use these facts if the system told them.
 _FACTS = {
     "cpu": ("logical", "physical", "performance"),
     "memory": ("total", "available", "limit", "fresh_bytes_s"),
@@ -209,12 +210,12 @@ def _row_problem(row: Any, found: Any) -> str | None:
 
 
 def _is_amount(value: object, low: float, high: float) -> bool:
-    """Whether a value of JSON is a number of low to high."""
+    """Returns whether a value of JSON is a number of low to high."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def save(profile: DeviceProfile, path: Path) -> None:
-    """Writes a profile; it appears whole or not at all."""
+    """Writes a profile, which appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     check_output(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -1,23 +1,23 @@
-"""What a model will do on a device, from its header and the device's profile: no weight is read.
+"""Forecasts a model's speed on a device from its header and the device's profile.
 
-A decoded token takes
+No weight is read. A decoded token takes
 
     memory or arithmetic   each format's weights at the slower of the memory's bandwidth and the
                            kernel's speed, on all threads (DeviceProfile.formats)
     second terms           of products that take their activations in two int8 terms (Precision)
-    KV cache               what attention reads of it, growing with the position
+    KV cache               the part that attention reads, which grows with the position
     overhead               synchronising threads, norms and rotary embedding a layer; the start of
                            each expert, which the processor's prefetchers have not foreseen
     flash                  misses (hit_curves.py) times an expert's bytes, at the storage's
                            bandwidth for reads of that size and depth, less what computing hides
 
-and a prompt the same per chunk: an expert is read once a chunk; each matrix costs its unpacking
-once and its operations a token (tile_ops_s). Load is the pinned weights, at the storage's
-bandwidth.
+and a prompt takes the same per chunk: an expert is read once a chunk; each matrix costs its
+unpacking once and its operations a token (tile_ops_s). A load reads the pinned weights at the
+storage's bandwidth.
 
-The constants below are the engine's, not the device's: each says where it comes from. They were
-set by hand from records of one machine (2 cores of Zen 5, virtual).
-`python -m stoker.mobile_bench.checks.forecast_check` measures how far off the whole is,
+The constants below are properties of the engine, not of the device; each comment gives the source.
+They were set by hand from records of one machine (2 cores of Zen 5, virtual).
+`python -m stoker.mobile_bench.checks.forecast_check` measures the error of the whole forecast,
 with a profile of the same session.
 """
 
@@ -39,79 +39,86 @@ from .planned import resident_parts
 if TYPE_CHECKING:
     from ...runtime._core import GgufFile
 
-# Of a layer of a decoded token: six phases that threads enter and leave together, and the norms
-# between them. SmolLM2 and Gemma 3 on 2 threads: what is left of a token after its reads.
+# Seconds of overhead per layer of a decoded token, for six phases that threads enter and leave
+# together, and the norms between them. The source is SmolLM2 and Gemma 3 on 2 threads: a token's
+# time less its reads.
 LAYER_S = 8e-6
-# Of an expert that a token uses: three matrices at random places of gigabytes, whose first lines
-# and page tables no cache holds. up64, everything in memory.
+# Seconds of overhead per expert that a token uses, whose three matrices are at random places of
+# gigabytes: no cache holds their first lines and page tables. The source is up64, all in memory.
 EXPERT_S = 15e-6
-# Of the speed of a prompt's products: a row of the second activation terms (Precision), whose
-# weights are in the cache. `precision` fast against balanced on both models (README, Performance).
+# The speed of a row of second activation terms (Precision), whose weights are in the cache, over
+# that of a prompt's products. The source is `precision` fast against balanced on both models
+# (README, Performance).
 SECOND_TERM = 0.5
-# Of the memory bandwidth: the KV cache, rows of some hundred bytes a head and position.
+# The share of the memory bandwidth that reads of the KV cache reach, whose rows have some hundred
+# bytes a head and position.
 KV_STREAMING = 0.5
-# Of an expert's use under a budget: the directory, the policy, and what the predictor looks up.
-# offload-up64-2GB.json, which hardly reads, against everything in memory.
+# Seconds per use of an expert under a budget, for the directory, the policy and the predictor's
+# lookups. The source is offload-up64-2GB.json, which hardly reads, against everything in memory.
 STORE_S = 6e-6
-# Of the memory bandwidth that plain reading reaches: products, which do more between two reads.
-# The models of forecast_check.py with all experts in memory; records of a slower memory gave 0.86.
+# The share of plain reading's memory bandwidth that products reach, which compute between reads.
+# The sources are the models of forecast_check.py with all experts in memory; records of a slower
+# memory gave 0.86.
 STREAMING = 0.76
-# Of the storage bandwidth that the probe found for blocks of this size and depth: experts, three
-# extents of a file that the model shares with others. flash_bandwidth in the runs of the check.
+# The share of the probe's storage bandwidth for blocks of this size and depth that reads of experts
+# reach, which are three extents of a file that the model shares with others. The source is
+# flash_bandwidth in the runs of the check.
 EXPERT_READS = 0.72
-# Of the storage bandwidth of 4 MiB at random places, through the page cache: a whole file in turn,
-# which the system reads ahead. Loads of the check's dense models.
+# The speed of reading a whole file in order, which the system reads ahead, over that of 4 MiB at
+# random places through the page cache. The sources are loads of the check's dense models.
 READ_AHEAD = 1.6
-# Bytes read for each byte that was missing: guesses that did not come true. offload-up64-1GB.json,
-# prefetching against not.
+# Bytes read for each byte that was missing, because some predictions are wrong. The source is
+# offload-up64-1GB.json, with prefetching against without.
 NEEDLESS = 1.09
-# Share of a miss's reading that is under way before it is needed, and the share of computing that
-# can hide reads. The check's mixtures: waiting against bytes over the bandwidth in the same run.
+# The share of a miss's reading that is in flight before it is needed, and the share of computing
+# that can hide reads. The sources are the check's mixtures: waiting against bytes over the
+# bandwidth in the same run.
 FORESEEN = 0.38
 HIDING = 0.95
-# Of a prompt's chunk: the smaller one of reading and computing that the larger one does not hide.
-# Assumed; offload-up64-1GB-prompt512.json does not contradict it.
+# In a prompt's chunk, the share of the smaller of reading and computing that the larger one does
+# not hide. It is assumed; offload-up64-1GB-prompt512.json does not contradict it.
 EXPOSED = 0.15
-# Of each hidden value of an expert in a prompt, by one thread: activation function, rounding, sum.
-# up64, 64 and 512 tokens, everything in memory.
+# Seconds of one thread per hidden value of an expert in a prompt: activation function, rounding,
+# sum. The source is up64 with 64 and 512 tokens, everything in memory.
 HIDDEN_S = 3.5e-9
-# Of the float32 peak: what attention's loops reach in a prompt. SmolLM2, 512 tokens, with a peak of
-# 450 GFLOP/s that was estimated, not measured.
+# The share of the float32 peak that attention's loops reach in a prompt. The source is SmolLM2 with
+# 512 tokens, and a peak of 450 GFLOP/s that was estimated, not measured.
 ATTENTION = 0.35
-# Opening the file, threads, and buffers: of a load. The same records.
+# Seconds of a load for opening the file, threads and buffers, from the same records.
 LOAD_S = 0.012
 # With cold caches a load reads the core and the interpreter's modules, a few pages at a time as
-# they are touched. A process's read_bytes; the block is what loads of mixtures in the check leave.
+# they are touched. The bytes are a process's read_bytes; the block size fits the rest of the time
+# that loads of mixtures in the check take.
 LIBRARY_BYTES = 4.7e6
 LIBRARY_BLOCK = 16 << 10
-# Touching memory for the first time, bytes a second, where the profile does not say: the kernel
+# Bytes a second of touching memory for the first time, if the profile does not have it: the kernel
 # zeroes pages. Virtual machines may be ten times slower (forecast_check.py measures it).
 FRESH_BYTES_S = 4e9
 
-_MEASURED = "measured"  # id of a device of which the bandwidths alone are known
+_MEASURED = "measured"  # id of a device of which only the bandwidths are known
 RESOURCES = ("memory bandwidth", "arithmetic", "flash", "overhead")
 
 
 class Device:
-    """A profile, asked for the speeds that the engine would meet on `threads` threads."""
+    """A device's speeds, as the engine would meet them on `threads` threads."""
 
     def __init__(self, profile: DeviceProfile, threads: int = 0) -> None:
         self.profile = profile
         self.threads = threads or int(profile["cpu"].get("performance") or 1)
         self.isa = str(profile["isa"].get("active", ""))
         self._formats = {f["format"]: f for f in profile["formats"]}
-        # Of a device whose formats are unknown (measured()) the processor limits nothing.
+        # A device of measured() has no formats: its processor is taken to limit nothing.
         if not profile["memory_reads"] or not (self._formats or profile["id"] == _MEASURED):
             raise OptionError("device profile: expected memory_reads and formats, found none")
 
     @classmethod
     def measured(cls, threads: int, memory_bytes_s: float, flash_bytes_s: float) -> Device:
-        """This device, of which two bandwidths are known, bytes a second; flash 0: none is read.
+        """Returns this device from two bandwidths in bytes a second; flash 0: nothing is read.
 
-        Its processor limits nothing: what such a forecast says is reached at best.
+        Its processor is taken to limit nothing, so that its forecasts are upper bounds.
         """
         speed = flash_bytes_s / EXPERT_READS
-        reads = [  # of whatever size
+        reads = [  # for every size
             {"block": 1, "depth": 1, "mode": mode, "bytes_s": speed}
             for mode in ("direct", "buffered")
         ]
@@ -130,14 +137,14 @@ class Device:
 
     @property
     def memory_bytes_s(self) -> float:
-        """Reading memory on all threads."""
+        """Bytes a second of reading memory on all threads."""
         reads = {r["threads"]: r["bytes_s"] for r in self.profile["memory_reads"]}
         below = [n for n in reads if n <= self.threads]
         return reads[max(below)] if below else reads[min(reads)]
 
     @property
     def available(self) -> int | None:
-        """Bytes that a process may take, a margin left to others; None where unknown."""
+        """Bytes that a process may take, with a margin left to others; None if unknown."""
         memory = self.profile["memory"]
         limits = []
         if memory.get("available"):
@@ -147,7 +154,7 @@ class Device:
         return int(min(limits)) if limits else None
 
     def _format(self, name: str, bits: float) -> Any:
-        """The format's speeds, else those of the integer format nearest in bits a weight."""
+        """Returns the format's speeds, else those of the format nearest in bits a weight."""
         if name in self._formats:
             return self._formats[name]
         if not self._formats:
@@ -155,11 +162,11 @@ class Device:
         return min(self._formats.values(), key=lambda f: abs(_bits()[f["format"]] - bits))
 
     def row_weights_s(self, name: str, bits: float) -> float:
-        """Weights a second of one token's product, all threads, were memory no limit to them."""
+        """Returns weights a second of one token's product, all threads, without memory's limit."""
         return float(self._format(name, bits)["row_weights_s"]) * self.threads
 
     def tile_ops_s(self, name: str, bits: float) -> float:
-        """Operations a second of a prompt's product, all threads."""
+        """Returns operations a second of a prompt's product, all threads."""
         return float(self._format(name, bits)["tile_ops_s"]) * self.threads
 
     @property
@@ -168,14 +175,15 @@ class Device:
         peaks = [p for p in self.profile["peaks"] if p["kind"] == "float32"]
         own = [p for p in peaks if p["isa"] == self.isa] or peaks
         if not own:
-            return self.memory_bytes_s  # an operation a byte: as slow as any processor
+            return self.memory_bytes_s  # an operation a byte, which any processor reaches
         best = max(own, key=lambda p: (p["threads"] <= self.threads, p["threads"]))
         return best["ops_s"] * max(1.0, self.threads / best["threads"])
 
     def flash_bytes_s(self, block: float, depth: int, mode: str = "direct") -> float:
-        """Random reads of this size and depth; buffered where there are none of this mode.
+        """Returns bytes a second of random reads; buffered ones if there are none of this mode.
 
-        Between measured sizes on a line in their logarithms, at the nearest measured depth.
+        It interpolates linearly between the logarithms of measured sizes, at the nearest measured
+        depth.
         """
         reads = self.profile["storage_reads"]
         of = [r for r in reads if r["mode"] == mode] or [
@@ -198,19 +206,21 @@ class Device:
         return points[-1][1]
 
     def expert_bytes_s(self, block: float) -> float:
-        """Reading experts as the engine does, `block` bytes a read."""
+        """Returns bytes a second of reading experts as the engine does, `block` bytes a read."""
         return self.flash_bytes_s(block, engine_constants()["readers"]) * EXPERT_READS
 
     @property
     def fresh_bytes_s(self) -> float:
-        """Touching memory for the first time."""
+        """Bytes a second of touching memory for the first time."""
         return float(self.profile["memory"].get("fresh_bytes_s") or FRESH_BYTES_S)
 
 
 @cache
 def engine_constants() -> dict[str, int]:
-    """The engine's own: readers, and of the ring of streamed weights ring_reads, least_read and
-    most_read (bytes).
+    """Returns the engine's constants.
+
+    These are readers, and for the ring of streamed weights ring_reads, least_read and most_read
+    (bytes).
     """
     from ...runtime._core import plan_constants
 
@@ -219,7 +229,7 @@ def engine_constants() -> dict[str, int]:
 
 @cache
 def _bits() -> dict[str, float]:
-    """Bits a weight of each format."""
+    """Returns the bits a weight of each format."""
     from ...runtime._core import formats
 
     return {row["name"]: 8 * row["bytes"] / row["block"] for row in formats()}
@@ -227,17 +237,17 @@ def _bits() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class ModelHeader:
-    """A model's header, and the options that it would be loaded with."""
+    """A model's header and the options of its load."""
 
     file: GgufFile
     name: str
     context: int = 0
     kv_type: str = "f16"
     precision: str = "balanced"
-    process_bytes: int = 64 << 20  # of the process before the engine
+    process_bytes: int = 64 << 20  # bytes of the process before the engine
 
     def plan(self, memory: int, threads: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(config, plan) at a budget, 0: everything in memory. Raises BudgetError and others."""
+        """Returns (config, plan) at a budget; 0: all in memory. Raises BudgetError and others."""
         from ...runtime._core import plan
 
         return plan(
@@ -252,16 +262,16 @@ class ModelHeader:
 
     @property
     def origin(self) -> str:
-        """Of the routers, for hit_curves.py."""
+        """The origin of the routers, for hit_curves.py."""
         recipe = self.file.get("stoker.upcycle.recipe")
         return origin_of(recipe if isinstance(recipe, str) else None)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the model is asked: tokens of a prompt, and tokens decoded after it.
+    """The tokens of a prompt, and the tokens decoded after it.
 
-    first: of the process, so that the memory of the (empty) expert cache is fresh.
+    first: it is the first of the process, so that the memory of the (empty) expert cache is fresh.
     """
 
     prompt_tokens: int = 64
@@ -271,15 +281,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What to expect of one model in one budget on one device. Bytes, seconds.
+    """The forecast of one model in one budget on one device, in bytes and seconds.
 
-    memory: the budget, None: everything in memory. least_memory: the smallest budget that would do;
-    where the model does not fit, all that follows is 0, empty or None. resident: what memory holds,
-    by kind. slots: experts that the cache holds of `experts`; a token uses working_set of them.
-    hit_rate: of a token's experts, mean of the first `tokens` after the prompt; bytes_token: read
-    from flash. prompt_tokens: of the prompt whose first token comes after load_s + prompt_s
-    = ttft_s, cold. times: seconds of a token by resource; they overlap, token_s is less than their
-    sum. doubles_at: the budget that would double tokens_per_s, None: none does.
+    memory: the budget, None: everything in memory. least_memory: the smallest sufficient budget; if
+    the model does not fit, all that follows is 0, empty or None. resident: bytes in memory by kind.
+    slots: experts that the cache holds of `experts`; a token uses working_set of them. hit_rate:
+    hits of a token's experts, mean of the first `tokens` after the prompt; bytes_token: bytes that
+    a token reads from flash. prompt_tokens: length of the prompt, whose first token comes after
+    load_s + prompt_s = ttft_s, cold. times: seconds of a token by resource; they overlap, so
+    token_s is less than their sum. doubles_at: the budget that would double tokens_per_s, None if
+    none does.
     """
 
     model: str
@@ -312,7 +323,7 @@ class Forecast:
     resident_tokens_per_s: float | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Returns all fields, for JSON."""
         return asdict(self)
 
 
@@ -322,10 +333,10 @@ def forecast(
     memory: int | None,
     turn: Workload = Workload(),
 ) -> Forecast:
-    """One budget (None: everything in memory). A budget that is too small is a Forecast too.
+    """Forecasts one budget (None: everything in memory); one that is too small gives fits=False.
 
-    Raises OptionError where the prompt does not fit the context, or the profile lacks what is
-    needed; ModelFileError, UnsupportedModelError.
+    Raises OptionError if the prompt does not fit the context, or the profile lacks needed values;
+    ModelFileError, UnsupportedModelError.
     """
     config, everything = subject.plan(0, device.threads)
     context = everything["context"]
@@ -421,7 +432,7 @@ def _unfit(
 def _budget_for(
     subject: ModelHeader, device: Device, turn: Workload, token_s: float, low: int
 ) -> int | None:
-    """The smallest budget above `low` whose tokens take at most token_s, to a MiB."""
+    """Returns the smallest budget above `low` whose tokens take at most token_s, to a MiB."""
 
     def slow(memory: int) -> bool:
         config, plan = subject.plan(memory, device.threads)
@@ -440,10 +451,10 @@ def _budget_for(
 
 @dataclass(frozen=True)
 class Decoding:
-    """What to expect of decoding under one plan on one device.
+    """The forecast of decode under one plan on one device.
 
-    hit_rate: of a token's experts, 1 where all are in memory; times: seconds of a token by
-    resource, which overlap; token_s: of a token; flash_bytes: read for one.
+    hit_rate: hits of a token's experts, 1 if all are in memory; times: seconds of a token by
+    resource, which overlap; token_s: seconds of a token; flash_bytes: bytes that a token reads.
     """
 
     hit_rate: float
@@ -464,7 +475,7 @@ def decoding(
     device: Device,
     turn: Workload = Workload(),
 ) -> Decoding:
-    """Of a plan (Engine.config, Engine.plan); origin: of the routers, ModelHeader.origin."""
+    """Forecasts decode under a plan (Engine.config, Engine.plan); origin: ModelHeader.origin."""
     model = _Model(origin, device, turn, config, plan)
     times = model.token()
     return Decoding(
@@ -502,7 +513,7 @@ class _Model:
             )
         self.unit = plan["slot_bytes"] / slots if slots else 0.0
         self.flash_bytes = self.uses * self.miss * self.unit * (NEEDLESS if self.miss < 1 else 1.0)
-        # Weights that every forward pass reads, and the time of that.
+        # The weights that every forward pass streams, and the time that this takes.
         self.streamed_bytes = int(plan["streamed_bytes"])
         self.stream_s = 0.0
         if self.streamed_bytes:
@@ -513,7 +524,7 @@ class _Model:
             self.stream_s = self.streamed_bytes / device.expert_bytes_s(block)
 
     def _second_s(self, work: Mapping[str, Any]) -> float:
-        """Seconds that the second terms of one token's products take; 0 where there are none."""
+        """Returns the seconds of the second terms of one token's products; 0 if there are none."""
         wanted = self.precision == "high" or (self.precision == "balanced" and work["balanced"])
         if not wanted or work["format"] in ("F32", "F16", "BF16"):
             return 0.0
@@ -523,14 +534,14 @@ class _Model:
         return self.device.tile_ops_s(work["format"], 8 * work["bytes"] / work["weights"])
 
     def _rows(self, work: Mapping[str, Any]) -> tuple[float, float]:
-        """Seconds of going over the weights once: (by the memory, by the kernel), one of them 0."""
+        """Returns the seconds of one pass over the weights (memory's, kernel's), one of them 0."""
         bits = 8 * work["bytes"] / work["weights"]
         kernel = work["weights"] / self.device.row_weights_s(work["format"], bits)
         read = work["bytes"] / (self.device.memory_bytes_s * STREAMING)
         return (read, 0.0) if read >= kernel else (0.0, kernel)
 
     def token(self) -> dict[str, float]:
-        """Seconds of one decoded token by resource."""
+        """Returns the seconds of one decoded token by resource."""
         memory = arithmetic = flash = 0.0
         for work in self.work:
             read, kernel = self._rows(work)
@@ -547,21 +558,21 @@ class _Model:
         return dict(zip(RESOURCES, (memory, arithmetic, flash, overhead), strict=True))
 
     def token_s(self, times: Mapping[str, float]) -> float:
-        """Seconds of a token, what overlaps counted once."""
+        """Returns the seconds of a token, with overlapping times counted once."""
         computing = sum(times[k] for k in RESOURCES if k != "flash")
-        # Streamed weights are known before: all of their reads are under way in time.
+        # Streamed weights are certain prefetches: all of their reads are in flight in time.
         foreseen = self.stream_s + FORESEEN * (times["flash"] - self.stream_s)
         hidden = min(foreseen, HIDING * computing)
         return computing + times["flash"] - hidden
 
     def chunks(self) -> list[int]:
-        """Tokens of each chunk of the prompt."""
+        """Returns the tokens of each chunk of the prompt."""
         chunk = int(self.plan["chunk"])
         whole, rest = divmod(self.turn.prompt_tokens, chunk)
         return [chunk] * whole + ([rest] if rest else [])
 
     def prompt(self) -> dict[str, float]:
-        """Seconds of the prompt and its first token by resource, with an empty expert cache."""
+        """Returns the seconds of the prompt and first token by resource, with an empty cache."""
         c, device = self.config, self.device
         memory = arithmetic = flash = overhead = 0.0
         position = 0
@@ -571,14 +582,14 @@ class _Model:
             for work in self.work:
                 if work["part"] == "output" and number < len(chunks) - 1:
                     continue
-                # Unpacking goes once over the weights, whatever the number of tokens.
+                # Unpacking passes once over the weights, whatever the number of tokens.
                 read, unpack = self._rows(work)
                 times = wanted / c["n_expert_used"] if work["part"] == "experts" else 1
                 tokens = 1 if work["part"] == "output" else n
                 memory += read * times
                 arithmetic += unpack * times + self._second_s(work) * SECOND_TERM * tokens
                 arithmetic += 2 * work["weights"] * tokens / self._tile_s(work)
-            # Scores and values of all positions so far, for each head.
+            # Attention computes scores and values of all positions so far, for each head.
             pairs = n * (position + n / 2)
             attention = 4.0 * c["n_layer"] * c["n_head"] * c["head_dim"] * pairs
             arithmetic += attention / (device.float_ops_s * ATTENTION)
@@ -586,11 +597,11 @@ class _Model:
             hidden = n * self.uses * c["n_ff_expert"]
             arithmetic += hidden * HIDDEN_S / device.threads
             if self.experts:
-                # Neighbours in the file that are both wanted are read one after the other: as
-                # one large read, and no slower than each alone.
+                # Neighbours in the file that are both wanted are read one after the other, which
+                # is like one large read, and no slower than each alone.
                 run = 1 / max(1 - wanted / c["n_expert"], 1e-3)
                 needed = self._layers() * wanted
-                if number:  # what the chunk before left
+                if number:  # the chunk before left some in the cache
                     needed *= 1 - min(1.0, self.slots / self.experts)
                 read_bytes = needed * self.unit
                 block = self.unit / 3
@@ -605,25 +616,26 @@ class _Model:
         return dict(zip(RESOURCES, (memory, arithmetic, flash, overhead), strict=True))
 
     def prompt_s(self, times: Mapping[str, float]) -> float:
-        """Seconds of the prompt, what overlaps counted once."""
+        """Returns the seconds of the prompt, with overlapping times counted once."""
         computing = sum(times[k] for k in RESOURCES if k != "flash")
         small, large = sorted((computing, times["flash"]))
         return large + EXPOSED * small
 
     def _layers(self) -> float:
-        """Layers with experts."""
+        """Returns the number of layers with experts."""
         return self.uses / max(1, int(self.config["n_expert_used"]))
 
     def _distinct(self, n: int) -> float:
-        """Experts of a layer that n tokens use."""
+        """Returns the number of a layer's experts that n tokens use."""
         if not self.config["n_expert"]:
             return 0.0
         return distinct(self.config["n_expert"], self.config["n_expert_used"], n)
 
     def load_s(self) -> float:
-        """Seconds of a load with cold caches."""
+        """Returns the seconds of a load with cold caches."""
         nbytes = int(self.plan["weight_bytes"])
-        # Everything: in turn through the page cache, in pieces of 4 MiB; else past it, as experts.
+        # A load of everything reads in order through the page cache, in pieces of 4 MiB; a load
+        # under a budget reads past the page cache, as experts are read.
         if self.experts or self.streamed_bytes:
             rate = self.device.flash_bytes_s(4 << 20, engine_constants()["readers"])
         else:

@@ -4,17 +4,19 @@
         --texts mt_bench.jsonl shakespeare.txt... [--out hit_curves.json]
 
 A curve is the share of a decoded token's experts that are not in the cache, for a model of E
-experts a layer of which a token uses K, by the share of all experts that the cache holds and by how
-many tokens were decoded since a prompt that the empty cache saw as one chunk. Each comes out of a
-replay (`_core.simulate`) of recorded routing through the engine's default policy, on demand.
+experts a layer of which a token uses K. It depends on the share of all experts that the cache
+holds, and on the number of tokens decoded since a prompt that the empty cache saw as one chunk.
+Each curve is measured by a replay (`_core.simulate`) of recorded routing through the engine's
+default policy, on demand.
 
-Between shares: straight lines. Over time: the windows of WINDOWS, the last one from there on.
-Between models: the mean of all curves of the same origin in their logarithms, weighted by
-1 / d^2, d the distance in (log2 E, log2 K): a curve of the same E and K stands for itself. How
-routers were made matters more than numbers: those of `stoker export upcycle` (which says in the
-file what it did) follow the topic of the text, random ones nothing, so these are kept apart from
-trained ones. A curve is an expectation, not a promise: with its own curve left out, a model's
-misses came out between 0.34 and 4.3 times what they are.
+Between shares, curves are straight lines. Over time, they are constant in each window of WINDOWS,
+the last of which continues. Between models, the mean of all curves of the same origin is taken in
+their logarithms, weighted by 1 / d^2, where d is the distance in (log2 E, log2 K), so that a curve
+of the same E and K represents itself. How routers were made matters more than these numbers: those
+of `stoker export upcycle` (which records this in the file) follow the topic of the text, random
+ones follow nothing, so both are kept apart from trained ones. A curve is an expectation, not a
+guarantee: with its own curve left out, a model's misses were estimated at 0.34 to 4.3 times their
+true number.
 """
 
 from __future__ import annotations
@@ -41,17 +43,17 @@ if TYPE_CHECKING:
 DATA = Path(__file__).with_name("hit_curves.json")
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 WINDOWS = ((0, 16), (16, 64), (64, 256))  # tokens decoded before, from and to
-PROMPT = 64  # tokens of the chunk that comes first
+PROMPT = 64  # tokens of the first chunk
 ORIGINS = ("trained", "upcycled", "random")
 # Tokens of a text choose alike: n of them use as many experts as n^ALIKE independent ones would.
-# The three public traces and up64 at 16, 64 and 128 tokens: exponents of 0.60 to 0.80.
+# The three public traces and up64 at 16, 64 and 128 tokens have exponents of 0.60 to 0.80.
 ALIKE = 0.7
-_FLOOR = 1e-4  # of a miss rate, where its logarithm is taken
+_FLOOR = 1e-4  # least miss rate of which the logarithm is taken
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The routing of one model. miss: [windows][shares], misses of uses."""
+    """The hit curve of one model. miss: [windows][shares], misses / uses."""
 
     name: str
     origin: str
@@ -62,13 +64,13 @@ class Curve:
 
 @cache
 def curves() -> tuple[Curve, ...]:
-    """Those that come with the package."""
+    """Returns the curves that come with the package."""
     rows = json.loads(DATA.read_text(encoding="utf-8"))["curves"]
     return tuple(Curve(**{**row, "miss": tuple(map(tuple, row["miss"]))}) for row in rows)
 
 
 def origin_of(recipe: str | None) -> str:
-    """One of ORIGINS. recipe: the file's "stoker.upcycle.recipe", None where it has none."""
+    """Returns one of ORIGINS. recipe: the file's "stoker.upcycle.recipe", None if it has none."""
     if recipe is None:
         return "trained"
     return "random" if json.loads(recipe).get("router") == "random" else "upcycled"
@@ -83,9 +85,10 @@ def miss_rate(
     tokens: int = 256,
     among: Sequence[Curve] | None = None,
 ) -> float:
-    """Share of a token's experts that a cache lacks, mean of the first `tokens` decoded tokens.
+    """Returns the share of experts that a cache lacks, the mean of the first `tokens` decoded.
 
-    share: of all experts that the cache holds. among: curves to take it from, default curves().
+    share: the share of all experts that the cache holds. among: the curves to use, default
+    curves().
     """
     if n_expert < 1 or not 1 <= n_expert_used <= n_expert or tokens < 1:
         raise OptionError(
@@ -108,13 +111,13 @@ def miss_rate(
 
 
 def distinct(n_expert: int, n_expert_used: int, tokens: int) -> float:
-    """Experts of a layer that so many tokens of a text use together, expected."""
+    """Returns the expected number of a layer's experts that so many tokens use together."""
     independent = tokens**ALIKE
     return float(n_expert * (1 - (1 - n_expert_used / n_expert) ** independent))
 
 
 def _mean(curve: Curve, share: float, tokens: int) -> float:
-    """Of the first tokens, at one share."""
+    """Returns the mean miss rate of the first tokens, at one share."""
     total = 0.0
     for index, (begin, end) in enumerate(WINDOWS):
         last = index == len(WINDOWS) - 1
@@ -124,7 +127,7 @@ def _mean(curve: Curve, share: float, tokens: int) -> float:
 
 
 def _at(miss: Sequence[float], share: float) -> float:
-    """Straight lines between SHARES; everything is missed by no cache at all."""
+    """Returns the miss rate on straight lines between SHARES; without a cache it is 1."""
     points = [(0.0, 1.0), *zip(SHARES, miss, strict=True)]
     for (x0, y0), (x1, y1) in pairwise(points):
         if share <= x1:
@@ -134,18 +137,18 @@ def _at(miss: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the tokens of one text used, in their order; the first `prompt` of them are a prompt."""
+    """The experts that the tokens of one text used, in order; the first `prompt` are a prompt."""
 
     n_layer: int
     n_expert: int
     n_expert_used: int
     prompt: int
-    token: list[int]  # [tokens] of the vocabulary; empty: not known
+    token: list[int]  # [tokens] ids in the vocabulary; empty if unknown
     uses: list[dict[int, list[int]]]  # [tokens] layer -> experts
 
 
 def of_trace(trace: Trace, prompt: int = PROMPT) -> Routing:
-    """A recorded trace as one text; its own prompt, or its first tokens where it has none."""
+    """Takes a recorded trace as one text; without a prompt its first `prompt` tokens are one."""
     uses: list[dict[int, list[int]]] = []
     tokens: list[int] = []
     place: dict[tuple[int, int], int] = {}
@@ -173,9 +176,9 @@ def of_model(model: Path, prompts: Iterable[str], *, tokens: int = WINDOWS[-1][1
     config, plan = _core.plan(file, context=context, process_bytes=2 * process_bytes())
     engine = _core.Engine(
         file,
-        threads=1,  # the routing is the same; two wait for each other where others compute
+        threads=1,  # the routing is the same; on a busy machine two would wait for each other
         context=context,
-        # Every expert gets a slot: routing is recorded where they are on flash.
+        # Every expert gets a slot; a budget is needed since routing is recorded only with one.
         memory=(plan["least_memory"] + file.nbytes) * 65 // 64,
         process_bytes=2 * process_bytes(),
         predictor="none",
@@ -198,13 +201,13 @@ def of_model(model: Path, prompts: Iterable[str], *, tokens: int = WINDOWS[-1][1
 
 
 def _routing(columns: Mapping[str, Any], config: Mapping[str, Any]) -> Routing:
-    """What the engine noted of a prompt and the tokens after it, from the first evaluation on."""
-    # It notes experts in the order of use: a chunk's by expert.
+    """Converts the engine's recording of a prompt and the tokens after it, from its start."""
+    # The engine records experts in the order of use, which in a chunk is by expert.
     order = np.lexsort([columns[key] for key in ("rank", "layer", "token", "evaluation")])
     evaluation = columns["evaluation"][order]
     first = np.concatenate([[True], evaluation[1:] != evaluation[:-1]])
     before = np.concatenate([[0], np.cumsum(columns["tokens"][order][first])])
-    place = before[np.cumsum(first) - 1] + columns["token"][order]  # of the text
+    place = before[np.cumsum(first) - 1] + columns["token"][order]  # index in the text
     uses: list[dict[int, list[int]]] = [{} for _ in range(int(before[-1]))]
     token = [0] * len(uses)
     for at, layer, expert, number in zip(
@@ -220,7 +223,7 @@ def _routing(columns: Mapping[str, Any], config: Mapping[str, Any]) -> Routing:
 
 
 def visits_of(routing: Routing) -> dict[str, Any]:
-    """The text as `_core.simulate` takes it: the prompt is evaluation 0, then one a token."""
+    """Returns the text for `_core.simulate`: the prompt is evaluation 0, then one a token."""
     visits: list[tuple[int, int, int]] = []  # evaluation, layer, token of the text
     layers = sorted({layer for uses in routing.uses for layer in uses})
     for layer in layers:
@@ -248,7 +251,7 @@ def visits_of(routing: Routing) -> dict[str, Any]:
 def misses(
     routing: Routing, visits: dict[str, Any], slots: int, policy: str
 ) -> tuple[list[int], list[int]]:
-    """(uses, misses) of each of WINDOWS, as far as the text goes, in a cache that was cold."""
+    """Returns (uses, misses) by window of WINDOWS, as far as the text goes, from a cold cache."""
     from ...runtime import _core
 
     decoded = len(routing.uses) - routing.prompt
@@ -266,9 +269,10 @@ def misses(
 
 
 def curve(name: str, origin: str, routings: Sequence[Routing], policy: str) -> Curve:
-    """Of all the texts of a model together. A window that no text reaches is like the one before.
+    """Measures the curve of all texts of a model together.
 
-    Raises OptionError for none, and for texts that end with their prompt.
+    A window that no text reaches equals the one before. Raises OptionError for no texts, and for
+    texts that end with their prompt.
     """
     if not routings:
         raise OptionError(f"{name}: expected at least one text")
@@ -292,10 +296,10 @@ def curve(name: str, origin: str, routings: Sequence[Routing], policy: str) -> C
 
 
 def read_texts(path: Path, count: int) -> list[str]:
-    """`count` texts spread over a file, which may be compressed with gzip.
+    """Reads `count` texts spread over a file, which may be compressed with gzip.
 
-    JSON lines with "turns" (MT-Bench's form): the first turns; else plain text: from the first
-    paragraph after each cut on.
+    In JSON lines with "turns" (MT-Bench's form) they are the first turns. In plain text each begins
+    at the first line after a cut.
     """
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:

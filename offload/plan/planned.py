@@ -1,4 +1,4 @@
-"""What the core has planned, in bytes: for who decides whether a model fits into memory."""
+"""Bytes of the core's plan, for callers that decide whether a model fits into memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ...runtime._core import GgufFile
 
-# What a process takes after its load: Python objects of an answer, the allocator's rest.
+# A process takes this much after its load: Python objects of an answer, the allocator's remainder.
 PROCESS_GROWTH = 64 << 20
 
 
 def resident_parts(plan: Mapping[str, Any], process: int) -> dict[str, int]:
-    """What the memory holds once the model runs, bytes by kind."""
+    """Returns what memory holds once the model runs, bytes by kind."""
     parts = {
         "process": int(plan.get("process_bytes", process)),
         "weights": int(plan["weight_bytes"]),
@@ -27,9 +27,10 @@ def resident_parts(plan: Mapping[str, Any], process: int) -> dict[str, int]:
 
 
 def resident_bytes(file: GgufFile, process_bytes: int, **options: Any) -> int:
-    """Bytes of a process that holds the whole model in memory, as the core plans it.
+    """Returns the bytes of a process with the whole model in memory, as the core plans it.
 
-    process_bytes: of the process before the engine; options: of a load. Raises what a load does.
+    process_bytes: bytes of the process before the engine; options: those of a load. Raises what a
+    load raises.
     """
     from ...runtime._core import plan
 

@@ -1,1 +1,1 @@
-"""What predictors learn from a model's own text."""
+"""Training of predictors on a model's own text."""

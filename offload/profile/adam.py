@@ -1,4 +1,4 @@
-"""Adam, for the small maps that are fitted to recordings with numpy."""
+"""Adam for the small maps that are fitted to recordings with numpy."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
-_DECAY1, _DECAY2 = 0.9, 0.99  # of the gradients' running means and mean squares
+_DECAY1, _DECAY2 = 0.9, 0.99  # decay of the gradients' running means and mean squares
 _LEAST = 1e-8
 
 
 class Adam:
-    """Moves parameters against their gradients, by a rate that falls to 0 like a cosine.
+    """Moves parameters against their gradients, at a rate that falls to 0 like a cosine.
 
-    Source: Kingma and Ba, Adam, 2014; Loshchilov and Hutter, SGDR, 2016, for the rate.
+    Sources: Kingma and Ba, Adam, 2014; Loshchilov and Hutter, SGDR, 2016, for the rate.
     """
 
     def __init__(self, parameters: Sequence[Floats], rate: float) -> None:
-        """`parameters` are changed in place."""
+        """Takes `parameters`, which step() changes in place."""
         self._parameters, self._rate = parameters, rate
         self._mean = [np.zeros_like(p) for p in parameters]
         self._square = [np.zeros_like(p) for p in parameters]
         self._steps = 0
 
     def step(self, gradients: Sequence[Floats], part: float) -> None:
-        """One step; part: share of the training that is over, 0 to 1."""
+        """Takes one step; part: share of the training that is over, 0 to 1."""
         self._steps += 1
         rate = self._rate * 0.5 * (1 + math.cos(math.pi * min(part, 1.0)))
         rate /= 1 - _DECAY1**self._steps

@@ -1,4 +1,4 @@
-"""What the layers of a model see: text, and the input of every layer's feed-forward on it."""
+"""Text for recordings of a model, and the input of every layer's feed-forward on it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ...runtime.backends.engine import LoadedModel
 
 
-_WINDOW = 256  # tokens that see each other
-# What the model is asked, where it has a chat template, to have conversations among its text.
+_WINDOW = 256  # tokens of a sequence
+# A model with a chat template is asked these questions, so that its text includes conversations.
 _TOPICS = (
     "What is the capital of France?",
     "Explain how a steam engine works.",
@@ -36,10 +36,10 @@ _TOPICS = (
 
 
 def own_text(model: LoadedModel, n: int, seed: int, progress: Progress | None) -> list[list[int]]:
-    """About n tokens (never fewer) that the model writes, in sequences of at most 256 tokens.
+    """Lets the model write about n tokens (never fewer), in sequences of at most 256 tokens.
 
-    Half of the sequences start from nothing, half answer a question where there is a chat
-    template. Sampled at temperature 1, top-p 0.95; the seed decides the text.
+    Half of the sequences start from nothing; half answer a question if there is a chat template.
+    They are sampled at temperature 1, top-p 0.95; the seed determines the text.
     """
     from ...runtime._core import Sampler
 
@@ -71,7 +71,7 @@ def own_text(model: LoadedModel, n: int, seed: int, progress: Progress | None) -
 
 
 def of_text(model: LoadedModel, text: str, n: int) -> list[list[int]]:
-    """The first n tokens of a text, in sequences of at most 256 tokens."""
+    """Returns the first n tokens of a text, in sequences of at most 256 tokens."""
     ids = model.tokenizer.encode(text, add_special=False, parse_special=False)[:n]
     window = min(_WINDOW, model.engine.sequence().context)
     return [ids[i : i + window] for i in range(0, len(ids), window)]
@@ -80,7 +80,7 @@ def of_text(model: LoadedModel, text: str, n: int) -> list[list[int]]:
 def feed_forward_inputs(
     model: LoadedModel, sequences: list[list[int]], progress: Progress | None
 ) -> npt.NDArray[np.float16]:
-    """The input of every layer's feed-forward, [n_layer, tokens of all sequences, n_embd]."""
+    """Returns every layer's feed-forward inputs, [n_layer, tokens of all sequences, n_embd]."""
     sequence = model.engine.sequence()
     n = sum(map(len, sequences))
     states = np.empty((model.config["n_layer"], n, model.config["n_embd"]), dtype=np.float16)
@@ -88,7 +88,7 @@ def feed_forward_inputs(
     for tokens in sequences:
         sequence.truncate(0)
         taps = sequence.eval_taps(tokens)
-        # Halves hold 65504 at most; only the direction of such a state matters.
+        # float16 holds 65504 at most; only the direction of such a state matters.
         states[:, done : done + len(tokens)] = np.clip(taps, -65504, 65504)
         done += len(tokens)
         if progress is not None:

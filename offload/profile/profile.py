@@ -1,9 +1,9 @@
-"""Profiles: what predictors have learnt of one model, in a file.
+"""Profiles: files with the states of predictors that were trained for one model.
 
     b"SKPROF1\\n", u64 length of the header, header (JSON), states one after another
 
-The header names the model (a digest of its routers), and of each predictor where its state is
-(from the header's end), its length and CRC-32. Little-endian.
+The header names the model (by a digest of its routers), and for each predictor the offset of its
+state (from the header's end), its length and CRC-32. Integers are little-endian.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ if TYPE_CHECKING:
     from ...runtime._core import GgufFile
     from ...runtime.backends.engine import LoadedModel
 
-PREDICTORS = ("linear", "path", "transition")  # that learn from a profile
-DISTANCES = 4  # layers ahead, as far as the controller looks
+PREDICTORS = ("linear", "path", "transition")  # predictors that learn from a profile
+DISTANCES = 4  # layers ahead; the prefetch controller looks no further
 
 _MAGIC = b"SKPROF1\n"
 _MOST_HEADER = 1 << 24
 _MOST_LAYERS = 1 << 16
-_HELD_OUT = 8  # one part in so many of the text is kept to measure recall on
-_WINDOW = 512  # tokens that see each other
+_HELD_OUT = 8  # one part in so many of the text is held out to measure recall
+_WINDOW = 512  # tokens of a sequence
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of the used experts that a predictor guessed.
+    """The share of the used experts that a predictor guessed.
 
-    distance: layers ahead. width: experts guessed of each layer. layers [n_layer]: of each, None
-    in those without experts. mean: of the layers from `distance` on, which every predictor can
-    know; None where it guesses none of them.
+    distance: layers ahead. width: experts guessed for each layer. layers [n_layer]: the share by
+    layer, None for those without experts. mean: over the layers from `distance` on, which every
+    predictor can know; None if it guesses none of them.
     """
 
     predictor: str
@@ -61,7 +61,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Profile:
-    """What `make_profile` made: the file and what its predictors find on held-out text."""
+    """The result of `make_profile`: the file and its predictors' recalls on held-out text."""
 
     path: Path
     nbytes: int
@@ -70,7 +70,7 @@ class Profile:
 
 
 def routers_digest(file: GgufFile) -> str:
-    """Digest of a model's routers; raises OptionError where it has none."""
+    """Returns the digest of a model's routers. Raises OptionError if it has none."""
     digest = hashlib.sha256()
     found = False
     names = {f"blk.{layer}.ffn_gate_inp.weight" for layer in range(_MOST_LAYERS)}
@@ -95,10 +95,10 @@ def _tensor_bytes(file: GgufFile, tensor: Any) -> bytes:
 
 
 def predictor_state(path: str | os.PathLike[str], predictor: str | None, file: GgufFile) -> bytes:
-    """What `predictor` learnt of the model in `file`: the engine's predictor_state.
+    """Reads the state of `predictor` for the model in `file`, the engine's predictor_state.
 
-    Raises OptionError for a predictor that learns nothing, a file that is no profile, or one of
-    another model, or without that predictor.
+    Raises OptionError for a predictor that learns nothing, a file that is no profile, and a profile
+    of another model or without that predictor.
     """
     if predictor not in PREDICTORS:
         raise OptionError(
@@ -126,7 +126,7 @@ def predictor_state(path: str | os.PathLike[str], predictor: str | None, file: G
 
 
 def _read(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and states of a profile."""
+    """Reads the header and states of a profile."""
     try:
         content = read_whole(path)
     except OSError as error:
@@ -163,7 +163,7 @@ def write_profile(
     recalls: Iterable[Recall] = (),
     tokens: int = 0,
 ) -> int:
-    """Writes a profile; it appears whole or not at all. Returns its bytes; raises DeviceError."""
+    """Writes a profile, which appears whole or not at all. Returns its bytes; DeviceError."""
     target = Path(path)
     sections, at = {}, 0
     for name, state in states.items():
@@ -199,13 +199,13 @@ def record(
     folder: str,
     progress: Progress | None = None,
 ) -> Recording:
-    """Runs the model over the sequences; the hidden states are kept in a file in `folder`."""
+    """Runs the model over the sequences; keeps the hidden states in a file in `folder`."""
     config = model.config
     n_layer, n_embd = int(config["n_layer"]), int(config["n_embd"])
     shape = Shape(n_layer, n_embd, int(config["n_expert"]), int(config["n_expert_used"]))
     routers = np.zeros((n_layer, shape.n_expert, n_embd), dtype=np.float32)
     norms = np.ones((n_layer, n_embd), dtype=np.float32)
-    biases: dict[int, Floats] = {}  # by layer, of the choice alone
+    biases: dict[int, Floats] = {}  # by layer; they affect only the choice of experts
     early = bool(config["routes_early"])  # the router reads the residual stream itself
     for layer, found in enumerate(model.engine.routers):
         if found is not None:
@@ -249,7 +249,7 @@ def record(
 
 
 def _unit(x: Floats) -> Floats:
-    """Rows of the last axis at a mean square of 1; rows of zeros stay."""
+    """Scales the rows of the last axis to a mean square of 1; rows of zeros stay."""
     rms = np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True))
     return np.asarray(x / np.maximum(rms, np.float32(1e-20)))
 
@@ -261,7 +261,7 @@ def fit(
     *,
     minutes: float = 0.0,
 ) -> dict[str, bytes]:
-    """The states of predictors, learnt from a recording; minutes: of distilling `linear`."""
+    """Trains predictors on a recording; returns their states. minutes: for distilling `linear`."""
     from ...runtime._core import replay_predictor
 
     states: dict[str, bytes] = {}
@@ -272,7 +272,7 @@ def fit(
             states[name] = fit_path(recording, progress=progress)
         else:
             state = b""
-            for begin in range(0, recording.n_tokens, _WINDOW):  # a part's floats at a time
+            for begin in range(0, recording.n_tokens, _WINDOW):  # in parts, since floats are large
                 part = recording.part(begin, begin + _WINDOW)
                 replayed = replay_predictor(
                     name, state=state, distance=1, width=1, **_replayed(part)
@@ -297,7 +297,7 @@ def measure(
     distances: Sequence[int],
     progress: Progress | None = None,
 ) -> list[Recall]:
-    """What each predictor, and next_gate, finds of a recording, by width and distance."""
+    """Measures the recall of each predictor, and of next_gate, by width and distance."""
     from ...runtime._core import replay_predictor
 
     arrays = _replayed(recording)
@@ -354,12 +354,13 @@ def make_profile(
     minutes: float = 0.0,
     progress: Progress | None = None,
 ) -> Profile:
-    """Learns what the next layers of a mixture will ask for, and writes it to `out`.
+    """Trains predictors of a mixture's next experts, and writes them to `out`.
 
-    text: what the model is run on; None lets it write about as many tokens itself. The last eighth
-    is held out: recalls are measured on it (next_gate's for comparison), and learnt from by
-    nothing. minutes: of distilling `linear` from the routers' choices, after regression, at most.
-    Raises OptionError for a dense model, too short a text, an unknown predictor.
+    text: the text that the model is run on; None lets it write about as many tokens itself. The
+    last eighth is held out: no predictor learns from it, and recalls are measured on it
+    (next_gate's for comparison). minutes: the most for distilling `linear` from the routers'
+    choices, after regression. Raises OptionError for a dense model, too short a text, an unknown
+    predictor.
     """
     from .hidden_states import own_text
 
@@ -398,7 +399,7 @@ def make_profile(
 
 
 def _gates(logits: Floats, gating: str) -> Floats:
-    """What a router makes of logits [tokens, n_expert], before any bias."""
+    """Returns a router's gates of logits [tokens, n_expert], before any bias."""
     if gating == "sigmoid":
         return np.asarray(1 / (1 + np.exp(-logits)), dtype=np.float32)
     e = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -406,7 +407,7 @@ def _gates(logits: Floats, gating: str) -> Floats:
 
 
 def oracle_state(routing: Mapping[str, Any], shape: Shape) -> bytes:
-    """State of the predictor `oracle`, from the columns that Engine.take_routing() gave.
+    """Returns the state of the predictor `oracle`, from the columns of Engine.take_routing().
 
     The engine must then evaluate the same tokens in the same chunks from its start.
     """

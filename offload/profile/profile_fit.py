@@ -1,4 +1,4 @@
-"""Predictors fitted to a recording: what `stoker profile` teaches `linear` and `path`."""
+"""Fits the predictor `linear` to a recording; the data that `stoker profile` fits predictors to."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .adam import Adam
 
 Floats = npt.NDArray[np.float32]
 
-# Strengths of the pull towards the start; a hidden state has a mean square of 1 a value.
+# Ridge strengths, which pull towards the start; a hidden state has a mean square of 1 a value.
 _RIDGES = (30.0, 100.0, 300.0, 1000.0)
-_VALIDATION = 8  # one part in so many of the tokens chooses between them
-# Of distilling.
+_VALIDATION = 8  # one part in so many of the tokens chooses between the strengths
+# The parameters of distilling.
 _EPOCHS = 8
 _BATCH = 256
 _RATE = 2e-3
-_SPREAD = 2.0  # standard deviation of the scores that it begins with
-_ROW = 32  # a row of a map is padded to a multiple of this (offload/predict/map.h)
+_SPREAD = 2.0  # standard deviation of the initial scores
+_ROW = 32  # rows of a map are padded to a multiple of this (offload/predict/map.h)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model, as predictors see it."""
+    """The sizes of a model that predictors depend on."""
 
     n_layer: int
     n_embd: int
@@ -36,21 +36,21 @@ class Shape:
     n_expert_used: int
 
     def header(self, predictor: str) -> bytes:
-        """The beginning of a predictor's state (offload/predict/state.h)."""
+        """Returns the beginning of a predictor's state (offload/predict/state.h)."""
         sizes = (self.n_layer, self.n_embd, self.n_expert, self.n_expert_used)
         return struct.pack("<4sI16s4q", b"SKPS", 1, predictor.encode(), *sizes)
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What the layers of a model saw and chose on some tokens.
+    """The hidden states, router logits and experts of a model's layers on some tokens.
 
     hidden: float16 [n_layer + 1, tokens, n_embd], each scaled to unit RMS: the embeddings, then
-        what is known when a layer's experts are being read.
-    logits: float32 [n_layer, tokens, n_expert] of the routers.
+        the state that is known while a layer's experts are being read.
+    logits: float32 [n_layer, tokens, n_expert], the routers' logits.
     experts: int32 [tokens, n_layer, n_expert_used], best first; -1 in layers without experts.
     routers: float32 [n_layer, n_expert, n_embd], such that routers @ hidden orders a layer's own
-        experts as its logits do where its router reads hidden. first: bool [tokens], where
+        experts as its logits do if its router reads hidden. first: bool [tokens], true where
         sequences begin.
     """
 
@@ -63,11 +63,11 @@ class Recording:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens recorded."""
+        """The number of recorded tokens."""
         return int(self.experts.shape[0])
 
     def part(self, begin: int, end: int) -> Recording:
-        """The tokens from `begin` to before `end`."""
+        """Returns the tokens from `begin` to before `end`."""
         return Recording(
             self.shape,
             self.hidden[:, begin:end],
@@ -78,12 +78,12 @@ class Recording:
         )
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer is a mixture."""
+        """Returns whether a layer is a mixture of experts."""
         return bool(self.experts[0, layer, 0] >= 0)
 
 
 def recall(scores: Floats, experts: npt.NDArray[np.int32], width: int) -> float:
-    """Share of experts [tokens, used] among the `width` best of scores [tokens, n_expert]."""
+    """Returns the share of experts [tokens, used] in the `width` best scores [tokens, n_expert]."""
     width = min(width, scores.shape[1])
     guessed = np.zeros(scores.shape, dtype=bool)
     best = np.argpartition(-scores, width - 1, axis=1)[:, :width]
@@ -92,7 +92,7 @@ def recall(scores: Floats, experts: npt.NDArray[np.int32], width: int) -> float:
 
 
 def map_bytes(weights: Floats) -> bytes:
-    """Q8_0 rows of a map [rows, cols], padded to whole blocks."""
+    """Returns the Q8_0 rows of a map [rows, cols], padded to whole blocks."""
     from ...runtime._core import quantize
 
     rows, cols = weights.shape
@@ -108,11 +108,12 @@ def fit_linear(
     *,
     seconds: float = 0.0,
 ) -> bytes:
-    """State of the predictor `linear`: maps from each layer to the next `distances` routers.
+    """Returns the state of `linear`: maps from each layer to the next `distances` routers.
 
-    Ridge regression towards the next router on the present hidden state, or towards nothing, and
-    as strong, as does best on the last eighth of the tokens. In at most `seconds`, 0 for none, the
-    maps then learn which experts are used (logistic regression), as long as that does better.
+    The maps come from ridge regression towards the next router on the present hidden state, or
+    towards zero; the target and strength are those that do best on the last eighth of the tokens.
+    In at most `seconds` (0: not at all) the maps then learn which experts are used by logistic
+    regression, and keep what does better.
     """
     shape = recording.shape
     n = recording.n_tokens
@@ -146,19 +147,19 @@ def fit_linear(
 def _fit_source(
     recording: Recording, source: int, targets: Sequence[int], x: Floats, held: int
 ) -> dict[int, tuple[Floats, Floats]]:
-    """Maps ([n_expert, n_embd] weights, [n_expert] bias) to each target layer, from one source."""
+    """Fits maps ([n_expert, n_embd] weights, [n_expert] bias) from one source to each target."""
     shape = recording.shape
     found: dict[int, tuple[Floats, Floats]] = {}
     if not targets:
         return found
-    # The embedding has little in common with what routers read: only later sources start there.
+    # The embedding differs much from what routers read, so only later sources start from routers.
     starts = (0.0, 1.0) if source > 0 else (0.0,)
     gram = x[:held].T @ x[:held]
     mean = x[:held].mean(axis=0)
     gram -= held * np.outer(mean, mean)
     y = np.concatenate([recording.logits[layer] for layer in targets], axis=1)
     routers = np.concatenate([recording.routers[layer] for layer in targets])
-    best = [(-1.0, 0.0, 0.0)] * len(targets)  # (recall, start, ridge) of each target
+    best = [(-1.0, 0.0, 0.0)] * len(targets)  # best (recall, start, ridge) of each target
     fits = {}
     base = x @ routers.T
     for start in starts:
@@ -191,9 +192,9 @@ def _distil(
     held: int,
     end: float,
 ) -> None:
-    """Replaces maps by distilled ones that find more of the held experts, until `end`.
+    """Replaces maps by distilled ones that find more of the held-out experts, until `end`.
 
-    x: the maps' inputs over their rms a column. end: of time.monotonic().
+    x: the maps' inputs, each column divided by its rms. end: a time of time.monotonic().
     """
     experts, n_expert = recording.experts, recording.shape.n_expert
     targets = list(maps)

@@ -14,18 +14,18 @@ _HIDDEN = 256
 _EPOCHS = 12
 _BATCH = 64
 _RATE = 2e-3
-_WARM_UP = 50  # steps in which the rate rises to its most
-_DECAY = 1e-3  # of the weights, a step, times the rate's share of its most
-_DROPPED_VALUES = 0.1  # of the embedding, in training
-_DROPPED_PASTS = 0.15  # tokens that must do without the one before: the first of each chunk will
+_WARM_UP = 50  # steps in which the learning rate rises to its maximum
+_DECAY = 1e-3  # weight decay per step, times the rate's share of its maximum
+_DROPPED_VALUES = 0.1  # share of embedding values dropped in training
+_DROPPED_PASTS = 0.15  # share of tokens without a predecessor, as the first of each chunk will be
 
 
 def fit_path(recording: Recording, *, seed: int = 0, progress: Progress | None = None) -> bytes:
-    """State of the predictor `path`.
+    """Trains the predictor `path` and returns its state.
 
-    A hidden layer of 256 over the embedding and the experts of the token before; softmax over each
-    layer's experts, the used ones alike; Adam with warm-up and cosine decay. The seed decides
-    everything.
+    The network has a hidden layer of 256 over the embedding and the previous token's experts. It is
+    trained by softmax over each layer's experts, with equal targets for the used ones, and by Adam
+    with warm-up and cosine decay. The seed determines the result.
     """
     shape = recording.shape
     embedding = recording.hidden[0].astype(np.float32)
@@ -52,7 +52,7 @@ def fit_path(recording: Recording, *, seed: int = 0, progress: Progress | None =
 
 
 class _Network:
-    """Weights [n_embd, H], [units, H], [H], [H, units], [units], and their training."""
+    """The weights [n_embd, H], [units, H], [H], [H, units], [units], and their training."""
 
     def __init__(self, shape: Shape, rng: np.random.Generator) -> None:
         def normal(rows: int, cols: int, scale: float) -> Floats:
@@ -77,7 +77,7 @@ class _Network:
         first: npt.NDArray[np.bool_],
         progress: Progress | None,
     ) -> None:
-        """x [n, n_embd]; units [n, k] used by each token; first [n]: it has no predecessor."""
+        """Trains on x [n, n_embd]; units [n, k] used by each token; first [n]: no predecessor."""
         n, n_units = len(x), len(self.weights[4])
         batch = min(_BATCH, n)
         steps, step = _EPOCHS * (n // batch), 0
@@ -98,7 +98,7 @@ class _Network:
                 progress("path network", epoch + 1, _EPOCHS)
 
     def _slopes(self, x: Floats, past: Floats, target: Floats) -> list[Floats]:
-        """Of the mean cross-entropy of a batch, by each of the weights."""
+        """Returns the gradients of a batch's mean cross-entropy by each of the weights."""
         w1, wp, b1, w2, b2 = self.weights
         sums = x @ w1 + past @ wp + b1
         hidden = np.maximum(sums, 0)
@@ -107,7 +107,7 @@ class _Network:
         share = np.exp(scores)
         share /= share.sum(axis=2, keepdims=True)
         wanted = target.reshape(scores.shape)
-        # A layer without experts wants none and teaches nothing.
+        # A layer without experts has no targets and contributes no gradient.
         share *= wanted.any(axis=2, keepdims=True)
         error = (share - wanted / np.float32(self.shape.n_expert_used)) / np.float32(len(x))
         error = error.reshape(len(x), -1)
@@ -115,7 +115,7 @@ class _Network:
         return [x.T @ back, past.T @ back, back.sum(axis=0), hidden.T @ error, error.sum(axis=0)]
 
     def _descend(self, slopes: list[Floats], step: int, done: float) -> None:
-        """A step of Adam (Kingma and Ba, 2015), decay apart; done: share of all steps."""
+        """Takes a step of Adam (Kingma and Ba, 2015) with decoupled decay; done: share of steps."""
         part = min(1.0, step / _WARM_UP) * (0.5 + 0.5 * np.cos(np.pi * done))
         for i, slope in enumerate(slopes):
             self._mean[i] += np.float32(0.1) * (slope - self._mean[i])

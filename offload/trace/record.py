@@ -15,13 +15,13 @@ from .trace import DECODE, PREFILL, TraceWriter
 if TYPE_CHECKING:
     from ...runtime._core import Engine, GgufFile
 
-_HIT = 1  # of the engine's sources: 0 miss, 1 hit, 2 late (its prefetch was under way)
+_HIT = 1  # one of the engine's sources: 0 miss, 1 hit, 2 late (its prefetch was in flight)
 _JOINED = re.compile(r"blk\.(\d+)\.ffn_\w+_exps\.weight")
 _SPLIT = re.compile(r"blk\.(\d+)\.ffn_\w+\.0\.weight")
 
 
 class RoutingRecorder:
-    """Moves what an engine notes of its routing into a file, until `close`."""
+    """Moves the routing that an engine records into a file, until `close`."""
 
     def __init__(self, engine: Engine, file: GgufFile, path: str | os.PathLike[str]) -> None:
         config = engine.config
@@ -52,7 +52,7 @@ class RoutingRecorder:
             if not self._open:
                 return
             columns = self._engine.take_routing()
-            # A visit is one token at one layer; the engine notes experts in the order of use.
+            # A visit is one token at one layer; the engine records experts in the order of use.
             keys = ("evaluation", "layer", "token", "rank")
             order = np.lexsort([columns[key] for key in reversed(keys)])
             visit = np.stack([columns[key][order] for key in keys[:3]])  # [3, uses]
@@ -83,13 +83,13 @@ class RoutingRecorder:
                     self._step[phase] += 1 if generates[at] else tokens[at]
 
     def drop(self) -> None:
-        """Forgets what was noted since the last drain: an evaluation that did not end."""
+        """Drops what was recorded since the last drain, as after an unfinished evaluation."""
         with self._lock:
             if self._open:
                 self._engine.take_routing()
 
     def close(self) -> None:
-        """Gives the file its name. Raises OptionError where it cannot be written."""
+        """Renames the finished file to its name. Raises OptionError if it cannot be written."""
         with self._lock:
             self._open = False
             self._engine.record_routing(False)
@@ -97,7 +97,7 @@ class RoutingRecorder:
 
 
 def expert_bytes(file: GgufFile, n_layer: int) -> list[int]:
-    """Bytes of one expert in each layer, [n_layer], from the sizes of its tensors."""
+    """Returns the bytes of one expert in each layer, [n_layer], from the sizes of its tensors."""
     sizes = [0] * n_layer
     for tensor in file.tensors:
         joined, split = _JOINED.fullmatch(tensor.name), _SPLIT.fullmatch(tensor.name)

@@ -1,14 +1,15 @@
 """Replays recorded routing through every cache policy, without a model.
 
-Conventions: the cache is global (any layer's expert in any slot), cold, and read on demand only. A
-token, or a prompt's chunk, asks for each distinct expert of a layer once; that is one use. The
-policy sees the token's choice before victims are asked for, and what the chunk needs cannot be a
-victim. Belady's line evicts what is used again last: no policy that reads on demand misses less. It
-is also the oracle bound: with every miss foreseen and prefetched these bytes must still be read.
+Conventions: the cache is global (any layer's expert in any slot), starts cold, and reads on demand
+only. A token, or a prompt's chunk, asks for each distinct expert of a layer once; that is one use.
+The policy sees the token's choice before it is asked for victims, and an expert that the chunk
+needs cannot be a victim. Belady's policy evicts the expert whose next use is last: no policy that
+reads on demand misses less. It is also the oracle bound: with every miss foreseen and prefetched
+these bytes must still be read.
 
-Predictors that recorded routing suffices for (`predictor_names`) watch each replay: which of its
-misses they would have named in time, and what they would have read in vain. Those that look at
-hidden states are measured where there are some, by `stoker profile`.
+Predictors that need only recorded routing (`predictor_names`) run along each replay. It counts
+which of its misses they would have named in time, and what they would have read in vain. `stoker
+profile` measures the predictors that need hidden states.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ class PolicyResult:
     layer_misses: tuple[int, ...]  # [n_layer]
     hit_rate: float
     misses_per_token: float
-    # Of a decoded token's misses the share that each predictor named before the layer was reached,
-    # and the experts a token that it named in vain though they were not in the cache.
+    # `foreseen` is the share of a decoded token's misses that each predictor named before their
+    # layer began; `needless_per_token` counts the experts that it named in vain and that were not
+    # in the cache.
     foreseen: dict[str, float]
     needless_per_token: dict[str, float]
-    bytes_per_token: float | None  # read; None where no size of an expert is known
-    gap_closed: float | None  # of the misses between LRU and Belady; None where there are none
-    tokens_per_s: float | None  # that the bandwidth allows, were computing free
+    bytes_per_token: float | None  # bytes read; None if the size of an expert is unknown
+    gap_closed: float | None  # share of the gap in misses from LRU to Belady; None without a gap
+    tokens_per_s: float | None  # the bandwidth's bound, with computing taken as free
 
 
 @dataclass(frozen=True)
@@ -51,30 +53,30 @@ class CacheSize:
     """Every policy at one cache size."""
 
     slots: int
-    share: float  # of all experts
-    nbytes: int | None  # of the slots
+    share: float  # slots / all experts
+    nbytes: int | None  # bytes of the slots
     policies: tuple[PolicyResult, ...]  # the last one is Belady
 
 
 def predictor_names() -> list[str]:
-    """Predictors that recorded routing suffices for; the others need hidden states."""
+    """Returns the predictors that need only recorded routing; the others need hidden states."""
     return list(_core.replayed_predictors)
 
 
 def policy_names() -> list[str]:
-    """The online policies and Belady's."""
+    """Returns the names of the online policies and Belady's."""
     return [*(name for name, _ in _core.policies()), BELADY]
 
 
 def slots_of_share(trace: Trace, share: float) -> int:
-    """Slots that hold this share (0 to 1] of all experts, at least one."""
+    """Returns the slots that hold this share (0 to 1] of all experts, at least one."""
     if not 0 < share <= 1:
         raise OptionError(f"share: expected above 0 and at most 100%, found {share * 100:g}%")
     return max(1, round(share * trace.n_layer * trace.n_expert))
 
 
 def slots_of_memory(expert_bytes: Sequence[int], nbytes: int) -> int:
-    """Slots in `nbytes` bytes, each for the largest expert. Raises OptionError for none."""
+    """Returns the slots in `nbytes`, each for the largest expert. Raises OptionError for none."""
     largest = max(expert_bytes)
     if nbytes < largest:
         raise OptionError(
@@ -84,7 +86,7 @@ def slots_of_memory(expert_bytes: Sequence[int], nbytes: int) -> int:
 
 
 def expert_sizes(trace: Trace, expert_bytes: int | None = None) -> tuple[int, ...] | None:
-    """Bytes of an expert of each layer [n_layer]: as given, else as recorded, else None."""
+    """Returns the bytes of an expert by layer [n_layer]: as given, else as recorded, else None."""
     if expert_bytes is not None:
         if expert_bytes < 1:
             raise OptionError(f"expert bytes: expected at least 1, found {expert_bytes}")
@@ -93,7 +95,7 @@ def expert_sizes(trace: Trace, expert_bytes: int | None = None) -> tuple[int, ..
 
 
 def counted_from(trace: Trace, skip: float) -> int:
-    """The first evaluation that begins after the share `skip` of all tokens."""
+    """Returns the first evaluation that begins after the share `skip` of all tokens."""
     if not 0 <= skip < 1:
         raise OptionError(f"skip: expected from 0 to below 1, found {skip:g}")
     begin = np.concatenate([[0], np.cumsum(trace.tokens)[:-1]])
@@ -116,10 +118,10 @@ def simulate(
 
     Args:
         trace: the routing.
-        slots: experts that the cache holds, more than all are as good as all.
+        slots: experts that the cache holds; more than all experts count as all.
         policies: names of policy_names(), default all. LRU and Belady are replayed in any case.
         skip: share of the tokens that fill the cache before counting begins.
-        expert_bytes: [n_layer] bytes of an expert, where bytes are wanted.
+        expert_bytes: [n_layer] bytes of an expert, if bytes are wanted.
         bandwidth: measured bytes a second, for the bound on tokens a second.
 
     Raises OptionError for slots < 1, an unknown policy, or a bandwidth that is not positive.

@@ -1,6 +1,6 @@
-"""Recorded routing: which experts each token used at each layer.
+"""Recorded routing: the experts that each token used at each layer.
 
-Formats, by content, compressed with gzip or not:
+The content tells these formats apart, compressed with gzip or not:
 
 * ours: CSV with the columns step, phase, layer, slot, expert, weight and optionally hit, wait_us,
   token (its number in the vocabulary) and sequence (a number that the tokens of one text have in
@@ -9,8 +9,8 @@ Formats, by content, compressed with gzip or not:
 * waste's JSON lines: {"tok": 0, "layers": [[expert, ...], ...]}.
 
 Both CSV forms may begin with lines "# key=value ...": n_layer, n_expert, n_expert_used, and
-"# layer=0 expert_bytes=3059712" for each layer. Rows are in the order of the forward
-pass: a prompt's chunk passes a layer with all of its tokens before the next layer.
+"# layer=0 expert_bytes=3059712" for each layer. Rows are in the order of the forward pass: all
+tokens of a prompt's chunk pass a layer before the next layer begins.
 """
 
 from __future__ import annotations
@@ -50,33 +50,33 @@ class Trace:
     """
 
     n_layer: int
-    n_expert: int  # of a layer
-    n_expert_used: int  # by a token
+    n_expert: int  # experts of a layer
+    n_expert_used: int  # experts that a token uses in a layer
     evaluation: npt.NDArray[np.int64]  # [visits] ascending from 0
     layer: npt.NDArray[np.int32]  # [visits] ascending within an evaluation
     step: npt.NDArray[np.int64]  # [visits] number of the token within its phase
     offset: npt.NDArray[np.int64]  # [visits + 1] first use of each visit
     expert: npt.NDArray[np.int32]  # [uses] distinct within a visit
-    weight: npt.NDArray[np.float32]  # [uses] of the router
+    weight: npt.NDArray[np.float32]  # [uses] the router's weights
     decode: npt.NDArray[np.bool_]  # [evaluations] False: a prompt's chunk
     tokens: npt.NDArray[np.int64]  # [evaluations]
-    expert_bytes: npt.NDArray[np.int64] | None = None  # [n_layer] of one expert
-    token: npt.NDArray[np.int32] | None = None  # [visits] of the vocabulary
-    sequence: npt.NDArray[np.int64] | None = None  # [visits] of its token; None: all are of one
+    expert_bytes: npt.NDArray[np.int64] | None = None  # [n_layer] bytes of one expert
+    token: npt.NDArray[np.int32] | None = None  # [visits] ids in the vocabulary
+    sequence: npt.NDArray[np.int64] | None = None  # [visits] ids of sequences; None: one sequence
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all evaluations."""
+        """The number of tokens of all evaluations."""
         return int(self.tokens.sum())
 
     def without_prompts(self) -> Trace:
-        """Only the decoded tokens, with a cache that is cold there. Raises OptionError for none."""
+        """Returns only the decoded tokens, for a replay with a cold cache. OptionError for none."""
         keep = self.decode[self.evaluation]
         if not keep.any():
             raise OptionError("expected decoded tokens, found only prompts")
         uses = np.diff(self.offset)
         kept_uses = np.repeat(keep, uses)
-        number = np.cumsum(self.decode) - 1  # of each evaluation among those kept
+        number = np.cumsum(self.decode) - 1  # index of each evaluation among those kept
         return replace(
             self,
             evaluation=number[self.evaluation[keep]].astype(np.int64),
@@ -93,7 +93,7 @@ class Trace:
 
 
 def read_trace(path: str | os.PathLike[str]) -> Trace:
-    """The trace in a file of any of the formats. Raises OptionError naming file, line and fault."""
+    """Reads a trace in any of the formats. Raises OptionError naming file, line and fault."""
     name = str(path)
     line = 0
     try:
@@ -116,7 +116,7 @@ def read_trace(path: str | os.PathLike[str]) -> Trace:
 
 
 class _Fault(Exception):
-    """What is wrong with the line just read."""
+    """An error in the line just read."""
 
 
 def _open(path: Path) -> IO[str]:
@@ -128,7 +128,7 @@ def _open(path: Path) -> IO[str]:
 
 
 class _Lines:
-    """The lines of a file with their number; none may be longer than _MAX_LINE."""
+    """Reads the lines of a file and counts them; lines of _MAX_LINE or more are errors."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
@@ -188,7 +188,7 @@ def _read_csv(header: str, source: Iterator[str], rows: _Rows) -> None:
             token=None if token is None else _number(cells[token], "token", 1 << 31),
             sequence=None if sequence is None else _number(cells[sequence], "sequence"),
         )
-        if size is not None and cells[size] != "0":  # 0: it was resident, nothing was read
+        if size is not None and cells[size] != "0":  # 0: the expert was resident
             rows.bytes_of(at_layer, _number(cells[size], "expert_bytes"))
 
 
@@ -261,13 +261,13 @@ class _Rows:
     token: list[int] = field(default_factory=list)
     sequence: list[int] = field(default_factory=list)
     decode: list[bool] = field(default_factory=list)
-    # Of each evaluation: (step, sequence) of its tokens.
+    # (step, sequence) of the tokens of each evaluation.
     steps: list[set[tuple[int, int]]] = field(default_factory=list)
-    _part: tuple[str, ...] | None = None  # turn and phase
+    _part: tuple[str, ...] | None = None  # turn and phase of the last row
     _seen: set[int] = field(default_factory=set)  # experts of this visit
 
     def comment(self, line: str) -> None:
-        """A line of key=value pairs; what it does not know it leaves alone."""
+        """Reads a line of key=value pairs; unknown keys are ignored."""
         pairs = dict(word.split("=", 1) for word in line.split() if "=" in word)
         for key, limit in (
             ("n_layer", _MAX_LAYER),
@@ -283,7 +283,7 @@ class _Rows:
             )
 
     def bytes_of(self, layer: int, nbytes: int) -> None:
-        """An expert of this layer has `nbytes` bytes."""
+        """Notes that an expert of this layer has `nbytes` bytes."""
         if self.sizes.setdefault(layer, nbytes) != nbytes:
             raise _Fault(
                 f"layer {layer}: expected experts of {self.sizes[layer]} bytes, found {nbytes}"
@@ -302,9 +302,9 @@ class _Rows:
         token: int | None = None,
         sequence: int | None = None,
     ) -> None:
-        """One expert of one token at one layer; `part` is the turn and phase it belongs to."""
-        # A forward pass visits the layers upwards, so that a lower one begins the next evaluation;
-        # while decoding all tokens of an evaluation have the same step.
+        """Adds one expert of one token at one layer; `part` is its turn and phase."""
+        # A forward pass visits layers in ascending order, so that a lower one begins the next
+        # evaluation. In decode all tokens of an evaluation have the same step.
         if part != self._part or layer < self.layer[-1] or (decode and step != self.step[-1]):
             self._part = part
             self.decode.append(decode)
@@ -334,7 +334,7 @@ class _Rows:
         self.weight.append(weight)
 
     def trace(self) -> Trace:
-        """All of it. Raises OptionError where shapes disagree or there is nothing."""
+        """Returns the whole trace. Raises OptionError if shapes disagree or there are no rows."""
         if not self.expert:
             raise OptionError("expected a routing trace, found no rows")
         offset = np.array([*self.offset, len(self.expert)], np.int64)
@@ -374,10 +374,10 @@ class TraceWriter:
     The file appears under its name when the writer is closed without an exception.
 
     Args:
-        path: compressed where it ends in .gz.
-        n_layer, n_expert, n_expert_used: of the model.
-        expert_bytes: [n_layer] bytes of one expert, where known.
-        tokens: each visit names its token and its sequence.
+        path: compressed if it ends in .gz.
+        n_layer, n_expert, n_expert_used: those of the model.
+        expert_bytes: [n_layer] bytes of one expert, if known.
+        tokens: whether each visit names its token and its sequence.
     """
 
     def __init__(
@@ -398,7 +398,7 @@ class TraceWriter:
             self._raw = self._part.open("wb")
         except OSError as error:
             raise OptionError(f"cannot write {self._path}: {error.strerror}") from error
-        # mtime 0: the same trace gives the same bytes
+        # With mtime 0 the same trace gives the same bytes.
         stream: Any = self._raw
         if self._path.suffix == ".gz":
             stream = gzip.GzipFile("", "wb", fileobj=self._raw, mtime=0)
@@ -425,15 +425,15 @@ class TraceWriter:
         token: int = 0,
         sequence: int = 0,
     ) -> None:
-        """One token at one layer; experts, weights, hits, wait_us: [n_expert_used] or empty.
+        """Writes one token at one layer; experts, weights, hits, wait_us: [n_expert_used] or empty.
 
         Args:
             step: number of the token within its phase; of those that are decoded together the same.
             phase: PREFILL or DECODE.
             hits: whether each expert was in the cache when it was asked for.
             wait_us: microseconds that the computation waited for each.
-            token, sequence: its number in the vocabulary, and that of its text, where the file has
-                them.
+            token, sequence: its id in the vocabulary and that of its sequence, if the writer writes
+                tokens.
         """
         for slot, (expert, weight) in enumerate(zip(experts, weights, strict=True)):
             hit = "" if hits is None else int(hits[slot])
@@ -442,7 +442,7 @@ class TraceWriter:
             self._rows.writerow([*row, token, sequence] if self._tokens else row)
 
     def close(self) -> None:
-        """Gives the file its name. Raises OptionError where the disk is full."""
+        """Renames the finished file to its name. Raises OptionError if it cannot be written."""
         try:
             self._file.close()
             self._raw.close()
@@ -452,7 +452,7 @@ class TraceWriter:
             raise OptionError(f"cannot write {self._path}: {error.strerror}") from error
 
     def discard(self) -> None:
-        """Leaves no file."""
+        """Closes and deletes the unfinished file."""
         for stream in (self._file, self._raw):
             with suppress(OSError, ValueError):
                 stream.close()
@@ -474,7 +474,7 @@ class TraceWriter:
 
 
 def write_trace(path: str | os.PathLike[str], trace: Trace) -> None:
-    """Writes a whole trace in our format. Raises OptionError where the file cannot be written."""
+    """Writes a whole trace in our format. Raises OptionError if the file cannot be written."""
     with TraceWriter(
         path,
         n_layer=trace.n_layer,

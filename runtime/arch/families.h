@@ -11,8 +11,8 @@ namespace stoker {
 #include "runtime/arch/archs.inc"
 #undef STOKER_ARCH
 
-// The layer that most families share: norm, attention, norm, feed-forward or mixture, with a sum
-// after each.
+// Runs the layer that most families share: norm, attention, norm, feed-forward or mixture, with a
+// sum after each of the two blocks.
 void standard_layer(Forward& f, int64_t il);
 
 }  // namespace stoker

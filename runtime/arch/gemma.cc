@@ -1,5 +1,5 @@
-// Gemma 3: scaled embeddings, norms before and after each block, five sliding-window layers to
-// each global one, GELU.
+// Gemma 3 has scaled embeddings, norms before and after each block, five sliding-window layers to
+// each global one, and GELU.
 #include <cmath>
 
 #include "runtime/arch/families.h"
@@ -11,7 +11,7 @@ namespace {
 
 void configure(const GgufFile& file, ModelConfig& c) {
   c.rope.neox = true;
-  c.n_expert = 0;  // dense: a router in the file is refused as unknown
+  c.n_expert = 0;  // the family is dense: a router in the file is refused as unknown
   if (c.rope.base_sliding == 0) c.rope.base_sliding = 10000.0;
   c.activation = Activation::kGelu;
   c.embedding_scale = std::sqrt(static_cast<float>(c.n_embd));

@@ -1,5 +1,6 @@
-// GLM-4.5: leading dense layers, then mixtures with a shared expert that always counts in full;
-// sigmoid gates, a bias for the choice alone, scaled weights; half of each head is rotated.
+// GLM-4.5 has leading dense layers, then mixtures with a shared expert that always counts in full.
+// The gates are sigmoids with a bias for the choice alone, the weights of the chosen experts are
+// scaled, and half of each head is rotated.
 #include "runtime/arch/families.h"
 
 namespace stoker {
@@ -18,7 +19,7 @@ void configure(const GgufFile& file, ModelConfig& c) {
 using namespace tensors;
 
 constexpr LayerTensor kNorms[] = {
-    // The file calls the norm before the feed-forward by the name that others give to one after.
+    // In the file, the norm before the feed-forward has the name that others give to one after it.
     {.name = "post_attention_norm.weight",
      .kind = Kind::kNorms,
      .rows = embd,

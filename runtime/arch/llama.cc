@@ -1,4 +1,5 @@
-// Llama: dense, and mixtures in Mixtral's form (softmax over all experts, used ones renormalised).
+// Llama has dense layers, or mixtures in Mixtral's form (a softmax over all experts, then the used
+// ones are renormalised).
 #include "runtime/arch/families.h"
 
 namespace stoker {
@@ -20,7 +21,7 @@ void standard_layer(Forward& f, int64_t il) {
 namespace {
 
 void configure(const GgufFile&, ModelConfig& c) {
-  c.sliding_window = 0;  // Mistral files carry the key; the models were trained without
+  c.sliding_window = 0;  // Mistral files carry the key; the models were trained without a window
   c.routing.normalize = true;
   c.n_ff_expert = c.n_ff;
 }

@@ -1,4 +1,4 @@
-// OLMoE: a mixture in every layer; q and k are normalised over their whole width.
+// OLMoE has a mixture in every layer; q and k are normalised over their whole width.
 #include "runtime/arch/families.h"
 
 namespace stoker {

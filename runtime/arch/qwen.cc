@@ -1,5 +1,5 @@
-// Qwen 2, 2 MoE (shared expert), 3 and 3 MoE. Their differences (biases, norms of q and k) are
-// in the tensors that a file holds.
+// The families Qwen 2, 2 MoE (with a shared expert), 3 and 3 MoE. Their other differences (biases,
+// norms of q and k) are in the tensors that a file holds.
 #include "runtime/arch/families.h"
 
 namespace stoker {
@@ -8,7 +8,7 @@ namespace {
 
 void qwen(const GgufFile& file, ModelConfig& c, bool normalize) {
   c.rope.neox = true;
-  c.sliding_window = 0;  // in the metadata, not in the graph
+  c.sliding_window = 0;  // files carry the key, but the models' attention has no window
   c.routing.normalize = normalize;
   const std::string key = c.architecture + ".expert_feed_forward_length";
   if (c.is_mixture() && file.get_int(key, 0) == 0) c.n_ff_expert = c.n_ff / c.n_expert_used;
@@ -27,7 +27,7 @@ void configure_qwen3moe(const GgufFile& file, ModelConfig& c) { qwen(file, c, tr
 using namespace tensors;
 
 constexpr LayerTensor kSharedRouter[] = {
-    // Stored as a vector [n_embd].
+    // The file stores it as a vector [n_embd].
     {.name = "ffn_gate_inp_shexp.weight",
      .kind = Kind::kRouters,
      .rows = one_if_shared,

@@ -1,4 +1,5 @@
-// Which layers use the sliding window: sliding_window_pattern is a period or one flag a layer.
+// The choice of the layers with a sliding window: sliding_window_pattern is a period, or one flag a
+// layer.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@
 
 namespace stoker {
 
-// dense_first: of each period the first layer is global, else the last.
+// Sets c.sliding. With dense_first the first layer of each period is global, else the last one is.
 inline void set_sliding_layers(const GgufFile& file, ModelConfig& c, int64_t period,
                                bool dense_first) {
   const std::string key = c.architecture + ".attention.sliding_window_pattern";

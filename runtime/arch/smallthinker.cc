@@ -1,5 +1,6 @@
-// SmallThinker: the router sees the layer's raw input, before attention, so that experts are known
-// early; ReGLU experts; in models with a sliding window each fourth layer is global and unrotated.
+// SmallThinker's router sees the layer's raw input, before attention, so that experts are known
+// early. The experts are ReGLU; in models with a sliding window each fourth layer is global and
+// unrotated.
 #include "runtime/arch/families.h"
 #include "runtime/arch/sliding_pattern.h"
 

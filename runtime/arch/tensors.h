@@ -1,5 +1,5 @@
-// Tensors that several families share, by subject. A family's table is a list of these and of its
-// own; names are GGUF's.
+// The tensors that several families share, by subject. A family's table is a list of these and of
+// its own tensors; the names are GGUF's.
 #pragma once
 
 #include "runtime/core/model/tensor_row.h"
@@ -12,7 +12,7 @@ using Kind = TensorKind;
 using Role = TensorRole;
 using Layers = TensorLayers;
 
-// Sizes.
+// These functions give the sizes that the tables below refer to.
 inline int64_t embd(const ModelConfig& c) { return c.n_embd; }
 inline int64_t vocab(const ModelConfig& c) { return c.n_vocab; }
 inline int64_t q(const ModelConfig& c) { return c.n_head * c.head_dim; }
@@ -72,7 +72,7 @@ constexpr ModelTensor kModelTensors[] = {
 
 constexpr std::span<const ModelTensor> kModel[] = {kModelTensors};
 
-// Norm, projections and biases, these where the file has them.
+// The norm, the projections, and the biases where the file has them.
 constexpr LayerTensor kAttention[] = {
     {.name = "attn_norm.weight", .kind = Kind::kNorms, .rows = embd, .vector = &L::attn_norm},
     {.name = "attn_q.weight",
@@ -133,7 +133,7 @@ constexpr LayerTensor kAttention[] = {
      .optional = true},
 };
 
-// Norms of q and k, head by head.
+// The norms of q and k, head by head.
 constexpr LayerTensor kHeadNorms[] = {
     {.name = "attn_q_norm.weight", .kind = Kind::kNorms, .rows = head, .vector = &L::q_norm},
     {.name = "attn_k_norm.weight", .kind = Kind::kNorms, .rows = head, .vector = &L::k_norm},
@@ -177,7 +177,7 @@ constexpr LayerTensor kRouter[] = {
      .two_term = true},
 };
 
-// One tensor of all experts, or (older files) one an expert: "ffn_gate.<expert>.weight".
+// One tensor holds all experts; in older files each has its own: "ffn_gate.<expert>.weight".
 constexpr LayerTensor kExperts[] = {
     {.name = "ffn_gate_exps.weight",
      .kind = Kind::kExperts,
@@ -223,7 +223,7 @@ constexpr LayerTensor kSharedExpert[] = {
      .layers = Layers::kMixture},
 };
 
-// What most families have.
+// The tensors that most families have.
 constexpr std::span<const LayerTensor> kStandardLayers[] = {
     kAttention, kFeedForwardNorm, kDense, kRouter, kExperts,
 };

@@ -1,7 +1,7 @@
-// A dense Llama taken apart by `stoker export refactor` (Read-ME's idea): the first layer is dense;
-// after it one small router chooses the experts of the token in all other layers at once, so that
-// all reads are known before the second layer. Experts count in full, beside a shared expert of the
-// common channels.
+// A dense Llama that `stoker export refactor` has split into experts (Read-ME's idea). The first
+// layer is dense; after it one small router chooses the experts of the token in all other layers at
+// once, so that all reads are known before the second layer. Experts count in full, beside a shared
+// expert of the common channels.
 #include "runtime/arch/families.h"
 #include "runtime/base/errors.h"
 
@@ -23,7 +23,7 @@ void configure(const GgufFile& file, ModelConfig& c) {
     }
     return v;
   };
-  // The router's hidden values and the shared expert's use the scratch of the dense layer.
+  // The hidden values of the router and of the shared expert use the scratch of the dense layer.
   constexpr int64_t kMost = int64_t{1} << 24;
   size("block_count", 2, 4096);
   size("expert_count", 1, 65536);

@@ -1,4 +1,4 @@
-"""Protocols: what the API needs of an engine, of its sequences, of a file and of a loaded model.
+"""Protocols that the API needs: an engine, its sequences, a file and a loaded model.
 
 _core.Engine, _core.Sequence and _core.GgufFile implement them; so do the other backends' classes
 (sequence.py).
@@ -56,7 +56,7 @@ class EngineSequence(Protocol):
         """Appends tokens; returns their final hidden states."""
 
     def logits(self) -> Floats:
-        """The logits after the last token."""
+        """Returns the logits after the last token."""
 
     def sample(self, sampler: _core.Sampler) -> int:
         """Chooses a token from the logits."""
@@ -83,7 +83,7 @@ class Engine(Protocol):
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """How the memory is used."""
+        """The use of memory."""
 
     @property
     def offload(self) -> Mapping[str, Any] | None:
@@ -98,7 +98,7 @@ class Engine(Protocol):
         """Whether it works in a process that is forked after the load."""
 
     def sequence(self) -> EngineSequence:
-        """A new, empty sequence."""
+        """Makes a new, empty sequence."""
 
 
 class ModelFile(Protocol):
@@ -113,7 +113,7 @@ class ModelFile(Protocol):
         """The directory of tensors."""
 
     def get(self, key: str) -> Any:
-        """The value of a key, None if absent."""
+        """Returns the value of a key, None if absent."""
 
 
 class LoadedModel(Protocol):
@@ -125,11 +125,11 @@ class LoadedModel(Protocol):
 
     @property
     def name(self) -> str:
-        """The model's name, for people."""
+        """The model's name for display."""
 
     @property
     def plan(self) -> Mapping[str, Any]:
-        """How the memory is used."""
+        """The use of memory."""
 
     @property
     def offload(self) -> Mapping[str, Any] | None:
@@ -149,19 +149,19 @@ class LoadedModel(Protocol):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Converts text to tokens and back."""
+        """The tokenizer of the file."""
 
     @property
     def chat_template(self) -> ChatTemplate | None:
-        """Converts conversations to text."""
+        """The chat template of the file, None if there is none."""
 
     @property
     def memory_bandwidth(self) -> float:
-        """Bytes a second, 0: not measured."""
+        """Bytes a second; 0 if it was not measured."""
 
     @property
     def flash_bandwidth(self) -> float:
-        """Bytes a second, 0: nothing is read."""
+        """Bytes a second; 0 if nothing is read."""
 
     @property
     def engine(self) -> _core.Engine:

@@ -79,14 +79,14 @@ class LlamaCppEngine(BackendEngine):
             threads=self.threads,
             context=self.context,
             weight_bytes=self.weight_bytes,
-            kv_bytes=0,  # only llama.cpp knows them
+            kv_bytes=0,  # only llama.cpp knows the size
             token_bytes=self.weight_bytes,
             kv_type=self.kv_type,
             isa="llama.cpp",
         )
 
     def sequence(self) -> LlamaCppSequence:
-        """A new, empty sequence."""
+        """Makes a new, empty sequence."""
         return LlamaCppSequence(self)
 
 

@@ -2,7 +2,7 @@
 
 A decoder is a graph with an input input_ids, past_key_values.N.key and .value, and outputs
 logits and present.N.key and .value, as `stoker export onnx`, optimum and onnxruntime-genai make
-them. Its tokenizer is in the file (`stoker export onnx`) or in files beside it.
+them. `stoker export onnx` puts the tokenizer into the file; files of other tools have none in it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .sequence import Array, BackendEngine, BackendSequence, Ids, Wanted, defaul
 
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _DEFAULT_CONTEXT = 4096
-_FIRST_CAPACITY = 256  # tokens that a new cache has room for
+_FIRST_CAPACITY = 256  # tokens that a new cache can hold
 _LONG_CHUNK = 512  # tokens of one run if not all logits are wanted
 _LEVELS = ("disable", "basic", "extended", "all")
 
@@ -46,7 +46,7 @@ class OnnxOptions:
 
     arena: keep freed memory for the next run: faster, larger. None: off under a memory budget.
     memory_pattern: allocate a run's memory at once. None: same as arena.
-    spinning: threads wait busily for work, which is faster and burns CPU. None: onnxruntime's.
+    spinning: threads wait busily for work: faster, but burns CPU. None: onnxruntime's default.
     optimization: optimization of the graph at load: disable, basic, extended or all.
     config: further session options, as onnxruntime names them ("session.…": "1").
     """
@@ -76,7 +76,7 @@ def _runtime() -> Any:
 
 
 def physical_cores() -> int:
-    """Number of cores for computing: the performance cores, else all."""
+    """Returns the number of cores for computing: the performance cores, else all."""
     from .._core import cpu
 
     found = cpu()
@@ -84,12 +84,15 @@ def physical_cores() -> int:
 
 
 def type_name(type: str) -> str:
-    """ "tensor(float)" -> "float32"."""
+    """Returns numpy's name of a type: "tensor(float)" -> "float32"."""
     return np.dtype(TENSOR_TYPES[type]).name if type in TENSOR_TYPES else type
 
 
 def open_graph(path: Path, threads: int, o: OnnxOptions, limit: int | None) -> Any:
-    """A session of onnxruntime. Raises ModelFileError, UnsupportedModelError, OptionError."""
+    """Opens a session of onnxruntime.
+
+    Raises ModelFileError, UnsupportedModelError, OptionError, BudgetError.
+    """
     ort = _runtime()
     if limit is not None:
         needed = process_bytes() + _files_bytes(path)
@@ -132,13 +135,13 @@ def _level(name: str) -> str:
 
 
 def _files_bytes(path: Path) -> int:
-    """Bytes of the model and the data file beside it."""
+    """Returns the bytes of the model and the data files beside it."""
     names = [path, path.with_name(path.name + ".data"), path.with_name(path.name + "_data")]
     return sum(name.stat().st_size for name in names if name.exists())
 
 
 def metadata_of(path: Path, properties: Mapping[str, str]) -> dict[str, Any]:
-    """GGUF metadata that came with the model; for a foreign model, that of the files beside it."""
+    """Returns the GGUF metadata in an exported model's properties; none for a foreign model."""
     if ONNX_METADATA in properties:
         try:
             found = parse(properties[ONNX_METADATA])
@@ -151,7 +154,7 @@ def metadata_of(path: Path, properties: Mapping[str, str]) -> dict[str, Any]:
 
 
 def is_decoder(graph: Any) -> bool:
-    """Whether a graph takes tokens and a past, and returns logits and a present."""
+    """Returns whether a graph takes tokens and a past, and returns logits and a present."""
     inputs = {i.name for i in graph.get_inputs()}
     outputs = {o.name for o in graph.get_outputs()}
     past = [m for m in map(_PAST.fullmatch, inputs) if m]
@@ -160,7 +163,7 @@ def is_decoder(graph: Any) -> bool:
 
 
 def fitting(expected: Any, value: Any) -> npt.NDArray[Any]:
-    """`value` as an array of the input's type and rank."""
+    """Converts `value` to an array of the input's type and shape. Raises OptionError."""
     try:
         array = np.asarray(value)
     except Exception:  # lists of unequal lengths, or the value's own methods, may raise anything
@@ -199,7 +202,7 @@ def run_graph(
 
 
 def no_decoder(path: Path, graph: Any) -> UnsupportedModelError:
-    """The error for a graph that is asked for what only decoders do."""
+    """Returns the error for a graph that is used as a decoder but is none."""
     found = ", ".join(i.name for i in graph.get_inputs())
     return UnsupportedModelError(
         f"{path}: expected a decoder with input_ids, past_key_values and logits, found inputs "
@@ -224,7 +227,7 @@ class GraphEngine(BackendEngine):
         )
 
     def sequence(self) -> BackendSequence:
-        """Raises UnsupportedModelError."""
+        """Raises UnsupportedModelError, since the graph has no cache."""
         raise no_decoder(self._path, self._graph)
 
 
@@ -303,12 +306,12 @@ class OnnxEngine(BackendEngine):
         return int(self.evaluate(np.zeros(1, np.int32), 0, self.empty(), ["logits"])[0].shape[-1])
 
     def empty(self) -> dict[str, npt.NDArray[Any]]:
-        """A past of no tokens."""
+        """Returns a past of no tokens."""
         shape = (1, self.kv_heads, 0, self.head_dim)
         return {name: np.zeros(shape, self.kv_dtype) for name in self.past}
 
     def feed(self, ids: Ids, position: int, first: int = 0) -> dict[str, npt.NDArray[Any]]:
-        """The inputs for ids [n] after `position` tokens, without the past.
+        """Returns the inputs for ids [n] after `position` tokens, without the past.
 
         first: the first of the ids whose logits are wanted; 0 if the graph cannot choose.
         """
@@ -347,12 +350,12 @@ class OnnxEngine(BackendEngine):
         )
 
     def sequence(self) -> OnnxSequence:
-        """A new, empty sequence."""
+        """Makes a new, empty sequence."""
         return OnnxSequence(self)
 
 
 def _beside(path: Path) -> int:
-    """The context in tokens that config.json beside a foreign model gives."""
+    """Reads the context in tokens from config.json beside a foreign model."""
     try:
         found = parse((path.parent / "config.json").read_text())["max_position_embeddings"]
         return max(1, int(found))
@@ -372,13 +375,14 @@ class OnnxSequence(BackendSequence):
         if engine.chooses_logits:
             self._long_chunk = _LONG_CHUNK
         self._options: Any = None  # options of the running evaluation
-        # If each run returns a new cache: name -> [1, KV heads, position, width].
+        # If each run returns a new cache, it is here: name -> [1, KV heads, position, width].
         self._past = engine.empty()
-        # If one buffer is shared: name -> [1, KV heads, capacity, width], bound to the graph.
+        # If one buffer is shared, it is here and bound to the graph:
+        # name -> [1, KV heads, capacity, width].
         self._buffers: dict[str, Any] = {}
-        self._capacity = 0  # tokens that the buffers have room for
+        self._capacity = 0  # tokens that the buffers can hold
         self._binding: Any = None
-        self._bound = ""  # the output that is bound beside the cache
+        self._bound = ""  # name of the output that is bound with the cache
 
     def _forward(self, ids: Ids, wanted: Wanted) -> Array:
         e = self._engine
@@ -434,7 +438,7 @@ class OnnxSequence(BackendSequence):
         return found
 
     def _reserve(self, tokens: int) -> None:
-        """Makes buffers with room for `tokens`, and copies the old ones into them."""
+        """Makes buffers for `tokens` tokens if needed, and copies the old ones into them."""
         if tokens <= self._capacity:
             return
         e, ort = self._engine, _runtime()

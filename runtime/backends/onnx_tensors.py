@@ -1,4 +1,4 @@
-"""Vocabulary of onnxruntime: its names of tensors' types, and its messages."""
+"""onnxruntime's names of tensor types, and its messages."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 def said(error: BaseException) -> str:
-    """onnxruntime's message on one line, without its prefix of codes."""
+    """Returns onnxruntime's message on one line, without its prefix of codes."""
     return _PREFIX.sub("", one_line(error)) or type(error).__name__

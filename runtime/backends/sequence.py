@@ -31,7 +31,7 @@ class BackendSequence(ABC):
     """One sequence: the same methods as _core.Sequence. Two threads must not use it at once."""
 
     def __init__(self, context: int, n_vocab: int, token_bytes: int) -> None:
-        """context: tokens it holds; token_bytes: bytes of the weights that one token reads."""
+        """Starts empty; context: tokens it holds; token_bytes: weight bytes that a token reads."""
         self.context = context
         self.position = 0  # tokens evaluated
         self._n_vocab = n_vocab
@@ -43,7 +43,7 @@ class BackendSequence(ABC):
         self._decode_tokens = self._decode_bytes = 0
         self._in_use = threading.Lock()
 
-    # Methods of the backend.
+    # A backend implements the methods below.
 
     @abstractmethod
     def _forward(self, ids: Ids, wanted: Wanted) -> Array:
@@ -60,10 +60,10 @@ class BackendSequence(ABC):
         """Ends a running `_forward` early, if the backend can; called from another thread."""
 
     def _kv_bytes(self) -> int:
-        """Bytes of the cache that one step reads."""
+        """Returns the bytes of the cache that one step reads."""
         return 0
 
-    # Methods of _core.Sequence.
+    # The methods below are those of _core.Sequence.
 
     def eval(self, tokens: Sequence[int] | Ids, phase: str = "prompt") -> None:
         """Appends tokens (n >= 1); afterwards logits() are those after the last one."""
@@ -98,7 +98,7 @@ class BackendSequence(ABC):
         return self._joined(self._evaluate(tokens, "hidden"))
 
     def logits(self) -> Array:
-        """A copy of the logits after the last token, [n_vocab]."""
+        """Returns a copy of the logits after the last token, [n_vocab]."""
         if self._last is None:
             raise OptionError("there are no logits: evaluate a token first")
         copied: Array = self._last.copy()
@@ -149,7 +149,7 @@ class BackendSequence(ABC):
             "stream": None,
         }
 
-    # Internals.
+    # The methods below are private.
 
     def _evaluate(
         self, tokens: Sequence[int] | Ids, wanted: Wanted, *, decode: bool = False
@@ -203,7 +203,7 @@ class BackendEngine(ABC):
 
     @abstractmethod
     def sequence(self) -> BackendSequence:
-        """A new, empty sequence."""
+        """Makes a new, empty sequence."""
 
 
 class Metadata:
@@ -214,7 +214,7 @@ class Metadata:
         self.tensors: list[Any] = []
 
     def get(self, key: str) -> Any:
-        """The value of a key, None if absent."""
+        """Returns the value of a key, None if absent."""
         return self.metadata.get(key)
 
 
@@ -228,7 +228,7 @@ def default_plan(
     kv_type: str,
     isa: str,
 ) -> dict[str, Any]:
-    """A plan's keys, for a backend that keeps all weights in memory; sizes in bytes."""
+    """Returns the plan of a backend that keeps all weights in memory; sizes in bytes."""
     return {
         "isa": isa,
         "threads": threads,

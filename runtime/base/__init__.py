@@ -1,1 +1,1 @@
-"""The ground floor: errors, argument checks, memory and threads; it imports no other room."""
+"""The base package: errors, argument checks, memory and threads; it imports no other package."""

@@ -1,7 +1,7 @@
-"""Arguments: what a caller hands in as the plain value that the core can hold, or an OptionError.
+"""Argument checks: each turns a caller's value into the plain value that the core can hold.
 
-Each function takes the argument's name and a value of any type whatever, one whose own methods
-raise too. It returns a value of exactly the type it names, or raises an OptionError that names the
+Each function takes the argument's name and a value of any type whatever, even one whose own methods
+raise. It returns a value of exactly the type it names, or raises an OptionError that names the
 argument, what was expected and what was found.
 """
 
@@ -26,7 +26,7 @@ _LONG = 256  # bits from which an integer is not written out
 
 
 class _Brief(reprlib.Repr):
-    """Representations of a bounded length, whatever the value: a list may hold itself."""
+    """Representations of a bounded length for any value: a list may hold itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class _Brief(reprlib.Repr):
         self.maxlevel = 3
 
     def repr_int(self, x: int, level: int) -> str:
-        """Python itself refuses to write an integer of many thousand digits."""
+        """Describes a long integer: Python refuses to write one of many thousand digits."""
         return repr(x) if x.bit_length() < _LONG else f"an integer of {x.bit_length()} bits"
 
 
@@ -42,15 +42,15 @@ _BRIEF = _Brief()
 
 
 def shown(value: object) -> str:
-    """A value in a message: its representation, cut short, or its type where it has none."""
+    """Returns a value's representation for a message, cut short; its type where it has none."""
     try:
         return " ".join(_BRIEF.repr(value).split())
-    except Exception:  # its own methods are anybody's code
+    except Exception:  # the value's own methods may raise anything
         return f"a {type(value).__name__}"
 
 
 def integer(name: str, value: object, low: int | None = None, high: int | None = INT64_MAX) -> int:
-    """An integer of low to high: of Python, of numpy, or whatever else counts as one."""
+    """Returns an integer of low to high: Python's, numpy's, or whatever else counts as one."""
     number = _index(value)
     if number is None:
         _refuse(name, "an integer", value)
@@ -65,7 +65,7 @@ def integer(name: str, value: object, low: int | None = None, high: int | None =
 
 
 def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """A finite number of low to high."""
+    """Returns a finite number of low to high."""
     try:
         found = float(value) if _is_number(value) else None
     except OverflowError:
@@ -83,9 +83,9 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
 
 
 def integers(name: str, values: object, expected: str = "integers") -> Iterator[int]:
-    """The integers of anything that can be iterated, one by one: there may be far too many.
+    """Yields the integers of any iterable, one by one, because there may be far too many.
 
-    expected: what the message says of them.
+    expected: what the message says they must be.
     """
     try:
         items = iter(values)  # type: ignore[call-overload]
@@ -105,7 +105,7 @@ def integers(name: str, values: object, expected: str = "integers") -> Iterator[
 
 
 def flag(name: str, value: object) -> bool:
-    """True or False, numpy's too."""
+    """Returns True or False, also for numpy's booleans."""
     numpy = sys.modules.get("numpy")  # a value of numpy has loaded it
     if isinstance(value, bool) or (numpy is not None and isinstance(value, numpy.bool_)):
         return bool(value)
@@ -113,21 +113,21 @@ def flag(name: str, value: object) -> bool:
 
 
 def text(name: str, value: object, expected: str = "a string") -> str:
-    """A string; expected: what the message says it must be."""
+    """Returns a string; expected: what the message says it must be."""
     if not isinstance(value, str):
         _refuse(name, expected, value)
-    return str.__str__(value)  # of a subclass the characters alone
+    return str.__str__(value)  # a plain str, also for a value of a subclass
 
 
 def choice(name: str, value: object, choices: Sequence[str]) -> str:
-    """One of the strings `choices`."""
+    """Returns one of the strings `choices`."""
     if not isinstance(value, str) or str.__str__(value) not in choices:
         _refuse(name, f"one of {', '.join(choices)}", value)
     return str.__str__(value)
 
 
 def path(name: str, value: object) -> str:
-    """A path that the system can be asked for; that there is such a file is for others to say."""
+    """Returns a path that the system accepts; whether there is such a file is not checked."""
     try:
         found = os.fspath(value)  # type: ignore[call-overload]
     except Exception:
@@ -147,7 +147,7 @@ def path(name: str, value: object) -> str:
 
 
 def mapping(name: str, value: object, of: str = "names to values") -> dict[Any, Any]:
-    """A mapping, copied; of: what it maps, for the message."""
+    """Returns a copy of a mapping; of: what it maps, for the message."""
     if isinstance(value, Mapping):
         try:
             return dict(value)
@@ -157,7 +157,7 @@ def mapping(name: str, value: object, of: str = "names to values") -> dict[Any, 
 
 
 def sequence(name: str, value: object, expected: str) -> list[Any]:
-    """A sequence that is no text, copied; expected: what the message says it must be."""
+    """Copies a sequence that is no text; expected: what the message says it must be."""
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
         try:
             return list(value)
@@ -167,14 +167,14 @@ def sequence(name: str, value: object, expected: str) -> list[Any]:
 
 
 def function(name: str, value: object) -> Callable[..., Any]:
-    """What can be called."""
+    """Returns something that can be called."""
     if not callable(value):
         _refuse(name, "a function", value)
     return value
 
 
 def tokens(name: str, value: object, vocabulary: int) -> list[int]:
-    """Token ids below `vocabulary`: of a sequence or an array of one dimension, [n]."""
+    """Returns the token ids, all below `vocabulary`, of a sequence or an array [n]."""
     expected = "a string or a sequence of token ids"
     if isinstance(value, (str, bytes, bytearray, Mapping, AbstractSet)):
         _refuse(name, expected, value)
@@ -197,9 +197,10 @@ def tokens(name: str, value: object, vocabulary: int) -> list[int]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether float() is the number that a value is.
+    """Returns whether a value is a number, which float() then gives.
 
-    numpy makes one of a truth, a date, an array of one and half of a complex number as well.
+    float() also accepts numpy's booleans, dates, arrays of one element and (dropping a part)
+    complex numbers, which do not count here.
     """
     if isinstance(value, (bool, str, bytes)) or not isinstance(value, SupportsFloat):
         return False
@@ -208,13 +209,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _index(value: object) -> int | None:
-    """The integer that a value is; None for a boolean and for what is none."""
+    """Returns the integer that a value is; None for a boolean and for anything else."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         return None
     try:
-        return int(index(value))  # of a bool that __index__ returned, too
+        return int(index(value))  # int(), because __index__ may return a bool
     except Exception:
         return None
 

@@ -11,10 +11,9 @@ _UNLIMITED = 1 << 60  # version 1 writes a huge number where there is no limit
 
 @dataclass(frozen=True)
 class MemoryGroup:
-    """version: 1 or 2; limit: bytes, None where there is none; usage: bytes, None if unknown.
+    """A control group with its memory limit and usage.
 
-    The limit is the smallest of the group's and its ancestors', usage is that of the group which
-    sets it (or of the process's own, where none does).
+    version: 1 or 2; limit: bytes, None where there is none; usage: bytes, None if unknown.
     """
 
     version: int
@@ -25,15 +24,16 @@ class MemoryGroup:
 
 @dataclass(frozen=True)
 class Headroom:
-    """limit: bytes of a group; free: of them not in use, or in use by what can be reclaimed."""
+    """The limit of a group, and how many of these bytes are unused or can be reclaimed (free)."""
 
     limit: int
     free: int
 
 
 def memory_group(**files: str) -> MemoryGroup | None:
-    """The group of this process, None where there are no control groups.
+    """Returns the group with the smallest limit, of this process's own and those above it.
 
+    Without a limit it is the process's own; without control groups it is None.
     files: where to look, as _core.control_groups takes them.
     """
     best: MemoryGroup | None = None
@@ -46,7 +46,7 @@ def memory_group(**files: str) -> MemoryGroup | None:
 
 
 def memory_headroom(**files: str) -> Headroom | None:
-    """What the tightest of the groups leaves, None where none of them has a limit."""
+    """Returns what the group with the least free bytes leaves; None where none has a limit."""
     best: Headroom | None = None
     for group, folder in _groups(files):
         if group.limit is None:
@@ -59,9 +59,9 @@ def memory_headroom(**files: str) -> Headroom | None:
 
 
 def _reclaimable(stat: Path, version: int) -> int:
-    """Bytes of a group that the kernel takes back before it kills: page cache, above all."""
+    """Returns the bytes that the kernel reclaims before it kills: page cache, above all."""
     names = {"active_file", "inactive_file", "slab_reclaimable"}
-    if version == 1:  # its plain names leave the groups below out
+    if version == 1:  # the names without total_ exclude the groups below
         names = {"total_active_file", "total_inactive_file"}
     try:
         rows = [line.split() for line in stat.read_text().splitlines()]
@@ -71,13 +71,13 @@ def _reclaimable(stat: Path, version: int) -> int:
 
 
 def _groups(files: Mapping[str, str]) -> Iterator[tuple[MemoryGroup, Path]]:
-    """The group of this process and those above it, each with its folder."""
+    """Yields the group of this process and those above it, each with its folder."""
     try:
         from .._core import control_groups
     except ImportError:  # for `stoker doctor`, which says why the core is missing
         return
     for version, path, folder in control_groups("memory", **files):
-        # Above "high" the kernel slows a process down until it hardly moves.
+        # Above "memory.high" the kernel throttles a process until it hardly runs.
         bounds, used = ["memory.limit_in_bytes"], "memory.usage_in_bytes"
         if version == 2:
             bounds, used = ["memory.max", "memory.high"], "memory.current"
@@ -87,7 +87,7 @@ def _groups(files: Mapping[str, str]) -> Iterator[tuple[MemoryGroup, Path]]:
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None for "max", and where there is no such file."""
+    """Returns the number in a file; None for "max", and where there is no such file."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Functions whose arguments are checked against their annotations, before anything is done."""
+"""A decorator that checks a function's arguments against their annotations before the call."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .memory import plain_memory
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Ranges of arguments that mean the same everywhere; those of others are their functions' own.
+# The ranges of arguments that mean the same everywhere; functions check other ranges themselves.
 _RANGES = {"threads": (1, 1024)}
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, with plain values of the annotated types for what it is given.
+    """Returns the function with a check that makes its arguments plain values of their types.
 
-    Raises OptionError naming the argument that has another type, and DeviceError where the system
-    refuses what the function asks of it. Annotations are strings (`from
-    __future__ import annotations`); one that is not in the list below is a class of the function's
-    module, or an error of whoever writes the function.
+    The new function raises OptionError, which names the argument that has another type, and
+    DeviceError where the system refuses what the function asks of it. Annotations are strings
+    (`from __future__ import annotations`); one that is not in _CHECKS must name a class of the
+    function's module.
     """
     signature = inspect.signature(function)
     checks = {
@@ -39,7 +39,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             bound.arguments[name] = checks[name](value)
         try:
             return function(*bound.args, **bound.kwargs)
-        except (StokerError, BrokenPipeError):  # the latter of a progress that is printed
+        except (StokerError, BrokenPipeError):  # printing a progress may raise the latter
             raise
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
@@ -68,12 +68,12 @@ def _integer(name: str, low: int, high: int, value: object) -> int:
 
 
 def _number(name: str, value: object) -> float:
-    """A number; of a float the function says what is in its range, and that NaN is not."""
+    """Returns a number; the function itself checks the range of a float, and that it is no NaN."""
     return float(value) if isinstance(value, float) else arguments.number(name, value)
 
 
 def _text(name: str, value: object) -> str:
-    """A string that can be written and hashed."""
+    """Returns a string that can be encoded as UTF-8."""
     found = arguments.text(name, value)
     try:
         found.encode()

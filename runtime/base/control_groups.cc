@@ -25,7 +25,7 @@ bool listed(const std::string& names, const std::string& name) {
   return false;
 }
 
-// Spaces and the like are written as \040.
+// Decodes octal escapes: the system writes a space as \040.
 std::string unescaped(const std::string& text) {
   std::string out;
   for (size_t i = 0; i < text.size(); ++i) {
@@ -46,7 +46,8 @@ bool is_folder(const std::string& path) {
   return std::filesystem::is_directory(path, error);
 }
 
-// Lines are: id parent device root point options [tags] - type source options.
+// Finds the mount of a controller. Lines are: id parent device root point options [tags] - type
+// source options.
 Mount mount_of(int version, const std::string& controller, const ControlGroupFiles& files) {
   std::ifstream in(files.mounts);
   for (std::string line; std::getline(in, line);) {
@@ -65,7 +66,7 @@ Mount mount_of(int version, const std::string& controller, const ControlGroupFil
   return {"/", is_folder(unified) ? unified : files.root};
 }
 
-// The path below the mount; "/" where it lies outside of what is mounted.
+// Returns the path below the mount; "/" where it lies outside of what is mounted.
 std::string below(const Mount& mount, const std::string& path) {
   std::string rest = path;
   if (mount.root != "/" && path.starts_with(mount.root) &&

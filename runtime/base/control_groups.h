@@ -12,15 +12,15 @@ struct ControlGroup {
   std::string folder;  // with the group's files
 };
 
-// Where the system tells; a test names others.
+// The files in which the system describes the groups; a test names others.
 struct ControlGroupFiles {
   std::string groups = "/proc/self/cgroup";
   std::string mounts = "/proc/self/mountinfo";
   std::string root = "/sys/fs/cgroup";  // for systems whose mounts cannot be read
 };
 
-// The process's own group for a controller ("cpu", "memory"), then those above it up to the root of
-// the mount. Empty where there is none. A group's limit bounds all groups below it.
+// Returns the process's own group for a controller ("cpu", "memory"), then those above it up to the
+// root of the mount; nothing where there is no group. A group's limit bounds all groups below it.
 //
 // In a container the names in `groups` may be the host's while only a part of its tree is mounted;
 // the mount then says which part. Where that does not help (a namespace of its own), the root of
@@ -28,7 +28,8 @@ struct ControlGroupFiles {
 std::vector<ControlGroup> control_groups(const std::string& controller,
                                          const ControlGroupFiles& files = {});
 
-// Processors' worth of time that the tightest quota leaves, rounded up; 0 without a quota.
+// Returns the number of processors whose time the tightest quota grants, rounded up; 0 without a
+// quota.
 int cpu_quota(const ControlGroupFiles& files = {});
 
 }  // namespace stoker

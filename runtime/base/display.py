@@ -1,21 +1,21 @@
-"""Texts for people: sizes, aligned columns, characters that cannot steer a terminal."""
+"""Texts for people: sizes, aligned columns, text without terminal control characters."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-# A model can write any character; those that steer a terminal are not passed on to one.
+# A model can write any character; those that control a terminal are not passed on to it.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """The text without control characters, except newline and tab."""
+    """Removes control characters from the text, except newline and tab."""
     return _CONTROL.sub("", text)
 
 
 def size(count: float) -> str:
-    """Bytes for people, in binary units: 96.2 MiB."""
+    """Writes a number of bytes in binary units: 96.2 MiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -24,7 +24,7 @@ def size(count: float) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
-    """The rows with their columns below each other; the first `left` of them flush left."""
+    """Writes each row as a line with aligned columns, the first `left` of them flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

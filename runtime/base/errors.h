@@ -1,6 +1,6 @@
-// The exceptions of the core. Each kind has a Python class of the same name in
-// runtime/base/errors.py; bindings.cc translates. Messages are one line: the file, what was
-// expected, what was found.
+// The exceptions of the core. Each kind has a Python class in runtime/base/errors.py, named beside
+// it below; bindings.cc translates. A message is one line with the file, what was expected and what
+// was found.
 #pragma once
 
 #include <stdexcept>
@@ -14,7 +14,7 @@ enum class ErrorKind {
   kContext,      // ContextLengthError: more tokens than the session's context
   kBudget,       // BudgetError: does not fit the memory
   kOption,       // OptionError: a bad argument or environment variable
-  kInterrupted,  // KeyboardInterrupt or a cancelled session
+  kInterrupted,  // Cancelled: a cancelled session, or an interpreter that is ending
   kDevice,       // DeviceError: a read failed, an instruction traps
 };
 

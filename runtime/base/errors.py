@@ -29,7 +29,7 @@ class UnsupportedModelError(StokerError):
 
 
 class ContextLengthError(StokerError):
-    """More tokens than the session's context holds."""
+    """The tokens are more than the session's context holds."""
 
 
 class BudgetError(StokerError):
@@ -61,6 +61,6 @@ class Cancelled(StokerError):
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message on one line, of bearable length."""
+    """Returns the error's message on one line, cut after 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

@@ -1,5 +1,5 @@
-// Anonymous memory of our own in huge pages: what holds weights. It cannot change or vanish under
-// a running model as a mapped file can.
+// Anonymous memory in huge pages, which holds weights. It cannot change or vanish under a running
+// model as a mapped file can.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@ namespace stoker {
 class HugeMemory {
  public:
   HugeMemory() = default;
-  // Zero-initialised, aligned to 2 MB; pages are provided as they are first touched. `what` names
-  // the purpose in Error(kBudget).
+  // The memory is zero-initialised and aligned to 2 MB; the system provides pages as they are first
+  // touched. `what` names the purpose in Error(kBudget).
   HugeMemory(uint64_t bytes, const char* what);
   ~HugeMemory();
   HugeMemory(HugeMemory&& other) noexcept;
@@ -20,7 +20,7 @@ class HugeMemory {
   uint64_t size() const { return size_; }
   // Gives whole pages of [p, p + bytes) back to the system; they read as zeros afterwards.
   void release(uint8_t* p, uint64_t bytes);
-  // Later writes are faults.
+  // Makes the memory read-only: later writes are faults.
   void protect();
 
  private:

@@ -1,4 +1,4 @@
-"""Sizes, budgets and what the machine can give: from "2GiB", "60%" or "auto" to bytes."""
+"""Memory sizes and budgets: "2GiB", "60%" or "auto" become bytes that this machine can give."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .cgroup import memory_headroom
 from .errors import OptionError
 
 AUTO = "auto"
-# What "auto" leaves to others: of the machine, for the system and other programs; of a control
-# group, for page tables and the page cache, which are charged to it as well.
+# The shares that "auto" leaves to others: of the machine, for the system and other programs; of a
+# control group, for page tables and the page cache, which are charged to it as well.
 MACHINE_MARGIN = 0.10
 GROUP_MARGIN = 0.05
-# Resident bytes of a process with the core, where the system does not tell.
+# The assumed resident bytes of a process with the core, where the system does not tell.
 _TYPICAL_PROCESS = 128 << 20
-# What a group is charged for a process besides its memory, page tables above all, is at most this
-# part of its limit; only what exceeds it is taken for another's.
+# Besides a process's memory, a group is charged for its page tables and the like: at most this
+# share of the limit. Only usage beyond that is attributed to other processes.
 _OVERHEAD = 0.05
 
-_PAGE = 4096  # a group's limit is rounded to whole ones
+_PAGE = 4096  # bytes; a group's limit is rounded to whole pages
 
 _LOG = logging.getLogger("stoker")
 
@@ -34,7 +34,7 @@ _UNITS = {"": 1, "b": 1} | {
 
 
 def byte_count(text: str) -> int:
-    """The bytes that "500MB", "1.5GiB" or "123" name. Raises OptionError."""
+    """Returns the bytes that "500MB", "1.5GiB" or "123" name. Raises OptionError."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise OptionError(f"expected bytes such as 500MB or 1.5GiB, found {text[:40]!r}")
@@ -42,7 +42,7 @@ def byte_count(text: str) -> int:
 
 
 def check_memory(value: object) -> int | float | None:
-    """What a memory option says: bytes, a share of what the machine can give, or None for auto.
+    """Returns what a memory option says: bytes, a share of what is available, or None for auto.
 
     Raises OptionError.
     """
@@ -70,7 +70,7 @@ def check_memory(value: object) -> int | float | None:
 
 
 def plain_memory(value: object) -> int | str:
-    """The option itself, as a plain integer or string. Raises OptionError."""
+    """Returns the option itself, as a plain integer or string. Raises OptionError."""
     named = check_memory(value)
     if named is None:
         return AUTO
@@ -91,10 +91,10 @@ def _share(value: str) -> float:
 
 
 def budget(value: object) -> int:
-    """Bytes that a memory option names on this machine, for the whole process.
+    """Returns the bytes that a memory option names on this machine, for the whole process.
 
     Bytes beyond what the process's control group allows are cut to that, with a warning in the log
-    "stoker". Raises OptionError, also where nobody tells what the machine has.
+    "stoker". Raises OptionError, also where the memory of the machine is unknown.
     """
     named = check_memory(value)
     if isinstance(named, int):
@@ -116,11 +116,11 @@ def budget(value: object) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may grow to, all of it counted, less a margin for others.
+    """Returns the bytes that this whole process may grow to, less a margin for others.
 
-    The smaller of what the system calls available and what the control groups leave (their limit
-    less what is in use and cannot be reclaimed: page cache can). What this process holds already
-    counts as its own. None where the system tells neither.
+    They are the smaller of what the system calls available and what the control groups leave (their
+    limit less what is in use and cannot be reclaimed: page cache can). What this process holds
+    already counts as its own. None where the system tells neither.
     """
     own = anonymous_bytes()
     limits = []
@@ -134,7 +134,7 @@ def available_memory() -> int | None:
 
 
 def _allowed_by_group() -> int | None:
-    """Bytes of the tightest control group that no other process holds, None without a limit."""
+    """Returns the bytes of the tightest control group that no other process holds, or None."""
     headroom = memory_headroom()
     if headroom is None:
         return None
@@ -156,7 +156,7 @@ def _machine_available() -> int | None:
 
 
 def _kib(path: Path, key: str) -> int | None:
-    """Bytes of a "key: number kB" line of a file of /proc."""
+    """Returns the bytes of a "key: number kB" line of a file of /proc."""
     try:
         for line in path.read_text().splitlines():
             if line.startswith(key):
@@ -167,7 +167,7 @@ def _kib(path: Path, key: str) -> int | None:
 
 
 def process_bytes() -> int:
-    """Resident bytes of this process now: interpreter, libraries and all."""
+    """Returns the resident bytes of this process now, with the interpreter and libraries."""
     if sys.platform.startswith("linux"):
         import resource
 
@@ -185,5 +185,5 @@ def process_bytes() -> int:
 
 
 def anonymous_bytes() -> int:
-    """Resident bytes of this process that no file holds; 0 where the system does not tell."""
+    """Returns this process's resident bytes that no file backs; 0 where that is unknown."""
     return _kib(Path("/proc/self/status"), "RssAnon:") or 0

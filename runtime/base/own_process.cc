@@ -14,7 +14,7 @@ long process_id() {
 #if defined(__unix__) || defined(__APPLE__)
   return static_cast<long>(::getpid());
 #else
-  return 0;  // nothing forks
+  return 0;  // this system has no fork
 #endif
 }
 

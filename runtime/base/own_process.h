@@ -1,6 +1,6 @@
-// The process that made something with threads. A process that is forked from it has a copy of the
-// memory, but none of the threads, and locks that they may have held: whatever waits for either
-// would wait for ever.
+// The process that made an object with threads. A process that is forked from it has a copy of the
+// memory, but none of the threads, and locks that they may have held: waiting for either would
+// never end.
 #pragma once
 
 #include <atomic>
@@ -10,11 +10,11 @@ namespace stoker {
 class OwnProcess {
  public:
   OwnProcess();
-  // Whether this is that process.
+  // Returns whether this is that process.
   bool here() const;
   // Throws Error(kOption) where it is not.
   void require() const;
-  // This process is the one from here on.
+  // Makes this process the one from here on.
   void adopt();
 
  private:

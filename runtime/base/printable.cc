@@ -6,7 +6,7 @@
 namespace stoker {
 namespace {
 
-// Length of the UTF-8 sequence at s[i], 0 where there is none (RFC 3629).
+// Returns the length of the UTF-8 sequence at s[i], 0 where there is none (RFC 3629).
 size_t utf8_length(std::string_view s, size_t i) {
   const auto byte = [&](size_t j) { return j < s.size() ? static_cast<uint8_t>(s[j]) : 0; };
   const unsigned lead = byte(i);

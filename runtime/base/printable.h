@@ -1,4 +1,4 @@
-// Bytes from files, made fit for a one-line message.
+// Functions that make bytes from files fit for a one-line message.
 #pragma once
 
 #include <cstddef>
@@ -7,11 +7,11 @@
 
 namespace stoker {
 
-// At most about `limit` bytes of `text`; control characters and invalid UTF-8 as \xNN.
+// Returns at most about `limit` bytes of `text`; control characters and invalid UTF-8 become \xNN.
 std::string printable(std::string_view text, size_t limit = 100);
-// A path, whole.
+// Does the same with a whole path.
 std::string printable_path(std::string_view path);
-// A key or name of a file, 'so'.
+// Returns a key or name from a file between single quotes.
 std::string in_quotes(std::string_view text);
 
 }  // namespace stoker

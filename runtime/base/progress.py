@@ -1,8 +1,8 @@
-"""How long work tells how far it is."""
+"""The type of the callbacks by which long work reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# (stage, done, total): called between pieces of the work; total None where it is unknown.
+# The work calls it with (stage, done, total) between its pieces; total is None where unknown.
 Progress = Callable[[str, int, "int | None"], None]

@@ -15,7 +15,7 @@ _T = TypeVar("_T")
 def start(thread: threading.Thread, does: str) -> None:
     """Starts a thread that nothing can go on without.
 
-    does: what it does, for the message. Raises DeviceError where the system gives none.
+    does: what it does, for the message. Raises DeviceError where the system gives no thread.
     """
     try:
         thread.start()
@@ -27,10 +27,10 @@ def start(thread: threading.Thread, does: str) -> None:
 
 
 class SideThread:
-    """Does jobs in their order while the caller goes on.
+    """A thread that does jobs in their order while the caller goes on.
 
-    Where the system refuses the thread, each job is done by the caller when it is handed over: the
-    same results, one after the other.
+    Where the system refuses the thread, the caller does each job when it submits it, with the same
+    results.
     """
 
     def __init__(self, name: str) -> None:
@@ -38,20 +38,20 @@ class SideThread:
         self._pool: ThreadPoolExecutor | None = pool
         try:
             # The pool starts its thread for its first job, and keeps a job whose thread did not
-            # start: that must be none of ours, which would be done twice.
+            # start. This first job is a dummy, because a real one would then be done twice.
             pool.submit(int)
         except RuntimeError:
             pool.shutdown(wait=False)
             self._pool = None
 
     def submit(self, job: Callable[..., _T], *arguments: Any) -> Future[_T]:
-        """The result of `job(*arguments)`, or its error, once it is done."""
+        """Returns a future of the result of `job(*arguments)`, or of its error."""
         if self._pool is not None:
             return self._pool.submit(job, *arguments)
         done: Future[_T] = Future()
         try:
             done.set_result(job(*arguments))
-        except Exception as error:  # Ctrl-C is the caller's own and goes on
+        except Exception as error:  # Ctrl-C is the caller's own and is not caught
             done.set_exception(error)
         return done
 
@@ -60,4 +60,4 @@ class SideThread:
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown()  # waits for what it is doing
+            self._pool.shutdown()  # waits for the submitted jobs

@@ -8,7 +8,7 @@
 
 namespace stoker {
 
-// Up to n threads, thread i in [0, n) running body(i); fewer where the system gives no more.
+// Starts n threads, of which thread i in [0, n) runs body(i); fewer where the system gives no more.
 template <class F>
 std::vector<std::thread> start_threads(int n, const F& body) {
   std::vector<std::thread> threads;
@@ -16,7 +16,7 @@ std::vector<std::thread> start_threads(int n, const F& body) {
   try {
     for (int i = 0; i < n; ++i) threads.emplace_back([body, i] { body(i); });
   } catch (...) {
-    // The caller sees by their number that there are fewer; those that run must be joined.
+    // The returned size tells the caller that there are fewer; those that run must be joined.
   }
   return threads;
 }

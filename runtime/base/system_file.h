@@ -1,4 +1,4 @@
-// Small files in which Linux tells about itself (/proc, /sys).
+// Readers of the small files in which Linux describes itself (/proc, /sys).
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace stoker {
 
-// Without its newline; empty where there is no such file.
+// Returns the line without its newline; it is empty where there is no such file.
 inline std::string first_line(const std::string& path) {
   std::ifstream in(path);
   std::string line;
@@ -16,7 +16,7 @@ inline std::string first_line(const std::string& path) {
   return line;
 }
 
-// The number that the first line begins with; -1 where there is none.
+// Returns the number that the first line begins with; -1 where there is none.
 inline int64_t first_number(const std::string& path) {
   const std::string line = first_line(path);
   char* end = nullptr;

@@ -10,7 +10,8 @@ namespace stoker {
 
 namespace {
 
-// A phase ends within microseconds unless a worker lost its core; then yield to let it run.
+// A phase ends within microseconds unless a worker lost its core; then the caller yields to let it
+// run.
 constexpr int kSpinsBeforeYield = 2000;
 
 inline void pause() {
@@ -31,10 +32,11 @@ ThreadPool::ThreadPool(int threads)
 void ThreadPool::move_here() {
   const std::lock_guard lock(moving_);
   if (process_.here()) return;
-  // The lock of somebody who is not here is never given back.
+  // A lock whose holder is not in this process is never released.
   if (stays_ || !use_.try_lock()) process_.require();
   use_.unlock();
-  // Handles of threads that are not here can neither be joined nor destroyed.
+  // Handles of threads that are not in this process can neither be joined nor destroyed, so they
+  // are leaked.
   new std::vector<std::thread>(std::move(workers_));
   generation_.store(0);
   workers_ = start_threads(size_ - 1, [this](int i) { work(i + 1); });

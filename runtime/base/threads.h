@@ -2,8 +2,8 @@
 // a time; the caller is thread 0. Sessions on several Python threads share a pool: each takes it
 // for one evaluation through Lease.
 //
-// A pool may have fewer threads than it was asked for, where the system gives no more. In a process
-// that is forked from its own it starts new threads with the first lease.
+// A pool has fewer threads than requested where the system gives no more. In a process that is
+// forked from its own it starts new threads with the first lease.
 #pragma once
 
 #include <atomic>
@@ -26,20 +26,19 @@ class ThreadPool {
 
   int size() const { return size_; }
 
-  // How long workers spin for the next phase. Briefly: about 100 microseconds, longer than the
-  // serial code between two phases of a token, shorter than a person would notice in a battery.
-  // Patiently: about a millisecond, for tokens that wait for reads between phases; waking a parked
-  // worker costs such a token a tenth of its time.
+  // Sets how long workers spin for the next phase. The brief spin is about 100 microseconds: longer
+  // than the serial code between two phases of a token, and too short to matter for the battery.
+  // The patient one is about a millisecond, for tokens that wait for reads between phases; waking a
+  // parked worker costs such a token a tenth of its time.
   void be_patient(bool patient) { spins_.store(patient ? 60000 : 4000); }
 
   // The process whose threads these are.
   const OwnProcess& process() const { return process_; }
-  // What uses the pool has other threads too, which a forked process lacks: no leases there.
+  // Forbids leases in a forked process: the pool's user has other threads too, which that lacks.
   void stay_in_process() { stays_ = true; }
 
-  // Exclusive use of the pool. Workers spin while a lease is held and park soon after. Throws
-  // Error(kOption) in a process that was forked while somebody had a lease, or from one whose pool
-  // is to stay there.
+  // Exclusive use of the pool. Workers spin for the next phase and then park. Throws Error(kOption)
+  // in a process that was forked while a lease was held, or after stay_in_process().
   class Lease {
    public:
     explicit Lease(ThreadPool& pool) : lock_(pool.use()) {}
@@ -48,8 +47,8 @@ class ThreadPool {
     std::unique_lock<std::mutex> lock_;
   };
 
-  // f(begin, end, thread) over [0, n) in pieces of `grain`, handed out as threads become free.
-  // f must not throw. Returns when all pieces are done.
+  // Calls f(begin, end, thread) over [0, n) in pieces of `grain`, handed out as threads become
+  // free. f must not throw. Returns when all pieces are done.
   template <class F>
   void parallel_for(int64_t n, int64_t grain, F&& f) {
     if (n <= 0) return;
@@ -90,7 +89,7 @@ class ThreadPool {
   bool stays_ = false;
   int size_ = 1;
   std::mutex use_, moving_;
-  // Written by the caller before generation_ is released to the workers.
+  // The caller writes these before it releases generation_ to the workers.
   Body body_ = nullptr;
   void* context_ = nullptr;
   alignas(64) std::atomic<uint32_t> generation_{0};  // one more per phase; odd bits mean nothing

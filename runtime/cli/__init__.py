@@ -1,1 +1,1 @@
-"""The command line: a file a command; main.py joins them."""
+"""The command line; each command has a file, and main.py joins them."""

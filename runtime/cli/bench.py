@@ -1,4 +1,4 @@
-"""`stoker bench`: measures a model under budgets and beside other engines."""
+"""`stoker bench`: measures a model under budgets and compares it with other engines."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def bench(
     runs: list[Run] = []
     try:
         _measure(series, runs, None if results is None else _File(results, force))
-    finally:  # after Ctrl-C, too
+    finally:  # also after Ctrl-C
         if csv is not None and runs:
             from ...mobile_bench.run.run_table import as_csv
 
@@ -164,7 +164,7 @@ def _check_targets(results: Path | None, csv: Path | None, *, resume: bool, forc
 
 
 def _listed(name: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
-    """The values between the commas, each once."""
+    """Returns the values between the commas, each once."""
     try:
         values = tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
     except ValueError:
@@ -188,13 +188,13 @@ def _baseline_python(python: str, *, install: bool) -> str:
 
 
 class _File:
-    """The file of results."""
+    """The file that results are appended to."""
 
     def __init__(self, path: Path, replace: bool) -> None:
         self.path, self._replace = path, replace
 
     def open(self, device: DeviceProfile) -> list[Run]:
-        """What it holds. Raises OptionError where another device has measured it."""
+        """Returns the runs in the file. Raises OptionError if another device measured them."""
         from ...mobile_bench.run import records
 
         if self._replace or not self.path.exists():
@@ -212,14 +212,14 @@ class _File:
         return before["runs"]
 
     def write(self, lines: Iterable[object]) -> None:
-        """Appends."""
+        """Appends lines to the file."""
         from ...mobile_bench.run import records
 
         records.write(self.path, lines)
 
 
 def _measure(series: Series, runs: list[Run], file: _File | None) -> None:
-    """Measures what is missing, shows everything, also after Ctrl-C. runs: is filled."""
+    """Measures the missing runs, adds them to `runs` and shows all, also after Ctrl-C."""
     from ...mobile_bench.probe.this_device import this_device
     from ...mobile_bench.run.measure import groups_allowed, measure
     from ...mobile_bench.run.roofline import rooflines
@@ -239,7 +239,7 @@ def _measure(series: Series, runs: list[Run], file: _File | None) -> None:
     if any(case.memory is not None for case in wanted) and not groups_allowed():
         print("no memory cgroup is allowed here: budgets, but no limits", file=sys.stderr)
     start = time.monotonic()
-    # What ends us politely must not leave workers and their groups behind either.
+    # SIGTERM acts as Ctrl-C, so that it leaves no workers and no groups behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         made = measure(

@@ -1,4 +1,4 @@
-"""`stoker bench-kernels`: matrix products of every format against the machine's limits and ggml."""
+"""`stoker bench-kernels` compares matrix products of every format with the limits and ggml."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def as_table(found: KernelBench) -> str:
-    """For people: one table a shape and number of tokens."""
+    """Returns one table for each shape and number of tokens."""
     from ...mobile_bench.probe.kernels import PROMPT_TOKENS
     from ..base.display import aligned
 
@@ -153,7 +153,7 @@ def _cells(r: KernelRow, *, decode: bool, ggml: bool) -> list[str]:
 
 
 def as_tsv(found: KernelBench) -> str:
-    """One line a product; empty where unknown."""
+    """Returns one line a product; unknown cells are empty."""
     lines = ["\t".join(_COLUMNS)]
     for row in found.rows:
         values = asdict(row)
@@ -167,5 +167,5 @@ def _cell(value: object) -> str:
 
 
 def as_json_text(found: KernelBench) -> str:
-    """Everything as one JSON object."""
+    """Returns all results as one JSON object."""
     return json.dumps(asdict(found), indent=1)

@@ -49,7 +49,7 @@ class Chat:
         template: dict[str, Any] | None = None,
         parse_special: bool = False,
     ) -> None:
-        """template: variables of the chat template."""
+        """Begins the conversation; template: variables of the chat template."""
         if model.chat_template is None:
             raise ChatTemplateError(
                 f"{model.path.name} has no chat template (a base model?): use `stoker run --raw`"
@@ -64,7 +64,7 @@ class Chat:
             print(f"{printable(model.name)}. /help lists the commands, Ctrl-D leaves.")
 
     def loop(self) -> None:
-        """Runs until /quit or the end of the input. Raises OptionError where that has nothing."""
+        """Runs until /quit or the end of the input. Raises OptionError if the input is empty."""
         read = False
         while True:
             try:
@@ -95,7 +95,7 @@ class Chat:
                 print(f"{error}\n(/reset forgets the conversation)")
 
     def _read(self) -> str:
-        """One message or command. Raises EOFError at the end."""
+        """Reads one message or command. Raises EOFError at the end."""
         prompt, more = ("> ", "... ") if self._terminal else ("", "")
         line = _line(prompt)
         if line.startswith('"""'):
@@ -111,7 +111,7 @@ class Chat:
         return "\n".join(lines)
 
     def _command(self, line: str) -> bool:
-        """Carries out a /command; False to leave."""
+        """Executes a /command; returns False to leave."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name in ("/quit", "/exit", "/bye"):
@@ -153,7 +153,7 @@ class Chat:
                 pass
             finally:
                 generation.close()
-                # The newline while the status row is still kept, so that it stays the last row.
+                # The newline is printed while the status row is reserved, so that it stays last.
                 if not generation.text.endswith("\n"):
                     print(flush=True)
         if generation.finish_reason == "cancelled":
@@ -171,7 +171,7 @@ class Chat:
 
 
 def _line(prompt: str) -> str:
-    """One line of standard input. Raises EOFError, OptionError."""
+    """Reads one line of standard input. Raises EOFError, OptionError."""
     try:
         return input(prompt)
     except UnicodeDecodeError as error:
@@ -181,7 +181,7 @@ def _line(prompt: str) -> str:
 
 
 def _speed(stats: Statistics) -> str:
-    """Tokens a second and, where weights are on flash, what the cache answered and reads cost."""
+    """Returns tokens a second and, if weights are on flash, the hit rate and the time waited."""
     parts = [f"{stats.decode_tok_s:.1f} tok/s"]
     if stats.experts is not None:
         parts.append(f"{stats.experts.hit_rate:.0%} hits")
@@ -192,7 +192,7 @@ def _speed(stats: Statistics) -> str:
 
 
 def _edit_lines() -> None:
-    """Line editing and history for input(), where Python has it."""
+    """Gives input() line editing and history if Python has them."""
     with suppress(ImportError):
         import readline  # noqa: F401
 

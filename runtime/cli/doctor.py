@@ -1,4 +1,4 @@
-"""What this machine offers to stoker: instruction sets, cores, memory, limits, storage."""
+"""`stoker doctor`: shows this machine's instruction sets, cores, memory, limits and storage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..terminal.options import (
 _BLOCK = 1 << 20  # bytes of one read
 _READERS = 4
 _SECONDS = 0.5
-_SCRATCH_BYTES = 64 << 20  # written for the measurement where there is no model yet
+_SCRATCH_BYTES = 64 << 20  # bytes written for the measurement if there is no model yet
 
 
 def doctor(
@@ -48,7 +48,7 @@ def doctor(
 
 
 def examine(cache: Path, *, storage: bool = True) -> dict[str, Any]:
-    """All findings, ready for JSON. cache: where models are kept; storage: measure its reads."""
+    """Returns all findings for JSON. cache: the folder of models; storage: measure its reads."""
     return {
         "stoker": _version(),
         "python": platform.python_version(),
@@ -77,7 +77,7 @@ def _core() -> dict[str, Any]:
 
 
 def _memory() -> dict[str, int] | None:
-    """Bytes; None where the system does not tell, as without /proc."""
+    """Returns memory sizes in bytes; None if the system does not tell, as without /proc."""
     import psutil  # type: ignore[import-untyped, unused-ignore]
 
     try:
@@ -118,11 +118,11 @@ def _storage(cache: Path, measure: bool) -> dict[str, Any]:
 
 
 def read_bandwidth(folder: Path) -> dict[str, Any]:
-    """Read bandwidth of the storage under `folder`, past the page cache where that works.
+    """Measures read bandwidth of the storage under `folder`, past the page cache if that works.
 
-    Random blocks of 1 MiB, four at a time, of the largest model file there (or of a scratch file);
-    `stoker probe` measures more. Returns read_mb_s (10^6 bytes a second, None where all of the file
-    was in memory), direct, probe_bytes. Raises DeviceError, OSError.
+    It reads random blocks of 1 MiB, four at a time, of the largest model file there (or of a
+    scratch file); `stoker probe` measures more. Returns read_mb_s (10^6 bytes a second, None if all
+    of the file was in memory), direct, probe_bytes. Raises DeviceError, OSError.
     """
     from .._core import StorageFile
 
@@ -141,7 +141,7 @@ def read_bandwidth(folder: Path) -> dict[str, Any]:
 
 
 def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, finding) rows for people."""
+    """Returns (name, finding) rows for display."""
     from ..base.display import size
 
     rows = [

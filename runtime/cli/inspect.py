@@ -18,8 +18,8 @@ from ..terminal.options import (
 if TYPE_CHECKING:
     from .._core import GgufFile, TensorInfo
 
-_ITEMS = 8  # of an array that are shown
-_CHARS = 70  # of a text that are shown in the table
+_ITEMS = 8  # items of an array that are shown
+_CHARS = 70  # characters of a text that the table shows
 
 
 def inspect(
@@ -55,19 +55,19 @@ def inspect(
 
 
 def open_file(path: Path) -> GgufFile:
-    """The file's directory, checked. Raises ModelFileError."""
+    """Opens the file and checks its directory. Raises ModelFileError."""
     from .._core import GgufFile
 
     return GgufFile(str(path))
 
 
 def parameters(file: GgufFile) -> int:
-    """Elements of all tensors."""
+    """Returns the number of elements of all tensors."""
     return sum(math.prod(tensor.shape) for tensor in file.tensors)
 
 
 def json_text(file: GgufFile, *, full: bool = False) -> str:
-    """Everything as one JSON object; long arrays as {"length", "first"} unless `full`."""
+    """Returns one JSON object; long arrays are {"length", "first"} unless `full`."""
     document = {
         "path": file.path,
         "version": file.version,
@@ -81,7 +81,7 @@ def json_text(file: GgufFile, *, full: bool = False) -> str:
 
 
 def as_tsv(file: GgufFile) -> str:
-    """The tensors, one a line: name, type, shape, offset, nbytes, shard."""
+    """Returns the tensors, one a line: name, type, shape, offset, nbytes, shard."""
     rows = ["name\ttype\tshape\toffset\tnbytes\tshard"]
     for tensor in file.tensors:
         row = _tensor_row(tensor)
@@ -91,7 +91,7 @@ def as_tsv(file: GgufFile) -> str:
 
 
 def as_table(file: GgufFile, *, metadata: bool, tensors: bool, full: bool = False) -> str:
-    """Aligned columns for people."""
+    """Returns aligned columns for display."""
     from ..base.display import aligned, size
 
     entries = file.metadata
@@ -141,7 +141,7 @@ def _tensor_row(tensor: TensorInfo) -> dict[str, Any]:
 
 def _json_value(value: Any, full: bool) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # JSON has no number for it
+        return str(value)  # JSON has no NaN and no infinity
     if isinstance(value, list):
         if full or len(value) <= _ITEMS:
             return [_json_value(item, full) for item in value]
@@ -174,7 +174,7 @@ def _scalar(value: Any) -> str:
 
 
 def _line(text: str) -> str:
-    """The text on one line, with nothing that a terminal or UTF-8 would choke on."""
+    """Escapes a text to one line that any terminal and UTF-8 can take."""
     plain = text.replace("\\", "\\\\") if "\n" in text else text
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in _text(plain)
@@ -182,7 +182,7 @@ def _line(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Bytes that were not UTF-8 in the file (kept as lone surrogates) as U+FFFD."""
+    """Replaces bytes that were not UTF-8 in the file (kept as lone surrogates) by U+FFFD."""
     if text.isascii():
         return text
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

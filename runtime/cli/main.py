@@ -1,4 +1,4 @@
-"""The `stoker` command. Everything heavy is imported inside the commands, so that help is quick.
+"""The `stoker` command, which imports large modules inside the commands, so that help is quick.
 
 Exit codes: 0 done; 1 failed while running; 2 bad usage, option or model file; 130 Ctrl-C.
 Errors are one line on stderr; STOKER_DEBUG=1 adds the traceback.
@@ -30,8 +30,8 @@ from ..terminal.options import ModelCommand
 from ..terminal.spare_threads import spare_threads
 from ..terminal.standard_streams import abandon_output, open_closed_streams
 
-# THE list of commands, in the order of the help: name -> the module of this room that has it, as a
-# function of the module's name or (export) as an app of its own.
+# This table lists all commands in the order of the help: name -> the module of this package that
+# defines it, as a function of the module's name or (export) as an app of its own.
 COMMANDS = {
     "run": "run",
     "chat": "chat",
@@ -50,7 +50,7 @@ COMMANDS = {
     "doctor": "doctor",
     "export": "export.main",
 }
-# Whose options are in groups.
+# These commands show their options in groups.
 _OF_MODELS = ("run", "chat", "batch", "perplexity")
 
 _BAD_INPUT = (
@@ -77,7 +77,7 @@ def _module_of(name: str) -> Any:
 
 @cache
 def command_of(name: str) -> Any:
-    """A command, of which the module is imported now."""
+    """Imports the module of a command and returns the command."""
     module = _module_of(name)
     if hasattr(module, "app"):
         found = typer.main.get_command(module.app)
@@ -91,14 +91,14 @@ def command_of(name: str) -> Any:
 
 
 def _summary_of(name: str, width: int) -> str:
-    """What the help of all commands says of one. Its options are not looked at."""
+    """Returns a command's summary for the help of all commands, without reading its options."""
     module = _module_of(name)
     said = module.root if hasattr(module, "app") else getattr(module, COMMANDS[name])
     return TyperCommand(name, help=said.__doc__).get_short_help_str(width)
 
 
 class _LazyCommands(Mapping[str, Any]):
-    """The commands, each imported when it is asked for: one of them needs no other's memory."""
+    """The commands, each imported at first use, so that one does not take the memory of others."""
 
     def __getitem__(self, name: str) -> Any:
         if name not in COMMANDS:
@@ -113,18 +113,18 @@ class _LazyCommands(Mapping[str, Any]):
 
 
 class Commands(TyperGroup):
-    """`stoker` as a command with commands."""
+    """The group of commands behind `stoker`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands: Any = _LazyCommands()
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Their names, in the order of the help."""
+        """Returns the commands' names in the order of the help."""
         return list(COMMANDS)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Writes the help's list of them."""
+        """Writes the help's list of commands."""
         width = formatter.width - 6 - max(map(len, COMMANDS))
         with formatter.section("Commands"):
             formatter.write_dl([(name, _summary_of(name, width)) for name in COMMANDS])
@@ -170,10 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output has left
+    except BrokenPipeError:  # the reader has closed our output
         abandon_output()
         return 1
-    except OSError as error:  # the disk that it goes to is full, say
+    except OSError as error:  # writing the output failed, for example on a full disk
         abandon_output()
         print(f"stoker: error: standard output: {error.strerror or error}", file=sys.stderr)
         return 1
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
-        # Text of a model must not fail on a terminal that is not UTF-8.
+        # A model's text must not fail on a terminal that is not UTF-8.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     command = typer.main.get_command(app)
@@ -193,7 +193,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             standalone_mode=False,
         )
         return code if isinstance(code, int) else 0
-    except typer.Abort:  # what a KeyboardInterrupt becomes in there
+    except typer.Abort:  # typer turns KeyboardInterrupt into this
         return 130
     except BrokenPipeError:
         raise
@@ -208,20 +208,20 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _encodable(argument: str) -> str:
-    """An argument that a file may be named by. Raises OptionError for what no system passes on."""
+    """Returns an argument that can be a file name. Raises OptionError for any other text."""
     try:
         if b"\0" not in os.fsencode(argument):
             return argument
-    except UnicodeEncodeError:  # half of a character
+    except UnicodeEncodeError:  # the argument contains half of a surrogate pair
         pass
     raise OptionError(f"expected text, found {argument!r}")
 
 
 def _describe(error: Exception) -> tuple[str, int]:
-    """(message, exit code) of an exception."""
+    """Returns (message, exit code) of an exception."""
     if isinstance(error, StokerError):
         return str(error) or type(error).__name__, 2 if isinstance(error, _BAD_INPUT) else 1
-    # Usage errors of typer (their class differs between its versions).
+    # Usage errors of typer have these attributes; their class differs between versions.
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return f"{error.format_message()} (stoker --help shows the usage)", 2
     if isinstance(error, MemoryError):

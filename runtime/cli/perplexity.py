@@ -1,4 +1,4 @@
-"""`stoker perplexity`: how well a model predicts a text."""
+"""`stoker perplexity`: measures how well a model predicts a text."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def measure(
     as_json: bool,
     trace: Path | None = None,
 ) -> None:
-    """Prints the perplexity of `text`; a progress bar on stderr in a terminal.
+    """Prints the perplexity of `text`, with a progress bar on stderr in a terminal.
 
-    trace: where to record the routing.
+    trace: the file that records the routing.
     """
     from ..terminal.opening import recording
 

@@ -1,4 +1,4 @@
-"""`stoker plan`: will a model run on a device, and how fast, from its header alone."""
+"""`stoker plan`: forecasts from a model's header whether it runs on a device, and how fast."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _header(model: str) -> Iterator[GgufFile]:
     from ...models.remote_header import is_remote, remote_header
     from .inspect import open_file
 
-    # A file of the hub that was pulled needs no network.
+    # A hub file that was pulled before needs no network.
     if is_remote(model) and not (model.startswith("hf:") and hub.cached(hub.parse(model))):
         with remote_header(model) as file:
             yield file
@@ -130,7 +130,7 @@ def _header(model: str) -> Iterator[GgufFile]:
 
 
 def _profile(path: Path | None) -> DeviceProfile:
-    """The one named, else this device's with how fast fresh memory is now."""
+    """Loads the named profile, else this device's with the present speed of fresh memory."""
     from ...mobile_bench.run.fresh_memory import fresh_bytes_s
     from ...offload.plan import device_profile
 
@@ -142,7 +142,7 @@ def _profile(path: Path | None) -> DeviceProfile:
 
 
 def _own_profile() -> DeviceProfile:
-    """The one that `stoker probe` saved, else a quick measurement."""
+    """Returns the profile that `stoker probe` saved, else measures quickly."""
     import sys
 
     from ...offload.plan import device_profile
@@ -171,7 +171,7 @@ def _check_sizes(memory: str) -> None:
 
 
 def _budget(text: str, subject: ModelHeader, device: Device) -> int | None:
-    """Bytes of the device; None: auto, and everything fits."""
+    """Returns the budget in bytes on the device; None if it is auto and everything fits."""
     from ...offload.plan.planned import resident_bytes
     from ..base.memory import check_memory
 
@@ -197,7 +197,7 @@ def _budget(text: str, subject: ModelHeader, device: Device) -> int | None:
 
 
 def as_tab_separated(found: Sequence[Forecast]) -> str:
-    """A head and one line a budget; empty cells where nothing is known or needed."""
+    """Returns a head and one line a budget; unknown or unneeded cells are empty."""
     lines = ["\t".join(_COLUMNS)]
     for forecast in found:
         values = forecast.as_dict()
@@ -209,7 +209,7 @@ def as_tab_separated(found: Sequence[Forecast]) -> str:
 
 
 def as_table(device: Device, found: Sequence[Forecast]) -> str:
-    """For people: one column a budget."""
+    """Returns a table with one column a budget."""
     from ..base.display import aligned, size
 
     first = found[0]

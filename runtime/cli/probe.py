@@ -1,4 +1,4 @@
-"""`stoker probe`: measures what this device can do, for people and for the planner."""
+"""`stoker probe`: measures this device's speeds, for display and for the planner."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def probe(
         check_output(out)
     with stage_progress() as progress:
         profile = measure(path, quick=quick, progress=progress)
-    # First shown, then saved: what was measured is not lost where that fails.
+    # The profile is shown before it is saved, so that it is not lost if saving fails.
     typer.echo(json.dumps(profile, indent=2) if as_json else as_table(profile))
     target = out or device_profile.default_path()
     device_profile.save(profile, target)
@@ -59,7 +59,7 @@ def probe(
 
 
 def as_table(profile: DeviceProfile) -> str:
-    """The profile for people."""
+    """Returns the profile as tables for display."""
     from ..base.display import aligned
 
     rows = _facts(profile)

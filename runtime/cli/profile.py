@@ -1,4 +1,4 @@
-"""`stoker profile`: teaches the predictors a model, and shows what they will find."""
+"""`stoker profile`: trains the predictors for a model, and shows their recall."""
 
 from __future__ import annotations
 

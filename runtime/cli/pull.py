@@ -1,4 +1,4 @@
-"""`stoker pull`: models of the catalogue and of the hub, into the cache."""
+"""`stoker pull`: downloads models of the catalogue and of the hub into the cache."""
 
 from __future__ import annotations
 

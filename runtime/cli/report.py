@@ -1,4 +1,4 @@
-"""`stoker report`: results of measurements as one HTML page, Markdown or JSON."""
+"""`stoker report`: writes results of measurements as one HTML page, Markdown or JSON."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _check(file: Path, inputs: list[Path]) -> None:
-    """Refuses to write over what is read, and into folders that are not there."""
+    """Refuses output files that are also inputs, and those in missing folders."""
     if any(_same(file, read) for read in inputs):
         raise OptionError(f"{file}: expected another file than the results that are read")
     check_output(file)
 
 
 def _write(file: Path, text: str) -> None:
-    """The file appears whole or not at all."""
+    """Writes the file, which appears whole or not at all."""
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -113,7 +113,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def _lines(made: Report, written: list[Path]) -> list[str]:
-    """What was found and written, for people."""
+    """Returns lines for display about the findings and the written files."""
     from ...mobile_bench.report.quantities import budget
     from ..base.display import printable
 

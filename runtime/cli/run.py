@@ -1,4 +1,4 @@
-"""`stoker run`: one prompt, one answer."""
+"""`stoker run`: answers one prompt."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ def answer(
 ) -> None:
     """Answers `prompt` on stdout; chat None: in the chat format if the model has one.
 
-    prefill: words of the answer to go on with. template: variables of the chat template.
-    trace: where to record the routing.
+    prefill: the answer's first words, which it continues. template: variables of the chat template.
+    trace: the file that records the routing.
     """
     wanting = {"--system": system, "--prefill": prefill, "--template-var": template}
     needs = next((option for option, value in wanting.items() if value is not None), None)

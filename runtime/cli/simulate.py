@@ -1,4 +1,4 @@
-"""`stoker simulate`: recorded routing through every cache policy, as a table, TSV or JSON."""
+"""`stoker simulate`: replays recorded routing through every cache policy."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def _percent(text: str) -> float:
 
 
 def as_table(trace: Trace, found: Sequence[CacheSize]) -> str:
-    """Aligned columns for people."""
+    """Returns aligned columns for display."""
     out = [
         f"{trace.n_layer} layers of {trace.n_expert} experts, {trace.n_expert_used} used; "
         f"{trace.n_tokens} tokens, {int(trace.tokens[trace.decode].sum())} of them decoded"
@@ -196,7 +196,7 @@ _COLUMNS = (
 
 
 def as_tsv(found: Sequence[CacheSize]) -> str:
-    """One line a size and policy, tab-separated; empty where unknown."""
+    """Returns one line a size and policy, tab-separated; unknown cells are empty."""
     from .. import _core
 
     kinds = ("foreseen", "needless_per_token")
@@ -213,7 +213,7 @@ def as_tsv(found: Sequence[CacheSize]) -> str:
 
 
 def json_text(trace: Trace, found: Sequence[CacheSize]) -> str:
-    """Everything as one JSON object."""
+    """Returns all results as one JSON object."""
     return json.dumps(
         {
             "n_layer": trace.n_layer,

@@ -1,4 +1,4 @@
-"""`stoker sweep`: many measurements and width searches, here or on a Ray cluster."""
+"""`stoker sweep`: runs many measurements and width searches, here or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -106,19 +106,19 @@ def sweep(
 
 
 class _Lines:
-    """Progress on stderr: a line for each job that has ended, and, in a terminal, what runs."""
+    """Progress on stderr: a line for each finished job and, in a terminal, the running jobs."""
 
     def __init__(self) -> None:
         self._running: list[str] = []
         self._live = sys.stderr.isatty()
 
     def started(self, job: Job, where: str) -> None:
-        """A job has begun."""
+        """Notes that a job has begun."""
         self._running.append(job.label())
         self._show()
 
     def finished(self, job: Job, result: JobResult, done: int, of: int) -> None:
-        """A job has ended."""
+        """Prints the line of a job that has ended."""
         if job.label() in self._running:
             self._running.remove(job.label())
         what = f"error: {result['error']}" if result["error"] else headline(result)
@@ -126,14 +126,14 @@ class _Lines:
         self.say(f"[{done:{width}}/{of}] {job.label()}: {what} ({result['seconds']:.1f} s)")
 
     def say(self, text: str) -> None:
-        """Writes a line."""
+        """Prints a line above the running jobs."""
         from ..base.display import printable
 
         print(("\r\x1b[K" if self._live else "") + printable(text), file=sys.stderr, flush=True)
         self._show()
 
     def close(self) -> None:
-        """Clears what was running."""
+        """Clears the line of running jobs."""
         self._running = []
         if self._live:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
@@ -149,7 +149,7 @@ class _Lines:
 
 
 def headline(result: JobResult) -> str:
-    """A result's most important figure, for people."""
+    """Returns a result's most important figure for display."""
     from ..base.display import size
 
     for found in result["results"]:
@@ -171,7 +171,7 @@ def headline(result: JobResult) -> str:
 
 
 def _plan_table(planned: Sequence[Planned], retry_failed: bool) -> str:
-    """The jobs, one a line, and what will become of them."""
+    """Returns the jobs, one a line, with their states."""
     rows = []
     for p in planned:
         state = "to do"

@@ -1,1 +1,1 @@
-"""Reading of whole files within bounds, and writing under a final name."""
+"""Reading of whole files within bounds, and checks of output paths."""

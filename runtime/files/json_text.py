@@ -7,7 +7,7 @@ from typing import Any
 
 
 def parse(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError for other text and for too deep nesting."""
+    """Returns the value of a JSON text. Raises ValueError for other text or too deep nesting."""
     try:
         return json.loads(text)
     except RecursionError:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..base.errors import OptionError
 
-# The longest name of a hidden part that is made beside a file.
+# This is the longest name of a hidden part file that is made beside an output file.
 _PART = "..{}.gguf.part.json"
 
 
@@ -19,9 +19,9 @@ def check_output(
 ) -> None:
     """Refuses (OptionError) a file that cannot or should not be made.
 
-    A result is made beside its name and takes it when it is complete, so that a device or a pipe of
-    that name would be replaced. inputs: files that it is made from; `out` must be none of them.
-    force: an existing file is replaced.
+    A result is written beside its name and renamed when it is complete, so that it would replace a
+    device or a pipe of that name. inputs: the files that it is made from; `out` must be none of
+    them. force: an existing file may be replaced.
     """
     mode = None
     try:

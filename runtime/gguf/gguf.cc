@@ -28,7 +28,8 @@ bool is_int_type(Type type) {
 }
 bool is_float_type(Type type) { return type == Type::f32 || type == Type::f64; }
 
-// What ggml defines. The first sixteen are ours as well (formats.inc), the others we only name.
+// The types that ggml defines. The first sixteen are the formats of formats.inc; the others are
+// only named.
 constexpr GgufTensorType kTensorTypes[] = {
 #define STOKER_FORMAT(name, id, block, bytes) {#name, id, block, bytes},
 #include "kernels_cpu/formats.inc"
@@ -184,7 +185,7 @@ std::vector<std::string_view> GgufValue::as_string_array() const {
   return out;
 }
 
-// Past the bytes of a checked value of `type`.
+// Returns the end of the bytes of a checked value of `type`.
 static const uint8_t* skip_value(Type type, const uint8_t* p) {
   if (type == Type::string) return p + 8 + load<uint64_t>(p);
   if (type != Type::array) return p + value_type(type).bytes;

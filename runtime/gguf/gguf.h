@@ -1,5 +1,5 @@
-// A GGUF model file, read and checked: metadata and tensor directory of every shard. The weights
-// themselves are not read here; GgufTensor says where they lie.
+// A GGUF model file, read and checked: the metadata and the tensor directory of every shard. The
+// weights themselves are not read here; GgufTensor says where they lie.
 //
 // Layout of a file (versions 2 and 3, little-endian):
 //     "GGUF"  u32 version  u64 n_tensors  u64 n_metadata
@@ -56,7 +56,7 @@ class GgufValue {
   bool as_bool() const;                // boolean
   std::string_view as_string() const;  // string; bytes, not necessarily UTF-8
 
-  // Arrays. Each call decodes: keep the result.
+  // These are for arrays. Each call decodes anew, so callers keep the result.
   Type element_type() const;                              // throws where this is no array
   uint64_t size() const;                                  // elements
   std::vector<int64_t> as_int_array() const;              // [size()] integer or boolean elements
@@ -65,7 +65,7 @@ class GgufValue {
   std::vector<std::string_view> as_string_array() const;  // [size()] views as above
   std::vector<GgufValue> as_array() const;                // [size()] elements of any type
 
-  // "u32", "string", "array of f32 [262144]", for messages and listings.
+  // Returns "u32", "string", "array of f32 [262144]" and the like, for messages and listings.
   std::string describe() const;
 
  private:
@@ -102,7 +102,8 @@ struct GgufTensor {
   int64_t n_elements() const { return ne[0] * ne[1] * ne[2] * ne[3]; }
 };
 
-// malloc'ed, so that it grows and shrinks by realloc: a header has no known size before its end.
+// Header bytes come from malloc, so that they grow and shrink by realloc: the size of a header is
+// unknown before its end.
 struct HeaderFree {
   void operator()(uint8_t* p) const { std::free(p); }
 };
@@ -114,14 +115,14 @@ class HeaderEndsEarly : public Error {
   explicit HeaderEndsEarly(const std::string& message) : Error(ErrorKind::kModelFile, message) {}
 };
 
-// Immutable once opened: share it between threads freely.
+// A file is immutable once opened, so that threads may share it.
 // (enable_shared_from_this lets the Python binding hand out the same shared_ptr.)
 class GgufFile : public std::enable_shared_from_this<GgufFile> {
  public:
-  // Opens a file, or the first shard and with it all others. Throws Error(kModelFile) where a
+  // Opens a file, or a first shard and with it all others. Throws Error(kModelFile) where a
   // file is missing, truncated or corrupt, Error(kUnsupported) for version 1 or big-endian files.
   static std::shared_ptr<const GgufFile> open(const std::string& path);
-  // One shard from memory: data[size] are the first bytes (all of the header) of a file of
+  // Parses one shard from memory: data[size] are the first bytes (all of the header) of a file of
   // `file_size` bytes; `name` is for messages. The data are copied.
   static std::shared_ptr<const GgufFile> parse(const uint8_t* data, size_t size, uint64_t file_size,
                                                const std::string& name);
@@ -132,9 +133,10 @@ class GgufFile : public std::enable_shared_from_this<GgufFile> {
   const GgufValue* find(std::string_view key) const;      // null where absent
   const GgufTensor* tensor(std::string_view name) const;  // null where absent
 
-  // In file order, shard after shard.
+  // The tensors are in file order, shard after shard.
   const std::vector<GgufTensor>& tensors() const { return tensors_; }
-  // In file order; of the first shard (the others repeat the split.* keys only).
+  // The metadata are those of the first shard, in file order (the others repeat only the split.*
+  // keys).
   const std::vector<std::pair<std::string, GgufValue>>& metadata() const { return metadata_; }
 
   const std::string& path() const { return shards_.front(); }                  // as given to open()
@@ -143,13 +145,13 @@ class GgufFile : public std::enable_shared_from_this<GgufFile> {
   int version() const { return version_; }
   uint64_t nbytes() const;  // of all shards
 
-  // The value of `key`, or `fallback` where it is absent. A value of another type throws
-  // Error(kModelFile) naming file, key, expected and found type.
+  // Each returns the value of `key`, or `fallback` where it is absent. A value of another type
+  // throws Error(kModelFile), which names the file, the key, the expected and the found type.
   int64_t get_int(std::string_view key, int64_t fallback) const;
   double get_float(std::string_view key, double fallback) const;
   bool get_bool(std::string_view key, bool fallback) const;
   std::string_view get_string(std::string_view key, std::string_view fallback) const;
-  // The same, but an absent key throws Error(kModelFile).
+  // These do the same, but an absent key throws Error(kModelFile).
   int64_t require_int(std::string_view key) const;
   double require_float(std::string_view key) const;
   bool require_bool(std::string_view key) const;

@@ -41,7 +41,7 @@ T load(const uint8_t* p) {
   throw Error(ErrorKind::kModelFile, printable_path(path) + ": " + what);
 }
 
-// What a file that is no GGUF seems to be, from its first bytes; empty where we cannot tell.
+// Returns what a file that is no GGUF seems to be by its first bytes; empty where that is unclear.
 const char* guess_content(std::string_view head) {
   const auto starts = [&](std::string_view prefix) {
     return head.substr(0, prefix.size()) == prefix;
@@ -79,8 +79,8 @@ const char* guess_content(std::string_view head) {
 
 // ------------------------------------------------------------------------------------- parser
 
-// Reads one shard into a GgufFile. Bytes are pulled from the file as the parse needs them and
-// stay in one buffer; until that stops moving, values are kept as offsets.
+// Reads one shard into a GgufFile. Bytes are read from the file as the parse needs them and stay in
+// one buffer; values are kept as offsets while the buffer can still move.
 class GgufParser {
  public:
   static std::shared_ptr<const GgufFile> open(const std::string& path);
@@ -108,7 +108,7 @@ class GgufParser {
     return value;
   }
 
-  // The next n bytes are in the buffer afterwards.
+  // Ensures that the next n bytes are in the buffer.
   void need(uint64_t n, const char* what) {
     if (filled_ - pos_ < n) fill(n, what);
   }
@@ -276,7 +276,8 @@ void GgufParser::read_metadata(uint64_t count,
     offsets.push_back(begin + (type == Type::string ? 8 : type == Type::array ? 12 : 0));
     metadata->emplace_back(key, value);
   }
-  // The buffer may still move while the directory is read: an offset for now, see read_shard().
+  // The buffer may still move while the directory is read, so read_shard() turns these offsets into
+  // pointers later.
   for (size_t i = 0; i < metadata->size(); ++i) {
     (*metadata)[i].second.data_ = reinterpret_cast<const uint8_t*>(offsets[i]);
   }
@@ -324,7 +325,8 @@ void GgufParser::read_directory(uint64_t count) {
   }
 }
 
-// Directory offsets count from the data section; makes them offsets in the file and checks them.
+// Turns the directory's offsets, which count from the data section, into offsets in the file, and
+// checks them.
 void GgufParser::place_tensors(uint64_t alignment) {
   const uint64_t data_begin = (pos_ + alignment - 1) / alignment * alignment;
   const uint64_t room = file_size_ > data_begin ? file_size_ - data_begin : 0;
@@ -474,7 +476,7 @@ void GgufParser::index(GgufFile* file) {
 
 namespace {
 
-// <prefix>-00002-of-00003.gguf -> prefix, 2, 3; count 0 where the path has another form.
+// The parts of <prefix>-00002-of-00003.gguf: prefix, 2, 3; count is 0 for a path of another form.
 struct ShardName {
   std::string prefix;
   int64_t number = 0;  // from 1

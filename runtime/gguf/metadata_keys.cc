@@ -17,7 +17,7 @@ constexpr MetadataKey kKeys[] = {
 #undef STOKER_METADATA_KEY
 };
 
-// Whether a key of the list, with {...} for one or more characters, is `key`.
+// Returns whether `key` matches a key of the list, with {...} for one or more characters.
 bool matches(std::string_view pattern, std::string_view key) {
   const size_t open = pattern.find('{');
   if (open == std::string_view::npos) return pattern == key;
@@ -27,7 +27,7 @@ bool matches(std::string_view pattern, std::string_view key) {
          key.ends_with(after);
 }
 
-// The key as the list writes it.
+// Returns the key as the list writes it.
 std::string listed(std::string_view key, std::string_view architecture) {
   if (!architecture.empty() && key.size() > architecture.size() && key.starts_with(architecture) &&
       key[architecture.size()] == '.') {
@@ -36,7 +36,7 @@ std::string listed(std::string_view key, std::string_view architecture) {
   return std::string(key);
 }
 
-// text: a word, or a whole number.
+// Returns whether the value equals `text`, a word or a whole number.
 bool equals(const GgufValue& v, std::string_view text) {
   if (v.is_string()) return v.as_string() == text;
   if (v.is_bool()) return v.as_bool() == (text == "true" || text == "1");
@@ -98,7 +98,7 @@ std::span<const MetadataKey> metadata_keys() { return kKeys; }
 const MetadataKey* find_metadata_key(std::string_view key, std::string_view architecture) {
   const std::string name = listed(key, architecture);
   for (const MetadataKey& row : kKeys) {
-    // The architecture's part is literal in both, what follows may be a pattern.
+    // The architecture's part is literal in both; only what follows may be a pattern.
     std::string_view pattern = row.key, rest = name;
     if (pattern.starts_with(kArchitecture)) {
       if (!rest.starts_with(kArchitecture)) continue;

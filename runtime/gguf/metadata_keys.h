@@ -1,5 +1,5 @@
-// What each metadata key of a published file is to the engine (metadata_keys.inc), so that nothing
-// that a file says about its computation is passed over in silence.
+// The use that the engine makes of each metadata key of a published file (metadata_keys.inc), so
+// that nothing that a file says about its computation is ignored silently.
 #pragma once
 
 #include <span>
@@ -22,7 +22,7 @@ struct MetadataKey {
 };
 
 std::span<const MetadataKey> metadata_keys();
-// Null where the list has no such key. architecture: that of the file.
+// Returns null where the list has no such key; `architecture` is that of the file.
 const MetadataKey* find_metadata_key(std::string_view key, std::string_view architecture);
 
 // Throws Error(kModelFile) where a key says that the file is no model: an adapter, say.
@@ -30,7 +30,7 @@ void check_is_model(const GgufFile& file);
 // Throws Error(kUnsupported) for a refused key whose value is not neutral.
 void check_computation(const GgufFile& file, std::string_view architecture);
 
-// Keys of the file's architecture that the list does not have.
+// Returns the keys of the file's architecture that the list does not have.
 std::vector<std::string> unknown_metadata(const GgufFile& file);
 
 }  // namespace stoker

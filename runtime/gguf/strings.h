@@ -1,4 +1,4 @@
-// An array of strings in a file's metadata, found by number and by text without a copy of any: for
+// An array of strings in a file's metadata, found by number and by text without copies. It is for
 // vocabularies and merges, whose hundreds of thousands of entries would be as many objects.
 #pragma once
 
@@ -13,13 +13,13 @@ namespace stoker {
 
 class Strings {
  public:
-  // The array of strings of this key; null if the file has none.
+  // Returns the array of strings of this key; null if the file has none.
   static std::shared_ptr<const Strings> of(std::shared_ptr<const GgufFile> file,
                                            std::string_view key);
 
   int64_t size() const { return static_cast<int64_t>(offset_.size()); }
   std::string_view at(int64_t i) const;
-  // The number of this text (the last one's of equal texts); -1: there is none.
+  // Returns the number of this text (the last one's of equal texts), or -1 where there is none.
   int64_t find(std::string_view text) const;
 
  private:

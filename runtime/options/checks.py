@@ -15,7 +15,7 @@ Check = Callable[[str, Any], Any]
 
 
 class _Frozen(dict[int, float]):
-    """A mapping that nobody changes; other than MappingProxyType it can be pickled and copied."""
+    """An immutable mapping; unlike MappingProxyType it can be pickled and copied."""
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise TypeError("options are frozen: make others with dataclasses.replace")
@@ -27,37 +27,37 @@ class _Frozen(dict[int, float]):
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Check:
-    """A finite number of low to high."""
+    """Accepts a finite number of low to high."""
     return lambda name, value: arguments.number(name, value, low, high)
 
 
 def integer(low: int, high: int = INT64_MAX) -> Check:
-    """An integer of low to high."""
+    """Accepts an integer of low to high."""
     return lambda name, value: arguments.integer(name, value, low, high)
 
 
 def one_of(names: Sequence[str]) -> Check:
-    """One of these names."""
+    """Accepts one of these names."""
     return lambda name, value: arguments.choice(name, value, tuple(names))
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False."""
+    """Accepts True or False."""
     return arguments.flag(name, value)
 
 
 def path(name: str, value: Any) -> Any:
-    """A path."""
+    """Accepts a path."""
     return arguments.path(name, value)
 
 
 def memory(_: str, value: Any) -> Any:
-    """A budget: bytes, "500MB", "60%" or "auto"."""
+    """Accepts a budget: bytes, "500MB", "60%" or "auto"."""
     return plain_memory(value)
 
 
 def core_name(name: str, value: Any) -> str:
-    """A name that is not empty; whether it exists is for the core to say."""
+    """Accepts a name that is not empty; the core checks whether it exists."""
     text = arguments.text(name, value)
     if not text:
         raise OptionError(f"{name} must be a name, not ''")
@@ -65,7 +65,7 @@ def core_name(name: str, value: Any) -> str:
 
 
 def strings(name: str, value: Any) -> tuple[str, ...]:
-    """One string or several, none of them empty."""
+    """Accepts one string or several, none of them empty."""
     expected = "a string or a sequence of strings"
     values = [value] if isinstance(value, str) else arguments.sequence(name, value, expected)
     found = tuple(arguments.text(name, text, expected) for text in values)
@@ -75,7 +75,7 @@ def strings(name: str, value: Any) -> tuple[str, ...]:
 
 
 def biases(name: str, value: Any) -> Mapping[int, float]:
-    """Token ids to numbers, or -inf."""
+    """Accepts a mapping of token ids to numbers or -inf."""
     bias: dict[int, float] = {}
     for key, added in arguments.mapping(name, value, "token ids to numbers").items():
         token = arguments.integer(f"{name} token", key, 0, INT32_MAX)

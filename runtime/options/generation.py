@@ -1,4 +1,4 @@
-"""The options of an answer, as a table."""
+"""The table of generation options."""
 
 from __future__ import annotations
 
@@ -159,9 +159,9 @@ class GenerationOptions:
         check_all(self)
 
     def of_sampler(self, tokens_with: Callable[[str], Iterable[int]]) -> dict[str, Any]:
-        """What the sampling stages are made with, by name.
+        """Returns the options of the sampling stages by name.
 
-        tokens_with: the tokens whose text has a string in it.
+        tokens_with returns the tokens whose text has a string in it.
         """
         defaults = {row.name: default_of(row) for row, _ in rows(self)}
         given: dict[str, Any] = {}
@@ -177,7 +177,7 @@ class GenerationOptions:
 
 
 def merge(options: GenerationOptions | None, overrides: Mapping[str, Any]) -> GenerationOptions:
-    """`options` (or the defaults) with `overrides` on top; OptionError for an unknown name."""
+    """Returns `options` (or the defaults) with `overrides`; OptionError for an unknown name."""
     base = GenerationOptions() if options is None else options
     if not isinstance(base, GenerationOptions):
         raise OptionError(f"options must be a GenerationOptions, not {arguments.shown(base)}")

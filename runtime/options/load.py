@@ -1,4 +1,4 @@
-"""The options of a load, as a table."""
+"""The table of load options."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _FLASH = "Memory and experts on flash"
 class LoadOptions:
     """How a model is loaded.
 
-    The last six have no effect where all weights are in memory, the first four of them where all
-    experts are. Raises OptionError for a value out of range.
+    The last six have no effect if all weights are in memory, the first four of them if all experts
+    are. Raises OptionError for a value out of range.
     """
 
     threads: int | None = option(

@@ -1,7 +1,7 @@
 """A row of an option table: a dataclass's field that knows its check, its help and its flag.
 
-`GenerationOptions` and `LoadOptions` are these tables. What the API checks, the command line's
-options, what the core's sampler and engine are given and README's table come from them.
+`GenerationOptions` and `LoadOptions` are these tables. They define what the API checks, the command
+line's options, the options of the core's sampler and engine, and README's table.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ _KEY = "option"
 
 @dataclass(frozen=True)
 class Option:
-    """What a field is, besides its name, type and default.
+    """The properties of a field besides its name, type and default.
 
-    check: (name, value) -> the plain value; raises OptionError. Not asked about None where that is
-        the default.
-    help: one line for people. long: what more there is to say, in the class's docstring.
-    flags: of the command line besides --name, shortest last; None: not there. metavar, panel: of
-        its help. default_text: what it says of a default that is None.
+    check: (name, value) -> the plain value; raises OptionError. It is not called with None where
+        that is the default.
+    help: one line of help. long: further text for the class's docstring.
+    flags: command-line flags besides --name, shortest last; None: no flag at all. metavar, panel:
+        those of the command line's help. default_text: the help's text for a default of None.
     sampler: what the sampling stages read by this name: "number", "tokens" (those whose text has
-        one of these strings in it), "" nothing. only_with: the option without which that is of no
-        use, and is left out.
+        one of these strings in it), "" nothing. only_with: the option that must be set for this
+        one to have any effect; without it this one is left out.
     """
 
     check: Callable[[str, Any], Any]
@@ -39,7 +39,7 @@ class Option:
 
 
 def option(default: Any, check: Callable[[str, Any], Any], help: str, **more: Any) -> Any:
-    """A field of an option table; more: fields of Option."""
+    """Makes a field of an option table; more: fields of Option."""
     row = {_KEY: Option(check, help, **more)}
     if isinstance(default, Mapping):
         return field(default_factory=lambda: default, hash=False, metadata=row)
@@ -47,18 +47,18 @@ def option(default: Any, check: Callable[[str, Any], Any], help: str, **more: An
 
 
 def rows(table: Any) -> Iterator[tuple[Field[Any], Option]]:
-    """The fields of a table (the class, or an instance) in order."""
+    """Yields the fields of a table (the class, or an instance) in order."""
     for row in fields(table):
         yield row, row.metadata[_KEY]
 
 
 def default_of(row: Field[Any]) -> Any:
-    """A field's default."""
+    """Returns a field's default."""
     return row.default if row.default_factory is MISSING else row.default_factory()
 
 
 def check_all(options: Any) -> None:
-    """Puts plain values in place of those that a frozen table was given. Raises OptionError."""
+    """Checks a frozen table's values and replaces them by plain ones. Raises OptionError."""
     for row, about in rows(options):
         value = getattr(options, row.name)
         if value is not None or default_of(row) is not None:
@@ -66,7 +66,7 @@ def check_all(options: Any) -> None:
 
 
 def documented(table: type) -> type:
-    """Writes the rows into a class's docstring, one paragraph a row."""
+    """Writes the rows into a class's docstring, one line each."""
     lines = [
         f"    {row.name}: {about.help}{' ' + about.long if about.long else ''}"
         for row, about in rows(table)
@@ -76,7 +76,7 @@ def documented(table: type) -> type:
 
 
 def as_markdown(table: type) -> str:
-    """The rows as README's table."""
+    """Returns the rows as README's table."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for row, about in rows(table):
         default = default_of(row)

@@ -27,8 +27,8 @@ void Candidates::begin(const float* logits, float max) {
   sorted_ = false;
 }
 
-// One pass: what beats the k-th best so far is collected, and each time the collection is full it
-// is cut to k again.
+// The selection takes one pass: it collects what beats the k-th best so far, and cuts the
+// collection to k again each time it is full.
 void Candidates::select(const float* logits, int64_t k, std::vector<Candidate>* best) const {
   best->clear();
   const size_t full = static_cast<size_t>(std::min<int64_t>(2 * k + 256, n_vocab_));
@@ -37,7 +37,7 @@ void Candidates::select(const float* logits, int64_t k, std::vector<Candidate>* 
     if (best->size() <= static_cast<size_t>(k)) return;
     std::nth_element(best->begin(), best->begin() + (k - 1), best->end(), better);
     best->resize(static_cast<size_t>(k));
-    // A later token of the same logit has a higher id and loses: only larger ones come in.
+    // A later token of the same logit has a higher id and loses, so only larger logits enter.
     threshold = best->back().logit;
   };
   const auto find = vocabulary_loops().find_above;
@@ -61,7 +61,7 @@ void Candidates::keep_best(int64_t k) {
   }
 }
 
-// Over the whole vocabulary: the few best nearly always reach p, so sort no more than that.
+// The few best of the whole vocabulary nearly always reach p, so no more than those are sorted.
 void Candidates::keep_mass(double p) {
   if (!whole_) {
     sorted();
@@ -78,8 +78,8 @@ void Candidates::keep_mass(double p) {
   }
 }
 
-// Cuts the sorted list to the fewest whose weights reach p of `total` (negative: of their own sum).
-// False where all of them together do not reach it.
+// Cuts the sorted list to the fewest whose weights reach p of `total` (of the list's own sum where
+// `total` is negative). Returns false where all of them together do not reach it.
 bool Candidates::cut_mass(double p, double total) {
   const double top = max();
   const auto weight = [&](const Candidate& c) {
@@ -100,7 +100,7 @@ bool Candidates::cut_mass(double p, double total) {
   return false;
 }
 
-// Over the whole vocabulary this needs no order: the list is by id.
+// This needs no sorting: over the whole vocabulary the list that it leaves is in order of id.
 void Candidates::keep_within(double log_p) {
   const double top = max();
   const auto probable = [&](const Candidate& c) {
@@ -110,7 +110,7 @@ void Candidates::keep_within(double log_p) {
     std::erase_if(list_, [&](const Candidate& c) { return !probable(c); });
     return;
   }
-  // Below every float that passes the exact comparison.
+  // This threshold is below every float that passes the exact comparison.
   const float below = std::nextafter(static_cast<float>(top + log_p), -INFINITY);
   const auto find = vocabulary_loops().find_above;
   list_.clear();
@@ -145,12 +145,13 @@ int32_t Candidates::draw(double uniform, double inverse_temperature) {
   }
   const double target = uniform * total;
   const auto at = std::upper_bound(cumulative_.begin(), cumulative_.end(), target);
-  // uniform < 1, yet the product can round up to the total: the last token with any weight.
+  // Although uniform < 1, the product can round up to the total; that draws the last token that
+  // has any weight.
   const auto last = std::lower_bound(cumulative_.begin(), cumulative_.end(), total);
   return list_[static_cast<size_t>(std::min(at, last) - cumulative_.begin())].id;
 }
 
-// Sums of whole blocks first, so that only one block's weights are ever held.
+// Whole blocks are summed first, so that only one block's weights are held at a time.
 int32_t Candidates::draw_from_all(double uniform, double inverse_temperature) {
   const double total = sum_blocks(logits_, max_, inverse_temperature);
   const double target = uniform * total;

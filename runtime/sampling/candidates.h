@@ -1,5 +1,5 @@
 // The tokens of one position that the stages have left: all of the vocabulary, or a list. A stage
-// sees the softmax of what the one before it left. Nothing is sorted before a stage needs it.
+// sees the softmax of what the stage before it left. The list is sorted once a stage needs it.
 #pragma once
 
 #include <cstdint>
@@ -15,27 +15,29 @@ struct Candidate {
 class Candidates {
  public:
   explicit Candidates(int n_vocab) : n_vocab_(n_vocab) {}
-  // Room for lists of k.
+  // Reserves memory for lists of k tokens.
   void reserve(int64_t k);
 
-  // All tokens of logits [n_vocab], which must live on; max: the largest.
+  // Starts with all tokens of `logits` [n_vocab], which must outlive the stages' calls; `max` is
+  // the largest of them.
   void begin(const float* logits, float max);
 
   void keep_best(int64_t k);
-  // The fewest, most probable first, whose probabilities reach p.
+  // Keeps the fewest tokens, most probable first, whose probabilities reach p.
   void keep_mass(double p);
-  // Those whose log-probability is within `log_p` (<= 0) of the largest.
+  // Keeps the tokens whose log-probability is within `log_p` (<= 0) of the largest.
   void keep_within(double log_p);
-  // As a list, best first (ties: the lower id), for stages that take from it; at least one must be
-  // left.
+  // Returns the candidates as a list, best first (ties: the lower id). Stages may take tokens out
+  // of it, but must leave at least one.
   std::vector<Candidate>& sorted();
 
-  // A token in proportion to e^(logit * inverse_temperature); uniform in [0, 1).
+  // Draws a token in proportion to e^(logit * inverse_temperature); `uniform` is in [0, 1).
   int32_t draw(double uniform, double inverse_temperature);
 
-  // The k best of logits [n_vocab] that are finite, best first.
+  // Finds the k best finite logits of `logits` [n_vocab], best first.
   void select(const float* logits, int64_t k, std::vector<Candidate>* best) const;
-  // cumulative()[b]: weights of all tokens up to and with block b; returns the total.
+  // Sets cumulative_[b] to the sum of the weights of all tokens up to and including block b;
+  // returns the total.
   double sum_blocks(const float* logits, float max, double inverse_temperature);
 
  private:

@@ -1,5 +1,6 @@
-// DRY (github.com/oobabooga/text-generation-webui/pull/5677): a token that would go on with a
-// repetition of earlier text loses multiplier * base^(length of the repetition - allowed length).
+// DRY (github.com/oobabooga/text-generation-webui/pull/5677) penalises repetition: a token that
+// would continue a repetition of earlier text loses
+// multiplier * base^(length of the repetition - allowed length).
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -29,8 +30,8 @@ class Dry : public SamplerStage {
 
   void adjust(float* logits) override {
     const std::vector<int32_t>& match = match_lengths();
-    // match[i]: how many tokens before tokens_[end - i] end as the text does; what followed them
-    // is tokens_[end - i].
+    // match[i] is how many of the tokens just before tokens_[end - i] equal the end of the text;
+    // tokens_[end - i] is what followed them.
     const size_t end = tokens_.size();
     for (size_t i = 1; i < match.size(); ++i) {
       if (match[i] < allowed_) continue;
@@ -52,7 +53,7 @@ class Dry : public SamplerStage {
 
   void accept(int32_t token) override {
     tokens_.push_back(token);
-    // Cut now and then: a token costs the same however long the text is.
+    // The history is cut only now and then, so that a token's cost does not grow with the text.
     if (window_ > 0 && static_cast<int64_t>(tokens_.size()) >= 2 * window_) {
       tokens_.erase(tokens_.begin(), tokens_.end() - static_cast<std::ptrdiff_t>(window_));
     }
@@ -61,13 +62,13 @@ class Dry : public SamplerStage {
   void reset() override { tokens_.clear(); }
 
  private:
-  // By distance from the end: the Z function of the reversed text, cut where a breaker ends a
-  // repetition.
+  // Returns the match lengths by distance from the end: the Z function of the reversed text, cut
+  // where a breaker ends a repetition.
   const std::vector<int32_t>& match_lengths() {
     const auto all = static_cast<int64_t>(tokens_.size());
     const int64_t n = window_ > 0 ? std::min(window_, all) : all;
     const auto back = [&](int64_t i) { return tokens_[static_cast<size_t>(all - 1 - i)]; };
-    int64_t limit = 0;  // tokens since the last breaker: no repetition reaches over one
+    int64_t limit = 0;  // tokens since the last breaker, which no repetition crosses
     while (limit < n && !breaks_[static_cast<size_t>(back(limit))]) ++limit;
     match_.assign(static_cast<size_t>(n), 0);
     if (limit < allowed_) return match_;
@@ -91,8 +92,8 @@ class Dry : public SamplerStage {
   std::vector<bool> breaks_;      // [n_vocab]
   std::vector<int32_t> tokens_;   // accepted, the last ones
   std::vector<int32_t> match_;    // [tokens looked at]
-  std::vector<int32_t> longest_;  // [n_vocab] repetition that a token would go on with
-  std::vector<int32_t> found_;    // tokens with one
+  std::vector<int32_t> longest_;  // [n_vocab] length of the repetition that a token would continue
+  std::vector<int32_t> found_;    // tokens that would continue one
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// logit += bias; -inf bans the token.
+// This stage adds each token's bias to its logit; -inf bans the token.
 #include <cmath>
 #include <utility>
 #include <vector>

@@ -1,4 +1,5 @@
-// Only tokens that a grammar or a schema allows: set anew for each position.
+// This stage bans all tokens but those that a grammar or a schema allows. The mask is set anew for
+// each position.
 #include <algorithm>
 #include <cmath>
 #include <string>

@@ -1,4 +1,4 @@
-// Tokens with p(token) >= min_p * p(most probable) (arXiv 2407.01082).
+// This stage keeps the tokens with p(token) >= min_p * p(most probable) (arXiv 2407.01082).
 #include <cmath>
 
 #include "runtime/sampling/stage.h"

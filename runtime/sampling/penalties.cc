@@ -1,4 +1,4 @@
-// Penalties of tokens in the last penalty_window ones:
+// This stage penalises the tokens that are among the last penalty_window ones:
 //   repetition   logit = logit > 0 ? logit / r : logit * r                (CTRL, arXiv 1909.05858)
 //   frequency,   logit -= count * frequency + (count > 0) * presence      (OpenAI API)
 //   presence
@@ -80,7 +80,7 @@ class Penalties : public SamplerStage {
   }
 
   double repetition_, frequency_, presence_;
-  int64_t size_;                         // of the window; -1: all tokens
+  int64_t size_;                         // tokens in the window; -1: all
   std::vector<Occurrence> occurrences_;  // [n_vocab]
   std::vector<int32_t> distinct_;        // the tokens with a count > 0, in any order
   std::vector<int32_t> window_;          // ring of the last `size_` tokens

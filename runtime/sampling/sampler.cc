@@ -106,7 +106,7 @@ void Sampler::reset() {
   top_logprobs_.clear();
 }
 
-// What the first stages make of the logits; `logits` itself where they change nothing.
+// Returns the logits as the first stages adjust them; `logits` itself where they change nothing.
 const float* Sampler::adjust(const float* logits) {
   bool copied = false;
   for (const auto& stage : stages_) {
@@ -118,15 +118,15 @@ const float* Sampler::adjust(const float* logits) {
   return copied ? adjusted_.data() : logits;
 }
 
-// The largest logit and the lowest id that has it. Throws where a logit is NaN or +inf, or where
-// all are -inf.
+// Returns the largest logit; `argmax` is the lowest id that has it. Throws where a logit is NaN or
+// +inf, or where all are -inf.
 float Sampler::checked_max(const float* logits, int32_t* argmax) const {
   constexpr int kStretch = 4096;
   const auto key_range = vocabulary_loops().key_range;
   const int32_t plus_inf = logit_key(std::bit_cast<int32_t>(kInfinity));
   const int32_t minus_inf = logit_key(std::bit_cast<int32_t>(-kInfinity));
   int32_t largest = std::numeric_limits<int32_t>::min();
-  int best = 0;  // start of the stretch that has it
+  int best = 0;  // start of the stretch that has the largest
   bool good = true;
   for (int begin = 0; begin < n_vocab_; begin += kStretch) {
     const KeyRange range = key_range(logits + begin, std::min(kStretch, n_vocab_ - begin));
@@ -145,7 +145,7 @@ float Sampler::checked_max(const float* logits, int32_t* argmax) const {
                     std::to_string(bad - logits) +
                     ": the weights are damaged or the computation overflowed");
   }
-  const float max = std::bit_cast<float>(logit_key(largest));  // its own inverse
+  const float max = std::bit_cast<float>(logit_key(largest));  // logit_key is its own inverse
   if (max == -kInfinity) {
     if (!banning_ && !masked_) {
       throw Error(ErrorKind::kModelFile,
@@ -159,7 +159,8 @@ float Sampler::checked_max(const float* logits, int32_t* argmax) const {
   return max;
 }
 
-// Log-probabilities of the model's own distribution: before bias, penalties and temperature.
+// Measures log-probabilities of the model's own distribution, before bias, penalties and
+// temperature.
 void Sampler::measure(const float* logits, int32_t token) {
   int32_t best;
   const float max = checked_max(logits, &best);
@@ -171,8 +172,9 @@ void Sampler::measure(const float* logits, int32_t token) {
   for (const Candidate& c : ranking_) top_logprobs_.emplace_back(c.id, logprob(c.logit));
 }
 
-// Uniform in [0, 1), for the position after those committed: counter-based, so the n-th draw of a
-// seed is always the same. stream 0: of the token itself; others: of stages.
+// Returns a number uniform in [0, 1) for the position after those committed. The generator is
+// counter-based, so the n-th draw of a seed is always the same. Stream 0 draws the token itself;
+// each other stream belongs to a stage.
 double Sampler::uniform(uint64_t stream) const {
   const uint64_t key = stream == 0 ? key_ : scatter(key_ ^ scatter(stream));
   return static_cast<double>(scatter(key + kGolden * (draws_ + 1)) >> 11) * 0x1p-53;

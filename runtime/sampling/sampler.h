@@ -1,7 +1,7 @@
-// Logits of one position -> one token id, through the stages of stages.inc, then the temperature
-// and the draw; temperature 0 is the argmax of what the first stages (bias to mask) have made of
-// the logits. Draws come from a counter-based generator and our own exp: a seed gives the same
-// tokens on every platform for the same logits.
+// The sampler turns the logits of one position into one token id: it applies the stages of
+// stages.inc, then the temperature, then draws. Temperature 0 takes the argmax of the logits as the
+// first stages (bias to mask) have adjusted them. Draws use a counter-based generator and our own
+// exp, so a seed gives the same tokens on every platform for the same logits.
 #pragma once
 
 #include <cstdint>
@@ -16,38 +16,40 @@ namespace stoker {
 
 class Sampler {
  public:
-  // Throws Error(kOption) where an option is out of range, or of no stage.
+  // Throws Error(kOption) where an option is out of range, or belongs to no stage.
   Sampler(int n_vocab, const SamplerOptions& options);
   Sampler(const Sampler&) = delete;
   Sampler& operator=(const Sampler&) = delete;
 
-  // The token that comes next after logits [n_vocab]; the sampler stays as it is but for logprob()
-  // and top_logprobs(). Allocates nothing, except where a flat distribution without top-k must be
-  // sorted. Throws Error(kModelFile) where a logit is NaN or +inf, Error(kOption) where all are
+  // Chooses the token that follows `logits` [n_vocab]; of the sampler's state only logprob() and
+  // top_logprobs() change. Allocates nothing, except where a flat distribution without top-k must
+  // be sorted. Throws Error(kModelFile) where a logit is NaN or +inf, Error(kOption) where all are
   // banned.
   int32_t peek(const float* logits);
-  // The token that peek() gave is taken: the next peek() is of the position after it.
+  // Accepts the token that peek() gave and moves on: the next peek() is of the position after it.
   void commit(int32_t token);
-  // Both.
+  // Calls peek(), then commit().
   int32_t sample(const float* logits);
 
-  // A token that was not chosen here (of the prompt, or forced). Throws Error(kOption) where it is
-  // not in the vocabulary.
+  // Adds a token to the history that was not chosen here (it is of the prompt, or forced). Throws
+  // Error(kOption) where it is not in the vocabulary.
   void accept(int32_t token);
 
-  // How many tokens before the first choice, the last ones, the stages want accepted; -1: all.
+  // The number of last prompt tokens that the stages need accepted before the first choice; -1
+  // means all.
   int64_t history() const;
 
-  // The tokens that may be chosen from now on, a bit each, lowest first [(n_vocab + 31) / 32];
-  // empty: all. Throws Error(kOption).
+  // Sets which tokens may be chosen from now on, one bit each, lowest first
+  // [(n_vocab + 31) / 32]; an empty mask allows all. Throws Error(kOption).
   void set_mask(std::span<const uint32_t> allowed);
 
-  // Of the last peek(), from its unmodified logits, in nats; NaN where the option logprobs is 0.
+  // The log-probability of the last peek()'s token, from the unmodified logits, in nats; NaN where
+  // the option logprobs is 0.
   double logprob() const { return logprob_; }
   // The `logprobs` most probable tokens of the last peek(), best first.
   const std::vector<std::pair<int, double>>& top_logprobs() const { return top_logprobs_; }
 
-  // Back to the state after construction: no history, no mask, first draw of the seed.
+  // Restores the state after construction: no history, no mask, first draw of the seed.
   void reset();
 
   int n_vocab() const { return n_vocab_; }
@@ -65,11 +67,11 @@ class Sampler {
   bool masked_ = false;  // set_mask() was called
   bool banning_;         // an option can ban tokens
   int logprobs_;
-  uint64_t key_;                 // of the generator, from the seed
+  uint64_t key_;                 // the generator's key, from the seed
   uint64_t draws_ = 0;           // positions committed
   std::vector<float> adjusted_;  // [n_vocab] once a stage has adjusted logits
   Candidates candidates_;
-  std::vector<Candidate> ranking_;  // of top_logprobs
+  std::vector<Candidate> ranking_;  // scratch for top_logprobs_
   double logprob_;
   std::vector<std::pair<int, double>> top_logprobs_;
 };

@@ -1,4 +1,5 @@
-// What a sampler is made with: numbers by name, which the stages read and check themselves.
+// The options of a sampler: numbers and token lists by name, which the stages read and check
+// themselves.
 #pragma once
 
 #include <cstdint>
@@ -21,14 +22,14 @@ struct SamplerOptions {
   uint64_t seed = 0;
   int logprobs = 0;
 
-  // Throws Error(kOption) where there is an option that nobody has read: it is of no stage.
+  // Throws Error(kOption) where no stage has read an option: such an option belongs to none.
   void check_all_read() const;
-  // The number of this name, or the value that leaves its stage out.
+  // Returns the number of this name, or `off`, the value that leaves its stage out.
   double number(std::string_view name, double off) const;
-  // The same, checked to be in [least, most]; `expected` says so in words.
+  // Does the same and checks that it is in [least, most]; `expected` says so in words.
   double number(std::string_view name, double off, double least, double most,
                 const char* expected) const;
-  // The tokens of this name; none where there is no such option.
+  // Returns the tokens of this name; none where there is no such option.
   std::vector<int32_t> list(std::string_view name) const;
 
  private:

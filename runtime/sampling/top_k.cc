@@ -1,4 +1,4 @@
-// The k largest logits; of equal ones the lower ids first.
+// This stage keeps the k largest logits; of equal ones it prefers the lower ids.
 #include <cmath>
 
 #include "runtime/sampling/stage.h"

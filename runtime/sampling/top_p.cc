@@ -1,4 +1,5 @@
-// The fewest tokens, most probable first, whose probabilities reach p (arXiv 1904.09751).
+// This stage keeps the fewest tokens, most probable first, whose probabilities reach p (arXiv
+// 1904.09751).
 #include "runtime/sampling/stage.h"
 
 namespace stoker {

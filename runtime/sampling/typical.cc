@@ -1,5 +1,5 @@
-// Locally typical tokens (arXiv 2202.00666): those whose surprise is nearest to the distribution's
-// entropy, the fewest whose probabilities are above p.
+// This stage keeps the locally typical tokens (arXiv 2202.00666): those whose surprise is nearest
+// to the distribution's entropy, the fewest whose probabilities together exceed p.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -49,7 +49,7 @@ class Typical : public SamplerStage {
  private:
   double p_;
   std::vector<double> probability_;
-  std::vector<std::pair<double, size_t>> order_;  // how far from typical, place in the list
+  std::vector<std::pair<double, size_t>> order_;  // distance from the entropy, index in the list
 };
 
 }  // namespace

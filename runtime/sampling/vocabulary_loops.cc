@@ -9,8 +9,8 @@ namespace stoker {
 
 namespace {
 
-constexpr double kLeastPower = -709.1;  // e to it is taken as 0: 2^-1023 in exp_clamped
-constexpr int kLanes = 16;  // independent chains of a reduction: what lets compilers vectorise it
+constexpr double kLeastPower = -709.1;  // e^kLeastPower is taken as 0: 2^-1023 in exp_clamped
+constexpr int kLanes = 16;  // independent chains of a reduction, so that compilers vectorise it
 
 namespace baseline {
 #include "runtime/sampling/vocabulary_loops.inc"

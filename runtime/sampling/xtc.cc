@@ -1,5 +1,5 @@
-// Exclude top choices (github.com/oobabooga/text-generation-webui/pull/6335): sometimes leaves out
-// all tokens above a probability but the least likely of them.
+// Exclude top choices (github.com/oobabooga/text-generation-webui/pull/6335): with some probability
+// this stage removes all tokens above a threshold but the least likely of them.
 #include <cstddef>
 #include <vector>
 
@@ -37,7 +37,7 @@ class Xtc : public SamplerStage {
 std::unique_ptr<SamplerStage> make_xtc_stage(int, const SamplerOptions& o) {
   const double probability = o.number("xtc_probability", 0.0, 0.0, 1.0, "a number of 0 to 1");
   const double threshold = o.number("xtc_threshold", 0.1, 0.0, 1.0, "a number of 0 to 1");
-  // Above a half there is never more than one such token.
+  // No two tokens can both have more than half of the probability.
   if (probability == 0.0 || threshold > 0.5) return nullptr;
   return std::make_unique<Xtc>(probability, threshold);
 }

@@ -1,1 +1,1 @@
-"""What the commands share: their options, what they read and write, progress bars."""
+"""Code that the commands share: options, input, output, progress bars."""

@@ -1,4 +1,4 @@
-"""What commands open: models by file or name, texts, prompts, recordings."""
+"""Opens what commands read: models by file or name, texts, prompts, recordings."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def open_named(
     as_json: bool = False,
     measure: bool = False,
 ) -> Model:
-    """Loads what `spec` names, downloading it with a progress display if need be.
+    """Loads the model that `spec` names, downloading it with a progress display if needed.
 
-    plan: print the plan, as JSON on stdout or as a table on stderr; measure: the bandwidth of the
-    memory, so that statistics can name the limit. Raises BudgetError and what a load raises.
+    plan: print the plan, as JSON on stdout or as a table on stderr. measure: measure the memory
+    bandwidth, so that statistics can name the limit. Raises BudgetError and what a load raises.
     """
     from ..load import open_model
 
@@ -43,12 +43,12 @@ def open_named(
 
 
 def recording(model: Model, path: Path | None) -> AbstractContextManager[None]:
-    """Records the routing into `path` where there is one."""
+    """Records the routing into `path` unless it is None."""
     return nullcontext() if path is None else model.record(path)
 
 
 def find(spec: str) -> Path:
-    """The file that `spec` names, downloaded with a progress display if need be."""
+    """Returns the file that `spec` names, downloaded with a progress display if needed."""
     from ...models.locate import locate
 
     with byte_progress() as progress:
@@ -68,14 +68,14 @@ def _waiting() -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, or of stdin for "-". Raises OptionError."""
+    """Reads the text of a file, or of stdin for "-". Raises OptionError."""
     try:
         data = read_stdin() if str(path) == "-" else read_whole(path, MOST_TEXT)
         return data.decode("utf-8")
     except OSError as error:
         raise OptionError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        if not isinstance(error, UnicodeDecodeError):  # a NUL in the path
+        if not isinstance(error, UnicodeDecodeError):  # the path contains a NUL
             raise OptionError(f"cannot read {path}: {error}") from None
         raise OptionError(f"{path}: expected UTF-8 text, found byte {error.start} not to be") from (
             error
@@ -83,12 +83,12 @@ def read_text(path: Path) -> str:
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from the argument, "-" (stdin) or a file: exactly one of them."""
+    """Returns the prompt of the argument, "-" (stdin) or a file; only one may be given."""
     if prompt is not None and file is not None:
         raise OptionError("give a prompt or --file, not both")
     if prompt is None and file is None:
         text = "" if sys.stdin.isatty() else read_text(Path("-"))
-        if not text:  # a terminal, or nothing in what is read: nobody has asked for that
+        if not text:  # stdin is a terminal or empty, so there is no prompt
             raise OptionError("give a prompt, - for stdin, or --file")
     elif prompt is not None and prompt != "-":
         return prompt

@@ -1,4 +1,4 @@
-"""Options that several commands share, in groups, and what their help says beyond one line.
+"""Options that several commands share, in groups, and the further sections of their help.
 
 A command takes the rows of an option table (runtime/options) as its own options:
 
@@ -24,7 +24,7 @@ from typer.core import TyperCommand
 from ..base.errors import OptionError
 from ..options.option import Option, default_of, rows
 
-_FLASH = "Memory and experts on flash"  # as options/load.py has it
+_FLASH = "Memory and experts on flash"  # the same panel as in options/load.py
 
 Model = Annotated[
     str,
@@ -86,9 +86,10 @@ class _Taken:
 
 
 def take(table: type, *, only: Collection[str] = (), without: Collection[str] = ()) -> Any:
-    """The default of a parameter that stands for rows of a table: all, `only` some, or others.
+    """Returns the default of a parameter that stands for rows of a table.
 
-    The command gets one object of the table; rows that were left out have their defaults.
+    These are all rows with flags, or those in `only`, less those in `without`. The command gets one
+    object of the table; the other rows have their defaults.
     """
     names = [row.name for row, about in rows(table) if about.flags is not None]
     chosen = [name for name in names if (name in only or not only) and name not in without]
@@ -96,7 +97,7 @@ def take(table: type, *, only: Collection[str] = (), without: Collection[str] = 
 
 
 def with_tables(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters that `take` a table are an option a row."""
+    """Replaces each parameter of a command that `take`s a table by one option a row."""
     signature = inspect.signature(command)
     hints = typing.get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
@@ -123,7 +124,7 @@ def with_tables(command: Callable[..., None]) -> Callable[..., None]:
 def _given(what: _Taken, values: dict[str, Any]) -> dict[str, Any]:
     """Takes the rows of a table out of a command's values."""
     given = {name: values.pop(name) for name in what.names}
-    # A list that nobody gave is none.
+    # An option that was not given is None, and the table's default applies.
     return {k: v for k, v in given.items() if v is not None} | {
         k: tuple(v) for k, v in given.items() if isinstance(v, list)
     }
@@ -149,7 +150,7 @@ def _parameters(what: _Taken) -> list[inspect.Parameter]:
 
 
 def _kind(hint: Any) -> Any:
-    """The type that a command line gives for a field's: of several the text's."""
+    """Returns the command line's type for a field's type; of a union the one that takes text."""
     if typing.get_origin(hint) is tuple:
         return list[str] | None
     parts = typing.get_args(hint)
@@ -164,7 +165,7 @@ def _kind(hint: Any) -> Any:
 
 
 def _option(name: str, kind: Any, about: Option) -> Any:
-    """The option of a row."""
+    """Returns the typer option of a row."""
     text = about.help
     if about.default_text is not None:
         text = f"{text.removesuffix('.')} [default: {about.default_text}]."
@@ -173,7 +174,7 @@ def _option(name: str, kind: Any, about: Option) -> Any:
 
 
 def template_variables(given: list[str] | None) -> dict[str, Any] | None:
-    """The values of --template-var by name, None where none is given. Raises OptionError."""
+    """Returns the values of --template-var by name, None if none is given. Raises OptionError."""
     if not given:
         return None
     variables: dict[str, Any] = {}
@@ -189,7 +190,7 @@ def template_variables(given: list[str] | None) -> dict[str, Any] | None:
 
 
 class ModelCommand(TyperCommand):
-    """A command that loads a model: options in groups, the names that they take at the end."""
+    """A command that loads a model; its help has groups of options, then the names they take."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Writes the arguments, then the options of each group."""
@@ -206,7 +207,7 @@ class ModelCommand(TyperCommand):
                     formatter.write_dl(listed)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Writes what the policies, predictors and backends of this build are."""
+        """Writes the policies, predictors and backends of this build."""
         from .._core import io_backends, policies, predictors
 
         for title, names in (

@@ -1,4 +1,4 @@
-"""What a profile's predictors find, as a table and as JSON."""
+"""Results of a profile's predictors, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def as_table(made: Profile) -> str:
-    """What each predictor finds of the experts that held-out text uses, for people."""
+    """Returns a table of each predictor's recall of the experts that held-out text uses."""
     recalls = made.recalls
     columns = sorted({(r.width, r.distance) for r in recalls})
     names: Sequence[str] = list(dict.fromkeys(r.predictor for r in recalls))
@@ -28,5 +28,5 @@ def as_table(made: Profile) -> str:
 
 
 def as_json_text(made: Profile) -> str:
-    """Everything as one JSON object."""
+    """Returns the profile's results as one JSON object."""
     return json.dumps(asdict(made) | {"path": str(made.path)}, indent=2)

@@ -1,4 +1,4 @@
-"""Threads that numpy's BLAS starts as it is imported: none where the system gives no more."""
+"""Keeps numpy's BLAS from starting threads at import if the system refuses any more."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import threading
 
 
 def spare_threads() -> None:
-    """Keeps BLAS to the caller's thread where no other can be started: it would end the process.
+    """Keeps BLAS to the caller's thread if no other can be started, which would end the process.
 
-    Before numpy is imported.
+    It must be called before numpy is imported.
     """
     try:
         probe = threading.Thread(target=lambda: None)

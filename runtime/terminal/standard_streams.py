@@ -1,4 +1,4 @@
-"""Standard streams that are closed, as services and windowed programs start their children."""
+"""Handles closed standard streams, with which services and windowed programs start children."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def open_closed_streams() -> None:
             os.dup2(opened, number)
             os.close(opened)
             opened = number
-        os.set_inheritable(opened, True)  # as those that a process is started with
+        os.set_inheritable(opened, True)  # as the standard streams of a new process are
         mode = "r" if name == "stdin" else "w"
         setattr(sys, name, _text_stream(opened, mode))
 
 
 def abandon_output() -> None:
-    """Sends what is left in stdout to the null device, so that it cannot fail again at exit."""
-    with suppress(OSError, ValueError):  # a stream of the program around us may have no number
+    """Sends stdout's unwritten data to the null device, so that it cannot fail again at exit."""
+    with suppress(OSError, ValueError):  # a host program's stream may have no number
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

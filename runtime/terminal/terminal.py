@@ -1,4 +1,4 @@
-"""What the commands write: progress bars, a status line below streamed text, safe text."""
+"""Output of the commands: progress bars, a status line below streamed text, word wrap."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from ..base.progress import Progress
 
-_REDRAW_S = 0.1  # between two drawings of a bar
+_REDRAW_S = 0.1  # seconds between two drawings of a bar
 _BYTE_STAGES = ("experts", "tensors", "scratch file")  # stages that count bytes
 
 
 @contextmanager
 def resumable(part: Callable[[], object]) -> Iterator[None]:
-    """On Ctrl-C says what is left; part: what the same command would go on from, None: nothing."""
+    """Prints on Ctrl-C whether the same command can continue; part() is None if it cannot."""
     try:
         yield
     except KeyboardInterrupt:
@@ -37,13 +37,13 @@ def progress_bars(*columns: str | ProgressColumn, transient: bool = False) -> Ba
     """Bars on stderr that are drawn in the calls that update them.
 
     rich would draw them in a thread of its own, which the system may refuse (side_thread.py).
-    columns: of each bar, rich's own where none are given. transient: erased at the end.
+    columns: those of each bar, rich's own if none are given. transient: erase the bars at the end.
     """
     from rich.console import Console
     from rich.progress import Progress as Bars
 
     class Drawn(Bars):
-        due = 0.0  # of the next drawing, on time.monotonic's clock
+        due = 0.0  # time.monotonic() of the next drawing
 
         def update(self, *arguments: Any, **fields: Any) -> None:
             super().update(*arguments, **fields)
@@ -56,7 +56,7 @@ def progress_bars(*columns: str | ProgressColumn, transient: bool = False) -> Ba
 
 @contextmanager
 def stage_progress() -> Iterator[Progress | None]:
-    """A bar for each stage on stderr where that is a terminal, nothing elsewhere."""
+    """Yields a callback that draws a bar for each stage on stderr, None if that is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -82,7 +82,7 @@ def stage_progress() -> Iterator[Progress | None]:
 
 @contextmanager
 def byte_progress() -> Iterator[Progress]:
-    """A progress callback for downloads, on stderr: a bar in a terminal, lines elsewhere."""
+    """Yields a progress callback for downloads on stderr: bars in a terminal, lines elsewhere."""
     if sys.stderr.isatty():
         with _bars() as report:
             yield report
@@ -113,7 +113,7 @@ def _bars() -> Iterator[Progress]:
 
     def report(label: str, done: int, total: int | None) -> None:
         if label not in tasks:
-            bars.start()  # not before: an empty display would print an empty line
+            bars.start()  # only now, since an empty display would print an empty line
             tasks[label] = bars.add_task(label, total=total)
         bars.update(tasks[label], completed=done, total=total)
 
@@ -125,7 +125,7 @@ def _bars() -> Iterator[Progress]:
 
 
 def _lines() -> Progress:
-    shown: dict[str, int] = {}  # label -> quarters reported
+    shown: dict[str, int] = {}  # label -> quarters printed
 
     def report(label: str, done: int, total: int | None) -> None:
         quarters = 4 * done // total if total else 0
@@ -151,7 +151,7 @@ class WordWrap:
         self._word = ""  # the end of the row since the last space
 
     def write(self, text: str) -> None:
-        """Writes text that has no control characters but newline and tab."""
+        """Writes text without control characters other than newline and tab."""
         # The last column stays free: a terminal that is about to wrap moves its cursor oddly.
         limit = shutil.get_terminal_size().columns - 1
         for char in text.expandtabs(4):
@@ -184,8 +184,8 @@ class StatusLine:
     """The terminal's last row, while text streams in the rows above it.
 
     The text scrolls in a region that leaves the row out (DECSTBM), so that the terminal itself
-    does the wrapping and the scrollback holds nothing but the text. Does nothing where `out` is
-    no terminal that understands this.
+    does the wrapping and the scrollback holds nothing but the text. It does nothing if `out` is
+    not a terminal that understands this.
     """
 
     def __init__(self, out: TextIO) -> None:
@@ -203,7 +203,7 @@ class StatusLine:
 
     def __exit__(self, *_: object) -> None:
         if self.enabled:
-            # Back to the full screen (which moves the cursor home), the status row cleared.
+            # This restores the full screen (which moves the cursor home) and clears the status row.
             self._out.write(f"\x1b7\x1b[r\x1b[{self._rows};1H\x1b[2K\x1b8")
             self._out.flush()
 
@@ -224,6 +224,6 @@ class StatusLine:
         if self._rows < 3:
             self.enabled = False
             return
-        # A newline first and up again: the cursor may stand on the row that is to be reserved.
+        # The cursor may be on the row to be reserved, so it goes down a line first and up again.
         self._out.write(f"\n\x1b7\x1b[1;{self._rows - 1}r\x1b8\x1b[1A")
         self._out.flush()

@@ -1,1 +1,1 @@
-"""Text to tokens and back: vocabularies, tokenizers, chat templates, stop strings."""
+"""Conversion of text to tokens and back: vocabularies, tokenizers, chat templates, stop strings."""

@@ -1,4 +1,4 @@
-"""Chat templates: a conversation to the prompt that a model was trained on.
+"""Chat templates, which turn a conversation into the prompt format that a model was trained on.
 
 Templates are Jinja, as Hugging Face transformers defines them: `messages`, `tools`, `documents`,
 `add_generation_prompt`, `bos_token` and `eos_token` are variables; `raise_exception` and
@@ -45,7 +45,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# Variables of a template that no caller sets: the prompt is made of them.
+# Variables of a template that no caller may set, since the prompt is made of them.
 _OWNED = frozenset(
     {
         "messages",
@@ -62,9 +62,9 @@ _OWNED = frozenset(
 class Prompt:
     """A rendered conversation.
 
-    text: with a `mark` inside of what clients have written as control tokens (control_marks.py);
-    mark: that character, "" where there is none. continued: the assistant's words that the text
-    ends with; None where an answer begins anew.
+    text: the prompt, with a `mark` inside each control token that a client has written
+    (control_marks.py); mark: that character, "" if there is none. continued: the assistant's words
+    that the text ends with; None if a new answer begins.
     """
 
     text: str
@@ -74,9 +74,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Request:
-    """A conversation to render: turns and tools as of conversation.py.
+    """A conversation to render, with turns and tools in the form of conversation.py.
 
-    name: of the template. extra: further variables. opens: ends where the assistant goes on.
+    name: the template's. extra: further variables. opens: whether the prompt ends where the
+    assistant continues.
     """
 
     name: str
@@ -97,7 +98,7 @@ class _Request:
 class ChatTemplate:
     """The chat templates of one model; immutable, may be shared between threads.
 
-    names: of the templates; "default" is the one that render() takes by itself.
+    names: those of the templates; render() uses "default" unless told otherwise.
     """
 
     def __init__(
@@ -109,10 +110,10 @@ class ChatTemplate:
         control: Iterable[str] = (),
         defined: Iterable[str] = (),
     ) -> None:
-        """sources: a Jinja template, or several by name. control, defined: spellings of
-        control and of user-defined tokens.
+        """Compiles `sources`: a Jinja template, or several by name.
 
-        ChatTemplateError if a template is malformed.
+        control, defined: spellings of control and of user-defined tokens. Raises ChatTemplateError
+        if a template is malformed.
         """
         given = {"default": sources} if isinstance(sources, str) else sources
         named = {
@@ -132,16 +133,17 @@ class ChatTemplate:
         self._control, self._defined = list(control), list(defined)
         self._spellings: dict[str, ControlSpellings] = {}
         self._forms = {name: TemplateForms(partial(self._tried, name)) for name in self._templates}
-        self._trial_s = dict.fromkeys(self._templates, 0.0)  # seconds that trials took
+        self._trial_s = dict.fromkeys(self._templates, 0.0)  # seconds spent in trials
         self._constants: dict[str, frozenset[str]] = {}
         self._read: dict[str, frozenset[str]] = {}
 
     @classmethod
     def from_metadata(cls, get: Callable[[str], Any], tokenizer: Tokenizer) -> ChatTemplate:
-        """The templates of a GGUF file.
+        """Returns the templates of a GGUF file.
 
-        get: a metadata key to its value, None where absent. A file without any gets the ChatML
-        template if its vocabulary has <|im_start|> and <|im_end|>; otherwise ChatTemplateError.
+        get: returns a metadata key's value, None if absent. A file without any template gets the
+        ChatML template if its vocabulary has <|im_start|> and <|im_end|>; otherwise this raises
+        ChatTemplateError.
         """
         sources = template_sources(get)
         for name, source in sources.items():
@@ -175,16 +177,17 @@ class ChatTemplate:
         template: str | None = None,
         **extra: Any,
     ) -> str:
-        """The prompt for a conversation, as text.
+        """Returns the prompt for a conversation, as text.
 
         messages: each {"role": str, "content": str or list of {"type": "text", "text": str}},
-        and whatever else the template reads (tool_calls, name, ...); conversation.py says which
-        forms they may have. add_generation_prompt: ends where the assistant goes on: with what
-        opens its answer, or, in a conversation that ends with its words, with these. tools: JSON
-        schemas of functions. template: one of `names`; by default "tool_use" for a call with tools
-        if there is one, else "default". extra: further variables of the template, e.g.
+        and whatever else the template reads (tool_calls, name, ...); conversation.py documents the
+        forms. add_generation_prompt: end where the assistant continues: with the opening of its
+        answer, or with its words if the conversation ends with such. tools: JSON schemas of
+        functions. template: one of `names`; by default "tool_use" for a call with tools if there
+        is one, else "default". extra: further variables of the template, e.g.
         enable_thinking=False.
-        ChatTemplateError, one line, if the messages are malformed or the template rejects them.
+        Raises ChatTemplateError, one line, if the messages are malformed or the template rejects
+        them.
         """
         opens = arguments.flag("add_generation_prompt", add_generation_prompt)
         schemas = tool_schemas(tools)
@@ -199,12 +202,12 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         parse_special: bool = False,
     ) -> Prompt:
-        """The prompt for a conversation, for a tokenizer.
+        """Returns the prompt for a conversation, for a tokenizer.
 
-        messages, tools: as of `render`. variables: further ones of the template. parse_special:
+        messages, tools: as in `render`. variables: further ones of the template. parse_special:
         set no marks, so that control tokens may be written in messages, tools and variables.
-        ChatTemplateError as of `render`; OptionError for a variable that the template does not
-        read, or that is not the caller's.
+        Raises ChatTemplateError as `render` does, and OptionError for a variable that the template
+        does not read or a caller may not set.
         """
         parse_special = arguments.flag("parse_special", parse_special)
         schemas = tool_schemas(tools)
@@ -227,7 +230,7 @@ class ChatTemplate:
         if request.continues:
             words = joined(request.turns[-1]["content"])
             end = text.replace(mark, "") if mark else text
-            trimmed = (words, words.rstrip(), words.strip())  # as templates do it
+            trimmed = (words, words.rstrip(), words.strip())  # as templates may trim them
             continued = next((w for w in trimmed if end.endswith(w)), words)
         return Prompt(text, mark, continued)
 
@@ -243,7 +246,7 @@ class ChatTemplate:
         return name
 
     def _checked(self, name: str, variables: Mapping[str, Any] | None) -> dict[str, Any]:
-        """A copy of a caller's variables. OptionError."""
+        """Returns a checked copy of a caller's variables. Raises OptionError."""
         if variables is None:
             return {}
         variables = arguments.mapping(
@@ -277,7 +280,7 @@ class ChatTemplate:
         return self._constants[name]
 
     def _spellings_of(self, name: str) -> ControlSpellings:
-        """What no client may write in a template's prompt: control tokens and frames of turns."""
+        """Returns what no client may write into a prompt: control tokens and frames of turns."""
         if name not in self._spellings:
             framing: set[str] = set()
             if self._defined:
@@ -288,12 +291,12 @@ class ChatTemplate:
         return self._spellings[name]
 
     def _tried_turns(self, name: str, turns: list[dict[str, Any]], *, thinking: bool) -> str | None:
-        """What a template prints of turns in the forms that it takes: for frame_tokens."""
+        """Renders turns in the forms that a template takes, for frame_tokens."""
         switches = dict.fromkeys(("thinking", "enable_thinking"), True) if thinking else {}
         return self._tried(name, self._forms[name].apply(turns), None, switches)
 
     def _rendered(self, request: _Request, marks: ControlMarks | None = None) -> str:
-        """What the template prints, given the forms that it takes."""
+        """Renders a request in the forms that the template takes."""
         name, tools = request.name, request.tools
         variables = {
             "add_generation_prompt": request.opens and not request.continues,
@@ -320,9 +323,10 @@ class ChatTemplate:
         raise self._blamed(request, refused)
 
     def _attempts(self, request: _Request) -> Iterator[list[dict[str, Any]]]:
-        """The messages as the template takes them; then, for what few places of it want, as text.
+        """Yields the messages in the forms that the template takes, then with all parts as text.
 
-        Either also with ids for calls, where they lack, and with others than the client's.
+        Some places of a template take only text. Both forms are yielded with the client's call ids,
+        then with missing ids filled in, then with new ids.
         """
         forms, turns = self._forms[request.name], request.turns
         results = [turn for turn in turns if turn["role"] == "tool"]
@@ -365,7 +369,7 @@ class ChatTemplate:
         except ChatTemplateError:
             if tools is not None:
                 raise
-            # Templates made for tools go through them without asking whether there are any.
+            # Templates made for tools loop over them without testing whether there are any.
             try:
                 return render_template(template, name, {**given, "tools": []}, marks)
             except ChatTemplateError:
@@ -379,9 +383,9 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None,
         switches: Mapping[str, Any] = MappingProxyType({}),
     ) -> str | None:
-        """What a template prints, None where it refuses: for TemplateForms. switches: variables.
+        """Renders a trial for TemplateForms; None if the template refuses. switches: variables.
 
-        TemplateStopped where all its trials take longer than a rendering may.
+        Raises TemplateStopped once all its trials take longer than a rendering may.
         """
         if self._trial_s[name] > template_values.MAX_SECONDS:
             raise TemplateStopped(
@@ -401,7 +405,7 @@ class ChatTemplate:
             self._trial_s[name] += time.thread_time() - started
 
     def _blamed(self, request: _Request, refused: ChatTemplateError) -> ChatTemplateError:
-        """The error of a refusal: its own, or that arguments are no JSON object, if they are it."""
+        """Returns a refusal's error: its own, or that non-object arguments are the cause."""
         odd = [
             (f"messages[{i}].tool_calls[{j}]", _arguments(call))
             for i, turn in enumerate(request.turns)
@@ -438,7 +442,7 @@ def _without_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prints_lists(text: str, messages: list[dict[str, Any]]) -> bool:
-    """Whether a template has printed a list of parts instead of its texts."""
+    """Returns whether a template has printed a list of parts instead of its texts."""
     lists = (m["content"] for m in messages if isinstance(m.get("content"), list))
     return any(repr(parts[0]) in text for parts in lists)
 

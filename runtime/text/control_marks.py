@@ -1,9 +1,10 @@
 """Marks that keep what clients write from being read as control tokens.
 
-A prompt is text: of "<|im_end|>" in it nothing says whether the template or a user wrote it. So a
-mark, a character that occurs nowhere else, goes into each spelling of a control token that a
-client has written, behind its first character; the template renders, the tokenizer finds only the
-spellings without a mark, and takes the marks out of the rest before it encodes that.
+A prompt is text, so nothing in it says whether the template or a user wrote an "<|im_end|>". A
+mark, which is a character that occurs nowhere else, is therefore put into each spelling of a
+control token that a client has written, behind its first character. After the template has
+rendered, the tokenizer finds only the spellings without a mark, and removes the marks from the
+rest before it encodes that.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from typing import Any
 from ..base.errors import ChatTemplateError
 from .marked_text import MarkedText
 
-# Noncharacters of Unicode: no text that is meant to be read has them.
+# These are noncharacters of Unicode, which no text that is meant to be read contains.
 _NONCHARACTERS = tuple(chr(c) for c in range(0xFDD0, 0xFDF0))
 _FIND_NONCHARACTERS = re.compile("[\ufdd0-\ufdef]")
-# Templates build control tokens from these names: '<|' + message.role + '|>'.
+# Templates build control tokens from these role names: '<|' + message.role + '|>'.
 _ROLES = frozenset(
     ("system", "developer", "user", "assistant", "tool", "function", "ipython", "platform")
 )
 
-# Filters that say something about a text, and the arguments of some others, with their defaults.
+# Filters that return a number about a text, and the arguments of some others with their defaults.
 _NUMBERS = frozenset(("count", "filesizeformat", "float", "int", "length", "wordcount"))
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "center": {"width": 80},
@@ -49,8 +50,10 @@ class ControlSpellings:
     """The spellings of a vocabulary's control tokens; immutable."""
 
     def __init__(self, spellings: Iterable[str], defined: Iterable[str] = ()) -> None:
-        """defined: those of user-defined tokens, which are found wherever they stand: of interest
-        are the ones that can swallow a control token or its beginning, as "<<" does "<|end|>".
+        """Indexes the spellings; `defined` are those of user-defined tokens.
+
+        The tokenizer finds user-defined tokens everywhere. Only those matter here that can swallow
+        a control token or its beginning, as "<<" does of "<|end|>".
         """
         self._sorted = sorted({s for s in spellings if len(s) > 1})
         self._insides = "\n".join(s[1:-1] for s in self._sorted)
@@ -72,7 +75,7 @@ class ControlSpellings:
         return bool(self._sorted)
 
     def whole(self, text: str) -> dict[int, int]:
-        """Where in `text` spellings begin, those inside of others too, and the longest's end."""
+        """Returns where spellings begin in `text`, nested ones included, with the longest's end."""
         if self._heads is None:
             return {}
         found = {}
@@ -85,11 +88,11 @@ class ControlSpellings:
         return found
 
     def spans(self, text: str, places: Iterable[int]) -> list[tuple[int, int]]:
-        """(begin, end) of each spelling in `text`, and of what swallows one, in order.
+        """Returns (begin, end) of each spelling in `text`, and of what swallows one, in order.
 
-        places: indices of the text, ascending; what is far from all of them is left out.
+        places: indices of the text, ascending; spellings far from all of them are left out.
         """
-        reach = self._longest  # of a spelling around a place, and of one that this one swallows
+        reach = self._longest  # characters of the longest spelling, or of what swallows one
         windows: list[list[int]] = []
         for place in places:
             if windows and place - reach <= windows[-1][1]:
@@ -124,13 +127,14 @@ class ControlSpellings:
         )
 
     def places(self, text: str) -> set[int]:
-        """Where marks go, each before the character at an index.
+        """Returns where marks go: the index of the character that each precedes.
 
-        Behind the first character of each spelling, and of each beginning of one that the end of
-        the text leaves open; before a text that goes on with a spelling, or is inside of one: the
-        template may join it with others. White space around is not counted: templates trim. And
-        behind each sign that spellings begin with, such as "<": the template may take out what
-        follows, as "<think>" of "<<think>|end|>".
+        A mark follows the first character of each spelling, and of each beginning of one that the
+        end of the text leaves open. A mark precedes a text that begins with the rest of a spelling
+        or lies inside of one, because the template may join it with others. White space at the ends
+        is not counted, because templates trim it. And a mark follows each sign that spellings begin
+        with, such as "<", because the template may remove what follows it, as "<think>" of
+        "<<think>|end|>".
         """
         found = {begin + 1 for begin in self.whole(text)}
         if self._signs is not None:
@@ -150,7 +154,7 @@ class ControlSpellings:
 
 
 def _begins_longer(ordered: list[str], text: str) -> bool:
-    """Whether one of the strings, which are in order, begins with `text` and goes on."""
+    """Returns whether one of the strings, which are in order, begins with `text` and is longer."""
     at = bisect_left(ordered, text)
     at += at < len(ordered) and ordered[at] == text
     return at < len(ordered) and ordered[at].startswith(text)
@@ -165,30 +169,31 @@ class ControlMarks:
     def __init__(
         self, spellings: ControlSpellings, mark: str, constants: Callable[[], frozenset[str]]
     ) -> None:
-        """constants: strings of the template; a client's that equals one gets whole marks alone.
+        """Takes in `constants` the strings of the template.
 
-        Templates look them up, and build tokens from them: '<|' + message.role + '|>'.
+        A client's string that equals one is marked at whole spellings only, because templates look
+        such strings up, and build tokens from them: '<|' + message.role + '|>'.
         """
         self.mark = mark
         self._spellings = spellings
         self._constants = constants
 
     def text(self, text: str) -> str:
-        """`text` with its marks."""
+        """Returns `text` with its marks."""
         places = self._spellings.places(text)
         if places and text in self._constants():
             return self._whole(text)
         return self._marked(text, places)
 
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message of `conversation` with its marks."""
+        """Returns a message of `conversation` with its marks."""
         marked: dict[str, Any] = self.value(message)
         if message["role"] in _ROLES:
             marked["role"] = message["role"]
         return marked
 
     def value(self, value: Any) -> Any:
-        """A value of dict, list and str with marks in all its strings."""
+        """Returns a value of dict, list and str with marks in all its strings."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, dict):
@@ -198,9 +203,10 @@ class ControlMarks:
         return value
 
     def needed(self, text: str) -> str:
-        """A rendering with those marks alone that are inside of a spelling, or what swallows one.
+        """Returns a rendering with only the marks that are inside a spelling or what swallows one.
 
-        Most strings that end like the beginning of one are followed by something else.
+        The others are not needed: most strings that end like the beginning of a spelling are
+        followed by something else.
         """
         if self.mark not in text:
             return text
@@ -217,15 +223,15 @@ class ControlMarks:
         return "".join(out)
 
     def printed(self, value: Any) -> str:
-        """A list or mapping as Python prints it, but with the marks as they are.
+        """Returns a list or mapping as Python prints it, but with its marks unescaped.
 
-        Python prints a mark as an escape, and doubles each backslash that is no escape's.
+        Python prints a mark as an escape, and doubles each backslash that begins no escape.
         """
         escape = re.compile(rf"(?<!\\)((?:\\\\)*)\\u{ord(self.mark):04x}")
         return escape.sub(rf"\g<1>{self.mark}", str(value))
 
     def plain(self, value: Any) -> Any:
-        """A value of dict, list and str without marks."""
+        """Returns a value of dict, list and str without marks."""
         if isinstance(value, str):
             return value.replace(self.mark, "")
         if isinstance(value, dict):
@@ -234,26 +240,26 @@ class ControlMarks:
             return list(map(self.plain, value))
         return tuple(map(self.plain, value)) if isinstance(value, tuple) else value
 
-    # Use by a template: a mark is no character of a text.
+    # Templates use the methods below, for which a mark is no character of a text.
 
     def sliced(self, text: str, at: int | slice) -> str:
-        """text[at]. IndexError as of str."""
+        """Returns text[at]. Raises IndexError as str does."""
         if self.mark not in text:
             return text[at]
         marked = MarkedText(text, self.mark)
         if isinstance(at, slice) and at.step not in (None, 1):
-            return self.text(marked.plain[at])  # in another order characters spell other tokens
+            return self.text(marked.plain[at])  # characters in another order spell other tokens
         return marked.sliced(at)
 
     def characters(self, text: str) -> Sequence[str]:
-        """The characters of a text."""
+        """Returns the characters of a text."""
         return MarkedText(text, self.mark).characters() if self.mark in text else text
 
     def method(self, method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """A bound method, or what to call in its place where its text or arguments have marks.
+        """Returns a bound method, or its replacement if its text or arguments have marks.
 
-        Templates look into a content, as in content.split('</think>'), and where that is a control
-        token the client's spelling has a mark, and the template's own has none.
+        Templates search a content, as in content.split('</think>'). If that is a control token,
+        the client's spelling has a mark, and the template's own has none.
         """
         text = getattr(method, "__self__", None)
         if not isinstance(text, str) or not self._has_mark(text, *args, *kwargs.values()):
@@ -274,7 +280,7 @@ class ControlMarks:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """What a filter of Jinja makes of a text. original: the filter itself."""
+        """Applies a filter of Jinja to a text. original: the filter itself."""
         if not self._has_mark(text, *args, *kwargs.values()):
             return original(text, *args, **kwargs)
         marked = MarkedText(text, self.mark)
@@ -310,7 +316,7 @@ class ControlMarks:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
     ) -> Any:
-        """What a filter of ORDERING makes of a list or mapping, by its items without marks."""
+        """Applies a filter of ORDERING to a list or mapping, comparing its items without marks."""
         if name == "dictsort":
             triples = [
                 (self.plain(key), self.plain(item), (key, item)) for key, item in value.items()
@@ -341,7 +347,7 @@ class ControlMarks:
         return any(isinstance(v, (str, tuple)) and self.plain(v) != v for v in values)
 
     def _key(self, key: Any) -> Any:
-        """Templates read identifiers as attributes: these get whole marks alone."""
+        """Marks a key; an identifier, which templates read as an attribute, at whole spellings."""
         if not isinstance(key, str):
             return key
         return self._whole(key) if key.isidentifier() else self.text(key)
@@ -358,7 +364,7 @@ class ControlMarks:
 
 
 def unused_mark(values: Iterable[Any]) -> str:
-    """A noncharacter that none of the values (dict, list, str) has. ChatTemplateError."""
+    """Returns a noncharacter that none of the values (dict, list, str) has. ChatTemplateError."""
     found: set[str] = set()
     rest = list(values)
     while rest:

@@ -1,9 +1,9 @@
-"""Conversations as clients send them, in the one form that chat templates get.
+"""Brings conversations as clients send them into one form.
 
-What clients send differs: tool-call arguments as a JSON string (OpenAI) or as a mapping, calls
+Clients send different forms: tool-call arguments as a JSON string (OpenAI) or as a mapping, calls
 with and without "function", content as text, as a list of parts, or none, reasoning under three
-names, tools with and without their envelope. What a template then takes is found in
-template_forms.py.
+names, tools with and without their envelope. template_forms.py then finds the forms that a
+template takes.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ Message = Mapping[str, Any]  # as a client sends it
 TEXT_KINDS = ("text", "input_text", "output_text")  # kinds of content parts that hold text
 # Names of an assistant's reasoning; transformers gives templates the first two, from any of them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-# Names of a tool's schema beside OpenAI's "parameters": Anthropic's and MCP's.
+# Anthropic's and MCP's names of a tool's schema, which OpenAI calls "parameters".
 _PARAMETERS = ("input_schema", "inputSchema")
 
-_LEVELS = 100  # of mappings and lists in one another
+_LEVELS = 100  # nesting depth of mappings and lists
 TOO_DEEP = f"expected at most {_LEVELS} levels of mappings and lists, found more"
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What one tool call passes, or a tool's result that is a JSON value.
+    """The arguments of one tool call, or a tool's result that is a JSON value.
 
-    value: the mapping; where the client sent something else, its JSON value, or its text where
-    that is no JSON. text: as the client wrote it, None where it sent a value.
+    value: the mapping; if the client sent something else, its JSON value, or its text if that is
+    no JSON. text: the text as the client wrote it, None if it sent a value.
     """
 
     value: Any
     text: str | None
 
     def as_text(self) -> str:
-        """The JSON text: of a mapping made anew, otherwise the client's own. ChatTemplateError."""
+        """Returns the JSON text, the client's own if it is no mapping. ChatTemplateError."""
         if self.text is not None and not isinstance(self.value, dict):
             return self.text
         try:
@@ -52,14 +52,14 @@ class Arguments:
 
 
 def conversation(messages: object) -> list[dict[str, Any]]:
-    """Copies of the messages, all in one form.
+    """Returns copies of the messages, all in one form.
 
     Each has "role"; "content" as a string or as a list of {"type": "text", "text": str}, absent
-    where an assistant only calls tools, as Arguments where a tool's result is no text; an
+    if an assistant only calls tools, as Arguments if a tool's result is no text; an
     assistant's thoughts before its texts, as {"type": "thinking", "thinking": str}, and as
     "reasoning_content" as well; "tool_calls" as a list of {"type": "function",
     "function": {"name": str, "arguments": Arguments}}; no key whose value is None.
-    ChatTemplateError names the place of what is malformed.
+    Raises ChatTemplateError, which names the place of what is malformed.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise ChatTemplateError(
@@ -78,10 +78,10 @@ def conversation(messages: object) -> list[dict[str, Any]]:
 
 
 def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
-    """Copies of the tools, each {"type": "function", "function": {...}}; None where there are none.
+    """Returns copies of the tools, each {"type": "function", "function": {...}}; None if no tools.
 
-    A bare function schema ("name" and "parameters" at the top) gets this envelope, and the schema
-    is "parameters" under whatever name it came; tools of other types stay as they are.
+    A bare function schema ("name" and "parameters" at the top) gets this envelope, and the
+    parameters' schema is renamed to "parameters"; tools of other types are unchanged. Raises
     ChatTemplateError.
     """
     if tools is None:
@@ -111,7 +111,7 @@ def tool_schemas(tools: object) -> list[dict[str, Any]] | None:
 
 
 def plain(value: Any, levels: int = _LEVELS) -> Any:
-    """A deep copy in dict, list and str; other values as they are. RecursionError if too deep."""
+    """Returns a deep copy in dict, list and str; RecursionError if `value` is nested too deeply."""
     if isinstance(value, str):
         return str(value)
     if not isinstance(value, (Mapping, list, tuple)):
@@ -124,7 +124,7 @@ def plain(value: Any, levels: int = _LEVELS) -> Any:
 
 
 def joined(content: Any) -> str:
-    """The text of a content in the form of `conversation`, without thoughts; "" of none."""
+    """Returns the text of a content of `conversation`, without thoughts; "" for None."""
     if isinstance(content, Arguments):
         return content.as_text()
     if isinstance(content, list):
@@ -133,10 +133,10 @@ def joined(content: Any) -> str:
 
 
 def _turns(message: object) -> list[object]:
-    """A message, or what one with calls or results among its parts (Anthropic) stands for.
+    """Returns the messages that one with calls or results among its parts (Anthropic) stands for.
 
-    An assistant's parts of type "tool_use" are calls; a user's of type "tool_result", each a
-    message of a tool, before what the user says besides.
+    An assistant's parts of type "tool_use" are calls. A user's parts of type "tool_result" become
+    one tool message each, before what else the user says. Other messages are returned alone.
     """
     content = message.get("content") if isinstance(message, Mapping) else None
     kind = {"assistant": "tool_use", "user": "tool_result"}.get(
@@ -179,7 +179,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
         role = checked["role"] = "tool"
     calls = _tool_calls(message.get("tool_calls"), f"{where}.tool_calls")
     called = message.get("function_call")
-    if called is not None and not calls:  # its one call
+    if called is not None and not calls:  # OpenAI's older form of a single call
         calls = [_tool_call({"function": called}, f"{where}.function_call")]
     sent, thoughts = message.get("content"), list[str]()
     if role == "assistant":
@@ -195,7 +195,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
                 f"{where}.content: expected text or a list of text parts, found None"
             )
         content = ""
-    if content == []:  # no parts: nothing beside calls, otherwise an empty text
+    if content == []:  # without parts the content is absent beside calls, otherwise empty text
         content = None if calls else ""
     if content is not None:
         checked["content"] = content
@@ -212,7 +212,7 @@ def _message(message: object, where: str) -> dict[str, Any]:
 
 
 def _without_thoughts(content: object, where: str) -> tuple[object, list[str]]:
-    """The content of an assistant without its parts of type "thinking", and what these say."""
+    """Splits an assistant's content into its other parts and the texts of its "thinking" parts."""
     if not isinstance(content, (list, tuple)):
         return content, []
     rest, thoughts = [], []
@@ -229,7 +229,7 @@ def _without_thoughts(content: object, where: str) -> tuple[object, list[str]]:
 
 
 def _is_json(content: object) -> bool:
-    """Whether a tool's result is a value: a mapping that is no content part, or a number."""
+    """Returns whether a tool's result is a JSON value: a mapping, a number or a boolean."""
     return isinstance(content, (Mapping, bool, int, float))
 
 
@@ -308,7 +308,7 @@ def _arguments(sent: object) -> Arguments:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text, or `text` itself (the same object) where it is none."""
+    """Returns the value of a JSON text, or `text` itself (the same object) if it is none."""
 
     def finite(number: str) -> float:
         value = float(number)

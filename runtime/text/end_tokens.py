@@ -1,7 +1,7 @@
-"""Which tokens end a turn or a generation: those that the file names, and those known by name.
+"""Finds the tokens that end a turn or a generation: those that the file names, and known names.
 
 A spelling is not enough: the vocabulary of Qwen holds "</s>" as a piece of HTML, as those of Gemma
-do. A known name counts where the file itself makes more of that token than text.
+do. A known name counts only if the file itself treats that token as more than text.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from .vocabulary import CONTROL, USER_DEFINED, Metadata, Vocabulary
 
 @dataclass(frozen=True)
 class EndTokens:
-    """eot, eom: ids that end a turn and a message, None where there are none.
+    """The tokens of a file that end a turn, a message or a generation.
 
-    eog: every token that ends a generation. control: the tokens among these, and the
-    fill-in-the-middle tokens, that are control tokens although the file's type says otherwise.
+    eot, eom: ids that end a turn and a message, None if there are none. eog: every token that ends
+    a generation. control: the tokens among these, and the fill-in-the-middle tokens, that are
+    control tokens although the file's type says otherwise.
     """
 
     eot: int | None
@@ -29,7 +30,7 @@ class EndTokens:
 
 
 def find_end_tokens(vocabulary: Vocabulary, get: Metadata, eos: int | None) -> EndTokens:
-    """The end tokens of a file; eos: its EOS. TokenizerError where an id of it is no number."""
+    """Returns the end tokens of a file; eos: its EOS. TokenizerError if an id is no number."""
     ids = _known_ids(vocabulary, get, eos)
 
     def first(names: Sequence[str]) -> int | None:
@@ -54,10 +55,10 @@ def find_end_tokens(vocabulary: Vocabulary, get: Metadata, eos: int | None) -> E
 
 
 def _known_ids(vocabulary: Vocabulary, get: Metadata, eos: int | None) -> dict[str, int]:
-    """The known names that this file stands for, and their ids.
+    """Returns the known names that this file confirms, and their ids.
 
-    The file does so by the type CONTROL, by an id of its metadata, or by a chat template that
-    writes a USER_DEFINED token. Files without any types leave only the name.
+    The type CONTROL confirms a name, or an id of the metadata, or a chat template that writes a
+    USER_DEFINED token. In files without any types the name alone suffices.
     """
     named = {eos}
     for key in ("eot_token_id", "eom_token_id", *FIM_IDS):

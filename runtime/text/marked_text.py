@@ -1,7 +1,7 @@
 """A text with marks (control_marks.py), used as if it had none.
 
-To a template a mark is no character: positions, lengths, slices and what is searched for are those
-of the text without marks. What is cut out of it keeps the marks that are in it and at its ends.
+For a template a mark is no character: positions, lengths, slices and searches are those of the
+text without marks. A part that is cut out of it keeps the marks inside it and at its ends.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
-# Methods of str by what they return: an answer; one part of the text; the text, character by
-# character; the text between spaces.
+# Methods of str by what they return: a number or boolean; one part of the text; the text with its
+# characters changed; the text with padding.
 _ANSWERS = frozenset(
     ("count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
      "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper",
@@ -30,7 +30,7 @@ class MarkedText:
     """
 
     def __init__(self, text: str, mark: str) -> None:
-        """mark: the character."""
+        """Splits `text` at `mark`, which is a character."""
         pieces = text.split(mark)
         self.plain = "".join(pieces)
         self._text = text
@@ -38,14 +38,14 @@ class MarkedText:
         self._marks = list(accumulate(map(len, pieces[:-1])))  # each before plain[i], ascending
 
     def part(self, start: int, stop: int) -> str:
-        """plain[start:stop] with its marks, 0 <= start, stop <= len(plain). "" has none."""
+        """Returns plain[start:stop] with its marks, 0 <= start, stop <= len(plain); "" has none."""
         if start >= stop:
             return ""
         first = start + bisect_left(self._marks, start)
         return self._text[first : stop + bisect_right(self._marks, stop)]
 
     def sliced(self, at: int | slice) -> str:
-        """plain[at] with its marks. IndexError as of str."""
+        """Returns plain[at] with its marks. Raises IndexError as str does."""
         if isinstance(at, int):
             _ = self.plain[at]
             start = at % len(self.plain)
@@ -56,11 +56,11 @@ class MarkedText:
         return self.part(start, stop)
 
     def characters(self) -> list[str]:
-        """The characters, each with the marks at its ends."""
+        """Returns the characters, each with the marks at its ends."""
         return [self.part(i, i + 1) for i in range(len(self.plain))]
 
     def remarked(self, changed: str) -> str:
-        """A text of as many characters as `plain`, with the marks where they are in it."""
+        """Returns a text of the same length as `plain` with the marks in the same places."""
         if not changed:
             return ""
         pieces, last = [], 0
@@ -70,7 +70,7 @@ class MarkedText:
         return "".join([*pieces, changed[last:]])
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """What the method of str returns, NotImplemented for one to which marks do no harm."""
+        """Returns what the method of str returns, NotImplemented if marks do not disturb it."""
         bare = [self._bare(value) for value in args]
         named = {key: self._bare(value) for key, value in kwargs.items()}
         method: Callable[..., Any] = getattr(self.plain, name)
@@ -89,7 +89,7 @@ class MarkedText:
             lines = zip(starts, method(*bare, **named), strict=False)
             return [self.part(start, start + len(line)) for start, line in lines]
         if name == "replace":
-            method(*bare, **named)  # raises what it raises
+            method(*bare, **named)  # so that wrong arguments raise what str raises
             count = args[2] if len(args) > 2 else kwargs.get("count", -1)
             return self._replaced(bare[0], args[1], count)
         if name in _CASES:
@@ -108,7 +108,7 @@ class MarkedText:
         return self.part(start, start + len(found))
 
     def _between(self, parts: Iterator[str], separator: str | None) -> Iterator[str]:
-        """The parts of `plain` between separators, None: between spaces."""
+        """Yields the parts of `plain` between separators; None separates at white space."""
         at = 0
         for part in parts:
             if separator is None:

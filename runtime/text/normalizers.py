@@ -1,6 +1,6 @@
-"""What a tokenizer does to a run of plain text before it is cut: Unicode forms, SentencePiece maps.
+"""Normalizers, which a tokenizer applies to plain text before it is cut into words.
 
-Each normalizer is a function from text to text.
+Each normalizer is a function from text to text: Unicode forms and SentencePiece maps.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from .vocabulary import spelled_bytes
 
 
 def nfc() -> Callable[[str], str]:
-    """A function that brings text to Unicode's normalization form C as HF tokenizers does.
+    """Returns a function that brings text to Unicode's normalization form C as HF tokenizers does.
 
-    The library's own: its Unicode is older than Python's, and marks newer than it keep their
-    order there. Text that Python finds normalized is so by the older rules, too.
+    It uses that library's function, because its Unicode version is older than Python's and leaves
+    newer combining marks in their order. Text that Python finds normalized is so by the older
+    version, too.
     """
     from tokenizers import normalizers
 
@@ -31,12 +32,12 @@ def nfc() -> Callable[[str], str]:
 
 
 def squeezed_spaces(text: str) -> str:
-    """SentencePiece's remove_extra_whitespaces: none at either end, and single ones within."""
+    """Removes outer and repeated spaces, as SentencePiece's remove_extra_whitespaces."""
     return re.sub(" {2,}", " ", text.strip(" "))
 
 
 class PrecompiledMap:
-    """SentencePiece's precompiled_charsmap: the longest matching prefix is replaced.
+    """SentencePiece's precompiled_charsmap, which replaces the longest matching prefix.
 
     The blob: uint32 length of a trie in bytes; the trie, a double array of uint32 units (bits
     0-7 label and bit 31, bit 8 has-value, bit 9 wide offset, bits 10-30 offset); then the
@@ -45,9 +46,9 @@ class PrecompiledMap:
     """
 
     def __init__(self, blob: bytes, verbatim: Iterable[str] = ()) -> None:
-        """verbatim: spellings that stay as they are.
+        """Reads the map; `verbatim` are spellings that stay unchanged.
 
-        ValueError where the blob is not of that form.
+        Raises ValueError if the blob is malformed.
         """
         size = int.from_bytes(blob[:4], "little")
         if len(blob) < 8 or size < 4 or size % 4 or 4 + size > len(blob):
@@ -59,7 +60,7 @@ class PrecompiledMap:
         self._verbatim = re.compile(longest_first) if longest_first else None
 
     def replace(self, text: bytes, start: int) -> tuple[bytes, int] | None:
-        """The replacement of the longest known prefix at `start` and its length in bytes."""
+        """Returns the replacement of the longest known prefix at `start`, and that one's bytes."""
         units, best = self._units, None
         node = self._offset(units[0])
         for end in range(start, len(text)):
@@ -81,7 +82,7 @@ class PrecompiledMap:
         return best
 
     def mapped(self, text: str) -> str:
-        """The text with every known prefix replaced, from left to right."""
+        """Returns the text with every known prefix replaced, from left to right."""
         data = text.encode()
         out = bytearray()
         at = 0

@@ -1,7 +1,7 @@
-"""Continuing an assistant's words: a prompt that ends inside the last message.
+"""Continues an assistant's words with a prompt that ends inside the last message.
 
-As transformers does it (apply_chat_template with continue_final_message): a tag is appended to the
-message, and the rendering is cut where it comes out. Some templates know the tag by its name.
+The method is that of transformers (apply_chat_template with continue_final_message): a tag is
+appended to the message, and the rendering is cut at the tag. Some templates know the tag's name.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 def to_continue(messages: list[dict[str, Any]]) -> bool:
-    """Whether a conversation ends with words of the assistant, and no tool calls."""
+    """Returns whether a conversation ends with words of the assistant, and no tool calls."""
     return messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls")
 
 
 def tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The conversation with the tag behind the last text of its last message."""
+    """Returns the conversation with the tag behind the last text of its last message."""
     *before, last = messages
     content = last["content"]
     if isinstance(content, list):
@@ -31,11 +31,11 @@ def tagged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cut(text: str, words: str, name: str, mark: str = "") -> str:
-    """A rendering up to the tag.
+    """Returns a rendering up to the tag.
 
-    words: the last text of the message, as the template got it, with each `mark`. Where the
-    template trims it, the prompt ends without the white space. ChatTemplateError where it drops or
-    rewrites the message.
+    words: the last text of the message as the template got it, marks included. If the template
+    trims it, the prompt ends without the white space. Raises ChatTemplateError if the template
+    drops or rewrites the message.
     """
     tag = TAG.strip()
     end = text.rfind(tag)

@@ -1,4 +1,4 @@
-"""The pre-tokenizer kinds of GGUF files: how a text is cut into words before merges are applied.
+"""The pre-tokenizer kinds of GGUF files, which cut a text into words before merges are applied.
 
 `tokenizer.ggml.pre` names a kind. A kind is a list of patterns: each one in turn cuts every
 segment that the patterns before it left, and both what it matches and what lies between matches
@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 
 from ..base.errors import TokenizerError
 
-# In place of a pattern: runs of punctuation as the library's Punctuation step finds them. Its
-# Unicode is older than the one behind \p{P}.
+# This stands for a pattern: runs of punctuation as the library's Punctuation step finds them. Its
+# Unicode version is older than the one behind \p{P}.
 PUNCTUATION = "punctuation"
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """One kind.
+    """One kind of pre-tokenizer.
 
     patterns: regular expressions in Oniguruma syntax, or PUNCTUATION, applied in order; empty for
         `escaped`.
@@ -46,12 +46,12 @@ _CJK_KANA = "[一-龥぀-ゟ゠-ヿ]+"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ASCII_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
-# Groups of three digits counted from the right: 1234567 is 1, 234, 567.
+# This groups digits in threes from the right: 1234567 is 1, 234, 567.
 _DIGITS_FROM_RIGHT = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 
 
 def _contracted(number: str, spaces: str = _SPACES, head: str = f"{_CONTRACTION}|") -> str:
-    """The pattern of the Llama 3 and Qwen 2 families; `number` is what differs."""
+    """Returns the pattern of the Llama 3 and Qwen 2 families; `number` is what differs."""
     return head + r"[^\r\n\p{L}\p{N}]?\p{L}+|" + number + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|" + spaces
 
 
@@ -62,7 +62,7 @@ def _cased(
     lower: str = _LOWER,
     head: str = "",
 ) -> str:
-    """The pattern of o200k and Tekken: a word also ends where lower case turns into upper case."""
+    """Returns the pattern of o200k and Tekken, which also cuts where upper case follows lower."""
     start = r"[^\r\n\p{L}\p{N}]?"
     return (
         f"{head}{start}{upper}*{lower}+{contraction}|{start}{upper}+{lower}*{contraction}|"
@@ -73,7 +73,7 @@ def _cased(
 
 
 def _marked(punctuation: str) -> str:
-    """The last pattern of the DeepSeek V3 family, where combining marks belong to the letters."""
+    """Returns the last pattern of the DeepSeek V3 family, with combining marks as letters."""
     return (
         _ASCII_PUNCTUATION
         + r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
@@ -81,7 +81,7 @@ def _marked(punctuation: str) -> str:
     )
 
 
-# Escaped where normalization would turn the letter into another one.
+# A letter is escaped if normalization would turn it into another one.
 _DEEPSEEK_LETTERS = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ"
     "-Ὅὐ-ὗὙὛὝὟ-\u1F7Dᾀ-ᾴᾶ-ᾼ\u1FBEῂ-ῄῆ-ῌῐ-\u1FD3ῖ-\u1FDBῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212A-ℭℯ-ℴℹ"
@@ -104,12 +104,12 @@ _BAILING = (
 )
 _ESCAPED = PreTokenizer((), escaped=True)
 
-# `nfc` is set where the published tokenizer is known to have it: Qwen 2, 2.5, 3 and 3.5, Command-R,
+# `nfc` is set if the published tokenizer is known to have it: Qwen 2, 2.5, 3 and 3.5, Command-R,
 # GPT-NeoX and its kin (OLMo, MPT, ModernBERT) in transformers' own classes for them, StableLM 2
 # and Hunyuan in their tokenization_arcade100k.py and tokenization_hy.py. Those of Llama 3,
-# DeepSeek, GPT-2 and StarCoder are known to have none. Of the other names it could not be
-# established: deepseek-r1-qwen, kormo, f2llmv2 and megrez cut as Qwen 2 does, but their published
-# files were not at hand, and none is taken for granted.
+# DeepSeek, GPT-2 and StarCoder are known to have none. It is unset for the other names, for which
+# this could not be established: deepseek-r1-qwen, kormo, f2llmv2 and megrez cut as Qwen 2 does, but
+# their published files were not available.
 _KINDS: tuple[tuple[str, PreTokenizer], ...] = (
     ("default", _DEFAULT),
     ("llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano", _LLAMA3),
@@ -264,7 +264,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizer] = {
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-    """The kind that tokenizer.ggml.pre calls `name`; TokenizerError where it is unknown."""
+    """Returns the kind that tokenizer.ggml.pre calls `name`. TokenizerError if it is unknown."""
     kind = PRE_TOKENIZERS.get(name)
     if kind is None:
         raise TokenizerError(
@@ -275,7 +275,7 @@ def pre_tokenizer(name: str) -> PreTokenizer:
 
 
 def byte_level_words(kind: PreTokenizer) -> Callable[[str], list[str]]:
-    """A function that cuts a text into the words of `kind`, spelled in GPT-2's byte alphabet."""
+    """Returns a function that cuts a text into `kind`'s words, in GPT-2's byte alphabet."""
     from tokenizers import Regex, pre_tokenizers
 
     steps: list[pre_tokenizers.PreTokenizer] = [

@@ -1,11 +1,11 @@
-"""The names of tokens that end a turn or a generation, for files that do not say which they are.
+"""The names of tokens that end a turn or a generation, for files that do not name them by id.
 
-The names are those that llama.cpp knows; end_tokens.py says when one of them counts.
+The names are those that llama.cpp knows; end_tokens.py decides when one of them counts.
 """
 
 from __future__ import annotations
 
-# Names that end a turn, in the order in which one of them is taken for tokenizer.ggml.eot_token_id.
+# Names that end a turn; the first that a file has is its default tokenizer.ggml.eot_token_id.
 EOT_NAMES = (
     "<|eot_id|>",
     "<|im_end|>",

@@ -1,4 +1,4 @@
-"""Special tokens in a text: control, unknown and user-defined ones are cut out before all else."""
+"""Cuts special tokens (control, unknown and user-defined ones) out of a text before all else."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ class SpecialTokens:
     """An index of a vocabulary's special tokens; immutable."""
 
     def __init__(self, vocabulary: Vocabulary, get: Metadata, pre: str) -> None:
-        """pre: tokenizer.ggml.pre."""
+        """Indexes the special tokens; pre: tokenizer.ggml.pre."""
         self._tokens = vocabulary.tokens
         self._types = {
             i: kind
             for i, kind in vocabulary.types.items()
             if kind in (CONTROL, UNKNOWN, USER_DEFINED)
         }
-        # By their first three characters: a text that does not hold these holds none of the
-        # tokens; thousands of reserved tokens usually share them.
+        # The tokens are indexed by their first three characters: a text that does not contain these
+        # contains none of the tokens; thousands of reserved tokens usually share them.
         self._heads: dict[str, list[int]] = {}
         for i in self._types:
             self._heads.setdefault(self._tokens[i][:3], []).append(i)
         self._strip_right, self._strip_left = self._stripping(vocabulary, get, pre)
 
     def partition(self, text: str, parse_special: bool) -> list[str | int]:
-        """A text as runs of plain text and ids: the leftmost token first, of these the longest.
+        """Cuts a text into runs of plain text and ids: the leftmost token first, then the longest.
 
         parse_special: control and unknown tokens are cut out as well, not only user-defined ones.
         """
@@ -61,10 +61,10 @@ class SpecialTokens:
     def _stripping(
         self, vocabulary: Vocabulary, get: Metadata, pre: str
     ) -> tuple[frozenset[int], frozenset[int]]:
-        """Special tokens that swallow the white space after them, and before them.
+        """Returns the special tokens that swallow white space after them, and those before them.
 
-        GGUF files do not say it, so these are the vocabularies of whole architectures: a title
-        (general.name) is no fact about a vocabulary. Phi 3's is SentencePiece; Phi 4, which is of
+        GGUF files do not say which do, so the architecture decides: a title (general.name) tells
+        nothing certain about a vocabulary. Phi 3's vocabulary is SentencePiece; Phi 4, which is of
         the same architecture, has another kind.
         """
         architecture = str(get("general.architecture") or "")

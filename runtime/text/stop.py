@@ -1,4 +1,4 @@
-"""Stop strings: holds back text that may yet turn out to be the beginning of one."""
+"""Finds stop strings in streamed text; holds back text that may be the beginning of one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._longest = max(map(len, self._stops), default=0)
-        self._held = ""  # undecided, with the spellings of special tokens
-        self._inside: list[int] = []  # of each character: 0 text, 1 a spelling's first, 2 the rest
+        self._held = ""  # undecided text, with the spellings of special tokens
+        self._inside: list[int] = []  # per character: 0 text, 1 a spelling's first, 2 its rest
         self.matched: str | None = None
 
     def push(self, text: str, *, special: bool = False) -> str:
         """Adds `text`; returns what is now certain to belong to the output.
 
-        special: it is the spelling of one special token, which belongs to no output.
+        special: `text` is the spelling of one special token, which is never output.
         Sets `matched` (and drops the rest) when a stop string is complete; the one that begins
         first wins, the longest of those that begin at the same place.
         """
@@ -43,12 +43,12 @@ class StopMatcher:
         return text
 
     def flush(self) -> str:
-        """The end of the text: what was held back is no stop string after all."""
+        """Ends the text and returns what was held back, which is no stop string after all."""
         shown = [i for i, inside in enumerate(self._inside) if not inside]
         return self._release(len(self._held), shown)
 
     def _match(self, shown: list[int]) -> int | None:
-        """Where the stop string begins that is complete first; sets `matched`."""
+        """Returns where the first complete stop string begins, None without one; sets `matched`."""
         best: tuple[int, int] | None = None  # (begin, -length)
         text = "".join(self._held[i] for i in shown) if len(shown) < len(self._held) else None
         for stop in self._stops:
@@ -64,7 +64,7 @@ class StopMatcher:
         return None if best is None else best[0]
 
     def _undecided(self, shown: list[int]) -> int:
-        """Where the longest end of the text begins that some stop string begins with."""
+        """Returns where the longest end of the text starts that begins a stop string."""
         end = len(self._held)
         begin = next(
             (at for at in range(max(0, end - self._longest + 1), end)
@@ -85,11 +85,11 @@ class StopMatcher:
         return any(stop.startswith(text) for stop in self._stops)
 
     def _cuts(self, position: int) -> bool:
-        """Whether a position lies inside of a special token's spelling."""
+        """Returns whether a position lies inside of a special token's spelling."""
         return position < len(self._inside) and self._inside[position] == 2
 
     def _release(self, end: int, shown: list[int]) -> str:
-        """What is held before `end`, now given out."""
+        """Returns the text held before `end` and holds it no longer."""
         text = "".join(self._held[i] for i in shown if i < end)
         self._held, self._inside = self._held[end:], self._inside[end:]
         return text

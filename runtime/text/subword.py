@@ -1,9 +1,9 @@
-"""The subword algorithms: from a piece of text to token ids, without special tokens.
+"""The subword algorithms, which turn plain text without special tokens into token ids.
 
 Every class has `encode(text) -> list[int]` for one run of plain text. All are exact, in Python:
-merging runs once a distinct word (words repeat, so a dictionary of words does most of the work)
-and needs nothing built beyond the dictionaries of the vocabulary, so that a tokenizer is ready
-in a fraction of the time that a library takes to index 500,000 merges.
+merging runs once per distinct word (words repeat, so a dictionary of words does most of the work)
+and needs no index beyond the dictionaries of the vocabulary, so that a tokenizer is ready in a
+fraction of the time that a library takes to index 500,000 merges.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _UNKNOWN_PENALTY = 10.0  # SentencePiece: an unknown character scores this much 
 
 
 class Subword(Protocol):
-    """What all algorithms of this file share."""
+    """The interface that all algorithms of this file share."""
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         ...
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet: the character that stands for each byte in a byte-level token."""
+    """Returns GPT-2's alphabet: the byte that each character of a byte-level token stands for."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [b for b in range(256) if b not in set(shown)]
     return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def byte_fallback(ids: Ids, unk: int | None) -> Callable[[str], list[int]]:
-    """For a character without a token: its UTF-8 bytes as <0xXX> tokens, else `unk` if any."""
+    """Returns what encodes a piece without a token: as <0xXX> bytes, else as `unk` if any."""
 
     def fallback(piece: str) -> list[int]:
         found = [ids.get(f"<0x{byte:02X}>") for byte in piece.encode()]
@@ -56,9 +56,9 @@ def byte_fallback(ids: Ids, unk: int | None) -> Callable[[str], list[int]]:
 class Merges:
     """Byte-pair merging of one word: the cheapest adjacent pair first, the leftmost among equals.
 
-    cost: of a pair, under the key left + joint + right; None where it cannot be merged. For merge
-    lists it is the rank, for SentencePiece the negated score of the joined token (and `joint` is
-    empty).
+    cost: the cost of a pair by its key, left + joint + right; None if it cannot be merged. For
+    merge lists it is the rank, for SentencePiece the negated score of the joined token (and `joint`
+    is empty).
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Merges:
         self._words: dict[str, tuple[int, ...]] = {}
 
     def word(self, word: str) -> tuple[int, ...]:
-        """The token ids of one word."""
+        """Returns the token ids of one word."""
         known = self._words.get(word)
         if known is not None:
             return known
@@ -110,7 +110,7 @@ class Merges:
         heapify(heap)
         while heap:
             _, left, right, key = heappop(heap)
-            # A merged-away piece is empty, so a pair that changed no longer spells its key.
+            # A piece that was merged away is empty, so a changed pair no longer spells its key.
             if not pieces[right] or pieces[left] + joint + pieces[right] != key:
                 continue
             pieces[left] += pieces[right]
@@ -134,8 +134,8 @@ class Merges:
 class ByteLevelBpe:
     """GPT-2's byte-level BPE.
 
-    split: text to words in the byte alphabet (pretokenizers.byte_level_words).
-    whole_words: a word that is a token is taken whole (ignore_merges).
+    split: cuts text into words in the byte alphabet (pretokenizers.byte_level_words).
+    whole_words: whether a word that is a token is taken whole (ignore_merges).
     """
 
     def __init__(
@@ -149,13 +149,13 @@ class ByteLevelBpe:
         self._ids = ids
         self._split = split
         self._whole_words = whole_words
-        # A character here is one byte. Those that have no token are dropped before merging, as
-        # HF tokenizers does: what was beside them can merge.
+        # A character here is one byte. Bytes that have no token are dropped before merging, as in
+        # HF tokenizers, so that their neighbours can merge.
         self._without_token = {ord(c): None for c in byte_alphabet() if c not in ids}
         self._merges = Merges(ids, cost, joint, lambda piece: [ids[c] for c in piece if c in ids])
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         out: list[int] = []
         for word in self._split(text):
             whole = self._ids.get(word) if self._whole_words else None
@@ -170,14 +170,14 @@ class ByteLevelBpe:
 class EscapedBpe:
     """Merging over whole lines in which "▁" stands for a space: SentencePiece BPE, and Gemma 4.
 
-    Where no token holds "x▁" a merge can never cross that place, so the text is cut there and
-    each part is merged (and remembered) on its own; the result is the same.
+    If no token contains "x▁", no merge can cross that place, so the text is cut there and each
+    part is merged (and cached) on its own; the result is the same.
 
-    newlines: runs of newlines are cut out first, and taken whole where they are a token.
+    newlines: whether runs of newlines are cut out first, and taken whole if they are a token.
     """
 
     def __init__(self, ids: Ids, merges: Merges, spellings: str, *, newlines: bool) -> None:
-        """spellings: all tokens, separated by NUL characters."""
+        """Takes all tokens in `spellings`, separated by NUL characters."""
         self._ids = ids
         self._merges = merges
         self._newlines = newlines
@@ -189,7 +189,7 @@ class EscapedBpe:
         self._parts = re.compile(part).findall
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         text = text.replace(" ", SPACE)
         out: list[int] = []
         if not self._newlines:
@@ -207,7 +207,7 @@ class EscapedBpe:
 
 
 class Unigram:
-    """SentencePiece's unigram model: the segmentation of highest total score (Viterbi).
+    """SentencePiece's unigram model, which finds the segmentation of highest total score (Viterbi).
 
     scores: token -> (score, id) of the tokens that may be matched.
     """
@@ -228,7 +228,7 @@ class Unigram:
         self._charsmap = charsmap
         self._add_space_prefix = add_space_prefix
         self._remove_extra_whitespaces = remove_extra_whitespaces
-        # Token lengths in characters by first character: what is worth looking up at a place.
+        # The token lengths in characters by first character are those worth looking up at a place.
         lengths: dict[str, list[int]] = {}
         for token in scores:
             if token:
@@ -238,7 +238,7 @@ class Unigram:
         self._lengths = lengths
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         text = self._normalize(text)
         n = len(text)
         best = [0.0] + [float("-inf")] * n  # by end position, in characters
@@ -295,13 +295,13 @@ class WordPiece:
 
     The text is lowercased and stripped of accents (NFD, marks dropped) as asked; punctuation and
     each CJK ideograph are words of their own; a word is cut into the longest tokens from the
-    left, or is `unk` where that does not cover it.
+    left, or is `unk` if that does not cover it.
     """
 
     def __init__(
         self, ids: Ids, longest: int, unk: int, *, lowercase: bool, strip_accents: bool
     ) -> None:
-        """longest: characters of the longest token."""
+        """Takes in `longest` the characters of the longest token."""
         self._ids = ids
         self._unk = unk
         self._lowercase = lowercase
@@ -310,7 +310,7 @@ class WordPiece:
         self._words: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         out: list[int] = []
         for word in self._split(text):
             known = self._words.get(word)
@@ -357,10 +357,10 @@ class WordPiece:
 
 
 def _is_word(char: str, category: str) -> bool:
-    """Whether a character is a BERT word of its own: punctuation, or a CJK ideograph."""
+    """Returns whether a character is a BERT word of its own: punctuation, or a CJK ideograph."""
     if category[0] == "P" or (char < "\x7f" and category[0] == "S"):
         return True
-    # The ranges of BERT's own tokenizer (U+2B920 as in its Rust port).
+    # These are the ranges of BERT's own tokenizer (U+2B920 as in its Rust port).
     point = ord(char)
     return point >= 0x3400 and (
         0x4E00 <= point <= 0x9FFF
@@ -374,7 +374,7 @@ def _is_word(char: str, category: str) -> bool:
 
 
 class LongestMatch:
-    """RWKV's tokenizer: at every place the longest token, in bytes; `unk` for a byte of none."""
+    """RWKV's tokenizer: takes the longest token at every byte, `unk` for a byte without one."""
 
     def __init__(self, tokens: Mapping[bytes, int], unk: int | None) -> None:
         self._tokens = tokens
@@ -385,7 +385,7 @@ class LongestMatch:
         self._lengths = {head: sorted(found, reverse=True) for head, found in lengths.items()}
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of one run of plain text."""
+        """Returns the token ids of one run of plain text."""
         data = text.encode()
         out: list[int] = []
         at = 0
@@ -404,7 +404,7 @@ class LongestMatch:
 
 
 def unescape_rwkv(spelling: str) -> bytes:
-    r"""The bytes of an RWKV token, which is spelled with \t, \n, \r and \x00 escapes."""
+    r"""Returns the bytes of an RWKV token, which is spelled with \t, \n, \r and \x00 escapes."""
     out = bytearray()
     at = 0
     while at < len(spelling):

@@ -1,9 +1,9 @@
-"""What a chat template takes, found by rendering small conversations with it.
+"""Finds the forms of messages that a chat template takes, by rendering small conversations.
 
 Templates disagree about tool-call arguments (a mapping or its JSON text), about content (text or a
 list of parts, for each role), and about content that an assistant leaves out when it calls a tool.
-None of them says so; a template that gets the wrong form refuses it, drops it, or prints it as
-Python does. The answers are kept: each question is asked once for a template.
+None of them declares this; a template that gets the wrong form refuses it, drops it, or prints it
+as Python does. The findings are kept, so that each is tried only once for a template.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from .conversation import Arguments, joined
 
-# Renders messages with tools (None: without any); None where the template does not.
+# Renders messages with tools (None: without any); returns None if the template refuses them.
 Rendering = Callable[[list[dict[str, Any]], "list[dict[str, Any]] | None"], "str | None"]
 
 _ABSENT = object()
@@ -23,7 +23,7 @@ _JSON = f'{{"needle": "{_ONE}", "count": 5}}'
 _USER = {"role": "user", "content": "Question"}
 _ANSWER = {"role": "assistant", "content": "Answer"}
 _HEADS = ("system", "developer")  # roles that usually begin a conversation
-_ID = "call00000"  # Mistral's templates want nine letters or digits
+_ID = "call00000"  # Mistral's templates require nine letters or digits
 _TOOL = {
     "type": "function",
     "function": {
@@ -39,7 +39,7 @@ _TOOL = {
 
 
 class TemplateForms:
-    """The forms that one template takes; may be shared between threads (a race asks twice)."""
+    """The forms that one template takes; may be shared between threads (a race tries twice)."""
 
     def __init__(self, rendering: Rendering) -> None:
         self._rendering = rendering
@@ -54,10 +54,10 @@ class TemplateForms:
     def apply(
         self, messages: list[dict[str, Any]], *, ids: bool = False, parts: bool = True
     ) -> list[dict[str, Any]]:
-        """Messages of `conversation` in the forms that the template takes.
+        """Returns messages of `conversation` in the forms that the template takes.
 
-        ids: give those calls an id that have none, and name it in the results. parts: False joins
-        all lists of parts, whatever the template takes.
+        ids: give calls without an id one, and name it in their results. parts: False joins all
+        lists of parts, whatever the template takes.
         """
         numbered = iter(range(100_000))
         open_ids: list[str] = []
@@ -70,7 +70,7 @@ class TemplateForms:
             if "content" in message:
                 content = message["content"] if parts else joined(message["content"])
                 changed["content"] = self._content(content, kind)
-                if _thinks(changed["content"]):  # these are the reasoning: once is enough
+                if _thinks(changed["content"]):  # the parts hold the reasoning: once is enough
                     for name in ("reasoning_content", "thinking"):
                         changed.pop(name, None)
             elif kind == "calls":
@@ -90,9 +90,9 @@ class TemplateForms:
         return out
 
     def _heads_joined(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The messages; those of system and developer that begin them are one of system's.
+        """Returns the messages, with leading system and developer ones joined to one of system.
 
-        If there are both, and the template does not show all of them.
+        They are joined only if there are both, and the template does not show all of them.
         """
         heads = list(takewhile(lambda message: message["role"] in _HEADS, messages))
         roles = tuple(str(message["role"]) for message in heads)
@@ -127,10 +127,10 @@ class TemplateForms:
             return content
         return [{"type": "text", "text": content}]
 
-    # Questions.
+    # The methods below find, and remember, what the template takes.
 
     def _call_forms(self) -> tuple[bool, bool, object]:
-        """(arguments as JSON text; JSON text is printed as it is; content that stands for none)."""
+        """Returns (takes arguments as JSON text, prints JSON text verbatim, content for "none")."""
         if self._calls is None:
             self._calls = self._ask_calls()
         return self._calls
@@ -149,13 +149,13 @@ class TemplateForms:
         return False, False, _ABSENT if renders is None else renders
 
     def _shows_text(self, kind: str) -> bool:
-        """Whether messages of a kind show a content that is a string."""
+        """Returns whether messages of a kind show a content that is a string."""
         if kind not in self._text:
             self._text[kind] = any(_ONE in text for text in self._with_content(kind, _ONE))
         return self._text[kind]
 
     def _shows_parts(self, kind: str) -> bool:
-        """Whether messages of a kind show all texts of a content that is a list of parts."""
+        """Returns whether messages of a kind show all texts of a list of parts."""
         if kind not in self._parts:
             parts = [{"type": "text", "text": _ONE}, {"type": "text", "text": _TWO}]
             self._parts[kind] = any(
@@ -165,7 +165,7 @@ class TemplateForms:
         return self._parts[kind]
 
     def _shows_results(self) -> bool:
-        """Whether a tool's result that is a mapping is printed as JSON."""
+        """Returns whether a tool's result that is a mapping is printed as JSON."""
         if self._results is None:
             as_text, _, empty = self._call_forms()
             call = _calling(_JSON if as_text else {"n": 5}, empty)
@@ -177,7 +177,7 @@ class TemplateForms:
         return self._results
 
     def _shows_thoughts(self) -> bool:
-        """Whether an assistant's content may have parts of type "thinking"."""
+        """Returns whether an assistant's content may have parts of type "thinking"."""
         if self._thoughts is None:
             thought = {"type": "thinking", "thinking": _ONE}
             message = {**_ANSWER, "content": [thought, {"type": "text", "text": _TWO}]}
@@ -194,7 +194,7 @@ class TemplateForms:
         return self._developer
 
     def _shows_heads(self, roles: tuple[str, ...]) -> bool:
-        """Whether messages of system and developer that begin a conversation are all shown."""
+        """Returns whether all leading messages of system and developer are shown."""
         if roles not in self._heads:
             needles = [f"needle-75{i:02d}-" for i in range(len(roles))]
             heads = []
@@ -207,7 +207,7 @@ class TemplateForms:
         return self._heads[roles]
 
     def _with_content(self, kind: str, content: Any) -> Iterator[str]:
-        """Renderings of conversations in which a message of a kind has a content."""
+        """Yields renderings of conversations in which a message of a kind has a content."""
         if kind == "calls":
             as_text, _, _ = self._call_forms()
             yield from self._around(_calling(_JSON if as_text else {"n": 5}, content))
@@ -226,7 +226,7 @@ class TemplateForms:
             yield from self._texts([[_USER, message, _USER], [_USER, message]])
 
     def _around(self, call: dict[str, Any], result: Any = "Result") -> Iterator[str]:
-        """Renderings of a message that calls the tool, in longer and shorter conversations."""
+        """Yields renderings of a message that calls the tool, in a longer and a shorter context."""
         answer = {"role": "tool", "tool_call_id": _ID, "name": "needle_tool", "content": result}
         conversations = [[_USER, call, answer, _ANSWER, _USER], [_USER, call, answer]]
         yield from self._texts(conversations, tools=True)
@@ -234,7 +234,7 @@ class TemplateForms:
     def _texts(
         self, conversations: list[list[dict[str, Any]]], *, tools: bool = False
     ) -> Iterator[str]:
-        """A rendering of each conversation that renders: with or without tools first."""
+        """Yields a rendering of each conversation that renders; `tools`: try with tools first."""
         for messages in conversations:
             for given in ([_TOOL], None) if tools else (None, [_TOOL]):
                 text = self._rendering(messages, given)
@@ -244,9 +244,9 @@ class TemplateForms:
 
 
 def with_new_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of `conversation` with other ids of calls, the same for a call and its result.
+    """Returns messages of `conversation` with new call ids, the same for a call and its result.
 
-    Templates of Mistral take nine letters or digits; OpenAI's are longer, others are numbers.
+    Templates of Mistral take nine letters or digits; OpenAI's ids are longer, others are numbers.
     """
     known: dict[str, str] = {}
 
@@ -268,7 +268,7 @@ def with_new_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _kind(message: dict[str, Any], *, first: bool) -> str:
-    """The role, or "calls" of an assistant's, or "later system" of one inside a conversation."""
+    """Returns the role, "calls" for tool calls, or "later <role>" for a system role not first."""
     if "tool_calls" in message:
         return "calls"
     role = str(message["role"])

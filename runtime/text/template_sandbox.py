@@ -1,8 +1,8 @@
 """The Jinja environment in which chat templates run, and its bounds.
 
-A template comes with a model file, so it is untrusted code. It runs in Jinja's sandbox, and what
-the sandbox leaves open is bounded here: the steps of loops and macros, the time, what is printed,
-and the size of every value that it can build, multiply, join or pad (template_values.py).
+A template comes with a model file, so it is untrusted code. It runs in Jinja's sandbox. This module
+bounds what the sandbox leaves open: the steps of loops and macros, the time, the printed text, and
+the size of every value that a template can build, multiply, join or pad (template_values.py).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from .template_values import (
 
 MAX_SOURCE = 1 << 20  # characters of a template
 
-# Filters of a text or a number, and those of items, which of a text are its characters.
+# Filters of items; the items of a text are its characters.
 _OF_CHARACTERS = frozenset(
     ("batch", "first", "groupby", "join", "last", "list", "map", "max", "min", "random", "reject",
      "select", "slice", "sort", "sum", "unique")
@@ -58,27 +58,27 @@ _COMPARISONS = frozenset(
 
 
 class _Rejection(Exception):
-    """raise_exception() of a template."""
+    """The exception that a template's raise_exception() raises."""
 
 
 class TemplateStopped(ChatTemplateError):
-    """A bound was reached."""
+    """A template was stopped because it reached a bound."""
 
 
 def compile_template(environment: Environment, source: str, name: str) -> Template:
-    """The template of a source text; `name` is for messages. ChatTemplateError if malformed."""
+    """Compiles a template; `name` is for messages. Raises ChatTemplateError if malformed."""
     if len(source) > MAX_SOURCE:
         raise ChatTemplateError(
             f"chat template {name!r}: expected at most {MAX_SOURCE} characters, found {len(source)}"
         )
-    BUDGET.reset(None)  # what a template prints of constants is looked at here
+    BUDGET.reset(None)  # compiling passes the constants that a template prints to _printed
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
         raise ChatTemplateError(
             f"chat template {name!r}, line {error.lineno}: {one_line(error)}"
         ) from None
-    except Exception as error:  # the template is data: whatever it breaks is its error
+    except Exception as error:  # a template is data, so any failure is an error of the template
         raise ChatTemplateError(f"chat template {name!r}: {one_line(error)}") from None
 
 
@@ -88,7 +88,7 @@ def render_template(
     variables: Mapping[str, Any],
     marks: ControlMarks | None = None,
 ) -> str:
-    """What a template of the sandbox prints. ChatTemplateError, TemplateStopped at a bound.
+    """Renders a template of the sandbox. ChatTemplateError, TemplateStopped at a bound.
 
     marks: those that the variables have; comparisons and searches do not see them.
     """
@@ -108,7 +108,7 @@ def render_template(
     except Runaway as error:
         message = f"chat template {name!r} is stopped: {one_line(error)}"
         raise TemplateStopped(message) from None
-    except Exception as error:  # the template is data: whatever it breaks is its error
+    except Exception as error:  # a template is data, so any failure is an error of the template
         message = f"chat template {name!r}{_line_of(error)}: {one_line(error)}"
         raise ChatTemplateError(message) from None
     return "".join(chunks)
@@ -124,11 +124,10 @@ def _line_of(error: BaseException) -> str:
     return line
 
 
-# The environment.
 
 
 class _GenerationBlock(Extension):
-    """{% generation %}: marks what the assistant wrote, for training; the content stays."""
+    """{% generation %} marks the assistant's words for training; only its content is kept."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]
 
@@ -138,7 +137,7 @@ class _GenerationBlock(Extension):
 
 
 class _Bounded(ImmutableSandboxedEnvironment):
-    """The sandbox, with its bounds. Marks of control tokens are no characters to a template."""
+    """The sandbox with its bounds; templates do not see marks of control tokens as characters."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -162,7 +161,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return result if isinstance(result, Namespace) else measured(result)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Beside what the sandbox allows, changes of lists that the template has made."""
+        """Allows changes of lists that the template has made, besides what the sandbox allows."""
         if attr in ("append", "pop") and type(obj) is OwnList:
             return True
         return super().is_safe_attribute(obj, attr, value)
@@ -180,7 +179,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return checked
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """obj[argument]."""
+        """Returns obj[argument]."""
         if BUDGET.marks is not None and isinstance(obj, str) and isinstance(argument, int):
             try:
                 return BUDGET.marks.sliced(obj, argument)
@@ -189,26 +188,26 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def concat(self, pieces: Iterable[str]) -> str:
-        """What a macro or block has printed."""
+        """Joins the text that a macro or block has printed."""
         pieces = list(pieces)
         check_size(sum(map(len, pieces)))
         return "".join(pieces)
 
-    # What the syntax tree is made to call.
+    # The rewritten syntax tree calls the methods below.
 
     def joined(self, *values: Any) -> str:
-        """The ~ operator."""
+        """Evaluates the ~ operator."""
         BUDGET.check_time()
         size(values)
         return "".join(str(_as_text(value)) for value in values)
 
     def literal(self, value: Any) -> Any:
-        """A list, tuple or mapping as it is built: it may hold one part many times."""
+        """Measures a new list, tuple or mapping, since it may hold one part many times."""
         BUDGET.check_time()
         return measured(value)
 
     def sliced(self, value: Any, start: Any, stop: Any, step: Any) -> Any:
-        """value[start:stop:step]."""
+        """Returns value[start:stop:step]."""
         BUDGET.check_time()
         at = slice(start, stop, step)
         if BUDGET.marks is not None and isinstance(value, str):
@@ -217,16 +216,16 @@ class _Bounded(ImmutableSandboxedEnvironment):
         return OwnList(found) if type(found) is list else found
 
     def iterated(self, value: Any) -> Any:
-        """What a loop goes through."""
+        """Returns what a loop iterates over."""
         marks = BUDGET.marks
         return marks.characters(value) if marks is not None and isinstance(value, str) else value
 
     def step(self) -> str:
-        """Called by every pass of a loop and every call of a macro."""
+        """Spends a step; every pass of a loop and every call of a macro calls this."""
         return BUDGET.step()
 
     def compared(self, value: Any) -> Any:
-        """A side of a comparison, without the marks of what a client wrote."""
+        """Returns a side of a comparison without the marks of what a client wrote."""
         return _compared(value)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -244,7 +243,7 @@ class _Bounded(ImmutableSandboxedEnvironment):
 
 
 def sandbox() -> Environment:
-    """A new environment that compiles and runs chat templates."""
+    """Returns a new environment that compiles and runs chat templates."""
     environment = _Bounded(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -252,7 +251,7 @@ def sandbox() -> Environment:
         optimized=False,  # folding constants would run code outside of a rendering and its budget
         finalize=_printed,
     )
-    # No chat template needs these, and a long text makes them slow.
+    # No chat template needs these filters, and a long text makes them slow.
     for name in ("urlize", "wordwrap", "pprint"):
         del environment.filters[name]
     environment.filters["sum"] = _sum
@@ -274,8 +273,8 @@ def _bounded_test(test: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bounded_filter(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter within the bounds, to which marks are no characters."""
-    # Filters that take the environment or context first say so by this attribute.
+    """Wraps a filter so that it keeps the bounds and does not see marks as characters."""
+    # A filter that takes the environment or context first has this attribute.
     before = int(hasattr(original, "jinja_pass_arg"))
 
     @functools.wraps(original, updated=("__dict__",) if before else ())
@@ -283,7 +282,7 @@ def _bounded_filter(name: str, original: Callable[..., Any]) -> Callable[..., An
         BUDGET.check_time()
         context, value, given_args = args[:before], args[before], args[before + 1 :]
         if name == "join" and isinstance(value, Iterator):
-            value = list(value)  # it is counted
+            value = list(value)  # the check counts its items
         _check_filter(name, value, given_args, kwargs)
         marks = BUDGET.marks
         if marks is not None:
@@ -302,7 +301,7 @@ def _bounded_filter(name: str, original: Callable[..., Any]) -> Callable[..., An
 
 
 def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Runaway where a filter would make far more than what goes in."""
+    """Raises Runaway if a filter's result would be far larger than its input."""
     if name in ("batch", "slice", "center", "indent", "truncate", "round"):
         check_widths(*args, *kwargs.values())
     if name == "indent":
@@ -321,7 +320,7 @@ def _check_filter(name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[
 def _sum(
     environment: Environment, value: Iterable[Any], attribute: Any = None, start: Any = 0
 ) -> Any:
-    """As of Jinja; Python's own copies all that it has for each further list or tuple."""
+    """Adds up as Jinja's sum does, but without copying the sum for each further list or tuple."""
     if attribute is not None:
         value = map(make_attrgetter(environment, attribute), value)
     if not isinstance(start, (list, tuple)):
@@ -343,7 +342,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As in transformers: plain JSON, not escaped for HTML; iterators, as of map(), are lists."""
+    """Returns plain JSON as transformers does, not escaped for HTML; iterators become lists."""
     check_widths(indent)
     if isinstance(value, Iterator):
         value = list(value)
@@ -357,7 +356,7 @@ def _tojson(
     )
     if indent is None and (separators is None or sum(map(len, separators)) < 9):
         text = encoder.encode(value)
-    else:  # what stands between the items may be far longer than these
+    else:  # the separators and indentation may be far longer than the items
         chunks, characters = [], 0
         for chunk in encoder.iterencode(value):
             characters += len(chunk)
@@ -379,7 +378,7 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _compared(value: Any) -> Any:
-    """A side of a comparison, without the marks of what a client wrote."""
+    """Returns a side of a comparison without the marks of what a client wrote."""
     BUDGET.check_time()
     if not isinstance(value, str):
         size(value)
@@ -388,14 +387,14 @@ def _compared(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> Any:
-    """The text of what holds others, if there are marks; anything else as it is."""
+    """Returns the text of a container if there are marks, any other value as it is."""
     marks = BUDGET.marks
     holds = isinstance(value, (Mapping, Namespace, *CONTAINERS))
     return marks.printed(value) if marks is not None and holds else value
 
 
 def _printed(value: Any) -> Any:
-    """What a template prints; of a list or mapping the text, if there are marks in it."""
+    """Returns a value to print; a container becomes its text if there are marks."""
     if isinstance(value, str):
         check_size(len(value))
         BUDGET.print(len(value))
@@ -405,18 +404,18 @@ def _printed(value: Any) -> Any:
 
 
 def undeclared(environment: Environment, source: str) -> frozenset[str]:
-    """The variables that a template reads and expects from outside."""
+    """Returns the variables that a template reads and expects from outside."""
     return frozenset(find_undeclared_variables(environment.parse(source)))
 
 
 def constants(environment: Environment, source: str) -> frozenset[str]:
-    """The strings that the expressions of a template are written with."""
+    """Returns the string constants in a template's expressions."""
     found: Any = environment.parse(source).find_all(nodes.Const)
     return frozenset(node.value for node in found if isinstance(node.value, str))
 
 
 def _to_environment(method: str, *arguments: nodes.Node) -> nodes.Call:
-    """The call of a method of the environment, in the place of its first argument."""
+    """Returns a call of a method of the environment, to replace its first argument."""
     call = nodes.Call(nodes.EnvironmentAttribute(method), list(arguments), [], None, None)
     if arguments:
         call.set_lineno(arguments[0].lineno)
@@ -424,7 +423,7 @@ def _to_environment(method: str, *arguments: nodes.Node) -> nodes.Call:
 
 
 def _mark_comparisons(tree: nodes.Template) -> None:
-    """Sends both sides of comparisons through compared(), if no side is a number or the like."""
+    """Sends both sides of comparisons through compared(), unless one is a non-string constant."""
     for compare in list(tree.find_all(nodes.Compare)):
         operands = [compare.expr, *(operand.expr for operand in compare.ops)]
         if not any(isinstance(n, nodes.Const) and not isinstance(n.value, str) for n in operands):
@@ -434,9 +433,9 @@ def _mark_comparisons(tree: nodes.Template) -> None:
 
 
 def _bound_expressions(node: nodes.Node) -> None:
-    """Sends a ~ b, slices, and lists, tuples and mappings as written, through the environment.
+    """Sends a ~ b, slices, and literals of lists, tuples and mappings through the environment.
 
-    A tuple that is assigned to names at once is none: they get its items.
+    A tuple that is unpacked into names at once is left alone, because no tuple is kept.
     """
     for field, value in list(node.iter_fields()):
         children = value if isinstance(value, list) else [value]

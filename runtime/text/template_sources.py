@@ -1,4 +1,4 @@
-"""Where a GGUF file has its chat templates: one without a name, and others by name."""
+"""Reads the chat templates of a GGUF file: one without a name, and others by name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from .vocabulary import Metadata
 
 
 def template_sources(get: Metadata) -> dict[str, Any]:
-    """The chat templates of a file by name, "default" for the one without.
+    """Returns the chat templates of a file by name, "default" for the one without a name.
 
     Reads tokenizer.chat_template, and tokenizer.chat_template.<name> for the names that
-    tokenizer.chat_templates lists; an empty one is none, as some files write it. What a file has
-    there may be anything, not only text.
+    tokenizer.chat_templates lists; an empty one counts as absent, since some files write that. The
+    values may be of any type, not only text.
     """
     found = {"default": get("tokenizer.chat_template")}
     names = get("tokenizer.chat_templates")

@@ -1,9 +1,9 @@
 """The values that a chat template computes with, and what a rendering may spend on them.
 
-Whatever is done with a value (printing, comparing, sorting, looking it up) takes time by its size,
-shared parts counted each time they occur: a list that holds the one before twice, sixty times
-over, is small in memory and never done printing. So no value is larger than MAX_OUTPUT. It is
-measured where it is made, and what is part of another value does not grow any more.
+Every use of a value (printing, comparing, sorting, looking it up) takes time in proportion to its
+size, with shared parts counted each time they occur: sixty lists that each hold the one before
+twice are small in memory, but would never finish printing. So no value may be larger than
+MAX_OUTPUT. A value is measured when it is made, and the parts of a value cannot grow any more.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from .control_marks import ControlMarks
 
 MAX_OUTPUT = 1 << 22  # characters of a prompt, and of any value made on the way
-MAX_PRINTED = 1 << 26  # characters that are printed on the way: by macros and blocks, repeatedly
+MAX_PRINTED = 1 << 26  # characters that expressions print in one rendering, macros included
 MAX_STEPS = 1_000_000  # passes of loops and calls of macros in one rendering
-MAX_SECONDS = 5.0  # of one rendering, of its thread: a busy machine is not its fault
-_MAX_WIDTH = 4096  # any number given to a padding or cutting function
+MAX_SECONDS = 5.0  # thread time of one rendering, which a busy machine does not lengthen
+_MAX_WIDTH = 4096  # the largest number that padding and cutting functions take
 _MAX_INT_BITS = 4096
 _MAX_BACKWARDS = 1 << 30  # characters of a text times those looked for from its end
 
@@ -36,7 +36,7 @@ class Runaway(Exception):
 
 
 class Budget(threading.local):
-    """What the rendering in this thread may still spend, and the marks in its messages."""
+    """The budget left to the rendering in this thread, and the marks in its messages."""
 
     steps = 0
     printable = 0  # characters
@@ -51,7 +51,7 @@ class Budget(threading.local):
         self.deadline = time.thread_time() + MAX_SECONDS
 
     def step(self) -> str:
-        """Spends a step; prints nothing. Runaway."""
+        """Spends a step; prints nothing. Raises Runaway."""
         self.steps -= 1
         if self.steps < 0:
             raise Runaway(f"more than {MAX_STEPS} steps")
@@ -59,12 +59,12 @@ class Budget(threading.local):
         return ""
 
     def check_time(self) -> None:
-        """Runaway where the rendering has taken too long."""
+        """Raises Runaway if the rendering has taken too long."""
         if time.thread_time() > self.deadline:
             raise Runaway(f"more than {MAX_SECONDS:g} seconds")
 
     def print(self, characters: int) -> None:
-        """Spends characters that a template prints anywhere. Runaway."""
+        """Spends characters that a template prints anywhere. Raises Runaway."""
         self.printable -= characters
         if self.printable < 0:
             raise Runaway(f"more than {MAX_PRINTED} characters printed on the way")
@@ -78,14 +78,14 @@ class GivenList(list[Any]):
 
 
 def given(value: Any) -> Any:
-    """A value of a conversation (dict, list, str) as a template gets it."""
+    """Returns a value of a conversation (dict, list, str) as a template gets it."""
     if isinstance(value, dict):
         return {key: given(item) for key, item in value.items()}
     return GivenList(map(given, value)) if isinstance(value, list) else value
 
 
 class OwnList(list[Any]):
-    """A list that the template has made. It may change it until it is part of another value."""
+    """A list that the template has made and may change until it is part of another value."""
 
     __slots__ = ("_is_part", "_size")
 
@@ -95,11 +95,11 @@ class OwnList(list[Any]):
         self._size: int | None = None  # measured when the list begins to grow
 
     def become_part(self) -> None:
-        """Ends its growth: the size of what holds it is final."""
+        """Forbids further growth, since the size of the value that holds it is final."""
         self._is_part = True
 
     def append(self, item: Any) -> None:
-        """As of a list. ValueError if this is part of another value, Runaway if it is too large."""
+        """Appends an item. ValueError if this is part of another value, Runaway if too large."""
         if item is self:
             raise Runaway(f"a value of more than {MAX_OUTPUT} characters")
         if self._is_part:
@@ -113,7 +113,7 @@ class OwnList(list[Any]):
         super().append(item)
 
     def pop(self, index: SupportsIndex = -1) -> Any:
-        """As of a list."""
+        """Removes and returns an item, as a list's pop does."""
         item = super().pop(index)
         if self._size is not None:
             self._size -= 2 + size(item)
@@ -121,9 +121,10 @@ class OwnList(list[Any]):
 
 
 class Namespace(JinjaNamespace):
-    """namespace(): it may hold whatever changes, itself too, so that it is measured when printed.
+    """The result of namespace(), which is measured when it is printed.
 
-    Nothing else looks into one: two of them are equal where they are the same.
+    It may hold values that change, even itself, so it cannot be measured when made. No other
+    operation looks into one: two of them are equal only if they are the same object.
     """
 
     def __repr__(self) -> str:
@@ -132,15 +133,15 @@ class Namespace(JinjaNamespace):
 
 
 def check_size(characters: int) -> None:
-    """Runaway for a value that prints as too many characters."""
+    """Raises Runaway for a value that prints as too many characters."""
     if characters > MAX_OUTPUT:
         raise Runaway(f"a value of more than {MAX_OUTPUT} characters")
 
 
 def size(value: object) -> int:
-    """About how many characters a value prints as, shared parts counted each time they occur.
+    """Returns about how many characters a value prints as, shared parts counted each time.
 
-    Runaway where that is more than MAX_OUTPUT.
+    Raises Runaway if that is more than MAX_OUTPUT.
     """
     total = 0
     rest = [value]
@@ -166,9 +167,9 @@ def size(value: object) -> int:
 
 
 def measured(value: Any) -> Any:
-    """A value that was just made, its parts final; Runaway if it is too large.
+    """Returns a value that was just made, with its parts final. Raises Runaway if it is too large.
 
-    A new list is one that the template may change; an iterator is measured as it goes on.
+    A new list becomes one that the template may change; an iterator is measured item by item.
     """
     if isinstance(value, str):
         check_size(len(value))
@@ -202,18 +203,18 @@ def _fix(item: Any) -> None:
         item.become_part()
 
 
-# What is looked at before something is made, since it may be far larger than what goes in.
+# These checks run before a value is made, since it may be far larger than its inputs.
 
 
 def check_widths(*values: object) -> None:
-    """Runaway for numbers beyond any width that a text is padded to or cut at."""
+    """Raises Runaway for numbers beyond any width that a text is padded to or cut at."""
     for value in values:
         if isinstance(value, (int, float)) and abs(value) > _MAX_WIDTH:
             raise Runaway(f"a width of more than {_MAX_WIDTH}")
 
 
 def check_format(pattern: object, values: object) -> None:
-    """A printf or str.format pattern: no wide fields, no field as long as the limit. Runaway."""
+    """Raises Runaway for a printf or str.format pattern with fields or a result too large."""
     text = str(pattern)
     if any(int(digits[:9]) > _MAX_WIDTH for digits in re.findall(r"\d{4,}", text)) or (
         re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*\{", text)
@@ -225,7 +226,7 @@ def check_format(pattern: object, values: object) -> None:
 
 
 def check_binary(operator: str, left: Any, right: Any) -> None:
-    """An operation of two values. Runaway."""
+    """Raises Runaway for an operation of two values whose result is too large."""
     if isinstance(left, int) and isinstance(right, int):
         bits = left.bit_length() + right.bit_length()
         if operator == "**":
@@ -243,20 +244,20 @@ def check_binary(operator: str, left: Any, right: Any) -> None:
 
 
 def check_join(separator: object, items: Sequence[object]) -> None:
-    """Items that are joined. Runaway."""
+    """Raises Runaway for items whose joined text is too large."""
     check_size(size(items) + size(separator) * len(items))
 
 
 def check_replace(text: object, old: object, new: object) -> None:
-    """A text in which `new` takes the places of `old`. Runaway."""
+    """Raises Runaway for a text that is too large once `new` replaces `old`."""
     found = str(text).count(str(old)) if str(old) else len(str(text)) + 1
     check_size(len(str(text)) + found * size(new))
 
 
 def check_method(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """A call of a method of text, or of a number that becomes bytes. Runaway.
+    """Raises Runaway for a call of a text's method, or of to_bytes, whose result is too large.
 
-    Returns the arguments to call it with (an iterator that had to be counted is now a list).
+    Returns the arguments for the call (an iterator that had to be counted is now a list).
     """
     text = getattr(method, "__self__", None)
     name = getattr(method, "__name__", "")
@@ -278,7 +279,7 @@ def check_method(method: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         check_join(text, items)
         return (items,)
     elif name in ("rfind", "rindex", "rsplit", "rpartition"):
-        # Python takes the product of both lengths for these, at worst.
+        # At worst these take Python the product of both lengths.
         sought = args[0] if args else kwargs.get("sep")
         if isinstance(sought, _TEXTS) and len(text) * len(sought) > _MAX_BACKWARDS:
             raise Runaway(f"a search of more than {_MAX_BACKWARDS} comparisons")

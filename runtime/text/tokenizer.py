@@ -1,4 +1,4 @@
-"""Text to token ids and back, built from the tokenizer.ggml.* metadata of a GGUF file."""
+"""The tokenizer of a GGUF file, built from its tokenizer.ggml.* metadata."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .vocabulary import (
     string,
 )
 
-# Default ids where a file names none: (bos, eos, unk, sep, pad).
+# The default ids of files that name none: (bos, eos, unk, sep, pad).
 _DEFAULT_IDS: dict[str, tuple[int | None, ...]] = {
     "gpt2": (None, None, None, None, None),
     "gemma4": (None, None, None, None, None),
@@ -54,8 +54,8 @@ _DEFAULT_IDS: dict[str, tuple[int | None, ...]] = {
 class TokenStream:
     """Decodes a sequence of tokens as they come, never giving out half a character.
 
-    Made by Tokenizer.stream(). `push` returns the text that is complete after a token, and
-    `flush` what is left at the end (a cut-off character becomes U+FFFD).
+    Tokenizer.stream() makes it. `push` returns the text that is complete after a token, and
+    `flush` the rest at the end (a cut-off character becomes U+FFFD).
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool, at_start: bool) -> None:
@@ -65,7 +65,7 @@ class TokenStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Text that became complete with this token; "" while a character is unfinished."""
+        """Returns the text that this token completes; "" while a character is unfinished."""
         if self._skip_special and self._tokenizer.is_special(token):
             return ""
         data = self._tokenizer.token_bytes(token)
@@ -75,7 +75,7 @@ class TokenStream:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """The text of an unfinished character, then an empty stream again."""
+        """Returns the text of an unfinished character and empties the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -84,14 +84,14 @@ class TokenStream:
 class Tokenizer:
     """An immutable tokenizer; may be shared between threads.
 
-    kind: tokenizer.ggml.model; pre: tokenizer.ggml.pre ("default" where absent).
+    kind: tokenizer.ggml.model; pre: tokenizer.ggml.pre ("default" if absent).
     vocab_size: number of tokens. bos_id, eos_id, eot_id, eom_id, unk_id, sep_id, pad_id: ids or
     None. eog_ids: every token that ends a generation. add_bos, add_eos: whether encode() frames
     the text. add_space_prefix: whether text gets a space in front, as SentencePiece does.
     """
 
     def __init__(self, get: Metadata, strings: Strings | None = None) -> None:
-        """See from_metadata."""
+        """Builds the tokenizer; from_metadata documents the arguments."""
         self.kind = string(get, "tokenizer.ggml.model", "")
         if self.kind not in _DEFAULT_IDS:
             found = repr(self.kind) if self.kind else "none"
@@ -144,25 +144,25 @@ class Tokenizer:
     def from_metadata(cls, get: Metadata, strings: Strings | None = None) -> Tokenizer:
         """Builds the tokenizer of a file.
 
-        get: a metadata key to its value (str, int, float, bool or a sequence of these), None
-        where absent, e.g. GgufFile.get. strings: a key to its array of strings without a copy of
-        them (GgufFile.strings), which saves most of the memory. TokenizerError where the metadata
-        is missing, malformed or of an unknown kind.
+        get: returns a metadata key's value (str, int, float, bool or a sequence of these), None
+        if absent, e.g. GgufFile.get. strings: returns a key's array of strings without a copy of
+        them (GgufFile.strings), which saves most of the memory. Raises TokenizerError if the
+        metadata is missing, malformed or of an unknown kind.
         """
         return cls(get, strings)
 
-    # Text to ids.
+    # These methods turn text into ids.
 
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = True, mark: str = ""
     ) -> list[int]:
-        """The token ids of a text.
+        """Returns the token ids of a text.
 
-        add_special: put BOS before and EOS after, where the model wants them (add_bos, add_eos)
+        add_special: put BOS before and EOS after, if the model wants them (add_bos, add_eos)
         and the text does not begin or end with them as special tokens of its own.
         parse_special: spellings of control tokens in the text, like "<|im_end|>", become those
         tokens; otherwise they are plain text. User-defined tokens are always found.
-        mark: a character that is no part of the text; spellings that have it inside are plain text.
+        mark: a character that is no part of the text; spellings that contain it are plain text.
         """
         text = arguments.text("text", text)
         add_special = arguments.flag("add_special", add_special)
@@ -178,7 +178,7 @@ class Tokenizer:
             if isinstance(part, int):
                 out.append(part)
                 continue
-            # Plain text at the start, or after a special token.
+            # This part is plain text, at the start or after a special token.
             run = part.replace(mark, "") if mark else part
             if repaired:
                 run = run.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -198,18 +198,18 @@ class Tokenizer:
             out.append(end)
         return out
 
-    # Ids to text.
+    # These methods turn ids into text.
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """The text of a whole sequence; bytes that are not UTF-8 become U+FFFD.
+        """Returns the text of a whole sequence; bytes that are not UTF-8 become U+FFFD.
 
-        The space that encode() puts in front (add_space_prefix) is taken away again.
+        The space that encode() puts in front (add_space_prefix) is removed again.
         skip_special: leaves control and unknown tokens out.
         """
         return self.decode_bytes(ids, skip_special=skip_special).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int], *, skip_special: bool = False) -> bytes:
-        """Like decode(), before the bytes are read as UTF-8."""
+        """Does what decode() does, but returns the bytes before they are read as UTF-8."""
         skip_special = arguments.flag("skip_special", skip_special)
         out = bytearray()
         strip_space = self.add_space_prefix
@@ -225,15 +225,15 @@ class Tokenizer:
         return bytes(out)
 
     def stream(self, *, skip_special: bool = False, at_start: bool = False) -> TokenStream:
-        """An incremental decoder.
+        """Returns an incremental decoder.
 
         at_start: the tokens begin a text (or follow a special token), so that the space which
-        encode() puts in front is taken away, as decode() does; False continues a text.
+        encode() puts in front is removed, as decode() does; False continues a text.
         """
         return TokenStream(self, skip_special=skip_special, at_start=at_start)
 
     def token_bytes(self, token: int) -> bytes:
-        """The exact bytes that a token contributes to a text. TokenizerError if out of range."""
+        """Returns the exact bytes of a token in a text. Raises TokenizerError if out of range."""
         token = arguments.integer("token", token, None, None)
         spelling = self.id_to_token(token)
         kind = self._vocabulary.types.get(token, NORMAL)
@@ -254,15 +254,15 @@ class Tokenizer:
             out += spelled_bytes(char) if byte is None else bytes((byte,))
         return bytes(out)
 
-    # The vocabulary.
+    # These methods describe the vocabulary.
 
     def tokens_with(self, text: str) -> list[int]:
-        """The tokens whose bytes have this text in them."""
+        """Returns the tokens whose bytes contain this text."""
         wanted = text.encode("utf-8")
         return [i for i in range(self.vocab_size) if wanted in self.token_bytes(i)]
 
     def id_to_token(self, token: int) -> str:
-        """The token as the file spells it, bytes that are not UTF-8 as "surrogateescape" has them.
+        """Returns the token as the file spells it, bytes that are not UTF-8 by "surrogateescape".
 
         TokenizerError if out of range.
         """
@@ -275,15 +275,15 @@ class Tokenizer:
         return self._vocabulary.tokens[token]
 
     def token_to_id(self, spelling: str) -> int | None:
-        """The id of a token as the file spells it, None where there is none."""
+        """Returns the id of a token as the file spells it, None if there is none."""
         return self._vocabulary.ids.get(arguments.text("spelling", spelling))
 
     def special_spellings(self) -> list[str]:
-        """The spellings of all tokens that is_special()."""
+        """Returns the spellings of all tokens for which is_special() is true."""
         return self._spellings(CONTROL, UNKNOWN)
 
     def defined_spellings(self) -> list[str]:
-        """The spellings of user-defined tokens, which encode() finds in any text."""
+        """Returns the spellings of user-defined tokens, which encode() finds in any text."""
         return self._spellings(USER_DEFINED)
 
     def _spellings(self, *kinds: int) -> list[str]:
@@ -291,19 +291,20 @@ class Tokenizer:
         return [v.tokens[i] for i, kind in v.types.items() if kind in kinds]
 
     def is_special(self, token: int) -> bool:
-        """Whether a token is a control or unknown token, one without text of its own."""
+        """Returns whether a token is a control or unknown token, which has no text of its own."""
         token = arguments.integer("token", token, None, None)
         return self._vocabulary.types.get(token) in (CONTROL, UNKNOWN)
 
-    # Building.
+    # These methods build the tokenizer.
 
     def _normalizers(
         self, get: Metadata, pre: PreTokenizer | None
     ) -> tuple[Callable[[str], str], ...]:
-        """What is done to each run of plain text, in order.
+        """Returns the normalizers of a run of plain text, in order.
 
-        By the pre-tokenizer's name, since GGUF has no key for it; of SentencePiece vocabularies
-        what the file carries (the published ones of Llama, Mistral and Gemma have no map).
+        With a pre-tokenizer its name decides, since GGUF has no key for it. A SentencePiece
+        vocabulary uses what the file carries (the published ones of Llama, Mistral and Gemma have
+        no map).
         """
         if pre is not None:
             return (nfc(),) if pre.nfc else ()
@@ -401,7 +402,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _byte_token(spelling: str) -> int | None:
-    """The byte of a token like <0x0A>."""
+    """Returns the byte of a token like <0x0A>."""
     if len(spelling) == 6 and spelling.startswith("<0x") and spelling.endswith(">"):
         try:
             return int(spelling[3:5], 16)

@@ -1,8 +1,8 @@
-"""The user-defined tokens of which a chat template makes the frames of turns.
+"""Finds the user-defined tokens with which a chat template frames turns.
 
 Some files type the tokens that open and end a turn as user-defined (Command R's
 <|START_OF_TURN_TOKEN|>, DeepSeek's <|User|>), as they type <think>, <tool_call> and runs of spaces,
-which clients may write. The chat template tells them apart.
+which clients may write. Renderings of the chat template tell the two sorts apart.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _Found = tuple[str, int, int]  # a token in a text, with its begin and end
 
 
 class Rendering(Protocol):
-    """Renders messages without what opens an answer; None where the template refuses them."""
+    """Renders messages without a generation prompt; returns None if the template refuses them."""
 
     def __call__(self, turns: list[dict[str, Any]], *, thinking: bool) -> str | None:
-        """thinking: with reasoning switched on, where the template has a switch for it."""
+        """Renders `turns`; `thinking` switches reasoning on if the template has a switch for it."""
 
 
 _SYSTEM = {"role": "system", "content": "needle-7411"}
@@ -32,7 +32,7 @@ _USER = {"role": "user", "content": "needle-7412"}
 _ANSWER = {"role": "assistant", "content": "needle-7413"}
 _THOUGHT = "needle-7414"
 _THINKING = {**_ANSWER, "reasoning_content": _THOUGHT, "thinking": _THOUGHT}
-# Methods of a text and filters that look for their first argument in it, or take it away.
+# String methods and filters that search for their first argument in a text, or remove it.
 _LOOKS = frozenset(
     ("count", "endswith", "find", "index", "lstrip", "partition", "removeprefix", "removesuffix",
      "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split", "startswith",
@@ -41,14 +41,14 @@ _LOOKS = frozenset(
 
 
 def frame_tokens(rendering: Rendering, defined: Iterable[str], reads: Iterable[str]) -> set[str]:
-    """The spellings of `defined`, those of user-defined tokens, that frame turns.
+    """Returns the spellings of `defined`, those of user-defined tokens, that frame turns.
 
-    A token does so if further turns bring more of it although no message has it, if it encloses
-    the words of a system message or a user, or stands right behind such a token before any.
-    White space never does; nor does what the template looks for in messages, `reads`, since
-    clients write it; nor what encloses an assistant's reasoning, unless it encloses a user's words
-    as well. Tokens that come with tools alone, with a template's own words, or only with what
-    opens an answer, are no frames.
+    A token frames turns if further turns add more of it although no message contains it, if it
+    encloses the words of a system message or a user, or if it directly follows such a token. White
+    space never frames turns. Nor do strings that the template looks for in messages (`reads`),
+    since clients write them, nor tokens that enclose an assistant's reasoning, unless they enclose
+    a user's words as well. Tokens that appear only with tools, with a template's own words, or in
+    the generation prompt are no frames.
     """
     looked_for = {read.strip() for read in reads}
     visible = [d for d in defined if len(d) > 1 and d.strip()]
@@ -80,7 +80,7 @@ def frame_tokens(rendering: Rendering, defined: Iterable[str], reads: Iterable[s
         return frames
     for text, tokens in rendered[:2]:
         frames |= _beside(text, tokens, frames)
-    # Several tokens that are looked for as one, such as what opens a thought.
+    # The template may look for several tokens as one string, such as the one that opens a thought.
     parts = "\n".join(looked_for)
     frames = {token for token in frames if token in enclosing or token not in parts}
     call = {"type": "function", "function": {"name": "needle", "arguments": Arguments({}, None)}}
@@ -90,7 +90,7 @@ def frame_tokens(rendering: Rendering, defined: Iterable[str], reads: Iterable[s
     for turns in thoughtful:
         text = rendering(turns, thinking=True) or ""
         frames -= _around(text, _THOUGHT, list(_tokens(text, candidates))) - enclosing
-    # An empty thought: what stands right before a token that the template looks for.
+    # A token directly before one that the template looks for is part of an empty thought.
     text = answered[0]
     for (left, _, end), (right, begin, _) in pairwise(_tokens(text, visible)):
         if right in looked_for and left not in enclosing and not text[end:begin].strip():
@@ -99,7 +99,7 @@ def frame_tokens(rendering: Rendering, defined: Iterable[str], reads: Iterable[s
 
 
 def looked_for(environment: Environment, source: str) -> set[str]:
-    """The strings that a template looks for in texts: in comparisons, methods and filters."""
+    """Returns the strings that a template's comparisons, methods and filters look for in texts."""
     tree = environment.parse(source)
     named: dict[str, set[str]] = {}
     for assign in tree.find_all(nodes.Assign):
@@ -118,20 +118,20 @@ def looked_for(environment: Environment, source: str) -> set[str]:
 
 
 def _strings(node: nodes.Node, named: dict[str, set[str]]) -> set[str]:
-    """The strings that an expression is: a constant, a name given to one, or several in a list."""
+    """Returns the strings that an expression may be: a constant, a variable's or a list's."""
     if isinstance(node, nodes.Const):
         return {node.value} if isinstance(node.value, str) else set()
     if isinstance(node, nodes.Name):
         return named.get(node.name, set())
     if isinstance(node, (nodes.List, nodes.Tuple)):
         return {string for item in node.items for string in _strings(item, named)}
-    if isinstance(node, nodes.Call) and len(node.args) == 1:  # the environment's, as compared()
+    if isinstance(node, nodes.Call) and len(node.args) == 1:  # of the environment, as compared()
         return _strings(node.args[0], named)
     return set()
 
 
 def _tokens(text: str, spellings: Iterable[str]) -> Iterator[_Found]:
-    """The tokens in a text as the tokenizer cuts them out, each with its begin and end."""
+    """Yields the tokens in a text as the tokenizer cuts them out, each with its begin and end."""
     present = sorted((s for s in spellings if s in text), key=len, reverse=True)
     if present:
         for match in re.finditer("|".join(map(re.escape, present)), text):
@@ -139,7 +139,7 @@ def _tokens(text: str, spellings: Iterable[str]) -> Iterator[_Found]:
 
 
 def _around(text: str, words: str, found: list[_Found]) -> set[str]:
-    """The tokens that stand directly, or but for white space, before and after words of a text."""
+    """Returns the tokens directly before and after words of a text, white space not counted."""
     begin = text.find(words)
     if begin < 0:
         return set()
@@ -153,7 +153,7 @@ def _around(text: str, words: str, found: list[_Found]) -> set[str]:
 
 
 def _header(text: str, turn: dict[str, Any], found: list[_Found]) -> set[str]:
-    """The tokens right in front of a turn's words, and the one right before its role's name."""
+    """Returns the tokens directly before a turn's words, and the one before its role's name."""
     begin = text.find(turn["content"])
     header: set[str] = set()
     for token, start, stop in reversed(found):
@@ -169,7 +169,7 @@ def _header(text: str, turn: dict[str, Any], found: list[_Found]) -> set[str]:
 
 
 def _beside(text: str, found: list[_Found], frames: set[str]) -> set[str]:
-    """The tokens that stand directly behind one of the frames, or behind such a token."""
+    """Returns the tokens that directly follow one of the frames, or another such token."""
     beside: set[str] = set()
     for (left, _, end), (right, begin, _) in pairwise(found):
         if (left in frames or left in beside) and not text[end:begin].strip():

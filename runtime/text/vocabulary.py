@@ -16,14 +16,14 @@ from ..base.errors import TokenizerError
 # tokenizer.ggml.token_type, from the GGUF specification.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-Metadata = Callable[[str], Any]  # a metadata key to its value, None where absent
+Metadata = Callable[[str], Any]  # returns the value of a metadata key, None if absent
 
 
 class Ids(Protocol):
-    """Spellings to numbers; of equal spellings the last one's."""
+    """A mapping of spellings to numbers; of equal spellings the last one counts."""
 
     def get(self, spelling: str, /) -> int | None:
-        """The number, None where there is none."""
+        """Returns the number of a spelling, None if there is none."""
 
     def __contains__(self, spelling: object, /) -> bool: ...
     def __getitem__(self, spelling: str, /) -> int: ...
@@ -42,26 +42,27 @@ class StringArray(Spellings, Protocol):
 
     @property
     def ids(self) -> Ids:
-        """Found by text."""
+        """The numbers of the strings by their text."""
 
 
-# A metadata key to its array of strings, None where there is none.
+# Returns the array of strings of a metadata key, None if there is none.
 Strings = Callable[[str], "StringArray | None"]
 
 
 class Vocabulary:
-    """tokens: spellings by id. ids: ids by spelling (of equal spellings the last).
+    """The tokens of a file.
 
-    types: by id, of the tokens that are not NORMAL. typed: whether the file gives types at all.
+    tokens: spellings by id. ids: ids by spelling (of equal spellings the last). types: types by id
+    of the tokens that are not NORMAL. typed: whether the file has types at all.
     """
 
     tokens: Spellings
     ids: Ids
 
     def __init__(self, get: Metadata, strings: Strings | None = None) -> None:
-        """strings: the file's own arrays, where they need no copies.
+        """Reads the vocabulary; `strings` returns the file's own arrays, which need no copies.
 
-        TokenizerError where tokenizer.ggml.tokens or token_type are missing or malformed.
+        Raises TokenizerError if tokenizer.ggml.tokens is missing, or it or token_type malformed.
         """
         inside = None if strings is None else strings("tokenizer.ggml.tokens")
         if inside is not None and len(inside) and "" not in inside.ids:
@@ -78,11 +79,11 @@ class Vocabulary:
         return len(self.tokens)
 
     def known(self, token: int | None) -> int | None:
-        """The id itself, None for one outside the vocabulary."""
+        """Returns the id itself, None for one outside the vocabulary."""
         return token if token is not None and 0 <= token < len(self.tokens) else None
 
     def named(self, get: Metadata, key: str, default: int | None = None) -> int | None:
-        """The id in tokenizer.ggml.`key`; one outside the vocabulary (often -1) is None."""
+        """Returns the id in tokenizer.ggml.`key`; one outside the vocabulary (often -1) is None."""
         value = get(f"tokenizer.ggml.{key}")
         if value is None:
             return default
@@ -95,7 +96,7 @@ class Vocabulary:
         return self.known(token)
 
     def scores(self, get: Metadata) -> Sequence[float]:
-        """The scores by id, float32. TokenizerError where they are missing or too few."""
+        """Returns the scores by id, float32. TokenizerError if they are missing or too few."""
         scores = get("tokenizer.ggml.scores")
         if not is_list(scores) or len(scores) < len(self):
             raise TokenizerError(
@@ -111,7 +112,7 @@ class Vocabulary:
 
 
 def merge_ranks(get: Metadata, strings: Strings | None = None) -> Ids:
-    """The ranks of tokenizer.ggml.merges, "left right"; TokenizerError where there are none."""
+    """Returns the ranks of tokenizer.ggml.merges, "left right"; TokenizerError without any."""
     inside = None if strings is None else strings("tokenizer.ggml.merges")
     if inside is not None:
         return inside.ids
@@ -120,7 +121,7 @@ def merge_ranks(get: Metadata, strings: Strings | None = None) -> Ids:
 
 
 def merges(get: Metadata) -> Sequence[str]:
-    """tokenizer.ggml.merges, "left right" by rank; TokenizerError where there are none."""
+    """Returns tokenizer.ggml.merges, "left right" by rank. TokenizerError if there are none."""
     ranks = get("tokenizer.ggml.merges")
     if not is_list(ranks):
         raise TokenizerError("tokenizer.ggml.merges: expected a list of merges, found none")
@@ -131,7 +132,7 @@ def merges(get: Metadata) -> Sequence[str]:
 
 
 def string(get: Metadata, key: str, default: str) -> str:
-    """A string of the metadata, `default` where absent."""
+    """Returns a string of the metadata, `default` if absent."""
     value = get(key)
     if value is None:
         return default
@@ -141,18 +142,18 @@ def string(get: Metadata, key: str, default: str) -> str:
 
 
 def flag(get: Metadata, key: str, default: bool) -> bool:
-    """A boolean of the metadata, `default` where absent."""
+    """Returns a boolean of the metadata, `default` if absent."""
     value = get(key)
     return default if value is None else bool(value)
 
 
 def is_list(value: object) -> bool:
-    """Whether a metadata value is an array."""
+    """Returns whether a metadata value is an array."""
     return hasattr(value, "__len__") and not isinstance(value, (str, bytes))
 
 
 def spelled_bytes(spelling: str) -> bytes:
-    """The bytes of a spelling as they stand in the file, which need not be UTF-8."""
+    """Returns the bytes of a spelling as they are in the file, which need not be UTF-8."""
     return spelling.encode("utf-8", "surrogateescape")
 
 

@@ -1,4 +1,4 @@
-// IQ4_NL unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of IQ4_NL (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 32, kUnitBytes = 18, kGroup = 32, kZero = 128, kMax = 255;
   static constexpr bool kOffset = false;

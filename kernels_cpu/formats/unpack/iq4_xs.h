@@ -1,9 +1,10 @@
-// IQ4_XS unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of IQ4_XS (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 256, kUnitBytes = 136, kGroup = 32, kZero = 128, kMax = 255;
   static constexpr bool kOffset = false;
 
-  // head[0]: d and the upper bits of the 6-bit scales, 2 a group; head[1]: the lower, 4 a group.
+  // head[0] holds d and the upper bits of the 6-bit scales, 2 a group; head[1] the
+  // lower ones, 4 a group.
   template <int g, class Sink>
   static STOKER_INLINE void block(const Rows& rows, VF d, const V* head, Sink& sink) {
     V n[4], q[8];

@@ -1,4 +1,4 @@
-// MXFP4 unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of MXFP4 (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 inline constexpr int8_t kDoubledUnsigned[16] = {
     // kDoubled + 12
     12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
@@ -12,8 +12,9 @@ struct Unpack {
     V n[4], q[8];
     load_columns(rows, 1, n);
     look_up_nibbles(n, table16(kDoubledUnsigned), q);
-    // 2^(e - 128): exponent e - 1, where that is positive, else the subnormals 2^-128 (e = 0) and
-    // 2^-127 (e = 1), whose bit patterns are below those of all others.
+    // The scale 2^(e - 128) has exponent e - 1 where that is positive, else it is one of the
+    // subnormals 2^-128 (e = 0) and 2^-127 (e = 1), whose bit patterns are below those of all
+    // others.
     const V e = load_bytes(rows, 0), one = set32(1);
     const V normal = shift_left<23>(sub32(e, one));
     const V subnormal = add32(shift_left<21>(bit_and(e, one)), set32(0x00200000));

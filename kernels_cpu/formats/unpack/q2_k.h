@@ -1,4 +1,4 @@
-// Q2_K unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of Q2_K (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 256, kUnitBytes = 84, kGroup = 16, kZero = 0, kMax = 3;
   static constexpr bool kOffset = true;
@@ -7,7 +7,7 @@ struct Unpack {
     VF d, dmin;
     V scales[4];  // byte g % 4 of [g / 4]: sc in the low nibble, mn in the high one
   };
-  // Group g: 16 weights of 2 bits, pair g % 8 / 2 of every byte of n[0..3].
+  // Group g has 16 weights of 2 bits: pair g % 8 / 2 of every byte of n[0..3].
   template <int g, class Sink>
   static STOKER_INLINE void column(const V* n, const Head& head, Sink& sink) {
     const V two = set8(3), four = set32(15);

@@ -1,16 +1,17 @@
-// Q3_K unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of Q3_K (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 256, kUnitBytes = 110, kGroup = 16, kZero = 4, kMax = 7;
   static constexpr bool kOffset = false;
 
-  // Bit i of every byte of h as bit 2; other bits are junk.
+  // Returns bit i of every byte of h as bit 2; the other bits are arbitrary.
   template <int i>
   static STOKER_INLINE V to_bit2(V h) {
     if constexpr (i < 2) return shift_left<2 - i>(h);
     if constexpr (i > 2) return shift_right<i - 2>(h);
     return h;
   }
-  // Group g: 16 weights, bits 2c, 2c + 1 of n[0..3] (c = g % 8 / 2) below bit g / 2 of mask[0..3].
+  // Group g has 16 weights: bits 2c, 2c + 1 of n[0..3] (c = g % 8 / 2) below bit g / 2 of
+  // mask[0..3].
   template <int g, class Sink>
   static STOKER_INLINE void column(const V* n, const V* mask, VF d, const V* scales, Sink& sink) {
     const V two = set8(3), bit2 = set8(4);

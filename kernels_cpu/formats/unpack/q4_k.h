@@ -1,9 +1,9 @@
-// Q4_K unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of Q4_K (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 256, kUnitBytes = 144, kGroup = 32, kZero = 0, kMax = 15;
   static constexpr bool kOffset = true;
 
-  // Groups 2i and 2i + 1: the low and the high nibbles of 32 bytes.
+  // Groups 2i and 2i + 1 are the low and the high nibbles of 32 bytes.
   template <int i, class Sink>
   static STOKER_INLINE void pair(const Rows& rows, const ScaleMin6& head, Sink& sink) {
     const V low = set8(15);

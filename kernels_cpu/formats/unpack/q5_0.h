@@ -1,4 +1,4 @@
-// Q5_0 unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of Q5_0 (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 32, kUnitBytes = 22, kGroup = 32, kZero = 16, kMax = 31;
   static constexpr bool kOffset = false;

@@ -1,4 +1,4 @@
-// Q5_1 unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of Q5_1 (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 32, kUnitBytes = 24, kGroup = 32, kZero = 0, kMax = 31;
   static constexpr bool kOffset = true;

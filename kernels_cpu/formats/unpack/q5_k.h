@@ -1,16 +1,16 @@
-// Q5_K unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of Q5_K (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 256, kUnitBytes = 176, kGroup = 32, kZero = 0, kMax = 31;
   static constexpr bool kOffset = true;
 
-  // Bit g of every byte of h as bit 4; other bits are junk.
+  // Returns bit g of every byte of h as bit 4; the other bits are arbitrary.
   template <int g>
   static STOKER_INLINE V to_bit4(V h) {
     if constexpr (g < 4) return shift_left<4 - g>(h);
     if constexpr (g > 4) return shift_right<g - 4>(h);
     return h;
   }
-  // Groups 2i and 2i + 1: the low and the high nibbles of 32 bytes, and two bits of h[0..7].
+  // Groups 2i and 2i + 1 are the low and the high nibbles of 32 bytes, and two bits of h[0..7].
   template <int i, class Sink>
   static STOKER_INLINE void pair(const Rows& rows, const ScaleMin6& head, const V* h, Sink& sink) {
     const V low = set8(15), bit4 = set8(16);

@@ -1,10 +1,10 @@
-// Q6_K unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of Q6_K (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 256, kUnitBytes = 210, kGroup = 16, kZero = 32, kMax = 63;
   static constexpr bool kOffset = false;
 
-  // Column c of a half: 16 weights from nibble c / 2 of low[0..3] and bits 2c, 2c + 1 of
-  // high[0..3]; g is the group.
+  // Group g has 16 weights of column c of a half: nibble c / 2 of low[0..3] and bits 2c, 2c + 1 of
+  // high[0..3].
   template <int g, class Sink>
   static STOKER_INLINE void column(const V* low, const V* high, VF d, const V* scales, Sink& sink) {
     constexpr int c = g % 8 / 2;

@@ -1,4 +1,4 @@
-// Q8_0 unpacked: see tile_matmul.h. Included by tile_x86.h.
+// The unpacker of Q8_0 (see tile_matmul.h); tile_x86.h and tile_arm64.h include this.
 struct Unpack {
   static constexpr int kUnit = 32, kUnitBytes = 34, kGroup = 32, kZero = 128, kMax = 255;
   static constexpr bool kOffset = false;

@@ -1,1 +1,1 @@
-"""The commands of `stoker export`: a file a verb; main.py joins them."""
+"""The commands of `stoker export`; each has a file, and main.py joins them."""

@@ -1,4 +1,4 @@
-"""`stoker export bitwidth`: a width for each expert of a mixture."""
+"""`stoker export bitwidth`: chooses a width for each expert of a mixture."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _as_dict(found: Adapted) -> dict[str, object]:
 
 
 def _table(found: Adapted) -> str:
-    """Aligned columns for people."""
+    """Returns aligned columns for display."""
     from ...base.display import aligned, size
 
     def row(p: Point, name: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`stoker export gguf`: from a Hugging Face folder to a GGUF file."""
+"""`stoker export gguf`: converts a Hugging Face folder to a GGUF file."""
 
 from __future__ import annotations
 

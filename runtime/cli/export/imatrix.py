@@ -1,4 +1,4 @@
-"""`stoker export imatrix`: how much an error in each column of the weights matters."""
+"""`stoker export imatrix`: measures how much an error in each column of the weights matters."""
 
 from __future__ import annotations
 

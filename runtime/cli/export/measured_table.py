@@ -1,4 +1,4 @@
-"""The table of a model in two forms: size, accuracy, errors and time."""
+"""The table that compares two forms of a model: size, accuracy, errors and time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HEAD = (
 
 
 def table(reference: Measured, candidate: Measured) -> list[str]:
-    """Its lines; columns that nothing was measured for are left out.
+    """Returns the table's lines; columns without any measurement are left out.
 
     max relative: the largest difference as a share of the reference's largest output.
     """

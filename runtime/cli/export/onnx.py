@@ -1,4 +1,4 @@
-"""`stoker export onnx`: a GGUF file or a Hugging Face folder as an ONNX decoder."""
+"""`stoker export onnx`: converts a GGUF file or a Hugging Face folder to an ONNX decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`stoker export pregate`: a mixture whose experts are known a layer ahead."""
+"""`stoker export pregate`: makes a mixture whose experts are known a layer ahead."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def pregate(
 
 
 def as_table(made: Pregated) -> str:
-    """What was made, the gates one a line, and what they cost, for people."""
+    """Returns lines for display about the file, each gate, and the loss in perplexity."""
     from ...base.display import size
 
     cost = made.perplexity / made.base_perplexity - 1
@@ -136,5 +136,5 @@ def as_table(made: Pregated) -> str:
 
 
 def as_json_text(made: Pregated) -> str:
-    """Everything as one JSON object."""
+    """Returns all results as one JSON object."""
     return json.dumps(asdict(made) | {"path": str(made.path)}, indent=2)

@@ -1,4 +1,4 @@
-"""Options of images and arrays, as commands take them: sizes and numbers from text."""
+"""Parsers of the preprocessing options of images and arrays: sizes and numbers from text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ...base.errors import OptionError
 
 
 def height_and_width(text: str | None) -> tuple[int, int] | None:
-    """224x192, or 224 for a square, as (height, width); None stays None."""
+    """Parses 224x192, or 224 for a square, to (height, width); None stays None."""
     if text is None:
         return None
     height, _, width = text.lower().partition("x")
@@ -17,7 +17,7 @@ def height_and_width(text: str | None) -> tuple[int, int] | None:
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:
-    """1/255 or 0.5,0.4,0.3 as numbers."""
+    """Parses 1/255 or 0.5,0.4,0.3 to numbers."""
     found = []
     for part in text.split(","):
         above, _, below = part.partition("/")

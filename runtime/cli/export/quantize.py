@@ -1,4 +1,4 @@
-"""`stoker export quantize`: a model's weights in smaller types."""
+"""`stoker export quantize`: stores a model's weights in smaller types."""
 
 from __future__ import annotations
 

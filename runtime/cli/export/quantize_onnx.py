@@ -1,4 +1,4 @@
-"""`stoker export quantize-onnx`: an int8 ONNX model, measured against its float source."""
+"""`stoker export quantize-onnx`: makes an int8 ONNX model and compares it with its float source."""
 
 from __future__ import annotations
 

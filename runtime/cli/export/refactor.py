@@ -1,4 +1,4 @@
-"""`stoker export refactor`: a dense model as a mixture whose experts are known early."""
+"""`stoker export refactor`: makes a dense model a mixture whose experts are known early."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def refactor(
 
 
 def _table(made: Refactored) -> str:
-    """Aligned columns for people."""
+    """Returns aligned columns for display."""
     from ...base.display import aligned, size
 
     rows = [("", "perplexity", "change", "bytes a token")]

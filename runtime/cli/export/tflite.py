@@ -1,4 +1,4 @@
-"""`stoker export tflite`: a tflite model as ONNX."""
+"""`stoker export tflite`: converts a tflite model to ONNX."""
 
 from __future__ import annotations
 

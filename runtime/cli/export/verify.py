@@ -1,4 +1,4 @@
-"""`stoker export verify`: how far two forms of a model are from each other."""
+"""`stoker export verify`: measures how far two forms of a model are from each other."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _as_dict(found: Verification) -> dict[str, object]:
 
 
 def _table(found: Verification) -> str:
-    """Aligned columns for people."""
+    """Returns aligned columns for display."""
     from ...base.display import aligned, size
 
     rows = [("", "kind", "size", "perplexity", "decode tok/s")]
