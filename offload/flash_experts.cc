@@ -179,10 +179,11 @@ class FlashLease : public ExpertLease {
       const int32_t e = routes_.expert[p];
       const StepRow& row = store_.step_.rows[p / used];
       const auto at = std::lower_bound(experts_.begin(), experts_.end(), e) - experts_.begin();
-      store_.trace_.push_back(
-          {static_cast<int32_t>(store_.pass_), store_.step_.phase, static_cast<int32_t>(tokens),
-           static_cast<int32_t>(p / used), row.sequence, row.token, static_cast<int16_t>(layer_), static_cast<int16_t>(p % used), e, routes_.weight[p],
-           source_[static_cast<size_t>(at)], wait_[static_cast<size_t>(at)]});
+      store_.trace_.push_back({static_cast<int32_t>(store_.pass_), store_.step_.phase,
+                               static_cast<int32_t>(tokens), static_cast<int32_t>(p / used),
+                               row.sequence, row.token, static_cast<int16_t>(layer_),
+                               static_cast<int16_t>(p % used), e, routes_.weight[p],
+                               source_[static_cast<size_t>(at)], wait_[static_cast<size_t>(at)]});
     }
   }
 
@@ -463,7 +464,8 @@ bool FlashExperts::cancel_one() {
 void FlashExperts::pump() {
   if (candidates_.empty()) return;
   const int64_t most = cache_.n_slots() / 3;
-  const int64_t guesses = std::min(step_.is_prompt() ? kPromptReads : kDecodeReads * step_.size(), most);
+  const int64_t guesses =
+      std::min(step_.is_prompt() ? kPromptReads : kDecodeReads * step_.size(), most);
   const int64_t certain = std::min(std::max(kCertainReads, guesses), most);
   size_t granted = 0, waiting = 0;
   while (granted < candidates_.size()) {

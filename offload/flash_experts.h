@@ -23,10 +23,10 @@ namespace stoker {
 struct Access {
   int32_t evaluation = 0;  // chunks since the trace began
   Phase phase = Phase::kPrompt;
-  int32_t tokens = 0;      // tokens of the chunk
-  int32_t token = 0;       // index of the token in the chunk
-  int64_t sequence = 0;    // id of the token's sequence
-  int32_t id = 0;          // id of the token in the vocabulary
+  int32_t tokens = 0;    // tokens of the chunk
+  int32_t token = 0;     // index of the token in the chunk
+  int64_t sequence = 0;  // id of the token's sequence
+  int32_t id = 0;        // id of the token in the vocabulary
   int16_t layer = 0;
   int16_t rank = 0;  // 0: the router's first choice
   int32_t expert = 0;

@@ -1,5 +1,5 @@
-// What flash has cost: counters of the expert store and of streamed weights, of a whole engine since
-// its load and, as shares of these, of single sequences.
+// What flash has cost: counters of the expert store and of streamed weights, of a whole engine
+// since its load and, as shares of these, of single sequences.
 #pragma once
 
 #include <cstdint>
@@ -27,10 +27,10 @@ namespace stoker {
   X(double, decode_stall_s)
 
 // The counters of streamed weights.
-#define STOKER_STREAM_COUNTERS(X)                            \
-  X(int64_t, bytes)  /* read from flash, rows looked up too */ \
-  X(double, stall_s) /* compute waited for reads */          \
-  X(int64_t, decode_bytes) /* these two while generating */  \
+#define STOKER_STREAM_COUNTERS(X)                                    \
+  X(int64_t, bytes)        /* read from flash, rows looked up too */ \
+  X(double, stall_s)       /* compute waited for reads */            \
+  X(int64_t, decode_bytes) /* these two while generating */          \
   X(double, decode_stall_s)
 
 #define STOKER_MEMBER(type, name) type name = 0;

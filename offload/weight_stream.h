@@ -29,8 +29,8 @@ class WeightStream {
   WeightStream(const WeightStream&) = delete;
   WeightStream& operator=(const WeightStream&) = delete;
 
-  // Begins the forward pass of a chunk of rows. poll is called every 20 ms of waiting and may throw;
-  // it must live until the forward pass ends.
+  // Begins the forward pass of a chunk of rows. poll is called every 20 ms of waiting and may
+  // throw; it must live until the forward pass ends.
   void begin(Phase phase, const std::function<void()>* poll);
 
   // A range of a tensor's pieces, by number: [first, last), ascending rows; empty: it is pinned as

@@ -229,7 +229,9 @@ class _Work:
 
 def _ask(session: Session, prompt: Any, options: GenerationOptions) -> Generation:
     """A string or tokens are continued, messages answered."""
-    is_chat = not isinstance(prompt, str) and len(prompt) > 0 and not hasattr(prompt[0], "__index__")
+    is_chat = (
+        not isinstance(prompt, str) and len(prompt) > 0 and not hasattr(prompt[0], "__index__")
+    )
     if is_chat:
         return session.chat(prompt, options=options)
     session_tokens = session.tokens

@@ -59,11 +59,12 @@ class _Steps:
 class AnswerSession(Protocol):
     """What an answer needs of its session."""
 
-    _model: LoadedModel
     _sequence: EngineSequence
     _tokens: list[int]
     _lock: threading.Lock
 
+    @property
+    def _model(self) -> LoadedModel: ...
     @property
     def context(self) -> int:
         """Tokens that the session can hold."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .base.errors import OptionError
 
@@ -42,7 +42,7 @@ def rank(
     model: RankingModel, prompt: str | Tokens, candidates: Sequence[str | Tokens]
 ) -> list[CandidateScore]:
     """As Model.rank."""
-    engine = model.engine
+    engine: Any = model.engine
     head = model._encode(prompt, add_special=True, parse_special=True)
     texts = [_continued(model, prompt, head, candidate) for candidate in candidates]
     if not texts:
@@ -80,4 +80,6 @@ def _continued(
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ._core import Sampler
@@ -85,7 +85,7 @@ class Scheduler:
     """Of one engine; for any thread."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._engine: Any = engine
         self._together = hasattr(engine, "decode")  # other backends take one sequence at a time
         self._condition = threading.Condition(threading.Lock())
         self._waiting: list[Request] = []

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .backends.engine import LoadedModel
 from .base import arguments
 from .base.errors import (
     BudgetError,
@@ -18,7 +19,6 @@ from .base.errors import (
     ContextLengthError,
     OptionError,
 )
-from .backends.engine import LoadedModel
 from .generate import Generation
 from .options import GenerationOptions, merge
 from .text.conversation import Message
@@ -348,7 +348,7 @@ class Session:
         On any exception the session keeps the part that it had in common with `target`.
         """
         self._check_length(target)
-        keep = _common_prefix(self._tokens, target)
+        keep = common_prefix(self._tokens, target)
         reused = min(keep, self._sequence.position)
         self._truncate(keep)
         try:
@@ -404,7 +404,7 @@ class Session:
         self._logits_at = end
 
     def _next(self, sampler: Sampler) -> int:
-        """Evaluates the token that was chosen last, and chooses the next; not the answer's first."""
+        """Evaluates the token chosen last and chooses the next; not for an answer's first one."""
         end = len(self._tokens)
         if self._model._recorder is not None or self._logits_at != end - 1:
             self._evaluate(decode=True)
@@ -431,8 +431,8 @@ def _copied(messages: object) -> list[Any]:
     return [dict(turn) if isinstance(turn, Mapping) else turn for turn in listed]
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading elements `a` and `b` share."""
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Returns how many leading elements `a` and `b` share."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n

@@ -66,8 +66,7 @@ struct IoListener {
 
 class IoBackend {
  public:
-  virtual ~IoBackend() =
-      default;  // waits for the reads in flight; pending jobs end as kCancelled
+  virtual ~IoBackend() = default;  // waits for the reads in flight; pending jobs end as kCancelled
   // Submits a job. Demands come before all other jobs; within a priority the order is first come,
   // first served.
   virtual void submit(IoJob& job, bool demand) = 0;

@@ -34,8 +34,8 @@ class Policy {
     (void)layer, (void)tokens, (void)follows;
   }
   // Records that a token of this layer chose `units`, with the weights that the router gave them
-  // (same length). A chunk of several rows calls this once for each row. It is called before victims
-  // for these units are asked for, whether or not they are resident.
+  // (same length). A chunk of several rows calls this once for each row. It is called before
+  // victims for these units are asked for, whether or not they are resident.
   virtual void use(std::span<const UnitId> units, std::span<const float> weights) = 0;
   virtual void insert(UnitId unit) { (void)unit; }  // it became resident (or is being read)
   virtual void erase(UnitId unit) { (void)unit; }   // it left, by victim() or after a failed read

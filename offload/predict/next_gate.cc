@@ -33,8 +33,8 @@ class NextGate : public Predictor {
       ahead.logits(l, logits_.data());
       Guess& guess = guesses[n++];
       guess.layer = l;
-      ranker_.rank(logits_.data(), tokens_, prompt_, shape_.n_expert,
-                   shape_.n_expert_used, width, guess);
+      ranker_.rank(logits_.data(), tokens_, prompt_, shape_.n_expert, shape_.n_expert_used, width,
+                   guess);
     }
     return n;
   }

@@ -56,8 +56,8 @@ class Path : public Predictor {
       Guess& guess = guesses[n++];
       guess.layer = l;
       score(l);
-      ranker_.rank(score_.data(), tokens_, prompt_, shape_.n_expert,
-                   shape_.n_expert_used, width, guess);
+      ranker_.rank(score_.data(), tokens_, prompt_, shape_.n_expert, shape_.n_expert_used, width,
+                   guess);
     }
     return n;
   }
@@ -146,8 +146,8 @@ class Path : public Predictor {
   Map from_experts_;               // [n_layer * n_expert][H]
   Map to_experts_;                 // [n_layer * n_expert][H]
   bool prompt_ = false;
-  int64_t tokens_ = 1;             // of this forward pass
-  bool ready_ = false;             // whether h_ belongs to this forward pass
+  int64_t tokens_ = 1;  // of this forward pass
+  bool ready_ = false;  // whether h_ belongs to this forward pass
   Horizon horizon_;
   std::vector<int64_t> before_;  // layer * n_expert + expert of the token before this chunk
   std::vector<int64_t> chosen_;  // the same of this chunk's last token

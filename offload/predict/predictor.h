@@ -27,9 +27,9 @@ struct Guess {
   int64_t layer = 0;        // n_layer and above: a layer of the next token
   bool remembered = false;  // from the history: score is its bin()
   std::vector<int32_t> experts;
-  // How sure the predictor is of each expert, falling. In decode: 0 where the expert is as likely as
-  // not to be chosen by the row that scores it highest, in units of the spread between experts; the
-  // controller learns from outcomes which probability a score stands for.
+  // How sure the predictor is of each expert, falling. In decode: 0 where the expert is as likely
+  // as not to be chosen by the row that scores it highest, in units of the spread between experts;
+  // the controller learns from outcomes which probability a score stands for.
   std::vector<float> score;
 };
 

@@ -81,16 +81,16 @@ class TokenHistory {
   void find(Stream& stream) const;
 
   const int64_t n_layer_, used_, size_;
-  std::vector<Entry> entries_;          // [size], a ring
-  std::vector<uint16_t> taken_;         // [size][n_layer][used]
-  std::vector<int64_t> heads_;          // [kHeads]: the last entry of each hash
-  std::vector<Stream> streams_;         // [kStreams]
-  std::vector<Stream*> row_stream_;     // [rows] of a step that decodes, else empty
-  std::span<const StepRow> rows_;       // of the step
-  int64_t steps_ = 0;                   // so far
-  int64_t next_ = 0;                    // entry to come
-  int64_t first_ = 0;                   // of the step's entries
-  int64_t count_ = 0;                   // of them
+  std::vector<Entry> entries_;       // [size], a ring
+  std::vector<uint16_t> taken_;      // [size][n_layer][used]
+  std::vector<int64_t> heads_;       // [kHeads]: the last entry of each hash
+  std::vector<Stream> streams_;      // [kStreams]
+  std::vector<Stream*> row_stream_;  // [rows] of a step that decodes, else empty
+  std::span<const StepRow> rows_;    // of the step
+  int64_t steps_ = 0;                // so far
+  int64_t next_ = 0;                 // entry to come
+  int64_t first_ = 0;                // of the step's entries
+  int64_t count_ = 0;                // of them
   bool single_ = false, as_foretold_ = false;
 };
 

@@ -345,8 +345,8 @@ nb::object eval_rows(const Engine& e, const nb::list& given, const std::string& 
     const int64_t position =
         found == last.end() ? sequence->position() : rows[found->second].position + 1;
     last[sequence] = rows.size();
-    rows.push_back({sequence, token[0], position,
-                    all_logits ? stoker::kWantLogits : stoker::kWantNothing});
+    rows.push_back(
+        {sequence, token[0], position, all_logits ? stoker::kWantLogits : stoker::kWantNothing});
   }
   for (const auto& [sequence, row] : last) rows[row].want |= stoker::kWantKept;
   const stoker::Phase which = to_phase(phase);
@@ -355,9 +355,8 @@ nb::object eval_rows(const Engine& e, const nb::list& given, const std::string& 
     e.eval(rows, which, {}, poll_signals);
     return nb::none();
   }
-  return filled<float>({rows.size(), static_cast<size_t>(e.config().n_vocab)}, [&](float* out) {
-    e.eval(rows, which, {.logits = out}, poll_signals);
-  });
+  return filled<float>({rows.size(), static_cast<size_t>(e.config().n_vocab)},
+                       [&](float* out) { e.eval(rows, which, {.logits = out}, poll_signals); });
 }
 
 // A step of generation of several sequences: (sequence, token, sampler) each. Returns the tokens

@@ -90,8 +90,9 @@ Names io_backends() {
 void bind_offload_sim(nb::module_& m) {
   m.def("simulate", &simulate, nb::kw_only(), nb::arg("evaluation"), nb::arg("layer"),
         nb::arg("offset"), nb::arg("expert"), nb::arg("weight"), nb::arg("token"),
-        nb::arg("decode"), nb::arg("sequence"), nb::arg("n_layer"), nb::arg("n_expert"), nb::arg("n_expert_used"), nb::arg("policy"),
-        nb::arg("slots"), nb::arg("count_from") = 0, nb::arg("predictor") = "",
+        nb::arg("decode"), nb::arg("sequence"), nb::arg("n_layer"), nb::arg("n_expert"),
+        nb::arg("n_expert_used"), nb::arg("policy"), nb::arg("slots"), nb::arg("count_from") = 0,
+        nb::arg("predictor") = "",
         "Replays routing through a cold cache; see offload/trace/simulate.h.");
   m.attr("replayed_predictors") =
       std::vector<std::string>(std::begin(stoker::kReplayed), std::end(stoker::kReplayed));

@@ -43,8 +43,8 @@ constexpr Option kOptions[] = {
     {"context", [](EngineOptions& o, nb::handle v) { o.context = as<int64_t>(v); }},
     {"kv_type",
      [](EngineOptions& o, nb::handle v) {
-       o.kv_type = static_cast<stoker::KvType>(
-           one_of("kv_type", stoker::kKvTypeNames, as<std::string>(v)));
+       o.kv_type =
+           static_cast<stoker::KvType>(one_of("kv_type", stoker::kKvTypeNames, as<std::string>(v)));
      }},
     {"precision",
      [](EngineOptions& o, nb::handle v) {

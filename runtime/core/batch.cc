@@ -232,7 +232,9 @@ void Batch::outputs(std::span<const Row> rows, Forward& forward) {
     });
     for (int64_t j = 0; j < n; ++j) {
       const Row& row = rows[static_cast<size_t>(of[static_cast<size_t>(j)])];
-      if (row.want & kWantNll) out_.nll[nll_at[static_cast<size_t>(of[static_cast<size_t>(j)])]] = nll[static_cast<size_t>(j)];
+      if (row.want & kWantNll)
+        out_.nll[nll_at[static_cast<size_t>(of[static_cast<size_t>(j)])]] =
+            nll[static_cast<size_t>(j)];
       if (row.want & kWantKept) keep(*row.sequence, states + j * n_embd, values + j * n_vocab);
     }
   };
@@ -252,8 +254,8 @@ void Batch::outputs(std::span<const Row> rows, Forward& forward) {
   std::vector<float> values;
   for (size_t i = 0; i < rest.size(); i += kLogitRows) {
     if (poll_ && i > 0) poll_();
-    const auto block = std::span<const int32_t>(rest).subspan(
-        i, std::min<size_t>(kLogitRows, rest.size() - i));
+    const auto block =
+        std::span<const int32_t>(rest).subspan(i, std::min<size_t>(kLogitRows, rest.size() - i));
     values.resize(block.size() * static_cast<size_t>(n_vocab));
     normed(block, forward.a());
     forward.logits(forward.a(), static_cast<int64_t>(block.size()), values.data());

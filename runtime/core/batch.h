@@ -32,8 +32,8 @@ class Batch {
  private:
   struct Member {
     Sequence* sequence;
-    int64_t rows = 0;    // of the chunk
-    bool kept = false;   // it has the logits of its last row
+    int64_t rows = 0;   // of the chunk
+    bool kept = false;  // it has the logits of its last row
   };
   void check() const;
   void chunk(std::span<const Row> rows);

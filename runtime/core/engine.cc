@@ -238,10 +238,10 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
   if (o.memory > 0 && o.cache && c.is_mixture()) {
     // The experts' cache has what is left of the sequences' part, in whole slots.
     const int64_t left = p.kv_bytes - p.kv_lent_bytes;
-    p.memory.first_slots = Cache::plan_slots(parts.layout, p.memory.slot_bytes + left,
-                                             c.n_expert_used);
-    p.kv_lent_bytes += std::max<int64_t>(
-        0, bytes_of(parts.layout, p.memory.first_slots) - p.memory.slot_bytes);
+    p.memory.first_slots =
+        Cache::plan_slots(parts.layout, p.memory.slot_bytes + left, c.n_expert_used);
+    p.kv_lent_bytes +=
+        std::max<int64_t>(0, bytes_of(parts.layout, p.memory.first_slots) - p.memory.slot_bytes);
   } else {
     p.memory.first_slots = p.memory.slots;
   }
@@ -294,8 +294,10 @@ void Engine::make_room(int64_t bytes) const {
   if (plan_.memory.budget == 0) return;
   const MemoryPlan& m = plan_.memory;
   // What nobody else has: of the plan's part for sequences what is not lent, and what is left over.
-  const int64_t planned = m.process + m.pinned + m.ring + m.kv + m.scratch + m.margin + m.slot_bytes;
-  const int64_t own = plan_.kv_bytes - plan_.kv_lent_bytes + std::max<int64_t>(0, m.budget - planned);
+  const int64_t planned =
+      m.process + m.pinned + m.ring + m.kv + m.scratch + m.margin + m.slot_bytes;
+  const int64_t own =
+      plan_.kv_bytes - plan_.kv_lent_bytes + std::max<int64_t>(0, m.budget - planned);
   const int64_t used = kv_pages_.nbytes() + bytes;
   const int64_t wanted = std::max<int64_t>(0, used - own);
   if (lent_ < wanted && stream()) lent_ += stream()->lend(wanted - lent_);

@@ -102,8 +102,8 @@ class Forward {
   static Precision least(const Matrix& m) {
     return m.two_term ? Precision::kBalanced : Precision::kHigh;
   }
-  // Rows of the chunk that get both terms where `least` asks for them, its first ones: all from this
-  // precision on, below it the first tokens of their sequences (kSinkTokens).
+  // Rows of the chunk that get both terms where `least` asks for them, its first ones: all from
+  // this precision on, below it the first tokens of their sequences (kSinkTokens).
   int64_t low_rows(Precision least) const {
     if (two_terms(least)) return n_;
     return engine_.precision() < Precision::kBalanced ? 0 : n_sinks_;

@@ -14,8 +14,8 @@ struct KvShape {
   std::vector<int64_t> window;           // [n_layer] last positions that are attended to; 0: all
 };
 
-// Layers with the same window share pages: a page holds keys and values of kAttentionBlock positions
-// of all of them, [layers][n_head_kv] (ops.h: KvHead).
+// Layers with the same window share pages: a page holds keys and values of kAttentionBlock
+// positions of all of them, [layers][n_head_kv] (ops.h: KvHead).
 class KvLayout {
  public:
   struct Group {
@@ -33,9 +33,7 @@ class KvLayout {
   int64_t keys_at(int64_t layer, int64_t head) const {
     return (layers_[static_cast<size_t>(layer)].place * n_head_kv_ + head) * head_bytes_;
   }
-  int64_t values_at(int64_t layer, int64_t head) const {
-    return keys_at(layer, head) + key_bytes_;
-  }
+  int64_t values_at(int64_t layer, int64_t head) const { return keys_at(layer, head) + key_bytes_; }
   // Pages of a group that a sequence of `context` positions has at most, evaluated in chunks of
   // `chunk`.
   static int64_t most_pages(const Group& group, int64_t context, int64_t chunk);

@@ -124,8 +124,6 @@ def _line_of(error: BaseException) -> str:
     return line
 
 
-
-
 class _GenerationBlock(Extension):
     """{% generation %} marks the assistant's words for training; only its content is kept."""
 

@@ -18,8 +18,8 @@ from offload_models import MEBIBYTE, TinyMixture, named_minimum
 from stoker.runtime.scheduler import LEAST_PROMPT, PromptTime
 
 CONTEXT = 4096  # tokens; budgets hold so many, in answers of any number
-WORDS = "the cat sat on the mat and saw a dog".split()
-PROMPTS = [" ".join(words) for words in itertools.permutations(WORDS[:4], 3)]
+WORDS = ("the", "cat", "sat", "on")
+PROMPTS = [" ".join(words) for words in itertools.permutations(WORDS, 3)]
 OPTIONS: dict[str, Any] = {"temperature": 0.8, "seed": 5, "max_tokens": 20, "ignore_eos": True}
 
 

@@ -107,8 +107,8 @@ def test_offloaded(tmp_path: Path, name: str) -> None:
     assert mixed.offload["decode_hits"] > 0
     # Each sequence has its part, and nothing is lost.
     parts = [pair[0].stats["experts"] for pair in mixer.pairs]
-    for name in ("hits", "late", "misses", "demand_bytes", "decode_misses"):
-        assert sum(part[name] for part in parts) == mixed.offload[name]
+    for count in ("hits", "late", "misses", "demand_bytes", "decode_misses"):
+        assert sum(part[count] for part in parts) == mixed.offload[count]
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

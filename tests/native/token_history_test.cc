@@ -137,10 +137,10 @@ void test_unfinished_walks_foretell_nothing() {
 
 void test_rows_of_several_streams() {
   Text text(64);
-  text.add(1, {1, 2, 3, 4});  // 0 .. 3
-  text.add(2, {7, 8, 9, 5});  // 4 .. 7
-  text.add(1, {1});           // 8
-  text.add(2, {7});           // 9
+  text.add(1, {1, 2, 3, 4});                                   // 0 .. 3
+  text.add(2, {7, 8, 9, 5});                                   // 4 .. 7
+  text.add(1, {1});                                            // 8
+  text.add(2, {7});                                            // 9
   const std::vector<StepRow> next = {{2, 8}, {1, 2}, {3, 9}};  // 10 .. 12
   text.history.begin({Phase::kDecode, next});
   CHECK(!text.history.is_single() && !text.history.as_foretold());

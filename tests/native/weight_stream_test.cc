@@ -19,12 +19,12 @@ namespace {
 using namespace io_fixture;
 using stoker::Extent;
 using stoker::FlashReader;
+using stoker::page_span;
 using stoker::Phase;
+using stoker::plan_stream;
 using stoker::StreamPlan;
 using stoker::StreamTensor;
 using stoker::WeightStream;
-using stoker::page_span;
-using stoker::plan_stream;
 
 struct Interrupted {};
 

@@ -238,11 +238,12 @@ def test_sessions_share_the_budget(models: Any, name: str) -> None:
     e = model.engine(0.5)
     kept = [e.sequence() for _ in range(1000)]
     assert e.sessions == (1000, 0)
-    lent, n = [], 0
+    lent: list[int] = []
     with pytest.raises(errors.BudgetError, match=r"bytes more for the KV cache of 1000 sessions"):
-        for n, t in enumerate(kept):
+        for t in kept:
             assert greedy(t, prompt(e), 16) == model.expected
             lent.append(e.sessions[1])
+    n = len(lent)
     assert n > 1 and lent == sorted(lent) and lent[-1] > 0
     assert kept[n].position % 64 == 0  # where its next page would begin
     # The others go on, within their pages; what one leaves is the next one's.
