@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class PromptedModel(Protocol):
     """What answers need of their model."""
 
-    def session(self) -> Session: ...
+    def session(self) -> Session:
+        """Makes a new, empty session."""
 
 
 class Answers:
@@ -229,12 +230,6 @@ class _Work:
 
 def _ask(session: Session, prompt: Any, options: GenerationOptions) -> Generation:
     """A string or tokens are continued, messages answered."""
-    is_chat = (
-        not isinstance(prompt, str) and len(prompt) > 0 and not hasattr(prompt[0], "__index__")
-    )
-    if is_chat:
+    if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
         return session.chat(prompt, options=options)
-    session_tokens = session.tokens
-    if session_tokens:
-        return session.generate("", options=options)
-    return session.generate(prompt, options=options)
+    return session.generate("" if session.tokens else prompt, options=options)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .base.errors import OptionError
+from .session import common_prefix
 
 if TYPE_CHECKING:
     from . import _core
@@ -31,8 +32,12 @@ class RankingModel(Protocol):
     """What ranking needs of a model."""
 
     @property
-    def engine(self) -> _core.Engine: ...
-    def session(self) -> Session: ...
+    def engine(self) -> _core.Engine:
+        """The native engine."""
+
+    def session(self) -> Session:
+        """Makes a new, empty session."""
+
     def _encode(
         self, text: str | Tokens, *, add_special: bool, parse_special: bool
     ) -> list[int]: ...
@@ -48,7 +53,7 @@ def rank(
     if not texts:
         return []
     # Where a text's tokens differ from the prompt's own before its end, they are the candidate's.
-    shared = min(_common(head, text) for text in texts)
+    shared = min(common_prefix(head, text) for text in texts)
     if shared == 0:
         raise OptionError("the prompt is empty and the model has no beginning-of-text token")
     for text, candidate in zip(texts, candidates, strict=True):
@@ -77,9 +82,3 @@ def _continued(
     if isinstance(prompt, str) and isinstance(candidate, str):
         return model._encode(prompt + candidate, add_special=True, parse_special=True)
     return head + model._encode(candidate, add_special=False, parse_special=True)
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    return next(
-        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
-    )
