@@ -82,7 +82,7 @@ def measure(
     name: str, memory: str | None, spinners: list[int], options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """One line for each number of spinners."""
-    loading = {} if memory is None else {"memory": memory}
+    loading: dict[str, Any] = {} if memory is None else {"memory": memory}
     if options.threads:
         loading["threads"] = options.threads
     model = stoker.load(name, context=2048, **loading)

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -89,14 +90,24 @@ class ThreadPool {
   bool stays_ = false;
   int size_ = 1;
   std::mutex use_, moving_;
-  // The caller writes these before it releases generation_ to the workers.
+  // Of one worker.
+  struct alignas(64) Place {
+    std::atomic<bool> inside{false};  // the phase
+    int thread = 0, clock = 0;        // the system's numbers for it and its time; set before inside
+  };
+  void await_workers();
+
+  // The caller writes these before state_ opens a phase to the workers.
   Body body_ = nullptr;
   void* context_ = nullptr;
-  alignas(64) std::atomic<uint32_t> generation_{0};  // one more per phase; odd bits mean nothing
-  alignas(64) std::atomic<int> running_{0};          // workers still in the phase
-  alignas(64) std::atomic<int64_t> next_{0};         // next item of parallel_for
+  // The phase's number, whether it is open, and how many workers are inside (threads.cc). A worker
+  // that comes when it is closed has no part in it.
+  alignas(64) std::atomic<uint32_t> state_{0};
+  alignas(64) std::atomic<int64_t> next_{0};  // next item of parallel_for
   alignas(64) std::atomic<bool> stop_{false};
+  std::atomic<bool> caller_sleeps_{false};  // until no worker is inside
   std::atomic<int> spins_{4000};
+  std::unique_ptr<Place[]> places_;  // [threads - 1]
   std::vector<std::thread> workers_;
 };
 
