@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .base.errors import BudgetError
+from .base.errors import BudgetError, DeviceError
 from .generate import Chunk, Generation
 from .options import GenerationOptions
 
@@ -107,9 +107,16 @@ class Answers:
         if self._started:
             return
         self._started = True
-        self._work.running = self._parallel
-        for _ in range(self._parallel):
-            threading.Thread(target=self._work.run, name="stoker-answers", daemon=True).start()
+        work = self._work
+        work.running = self._parallel
+        for i in range(self._parallel):
+            try:
+                threading.Thread(target=work.run, name="stoker-answers", daemon=True).start()
+            except RuntimeError:  # the system gives no more
+                work.go(self._parallel - i)
+                if i == 0:
+                    raise DeviceError("the system gives no thread to wait for answers") from None
+                return
 
 
 class _Work:
@@ -144,12 +151,16 @@ class _Work:
             self.out.put(error)
             self.stop()
         finally:
-            with self._changed:
-                self.running -= 1
-                last = self.running == 0
-            if last:
-                self._bases.clear()
-                self.out.put(None)
+            self.go(1)
+
+    def go(self, threads: int) -> None:
+        """So many threads have gone, or never came."""
+        with self._changed:
+            self.running -= threads
+            last = self.running == 0
+        if last:
+            self._bases.clear()
+            self.out.put(None)
 
     def stop(self) -> None:
         """Ends all answers."""
@@ -230,6 +241,6 @@ class _Work:
 
 def _ask(session: Session, prompt: Any, options: GenerationOptions) -> Generation:
     """A string or tokens are continued, messages answered."""
-    if not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], Mapping):
+    if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
         return session.chat(prompt, options=options)
     return session.generate("" if session.tokens else prompt, options=options)

@@ -55,6 +55,9 @@ _NAMED_KEYS = 5  # unknown metadata keys that a warning names
 # it cannot be told from a session in use.
 _STEP_GRACE_S = 2.0
 
+# Of generate_many: samples of a prompt, and answers at once, each of which has a thread.
+_MOST_SAMPLES, _MOST_PARALLEL = 10_000, 1024
+
 
 class Model:
     """Weights, configuration, tokenizer and chat template of one file. Made by `load`."""
@@ -388,8 +391,8 @@ class Model:
             self,
             list(listed),
             chosen,
-            n=arguments.integer("n", n, 1),
-            parallel=arguments.integer("parallel", parallel, 1),
+            n=arguments.integer("n", n, 1, _MOST_SAMPLES),
+            parallel=arguments.integer("parallel", parallel, 1, _MOST_PARALLEL),
         )
 
     def rank(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .base import arguments
 from .base.errors import OptionError
 from .session import common_prefix
 
@@ -48,6 +49,7 @@ def rank(
 ) -> list[CandidateScore]:
     """As Model.rank."""
     engine: Any = model.engine
+    candidates = arguments.sequence("candidates", candidates, "a sequence of texts")
     head = model._encode(prompt, add_special=True, parse_special=True)
     texts = [_continued(model, prompt, head, candidate) for candidate in candidates]
     if not texts:

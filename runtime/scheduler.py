@@ -70,7 +70,6 @@ class Request:
     sequence: EngineSequence
     tokens: Sequence[int]
     sampler: Sampler | None = None
-    evaluated: int = 0  # of the prompt's tokens
     chosen: int | None = None
     error: BaseException | None = None
     done: bool = False
@@ -79,6 +78,12 @@ class Request:
 
     def __post_init__(self) -> None:
         self.wake.acquire()
+        self._start = self.sequence.position
+
+    @property
+    def left(self) -> Sequence[int]:
+        """The prompt's tokens that are not evaluated yet."""
+        return self.tokens[self.sequence.position - self._start :]
 
 
 class Scheduler:
@@ -87,6 +92,8 @@ class Scheduler:
     def __init__(self, engine: Engine) -> None:
         self._engine: Any = engine
         self._together = hasattr(engine, "decode")  # other backends take one sequence at a time
+        # Rows of a forward pass at most: one chunk, which is evaluated whole or not at all.
+        self._chunk = int(self._engine.plan["chunk"]) if self._together else 1
         self._condition = threading.Condition(threading.Lock())
         self._waiting: list[Request] = []
         self._led = False
@@ -181,7 +188,7 @@ class Scheduler:
                         break
             decodes = [r for r in self._waiting if r.sampler is not None]
             prompts = [r for r in self._waiting if r.sampler is None]
-        del decodes[MOST_ROWS if self._together else 1 :]
+        del decodes[min(MOST_ROWS, self._chunk) :]
         for request in decodes:
             self._decoded[id(request.sequence)] = self._steps
         return decodes, prompts
@@ -201,16 +208,13 @@ class Scheduler:
 
     def _prompts(self, requests: list[Request], n_decodes: int) -> None:
         """A part of the prompts that wait, first come first served."""
-        if n_decodes == 0 and len(requests) == 1 and not requests[0].evaluated:
-            room = len(requests[0].tokens)  # whoever comes meanwhile waits for one chunk
-            room = min(room, int(self._engine.plan["chunk"])) if self._together else room
-        elif n_decodes == 0:
-            room = int(self._engine.plan["chunk"]) if self._together else len(requests[0].tokens)
-        else:
-            room = self._prompt_time.rows((MOST_SLOWDOWN - 1) * self._decode_s[n_decodes])
+        room = self._chunk if self._together else len(requests[0].tokens)
+        if n_decodes > 0:
+            seconds = (MOST_SLOWDOWN - 1) * self._decode_s[n_decodes]
+            room = min(room, self._prompt_time.rows(seconds))
         parts: list[tuple[Request, Sequence[int]]] = []
         for request in requests:
-            part = request.tokens[request.evaluated : request.evaluated + room]
+            part = request.left[:room]
             parts.append((request, part))
             room -= len(part)
             if room <= 0 or not self._together:
@@ -225,9 +229,8 @@ class Scheduler:
                 request.sequence.eval(part)
             else:
                 self._engine.eval([(r.sequence, t) for r, part in chosen for t in part], "prompt")
-            for request, part in chosen:
-                request.evaluated += len(part)
-                if request.evaluated >= len(request.tokens):
+            for request, _ in chosen:
+                if not request.left:
                     self._finish(request)
 
         self._pass([r for r, _ in parts], evaluate)

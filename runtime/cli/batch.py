@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
+from ..base.display import printable
 from ..base.errors import OptionError
+from ..files.json_text import parse
 from ..options import GenerationOptions, LoadOptions
 from ..terminal.options import Model, Plan, take, with_tables
 from ..terminal.terminal import progress_bars
@@ -31,7 +33,7 @@ def batch(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the answers go, JSON lines.")],
     parallel: Annotated[
-        int, typer.Option(min=1, help="Answers at once, where the memory holds so many.")
+        int, typer.Option(min=1, max=1024, help="Answers at once, where the memory holds so many.")
     ] = 16,
     answering: GenerationOptions = take(GenerationOptions),
     loading: LoadOptions = take(LoadOptions),
@@ -71,9 +73,9 @@ def _asked(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         where = f"{path}: line {number}"
         try:
-            document = json.loads(line)
+            document = parse(line)
         except ValueError as error:
-            raise OptionError(f"{where}: expected JSON: {error}") from None
+            raise OptionError(f"{where}: expected JSON: {printable(str(error))}") from None
         if not isinstance(document, dict) or ("prompt" in document) == ("messages" in document):
             raise OptionError(f'{where}: expected an object with "prompt" or "messages"')
         unknown = sorted(document.keys() - set(_KEYS))
@@ -106,7 +108,7 @@ def _continued(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
             if not line.endswith(b"\n"):
                 break
             try:
-                document = json.loads(line)
+                document = parse(line)
                 done.add(str(document["id"]))
                 assert isinstance(document["text"], str)
             except (ValueError, KeyError, TypeError, AssertionError):

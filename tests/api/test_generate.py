@@ -382,7 +382,7 @@ def test_interrupted_append_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     session.append("before")
     real = fake_core.EngineSequence.eval
 
-    def half(self: Any, tokens: Any, phase: str) -> None:
+    def half(self: Any, tokens: Any, phase: str = "prompt") -> None:
         real(self, tokens[: len(tokens) // 2], phase)  # the core ends at a whole chunk
         raise KeyboardInterrupt
 

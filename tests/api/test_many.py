@@ -177,7 +177,7 @@ def test_an_error_ends_all(model: stoker.Model) -> None:
     long = " ".join(PROMPTS * 40)
     with pytest.raises(stoker.ContextLengthError):
         model.generate_many([*PROMPTS, long], **OPTIONS).read()
-    with pytest.raises(stoker.OptionError, match="n must be at least 1"):
+    with pytest.raises(stoker.OptionError, match="n must be between 1 and"):
         model.generate_many(PROMPTS, n=0)
     with pytest.raises(stoker.OptionError, match="prompts must be"):
         model.generate_many("a text")  # type: ignore[arg-type]

@@ -217,6 +217,11 @@ def test_every_value_of_a_prompt(model: stoker.Model, said: Callable[[], tuple[s
         lambda value: model.generate(value, max_tokens=1).read(),
         lambda value: model.chat(value, max_tokens=1).read(),
         lambda value: model.chat("x", tools=value, max_tokens=1).read(),
+        lambda value: model.generate_many(value, max_tokens=1).read(),
+        lambda value: model.generate_many([value], max_tokens=1).read(),
+        lambda value: model.rank(value, ["x"]),
+        lambda value: model.rank("x", value),
+        lambda value: model.rank("x", [value]),
         model.logits,
         model.embed,
         model.perplexity,
@@ -243,6 +248,8 @@ def test_every_value_of_an_argument(model: stoker.Model) -> None:
     each(lambda value: model.embed("x", pooling=value), "pooling")
     each(lambda value: model.embed("x", normalize=value), "normalize")
     each(lambda value: model.generate("x", options=value, max_tokens=1), "options")
+    each(lambda value: model.generate_many(["x"], n=value), "n")
+    each(lambda value: model.generate_many(["x"], parallel=value), "parallel")
     each(lambda value: model.session(system=value).chat("x", max_tokens=1).read())
     for name in ("context", "stride", "max_chunks"):
         each(lambda value: model.perplexity(TEXT, **{name: value}), name)  # noqa: B023
@@ -450,6 +457,8 @@ def test_arguments_are_covered() -> None:
     known = {
         "generate": {"prompt", "options", "overrides"},
         "chat": {"messages", "tools", "template", "parse_special", "options", "overrides"},
+        "generate_many": {"prompts", "n", "parallel", "options", "overrides"},
+        "rank": {"prompt", "candidates"},
         "session": {"system"},
         "logits": {"tokens"},
         "embed": {"text", "pooling", "normalize"},

@@ -29,6 +29,7 @@ MISSING = "missing.gguf"
 COMMANDS: dict[str, list[str]] = {
     "run": ["tiny.gguf", "the cat", "-n", "1", "-t", "1"],
     "chat": ["tiny.gguf", "-n", "1", "-t", "1"],
+    "batch": ["tiny.gguf", "missing.jsonl", "--out", "o.jsonl", "-n", "1", "-t", "1"],
     "inspect": ["tiny.gguf"],
     "pull": ["list"],
     "perplexity": ["tiny.gguf", "text.txt", "-c", "32", "-t", "1", "--max-chunks", "1"],
