@@ -28,7 +28,7 @@ from typing import Any
 import stoker
 from stoker.mobile_bench.checks.compare import spread
 
-_TEXT = (
+TEXT = (
     "The ship had been at sea for forty days when the captain saw, far to the north, a line of "
     "white that was neither cloud nor ice. He called the mate, who had sailed these waters before "
     "any of them was born, and asked him what it might be. "
@@ -86,7 +86,7 @@ def measure(
     if options.threads:
         loading["threads"] = options.threads
     model = stoker.load(name, context=2048, **loading)
-    text = _TEXT * 40 if options.text is None else Path(options.text).read_text(encoding="utf-8")
+    text = TEXT * 40 if options.text is None else Path(options.text).read_text(encoding="utf-8")
     decoder = Decoder(model, text)
     decoder.rate(options.seconds)
     for n in spinners:
