@@ -74,7 +74,7 @@ def test_streamed(tmp_path: Path, variant: str) -> None:
     model = Model(make(tmp_path / "tiny.gguf", family, quant="Q8_0", **wide))
     mixed = model.offloaded(0.02, threads=2)
     mixer = Mixer(mixed, model.resident, seed=8)
-    for _ in range(2 * MIXES):
+    for _ in range(4 * MIXES):
         mixer.step()
     for what in ("shared", "forked", "truncated"):
         assert mixer.happened[what] > 0, what
