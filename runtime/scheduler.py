@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ._core import Sampler
     from .backends.engine import Engine, EngineSequence
 
-MOST_SLOWDOWN = 2.5
-LEAST_PROMPT = 8  # rows of a prompt in a step, however slow they are
+MOST_SLOWDOWN = 2.2
+LEAST_PROMPT = 4  # rows of a prompt in a step, however slow they are
 MOST_ROWS = 256  # sequences that decode in one forward pass
 # How long a leader waits for those that decoded in one of the last steps and may ask again.
 _GRACE_SHARE, _MOST_GRACE_S = 0.1, 0.002
@@ -94,7 +94,8 @@ class Scheduler:
         self._together = hasattr(engine, "decode")  # other backends take one sequence at a time
         # Rows of a forward pass at most: one chunk, which is evaluated whole or not at all.
         self._chunk = int(self._engine.plan["chunk"]) if self._together else 1
-        self._condition = threading.Condition(threading.Lock())
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._waiting: list[Request] = []
         self._led = False
         self._passing: list[Request] = []  # in the forward pass that goes on
@@ -107,6 +108,21 @@ class Scheduler:
 
     def decode(self, sequence: EngineSequence, token: int, sampler: Sampler) -> int:
         """Evaluates a token that was chosen before; returns the next. Raises BudgetError, ..."""
+        alone = False
+        try:
+            with self._lock:
+                alone = not self._led
+                self._led = True
+            if alone:
+                # A thread that comes meanwhile waits for this pass, and leads the next.
+                self.passes += 1
+                self.rows += 1
+                self._decoded[id(sequence)] = self._steps
+                return sequence.decode(token, sampler)
+        finally:
+            if alone:
+                with self._lock:
+                    self._hand_on()
         request = self._run(Request(sequence, (token,), sampler))
         if request.chosen is None:
             return sequence.sample(sampler)
@@ -117,21 +133,19 @@ class Scheduler:
         self._run(Request(sequence, tokens))
 
     def _run(self, request: Request) -> Request:
-        with self._condition:
-            self._waiting.append(request)
-            leads = not self._led
-            self._led = True
-            if not leads:
-                self._condition.notify()
         try:
-            if not leads:
+            with self._lock:
+                self._waiting.append(request)
+                request.leads = not self._led
+                self._led = True
+                if not request.leads:
+                    self._condition.notify()
+            if not request.leads:
                 request.wake.acquire()
-                leads = request.leads
-            if leads:
-                self._lead(request)
-        except BaseException:
-            self._withdraw(request)
-            raise
+            while request.leads and not request.done:
+                self._step()
+        finally:
+            self._leave(request)
         if request.error is not None:
             error, request.error = request.error, None
             try:
@@ -140,47 +154,33 @@ class Scheduler:
                 del error  # whose traceback refers to this frame
         return request
 
-    def _lead(self, mine: Request) -> None:
-        """Evaluates steps until `mine` is done, then hands leadership on."""
-        try:
-            while not mine.done:
-                self._step()
-        finally:
-            self._hand_on(mine)
-
-    def _hand_on(self, mine: Request) -> None:
-        with self._condition:
-            if mine in self._waiting:  # interrupted
-                self._waiting.remove(mine)
-            if self._waiting:
-                heir = self._waiting[0]
-                heir.leads = True
-                heir.wake.release()
-            else:
-                self._led = False
-
-    def _withdraw(self, request: Request) -> None:
-        """An interrupted thread goes, once no forward pass has its sequence.
-
-        Leadership that came to it meanwhile goes on.
-        """
-        with self._condition:
-            leads = request.leads and not request.done and request in self._waiting
-            if not leads:
-                if request in self._waiting:
-                    self._waiting.remove(request)
+    def _leave(self, request: Request) -> None:
+        """A thread goes, its request done or interrupted, and leadership with it to another."""
+        with self._lock:
+            if request in self._waiting:
+                self._waiting.remove(request)
+            if request.leads:
+                request.leads = False
+                self._hand_on()
+            elif not request.done:  # interrupted: no forward pass may have its sequence
                 self._condition.wait_for(lambda: request not in self._passing)
-        if leads:
-            self._hand_on(request)
+
+    def _hand_on(self) -> None:
+        """Makes the thread that has waited longest lead. The caller holds the lock."""
+        if self._waiting:
+            self._waiting[0].leads = True
+            self._waiting[0].wake.release()
+        else:
+            self._led = False
 
     def _gather(self) -> tuple[list[Request], list[Request]]:
         """Decode steps and prompts of the next step; waits briefly for those that may come."""
         self._steps += 1
         oldest = self._steps - _RECENT
         self._decoded = {key: step for key, step in self._decoded.items() if step >= oldest}
-        with self._condition:
+        with self._lock:
             if len(self._decoded) > 1:
-                slowest = max(self._decode_s.values())
+                slowest = max(self._decode_s.values(), default=0.0)
                 until = time.perf_counter() + min(_MOST_GRACE_S, _GRACE_SHARE * slowest)
                 while not self._decoded.keys() <= {id(r.sequence) for r in self._waiting}:
                     left = until - time.perf_counter()
@@ -252,7 +252,7 @@ class Scheduler:
         """One forward pass. Whose fault an error is, is seen one by one."""
         self.passes += 1
         failed = None
-        with self._condition:
+        with self._lock:
             self._passing = [r for r in requests if r in self._waiting]
             requests = list(self._passing)
         try:
@@ -261,7 +261,7 @@ class Scheduler:
         except Exception as error:
             failed = error
         finally:
-            with self._condition:
+            with self._lock:
                 self._passing = []
                 self._condition.notify_all()
         if failed is None:
@@ -274,7 +274,7 @@ class Scheduler:
                 self._pass([request], evaluate)
 
     def _finish(self, request: Request, error: BaseException | None = None) -> None:
-        with self._condition:
+        with self._lock:
             if request not in self._waiting:
                 return
             self._waiting.remove(request)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -306,9 +306,11 @@ class Session:
         self._active = weakref.ref(generation)
         return generation
 
-    @contextmanager
-    def _exclusive(self, caller: Generation | None = None) -> Iterator[None]:
+    def _exclusive(self, caller: Generation | None = None) -> _Exclusive:
         """Holds the session for one call; ends a generation that the same thread left behind."""
+        return _Exclusive(self, caller)
+
+    def _enter(self, caller: Generation | None) -> None:
         self._model._check_process()
         if not self._lock.acquire(blocking=False):
             if caller is None or not caller._cancel.is_set():
@@ -323,9 +325,9 @@ class Session:
                     raise OptionError(_BUSY)
                 active._end("cancelled")
                 active._leave()
-            yield
-        finally:
+        except BaseException:
             self._lock.release()
+            raise
 
     def _cancel(self, generation: Generation | None) -> None:
         if generation is not None:
@@ -423,6 +425,21 @@ class Session:
             else:
                 self._logits_at = end
                 return token
+
+
+class _Exclusive(AbstractContextManager[None]):
+    """A session held for one call. A generator would cost a token twice as much."""
+
+    __slots__ = ("_caller", "_session")
+
+    def __init__(self, session: Session, caller: Generation | None) -> None:
+        self._session, self._caller = session, caller
+
+    def __enter__(self) -> None:
+        self._session._enter(self._caller)
+
+    def __exit__(self, *error: object) -> None:
+        self._session._lock.release()
 
 
 def _copied(messages: object) -> list[Any]:

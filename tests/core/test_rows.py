@@ -66,7 +66,9 @@ def test_each_sequence_has_its_part(tmp_path: Path) -> None:
     assert all(part["decode_misses"] + part["decode_late"] > 0 for part in parts)
 
 
-@pytest.mark.parametrize(("variant", "share"), [("llama", 0.2), ("gemma3", 0.4), ("qwen2moe", 0.02)])
+@pytest.mark.parametrize(
+    ("variant", "share"), [("llama", 0.2), ("gemma3", 0.4), ("qwen2moe", 0.02)]
+)
 def test_streamed(tmp_path: Path, variant: str, share: float) -> None:
     """With pages that are lent to weights, and come back."""
     family, shape = VARIANTS[variant]
