@@ -24,12 +24,12 @@ class ActivationSums : public Observer {
   explicit ActivationSums(std::shared_ptr<const Engine> engine);
 
   // Adds the inputs of one product: x's rows token_list[0 .. n), or first .. first + n without a
-  // list. Under the engine's pool's lease.
+  // list. The caller holds the lease of the engine's pool.
   void product(const Matrix& matrix, const Activations& x, const int32_t* token_list, int64_t first,
                int64_t n) override;
 
   const Engine& engine() const { return *engine_; }
-  // By the tensors' numbers in the file; those that had no input have counts of 0, or none.
+  // The sums by the tensors' numbers in the file; tensors without input have counts of 0, or none.
   const std::vector<Tensor>& tensors() const { return tensors_; }
 
  private:

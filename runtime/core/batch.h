@@ -15,9 +15,9 @@ namespace stoker {
 
 class Batch {
  public:
-  // Holds the sequences of the rows until it goes. poll: called between the layers and at least
-  // every 20 ms of waiting for reads; it throws to interrupt. Throws Error: kOption for rows that
-  // are none, tokens outside the vocabulary, a sequence of another engine or one that is in use;
+  // Holds the sequences of the rows while it lives. poll: called between the layers and at least
+  // every 20 ms of waiting for reads; it throws to interrupt. Throws Error: kOption for an empty
+  // list, tokens outside the vocabulary, a sequence of another engine or one that is in use;
   // kContext for rows that do not fit.
   Batch(const Engine& engine, std::span<const Row> rows, Phase phase, const Outputs& out,
         Observer* observer, const std::function<void()>& poll);
@@ -25,8 +25,8 @@ class Batch {
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
 
-  // Takes the pool for a chunk at a time. An interrupted evaluation leaves the sequences after the
-  // last whole chunk.
+  // Evaluates the rows; takes the pool for one chunk at a time. An interrupted evaluation leaves
+  // the sequences after the last whole chunk.
   void run();
 
  private:
@@ -37,7 +37,7 @@ class Batch {
   };
   void check() const;
   void chunk(std::span<const Row> rows);
-  // Pages for the chunk's rows.
+  // Reserves pages for the chunk's rows.
   void make_room();
   // Computes what the chunk's rows want.
   void outputs(std::span<const Row> rows, Forward& forward);

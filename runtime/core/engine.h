@@ -47,7 +47,7 @@ struct OffloadOptions {
   std::string predictor{kDefaultPredictor};
   std::string predictor_state;  // of a profile; empty: none
   PrefetchMode prefetch = PrefetchMode::kAuto;
-  // To measure what the parts are worth.
+  // These switches serve to measure what the parts are worth.
   bool cache = true;    // false: as few slots as a layer's experts need
   bool overlap = true;  // false: a layer waits for all its reads before it computes
 };
@@ -69,7 +69,7 @@ struct Plan {
   int64_t weight_bytes =
       0;                 // resident from the start: all, or what is neither an expert nor streamed
   int64_t kv_bytes = 0;  // of one sequence at its full context
-  // Of these, what the experts' cache and pinned weights have until sequences have grown so far.
+  // The part of kv_bytes that the experts' cache and pinned weights use until sequences need it.
   int64_t kv_lent_bytes = 0;
   int64_t scratch_bytes = 0;
   int64_t token_bytes = 0;   // weight bytes that one decoded token reads
@@ -123,7 +123,8 @@ struct Scratch {
 
 class Engine {
  public:
-  // poll is called every 20 ms of waiting for reads and may throw; it may be empty.
+  // poll is called every 20 ms of waiting for reads and may throw; it may be empty. Loads the
+  // model.
   Engine(std::shared_ptr<const GgufFile> file, const EngineOptions& options,
          const std::function<void()>& poll = {});
   Engine(const Engine&) = delete;
@@ -142,28 +143,29 @@ class Engine {
   const Rope& rope(bool sliding) const { return sliding ? rope_sliding_ : rope_; }
   ThreadPool& pool() const { return *pool_; }
   Scratch& scratch() const { return scratch_; }  // under pool()'s lease
-  // Null unless the experts are on flash.
+  // Returns null unless the experts are on flash.
   FlashExperts* flash() const { return weights_.flash; }
-  // Null unless weights that every token uses pass through a ring.
+  // Returns null unless weights that every token uses are streamed.
   WeightStream* stream() const { return weights_.stream.get(); }
 
   // Evaluates rows of any number of sequences and appends them there (batch.h: what it throws).
   // poll: called between the layers and at least every 20 ms of waiting for reads; it throws to
-  // interrupt. observer: null where nobody watches.
+  // interrupt. observer: null if nothing is recorded.
   void eval(std::span<const Row> rows, Phase phase, const Outputs& out,
             const std::function<void()>& poll = {}, Observer* observer = nullptr) const;
 
   void open_session() const { ++sessions_; }
   void close_session() const { --sessions_; }
-  // How many there are, and the bytes of the experts' cache and of pinned weights that they have.
+  // The number of open sequences, and the bytes that the experts' cache and pinned weights gave up
+  // for their pages.
   struct Sessions {
     int64_t open, lent_bytes;
   };
   Sessions sessions() const { return {sessions_, lent_}; }
-  // Under a budget sequences share what is planned for one of the full context, and take the rest
-  // from the experts' cache and from pinned weights, which get back what they leave. Makes room
-  // for `bytes` more of their pages. Under pool()'s lease. Throws Error(kBudget) where there is
-  // none.
+  // Makes room for `bytes` more of the sequences' pages, and gives back what they no longer need.
+  // Under a budget they share the bytes that are planned for one sequence of the full context;
+  // beyond these, the experts' cache and pinned weights give up memory. The caller holds pool()'s
+  // lease. Throws Error(kBudget) if there is no room.
   void make_room(int64_t bytes) const;
 
  private:
@@ -183,7 +185,7 @@ class Engine {
   std::unique_ptr<const KvLayout> kv_layout_;
   mutable PagePool kv_pages_;
   mutable std::atomic<int64_t> sessions_{0};
-  // Bytes that sequences have from others; changed under pool()'s lease.
+  // Bytes that the experts' cache and pinned weights gave up; changed under pool()'s lease.
   mutable std::atomic<int64_t> lent_{0};
 };
 

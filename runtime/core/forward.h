@@ -16,19 +16,19 @@ namespace stoker {
 
 class Forward {
  public:
-  // rows [n]: of any sequences; observer: null where nobody watches. Both outlive it.
+  // rows [n]: rows of any sequences; observer: null if nothing is recorded. Both outlive it.
   Forward(const Engine& engine, std::span<const Row> rows, Observer* observer);
 
-  // Output values that one piece of a product can have, for inputs of up to `rows` rows.
+  // Returns the most output values of one piece of a product, for inputs of up to `rows` rows.
   static int64_t max_piece_values(int64_t rows);
 
   // Forward has the rows in an order of its own: its row i is row order()[i] of those it was given.
   std::span<const int32_t> order() const { return order_; }
   // Looks up and scales the embeddings.
   void begin();
-  // Rows of the residual stream, by Forward's order, through the final norm: out [rows][n_embd].
+  // Applies the final norm to rows of the residual stream, in Forward's order: out [rows][n_embd].
   void final_norm(std::span<const int32_t> rows, float* out);
-  // Logits of n normalised rows: out [n][n_vocab].
+  // Computes the logits of n normalised rows: out [n][n_vocab].
   void logits(const float* hidden, int64_t n, float* out);
 
   const ModelConfig& config() const { return config_; }
@@ -39,25 +39,25 @@ class Forward {
   float* a() const { return s_.a; }  // [rows][n_embd]
   float* b() const { return s_.b; }  // [rows][n_embd]
 
-  // out = rms_norm(in) * w, token by token; [tokens][n_embd].
+  // Computes out = rms_norm(in) * w, row by row; [rows][n_embd].
   void norm(const float* in, const Vector& w, float* out);
-  // y += x, [tokens][n_embd]
+  // Computes y += x, [rows][n_embd].
   void add(float* y, const float* x);
-  // Projections, norms of q and k, rotation, cache, attention, output projection.
+  // Computes projections, norms of q and k, rotation, cache, attention and output projection.
   void attention(int64_t il, const float* in, float* out);
-  // Dense gated feed-forward.
+  // Computes the dense gated feed-forward.
   void feed_forward(int64_t il, const float* in, float* out);
   // Lets the store's predictor see the embeddings, before the first layer.
   void look_ahead_first();
-  // The experts of every token and their weights, from in [tokens][n_embd]. Prefetches them where
-  // they are known before attention; of a pre-gated model chooses and prefetches those of the next
-  // mixture layer, too.
+  // Chooses the experts of every row and their weights, from in [rows][n_embd]. Prefetches them
+  // where they are known before attention; in a pre-gated model it also chooses and prefetches
+  // those of the next mixture layer.
   Routes route(int64_t il, const float* in);
-  // The choice of the one router (Routing::Where::kOnce), from the residual stream after layer 0;
-  // prefetched for the store for all layers that use it, and kept for them.
+  // Makes the choice of the one router (Routing::Where::kOnce), from the residual stream after
+  // layer 0, prefetches it for all layers that use it, and keeps it for them.
   void route_once();
   const Routes& routes_kept() const { return routes_kept_; }
-  // Sum of the routed experts (and the shared expert where the layer has one).
+  // Computes the sum of the routed experts (and of the shared expert where the layer has one).
   void mixture(int64_t il, const float* in, const Routes& routes, float* out);
 
  private:
@@ -65,7 +65,7 @@ class Forward {
   // hundreds of times larger than others: their rounding noise is in what every later token reads.
   static constexpr int64_t kSinkTokens = 2;
 
-  // Rows of activations: as they are, and where a format wants it as int8, in one term or two.
+  // Rows of activations: in float32, and as int8 in one term or two if a format wants that.
   // The second term is the first one's rounding error, quantized again: together they carry about
   // 15 bits, and a product with both differs from one with floats by float32 rounding only.
   struct Input {
@@ -73,7 +73,7 @@ class Forward {
     Activations low;
     int64_t low_rows = 0;  // the first rows have both terms
   };
-  // y[i][0 .. rows) = matrix * input of the i-th token (of the list, if any).
+  // A product y[i][0 .. rows) = matrix * input of the i-th row (of the list, if any).
   struct Product {
     const Matrix* matrix;
     float* y;
@@ -94,24 +94,25 @@ class Forward {
   void multiply_resident(std::span<const Product> products, const Input& in);
   void multiply_streamed(std::span<const Product> products, const Input& in);
   // Quantizes rows x [n][cols] for matrices that want int8; with `rows`, only those. With `token`
-  // [n] rows get both terms by their tokens rather than their numbers. Valid until the next call.
+  // [n] a row's token decides whether it gets both terms, not its number. The result is valid until
+  // the next call.
   Input input(const float* x, int64_t n, int64_t cols, bool quantize, int64_t low_rows,
               std::span<const int32_t> rows = {}, const int32_t* token = nullptr);
   bool two_terms(Precision least) const { return engine_.precision() >= least; }
-  // The lowest precision at which the activations of this matrix have two terms.
+  // Returns the lowest precision at which the activations of this matrix have two terms.
   static Precision least(const Matrix& m) {
     return m.two_term ? Precision::kBalanced : Precision::kHigh;
   }
-  // Rows of the chunk that get both terms where `least` asks for them, its first ones: all from
-  // this precision on, below it the first tokens of their sequences (kSinkTokens).
+  // Returns how many of the chunk's rows, from the first, get both terms for a matrix of precision
+  // `least`: all rows from this precision on, below it the first tokens of sequences (kSinkTokens).
   int64_t low_rows(Precision least) const {
     if (two_terms(least)) return n_;
     return engine_.precision() < Precision::kBalanced ? 0 : n_sinks_;
   }
-  // gate = act(gate) * up on rows [n][width]; with `rows`, only those.
+  // Computes gate = act(gate) * up on rows [n][width]; with `rows`, only those.
   void gate_rows(float* gate, const float* up, int64_t n, int64_t width,
                  std::span<const int32_t> rows = {});
-  // f(row, thread) for n rows of about `width` values; on the calling thread alone where there
+  // Calls f(row, thread) for n rows of about `width` values; on the calling thread alone if there
   // is little to do.
   template <class F>
   void for_rows(int64_t n, int64_t width, F&& f) {
@@ -125,20 +126,20 @@ class Forward {
       for (int64_t i = begin; i < end; ++i) f(i, thread);
     });
   }
-  // Embeddings of the rows -> x [n][n_embd], as they are in the file.
+  // Writes the embeddings of the rows to x [n][n_embd], as they are in the file.
   void embed(float* x);
   void store_kv(int64_t il);
   void attend(int64_t il);
   void shared_expert(int64_t il, const float* in, float* out);
-  // Of a pre-gated model: logits [tokens][n_expert] of the mixture layer after `il`.
+  // Computes, for a pre-gated model, the logits [rows][n_expert] of the mixture layer after `il`.
   void pregate(int64_t il, const Input& in, float* logits);
-  // The next mixture layer before or after `il`; -1 or n_layer: none.
+  // Returns the next mixture layer before or after `il`; -1 or n_layer if there is none.
   int64_t mixture_before(int64_t il) const;
   int64_t mixture_after(int64_t il) const;
-  // The experts of layer `il` and their weights by the router's logits in scratch; among [tokens]
-  // [n_expert_used]: the experts, where they are known.
+  // Chooses the experts of layer `il` and their weights by the router's logits in scratch; among
+  // [rows][n_expert_used]: the experts, if they are known.
   Routes chosen(int64_t il, const std::vector<int32_t>& among = {});
-  // The routers of later layers on the present hidden states, for the store's predictor.
+  // Runs the routers of later layers on the present hidden states, for the store's predictor.
   class Probe;
   ExpertStore& experts() const { return *engine_.weights().experts; }
   uint8_t* thread_scratch(int thread) const { return s_.thread + thread * s_.thread_bytes; }

@@ -30,7 +30,7 @@ struct SequenceStats {
 class Sequence {
  public:
   // poll is called on the evaluating thread at least every 20 ms of a long evaluation; it throws
-  // to interrupt it. May be empty.
+  // to interrupt it. It may be empty.
   Sequence(std::shared_ptr<const Engine> engine, std::function<void()> poll);
 
   int64_t position() const { return position_; }
@@ -44,33 +44,35 @@ class Sequence {
   // leaves position() after the last whole chunk; where that moved it, there are no logits until
   // the next evaluation.
   void eval(std::span<const int32_t> tokens, Phase phase = Phase::kPrompt);
-  // The same, with the logits after each token: out [n][n_vocab].
+  // Does the same and writes the logits after each token: out [n][n_vocab].
   void eval_all(std::span<const int32_t> tokens, float* out, Phase phase = Phase::kPrompt);
-  // The same, with the final-norm hidden state of each token: out [n][n_embd].
+  // Does the same and writes the final-norm hidden state of each token: out [n][n_embd].
   void eval_hidden(std::span<const int32_t> tokens, float* out);
-  // The same, with what each layer's feed-forward or router reads: out [n_layer][n][n_embd]; and,
-  // unless it is null, with what predictors see: hidden [n_layer + 1][n][n_embd], the embeddings
-  // first, then the hidden states at each mixture layer's look-ahead (others stay as they are).
+  // Does the same and writes what each layer's feed-forward or router reads: out [n_layer][n]
+  // [n_embd]; and, unless it is null, what predictors see: hidden [n_layer + 1][n][n_embd], the
+  // embeddings first, then the hidden states at each mixture layer's look-ahead (others stay as
+  // they are).
   void eval_taps(std::span<const int32_t> tokens, float* out, float* hidden = nullptr);
-  // The same, with -ln p(tokens[i + 1]) after token i: out [n - 1], nats; and adds, unless it is
-  // null, the inputs of every product, those of the logits among them. Throws Error(kOption) where
-  // the sums are of another engine.
+  // Does the same and writes -ln p(tokens[i + 1]) after token i: out [n - 1], nats. Unless sums is
+  // null, adds the inputs of every product to it, those of the logits included. Throws
+  // Error(kOption) if the sums are of another engine.
   void eval_nll(std::span<const int32_t> tokens, double* out, ActivationSums* sums = nullptr);
-  // Logits after the last token [n_vocab]. Throws Error(kOption) where nothing is evaluated.
+  // Returns the logits after the last token [n_vocab]. Throws Error(kOption) if there are none.
   const std::vector<float>& logits() const;
-  // Final-norm hidden state of the last token [n_embd].
+  // Returns the final-norm hidden state of the last token [n_embd].
   const std::vector<float>& hidden() const;
-  // Throws Error(kOption) where the sampler is for another vocabulary.
+  // Chooses a token. Throws Error(kOption) if the sampler is for another vocabulary.
   int32_t sample(Sampler& sampler) const;
-  // A step of generation: evaluates `token`, which was chosen before, and chooses the next.
+  // Makes a step of generation: evaluates `token`, which was chosen before, and chooses the next.
   int32_t decode(int32_t token, Sampler& sampler);
-  // sample(), then eval() of the choice; at the end of the context the token is not evaluated
+  // Calls sample(), then eval() of the choice; at the end of the context the token is not evaluated
   // and the sequence stays as it is.
   int32_t step(Sampler& sampler);
-  // Forgets the tokens from `position` on; the logits go with them. All of them where layers with
-  // windows have left behind what the tokens at `position` attend to: position() says so.
+  // Forgets the tokens from `position` on, and the logits. It forgets all tokens if layers with
+  // windows no longer have what the tokens at `position` attend to: position() tells.
   void truncate(int64_t position);
-  // A sequence that holds the same, the pages of keys and values shared until one of both writes.
+  // Returns a sequence that holds the same; both share the pages of keys and values until one of
+  // them writes to a page.
   std::unique_ptr<Sequence> fork() const;
   void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
   // Takes back a cancel() that came too late to meet an evaluation.
@@ -78,16 +80,16 @@ class Sequence {
 
  private:
   friend class Batch;
-  // Rows of tokens [n] that all want the same, the last one also to be kept.
+  // Returns rows of tokens [n] that all want the same, the last one also to be kept.
   std::vector<Row> rows(std::span<const int32_t> tokens, uint8_t want);
   void run(std::span<const Row> rows, const Outputs& out = {}, Observer* observer = nullptr,
            Phase phase = Phase::kPrompt);
   void interrupt_if_asked();
-  // For one evaluation. Throws Error(kOption) where another thread has it.
+  // Takes the sequence for one evaluation. Throws Error(kOption) if another thread has it.
   void take();
   void give_back() { busy_.clear(std::memory_order_release); }
 
-  // Tells the engine of itself as long as it lives.
+  // Counts as an open session of the engine while it lives.
   struct Opened {
     explicit Opened(const Engine& engine) : engine(engine) { engine.open_session(); }
     ~Opened() { engine.close_session(); }

@@ -27,19 +27,20 @@ class KvCache {
             layout_.values_at(layer, kv_head), layout_.type()};
   }
 
-  // Positions [begin, end) are to be appended, at most a chunk. Pages that windows have left behind
-  // by then go.
+  // Drops pages that no window needs any more once positions [begin, end), at most a chunk, are
+  // appended.
   void leave_behind(int64_t begin, int64_t end);
-  // Bytes of pages that room for them takes, besides those that are there.
+  // Returns the bytes of the pages that these positions need besides those that exist.
   int64_t missing(int64_t begin, int64_t end) const;
-  // Makes this room, which nobody shares. Throws Error(kBudget) where the system has none.
+  // Makes these pages, and copies of shared ones that are written. Throws Error(kBudget) if the
+  // system has no memory.
   void reserve(int64_t begin, int64_t end);
   // Forgets positions from `position` on.
   void truncate(int64_t position);
-  // The last position up to which everything is there that tokens after it attend to: at most
-  // `position`; 0 where windows have left behind too much.
+  // Returns the last position, at most `position`, for which everything exists that tokens after it
+  // attend to; 0 if windows no longer have it.
   int64_t whole_until(int64_t position) const;
-  // Takes on all pages of another cache of this layout and pool, shared with it. This one is empty.
+  // Shares all pages of another cache of this layout and pool. This one must be empty.
   void fork(const KvCache& other);
 
  private:
@@ -48,7 +49,7 @@ class KvCache {
     std::vector<uint8_t*> data;   // [blocks], of these
     int64_t first = 0, last = 0;  // blocks [first, last) have pages
   };
-  // The first block that rows from `begin` on attend to.
+  // Returns the first block that rows from `begin` on attend to.
   static int64_t first_block(const KvLayout::Group& group, int64_t begin);
   bool to_copy(const Table& table, int64_t begin) const;
   void set(Table& table, int64_t block, KvPage* page);

@@ -29,15 +29,15 @@ class KvLayout {
   const std::vector<Group>& groups() const { return groups_; }
   KvType type() const { return type_; }
   size_t group_of(int64_t layer) const { return layers_[static_cast<size_t>(layer)].group; }
-  // Bytes from a page's start to a head's keys; to its values.
+  // Return the bytes from a page's start to a head's keys, and to its values.
   int64_t keys_at(int64_t layer, int64_t head) const {
     return (layers_[static_cast<size_t>(layer)].place * n_head_kv_ + head) * head_bytes_;
   }
   int64_t values_at(int64_t layer, int64_t head) const { return keys_at(layer, head) + key_bytes_; }
-  // Pages of a group that a sequence of `context` positions has at most, evaluated in chunks of
-  // `chunk`.
+  // Returns the most pages of a group that a sequence of `context` positions has, evaluated in
+  // chunks of `chunk`.
   static int64_t most_pages(const Group& group, int64_t context, int64_t chunk);
-  // Bytes of all of these.
+  // Returns the bytes of the most pages of all groups.
   int64_t nbytes(int64_t context, int64_t chunk) const;
 
  private:

@@ -21,14 +21,14 @@ class PagePool {
   PagePool(const PagePool&) = delete;
   PagePool& operator=(const PagePool&) = delete;
 
-  // A page of `bytes`, a multiple of the system's, with one owner; what is in it is not said.
-  // Throws Error(kBudget) where the system has no memory.
+  // Returns a page of `bytes`, a multiple of the system's page, with one owner and any contents.
+  // Throws Error(kBudget) if the system has no memory.
   KvPage* take(int64_t bytes);
   void share(KvPage* page);
-  // An owner less; the last one's memory goes back to the system.
+  // Takes one owner away; without owners the page's memory goes back to the system.
   void give_back(KvPage* page);
   bool shared(const KvPage* page) const;
-  // Of all pages that somebody owns.
+  // Returns the bytes of all pages that have an owner.
   int64_t nbytes() const;
 
  private:
