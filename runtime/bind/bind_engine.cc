@@ -27,7 +27,7 @@ using stoker::Sequence;
 
 namespace {
 
-// Tokens from a list or an integer array of one dimension.
+// Returns tokens from a list or an integer array of one dimension.
 std::vector<int32_t> to_tokens(nb::handle object) {
   std::vector<int32_t> tokens;
   nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> array;
@@ -46,7 +46,7 @@ std::vector<int32_t> to_tokens(nb::handle object) {
   return tokens;
 }
 
-// An array that owns its memory, filled by f without the GIL.
+// Returns an array that owns its memory, filled by f without the GIL.
 template <class T, class F>
 nb::object filled(std::initializer_list<size_t> shape, F&& f) {
   size_t n = 1;
@@ -151,7 +151,7 @@ nb::dict config_of(const Engine& e) { return to_dict(e.config(), e.plan().contex
 
 nb::dict plan_of(const Engine& e) { return to_dict(e.plan(), e.kv_type(), e.precision()); }
 
-// What an Engine of these options would have as its config and plan, from the header alone.
+// Returns what an Engine of these options would have as config and plan, from the header alone.
 nb::tuple plan_without_load(const stoker::GgufFile& file, const nb::kwargs& given) {
   const stoker::EngineOptions options = engine_options(given);
   stoker::LoadPlan load;
@@ -163,8 +163,8 @@ nb::tuple plan_without_load(const stoker::GgufFile& file, const nb::kwargs& give
                         to_dict(load.plan, options.kv_type, options.precision));
 }
 
-// Left as it is in a process that was forked since: to take it apart, it would wait for threads
-// that are not there.
+// The engine is not destroyed in a process that was forked since: its destructor would wait for
+// threads that do not exist there.
 std::shared_ptr<Engine> shared(std::unique_ptr<Engine> engine) {
   return std::shared_ptr<Engine>(engine.release(), [](Engine* e) {
     if (e->pool().process().here()) delete e;
@@ -185,7 +185,7 @@ nb::dict to_dict(const stoker::StreamCounters& counters) {
 }
 #undef STOKER_ITEM
 
-// Counters of the expert store since the load; None where every expert is resident.
+// Returns the counters of the expert store since the load; None if every expert is resident.
 nb::object offload_of(const Engine& e) {
   const stoker::FlashExperts* flash = e.flash();
   if (!flash) return nb::none();
@@ -202,7 +202,7 @@ nb::object offload_of(const Engine& e) {
   return d;
 }
 
-// Counters of the streamed weights since the load; None where there are none.
+// Returns the counters of the streamed weights since the load; None if there are none.
 nb::object stream_of(const Engine& e) {
   const stoker::WeightStream* stream = e.stream();
   if (!stream) return nb::none();
@@ -215,7 +215,7 @@ nb::object stream_of(const Engine& e) {
   return d;
 }
 
-// The store under the pool's lease, between evaluations. Throws where there is none.
+// Calls f with the store under the pool's lease, between evaluations. Throws if there is none.
 template <class F>
 void with_flash(const Engine& e, F&& f) {
   stoker::FlashExperts* flash = e.flash();
@@ -244,7 +244,7 @@ double flash_bandwidth(const Engine& e, int64_t nbytes, uint64_t seed) {
   return bandwidth;
 }
 
-// What the predictor has learnt.
+// Returns what the predictor has learnt.
 nb::bytes predictor_state(const Engine& e) {
   std::string state;
   with_flash(e, [&](stoker::FlashExperts& flash) {
@@ -253,7 +253,7 @@ nb::bytes predictor_state(const Engine& e) {
   return nb::bytes(state.data(), state.size());
 }
 
-// Columns of what was recorded since the last call, each an array [n].
+// Returns columns of what was recorded since the last call, each an array [n].
 nb::dict take_routing(const Engine& e) {
   std::vector<stoker::Access> trace;
   with_flash(e, [&](stoker::FlashExperts& flash) { trace = flash.take_trace(); });
@@ -283,9 +283,9 @@ nb::object copy_or_none(const std::vector<float>& v) {
   return v.empty() ? nb::object(nb::none()) : copy_of(v);
 }
 
-// Of each layer the router [n_expert, n_embd], the norm of what it reads [n_embd] (None: it reads
-// the residual stream itself) and what is added to its gates for the choice [n_expert] (None:
-// nothing); None for a layer without a router.
+// Returns for each layer the router [n_expert, n_embd], the norm of its input [n_embd] (None: it
+// reads the residual stream itself) and the bias of its gates for the choice [n_expert] (None:
+// there is none); None for a layer without a router.
 nb::list routers(const Engine& e) {
   const stoker::ModelConfig& c = e.config();
   nb::list list;
@@ -359,8 +359,8 @@ nb::object eval_rows(const Engine& e, const nb::list& given, const std::string& 
                        [&](float* out) { e.eval(rows, which, {.logits = out}, poll_signals); });
 }
 
-// A step of generation of several sequences: (sequence, token, sampler) each. Returns the tokens
-// chosen; None where the sampler could not.
+// Makes a step of generation of several sequences: (sequence, token, sampler) each. Returns the
+// tokens chosen; None if the sampler could not choose.
 nb::list decode_steps(const Engine& e, const nb::list& given) {
   std::vector<stoker::DecodeStep> steps;
   for (nb::handle item : given) {
@@ -380,7 +380,7 @@ nb::list decode_steps(const Engine& e, const nb::list& given) {
   return tokens;
 }
 
-// -ln p(target) after each row (sequence, token, target); the sequences keep no logits.
+// Returns -ln p(target) after each row (sequence, token, target); the sequences keep no logits.
 nb::object score_rows(const Engine& e, const nb::list& given) {
   std::vector<stoker::Row> rows;
   std::map<Sequence*, int64_t> next;

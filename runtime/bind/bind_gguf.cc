@@ -44,7 +44,7 @@ nb::object decode_path(const std::string& path) {
       PyUnicode_DecodeFSDefaultAndSize(path.data(), static_cast<Py_ssize_t>(path.size())));
 }
 
-// A list of n new references; `make(i)` makes one.
+// Returns a list of n new references; `make(i)` makes one.
 template <typename Make>
 nb::object make_list(size_t n, const Make& make) {
   nb::object list = checked(PyList_New(static_cast<Py_ssize_t>(n)));
@@ -114,7 +114,7 @@ nb::tuple shape(const GgufTensor& t) {
   return nb::borrow<nb::tuple>(out);
 }
 
-// The numbers of the texts of an array.
+// Returns the numbers of the texts of an array.
 struct StringIds {
   std::shared_ptr<const Strings> strings;
 
@@ -148,7 +148,7 @@ nb::object key_use(const std::string& key, const std::string& architecture) {
   return row ? nb::object(nb::str(stoker::key_use_name(row->use))) : nb::none();
 }
 
-// Whether data, the first bytes of a shard of file_size bytes, hold all of its header.
+// Returns whether data, the first bytes of a shard of file_size bytes, hold all of its header.
 bool header_is_whole(nb::bytes data, uint64_t file_size, const std::string& name) {
   const auto* bytes = reinterpret_cast<const uint8_t*>(data.c_str());
   try {

@@ -49,7 +49,7 @@ const Format& format_of(const std::string& name) {
   refuse("unknown format '" + name + "': expected one of " + names);
 }
 
-// True where some format has a kernel for the instruction set in this build.
+// Returns whether some format has a kernel for the instruction set in this build.
 bool compiled(Isa isa) {
   int count;
   const Format* const* formats = stoker::all_formats(&count);
@@ -86,7 +86,7 @@ void check_finite(const float* x, size_t n, const std::string& name) {
   }
 }
 
-// 64-byte aligned memory of n values, freed with the array that takes it.
+// Returns 64-byte aligned memory of n values, freed with the array that takes it.
 template <class T>
 struct Buffer {
   explicit Buffer(size_t n)

@@ -13,11 +13,11 @@ namespace stoker {
 namespace {
 
 constexpr uint32_t kClosed = 1u << 31;
-// kClosed, and the number of threads that are between the gate and the lock.
+// Holds kClosed and the number of threads that are between the gate and the lock.
 std::atomic<uint32_t> gate{0};
 std::atomic<std::thread::id> closer{};  // may pass when it is closed
 
-// Whether the thread may take the lock; then passed() is to follow.
+// Returns whether the thread may take the lock; then it must call passed().
 bool pass() {
   if ((gate.fetch_add(1) & kClosed) == 0) return true;
   if (closer.load() == std::this_thread::get_id()) return true;
@@ -50,11 +50,11 @@ Relocked::~Relocked() { PyGILState_Release(state_); }
 void close_gate() {
   closer.store(std::this_thread::get_id());
   gate.fetch_or(kClosed);
-  // Who has passed gets the lock, and gives it back to us.
+  // A thread that has passed gets the lock, and gives it back to this one.
   PyThreadState* const state = PyEval_SaveThread();
   while ((gate.load() & ~kClosed) != 0) std::this_thread::sleep_for(std::chrono::microseconds(50));
   PyEval_RestoreThread(state);
-  // What daemon threads refer to is no leak.
+  // Objects that daemon threads refer to are not leaked.
   PyThreadState* const first = PyInterpreterState_ThreadHead(PyInterpreterState_Get());
   if (first && PyThreadState_Next(first)) nb::set_leak_warnings(false);
 }

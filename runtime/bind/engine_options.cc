@@ -16,7 +16,7 @@ using stoker::ErrorKind;
 
 namespace {
 
-// The number of a name in the list of an enum.
+// Returns the number of a name in the list of an enum.
 int one_of(const char* option, std::span<const char* const> names, const std::string& found) {
   std::string expected;
   for (size_t i = 0; i < names.size(); ++i) {
@@ -37,7 +37,7 @@ T as(nb::handle value) {
   return nb::cast<T>(value);
 }
 
-// THE list of the engine's options (runtime/_core.pyi says what they are).
+// Lists the engine's options (runtime/_core.pyi says what they are).
 constexpr Option kOptions[] = {
     {"threads", [](EngineOptions& o, nb::handle v) { o.threads = as<int>(v); }},
     {"context", [](EngineOptions& o, nb::handle v) { o.context = as<int64_t>(v); }},

@@ -12,7 +12,7 @@
 
 namespace stoker {
 
-// Without the lock as long as it lives. The thread has it when it makes one.
+// Releases the lock while it lives. The thread must have the lock when it makes one.
 class Unlocked {
  public:
   Unlocked();
@@ -24,7 +24,7 @@ class Unlocked {
   PyThreadState* const state_;
 };
 
-// With the lock again for a moment, inside an Unlocked. Throws Error(kInterrupted) where the
+// Takes the lock again for a moment, inside an Unlocked. Throws Error(kInterrupted) if the
 // interpreter is ending, so that what the caller holds is given back before it waits at the gate.
 class Relocked {
  public:
@@ -39,7 +39,7 @@ class Relocked {
 
 // Lets no other thread take the lock from here on; the caller still may. For atexit.
 void close_gate();
-// In a child after fork(), whose threads are gone.
+// Resets the gate in a child after fork(), which has none of the threads.
 void reset_gate();
 
 }  // namespace stoker

@@ -18,7 +18,7 @@ double now() {
   return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
 }
 
-// -ln softmax(logits)[token], sums in double.
+// Returns -ln softmax(logits)[token], with sums in double.
 double negative_log_probability(const float* logits, int64_t n, int32_t token) {
   const float top = *std::max_element(logits, logits + n);
   double sum = 0;
@@ -147,11 +147,12 @@ void Batch::chunk(std::span<const Row> rows) {
     engine_.family().layer(forward, il);
   }
   if (experts) experts->end();
-  // Logits that are there are of a row before these.
+  // Logits that a sequence still has belong to an earlier row.
   for (const Member& m : members_) {
     if (m.rows > 0) m.sequence->has_logits_ = false;
   }
-  // Reads of the output may fail: then these tokens do not count, as where one of a layer's did.
+  // A read of the output's weights may fail: then these tokens do not count, as if a read of a
+  // layer's weights had failed.
   outputs(rows, forward);
   const double seconds = now() - start;
   const auto n = static_cast<int64_t>(rows.size());
@@ -191,7 +192,7 @@ void Batch::make_room() {
 
 void Batch::outputs(std::span<const Row> rows, Forward& forward) {
   const int64_t n_embd = engine_.config().n_embd, n_vocab = engine_.config().n_vocab;
-  // Rows of the chunk as Forward numbers them, by what they want.
+  // Collects the rows of the chunk, as Forward numbers them, by what they want.
   std::vector<int32_t> place(rows.size());
   for (size_t i = 0; i < place.size(); ++i) {
     place[static_cast<size_t>(forward.order()[i])] = static_cast<int32_t>(i);
@@ -218,7 +219,7 @@ void Batch::outputs(std::span<const Row> rows, Forward& forward) {
     normed(hidden, out_.hidden);
     out_.hidden += static_cast<int64_t>(hidden.size()) * n_embd;
   }
-  // What else comes of rows whose logits are there.
+  // Computes the other outputs of rows whose logits are known.
   const auto finish = [&](std::span<const int32_t> of, const float* states, const float* values) {
     const auto n = static_cast<int64_t>(of.size());
     std::vector<double> nll(of.size());

@@ -45,7 +45,7 @@ int64_t lay_out_scratch(Scratch& s, const ModelConfig& c, int threads, int64_t c
   }
   const int64_t pairs = chunk * pairs_per_token;
   const int64_t rows = std::max(chunk, pairs);
-  // Columns that activations can have.
+  // The largest number of columns of any activations.
   const int64_t o = c.n_head * c.head_dim_v;
   const int64_t widest = round_up(std::max({c.n_embd, o, ff}), 64);
   const int64_t gate_floats =
@@ -103,7 +103,7 @@ int64_t scratch_bytes(const ModelConfig& c, int threads, int64_t chunk) {
 // how many tokens a chunk has.
 class BudgetSplit {
  public:
-  // Sets what depends on the chunk: scratch, and pages that windows keep for one.
+  // Sets what depends on the chunk: the scratch, and the pages that windows keep for a chunk.
   using ForChunk = std::function<void(FixedMemory&, int64_t chunk)>;
 
   // all: bytes of these weights; largest: tokens of the largest chunk.
@@ -122,11 +122,12 @@ class BudgetSplit {
     for_chunk_(streamed_, least_streamed_);
   }
 
-  // With the smallest chunk, and everything pinned or all streamed that can be.
+  // Returns the least memory: with the smallest chunk, and with everything pinned or everything
+  // streamed that can be.
   int64_t least_memory() const { return std::min(least(pinned_), least(streamed_)); }
 
-  // Shrinks `chunk` to what goes into the budget, or into the smallest one. stream: which weights
-  // are streamed.
+  // Shrinks `chunk` until it fits into the budget, or to the smallest one. Sets `stream` to the
+  // weights that are streamed.
   FixedMemory into(int64_t budget, int64_t& chunk, StreamPlan& stream) const {
     const bool all_pinned = budget >= least(pinned_) || least(pinned_) <= least(streamed_);
     FixedMemory fixed = all_pinned ? pinned_ : streamed_;
@@ -199,7 +200,7 @@ LoadPlan plan_load(const GgufFile& file, const EngineOptions& options) {
 
   int64_t scratch_limit = c.is_mixture() ? kMixtureScratch : INT64_MAX;
   if (o.memory > 0) scratch_limit = std::min(scratch_limit, o.memory / kScratchShare);
-  // Where tokens attend to later ones, a text is one chunk.
+  // If tokens attend to later ones, a text is one chunk.
   const int64_t largest = c.causal ? std::min(kChunk, p.context) : p.context;
   const int64_t least = std::min(kLeastChunk, largest);
   const auto scratch = [&](int64_t chunk) { return scratch_bytes(c, p.threads, chunk); };
@@ -293,7 +294,8 @@ void Engine::load(LoadPlan plan, const std::function<void()>& poll) {
 void Engine::make_room(int64_t bytes) const {
   if (plan_.memory.budget == 0) return;
   const MemoryPlan& m = plan_.memory;
-  // What nobody else has: of the plan's part for sequences what is not lent, and what is left over.
+  // The bytes that nobody else uses: the sequences' planned bytes that are not lent, and what the
+  // plan leaves over.
   const int64_t planned =
       m.process + m.pinned + m.ring + m.kv + m.scratch + m.margin + m.slot_bytes;
   const int64_t own =

@@ -22,7 +22,7 @@ constexpr int64_t kAttentionRows = 64;
 
 bool int8(const Matrix& m) { return m.format->act == ActKind::i8; }
 
-// The rows of `a` from row `first` on, for a matrix that wants `kind`.
+// Returns the rows of `a` from row `first` on, for a matrix that wants `kind`.
 Activations from_row(Activations a, int64_t first, ActKind kind) {
   a.kind = kind;
   a.x += first * a.x_stride;
@@ -174,7 +174,7 @@ void Forward::multiply(std::span<const Product> products, const Input& in) {
 
 void Forward::multiply_streamed(std::span<const Product> products, const Input& in) {
   WeightStream& stream = *engine_.stream();
-  // Rows of a product: all of a matrix in memory, or those of a piece.
+  // The rows of a product: all rows of a matrix in memory, or those of a piece.
   struct Part {
     const Product* product;
     int32_t piece;  // -1: in memory
@@ -224,7 +224,7 @@ void Forward::multiply_streamed(std::span<const Product> products, const Input& 
 }
 
 void Forward::multiply_resident(std::span<const Product> products, const Input& in) {
-  // One numbering of the row pieces of all products, so that one phase covers them.
+  // The row pieces of all products get one numbering, so that one phase covers them.
   struct Part {
     int64_t first_piece, rows_per_piece;
   };
@@ -303,7 +303,7 @@ void Forward::store_kv(int64_t il) {
     if (!w.k_bias.empty()) ops_.add(k, w.k_bias.data(), k_width);
     if (!w.v_bias.empty()) ops_.add(v, w.v_bias.data(), v_width);
     const auto heads = [&](float* x, int64_t n_head, const Vector& norm_weight) {
-      // Over all heads at once, where the weight has their width.
+      // The norm covers all heads at once if its weight has their width.
       const bool whole = static_cast<int64_t>(norm_weight.size()) > c.head_dim;
       if (whole) {
         ops_.rms_norm(x, norm_weight.data(), c.norm_eps, x, n_head * c.head_dim);
@@ -341,7 +341,7 @@ void Forward::attend(int64_t il) {
   struct Part {
     int64_t first, n;  // rows
   };
-  // The longest rows (last tokens) first, so that threads finish together.
+  // The longest rows (last tokens) come first, so that threads finish together.
   std::vector<Part> parts;
   for (size_t r = runs_.size(); r-- > 0;) {
     const Run& run = runs_[r];

@@ -31,7 +31,7 @@ class Forward::Probe : public RouterProbe {
  private:
   void guess(int64_t layer, float* out) {
     const ModelConfig& c = f_.config_;
-    // Where it is decided: at the layer, or at the mixture before.
+    // The choice is made at the layer, or at the mixture before it.
     const int64_t before = c.routing.pregated ? f_.mixture_before(layer) : -1;
     const LayerWeights& w = f_.layer(before < 0 ? layer : before);
     const Matrix& router = before < 0 ? w.router : w.pregate;
@@ -145,7 +145,7 @@ void Forward::mixture(int64_t il, const float* in, const Routes& routes, float* 
   const ModelConfig& c = config_;
   const int64_t k = c.n_expert_used, pairs = n_ * k, ff = c.n_ff_expert;
 
-  // Pairs (token, slot) sorted by expert: those of experts[j] are order[begin[j] .. begin[j+1]).
+  // The pairs (token, slot) are sorted by expert: experts[j] has order[begin[j] .. begin[j+1]).
   std::vector<int32_t> order(static_cast<size_t>(pairs));
   std::vector<int32_t> count(static_cast<size_t>(c.n_expert) + 1, 0);
   for (int32_t e : routes.expert) ++count[static_cast<size_t>(e) + 1];

@@ -19,7 +19,7 @@ double now() {
   return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
 }
 
-// Copies what passes to [..][n][n_embd] arrays, n rows of one sequence.
+// Copies what it observes to [..][n][n_embd] arrays, n rows of one sequence.
 class Taps : public Observer {
  public:
   Taps(float* out, float* hidden, int64_t n, int64_t n_embd)

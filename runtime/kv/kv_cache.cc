@@ -45,7 +45,7 @@ void KvCache::leave_behind(int64_t begin, int64_t end) {
     Table& t = tables_[g];
     const KvLayout::Group& group = layout_.groups()[g];
     const int64_t most = KvLayout::most_pages(group, context_, chunk_);
-    // Never what these rows attend to.
+    // A page that the rows of this chunk attend to is never dropped.
     const int64_t keep = std::min(first_block(group, begin), blocks(end) - most);
     for (; t.first < std::min(keep, t.last); ++t.first) drop(t, t.first);
   }
@@ -62,7 +62,7 @@ int64_t KvCache::missing(int64_t begin, int64_t end) const {
   return bytes;
 }
 
-// A page that rows from `begin` on are written to, and that others have, too.
+// Returns whether rows from `begin` on are written to a page that others share.
 bool KvCache::to_copy(const Table& table, int64_t begin) const {
   const int64_t block = begin / kAttentionBlock;
   if (block < table.first || block >= table.last) return false;

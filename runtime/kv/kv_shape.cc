@@ -34,7 +34,8 @@ KvLayout::KvLayout(const KvShape& s, KvType type)
 int64_t KvLayout::most_pages(const Group& group, int64_t context, int64_t chunk) {
   const int64_t all = blocks(context);
   if (group.window == 0) return all;
-  // The window before the chunk's first token, and the chunk, wherever they begin in a page.
+  // The pages hold the window before the chunk's first token and the chunk, wherever they begin in
+  // a page.
   return std::min(all, blocks(group.window - 1 + chunk) + 1);
 }
 

@@ -29,7 +29,7 @@ struct Reader {
     }
     return v;
   }
-  // A size; models that give one value a layer must give the same for all.
+  // Reads a size; models that give one value a layer must give the same for all layers.
   int64_t size(const char* name, int64_t fallback, int64_t low = 1, int64_t high = kMaxSize) const {
     const std::string k = key(name);
     const GgufValue* v = file.find(k);
@@ -117,7 +117,7 @@ void read_routing(const Reader& r, ModelConfig& c) {
   }
 }
 
-// Which layers have experts.
+// Returns which layers have experts.
 void find_mixtures(const GgufFile& file, ModelConfig& c) {
   for (int64_t il = 0; il < c.n_layer; ++il) {
     bool mixture = c.is_mixture() && il >= c.n_layer_dense;
@@ -130,7 +130,7 @@ void find_mixtures(const GgufFile& file, ModelConfig& c) {
   }
 }
 
-// A layer's feed-forward has a width that the file names.
+// Checks that the file names the width of each layer's feed-forward.
 void check_widths(const GgufFile& file, const ModelConfig& c) {
   for (const bool mixture : c.mixture) {
     if ((mixture ? c.n_ff_expert : c.n_ff) > 0) continue;

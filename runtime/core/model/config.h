@@ -66,16 +66,16 @@ struct ModelConfig {
   bool is_mixture() const { return n_expert > 0; }
 };
 
-// What its layers keep of a token.
+// Returns the shape of what the model's layers keep of a token.
 KvShape kv_shape(const ModelConfig& c);
 
 // Reads the keys that every family shares; throws Error(kModelFile) where one is missing or
 // makes no sense.
 ModelConfig read_config(const GgufFile& file);
-// Width of the shared experts together, as the file has it in either form; 0: none.
+// Returns the width of the shared experts together, in either form of the file; 0: none.
 int64_t shared_width(const GgufFile& file, const ModelConfig& c);
-// What the file says against the family's own; checks of what both together make.
-// Throws Error(kUnsupported).
+// Applies what the file says over the family's defaults, and checks the result. Throws
+// Error(kUnsupported).
 void finish_config(const GgufFile& file, ModelConfig& c);
 
 }  // namespace stoker

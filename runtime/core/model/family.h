@@ -1,5 +1,5 @@
-// A model family: how its files are read and what its layers do. Families are in the room above
-// (runtime/arch), which defines families(); the core knows them by this table alone.
+// A model family: how its files are read and what its layers do. Families are in runtime/arch,
+// which uses the core and defines families(); the core knows them by this table alone.
 #pragma once
 
 #include <cstdint>
@@ -26,13 +26,13 @@ struct NamedFamily {
   const Family* family;
 };
 
-// All of archs.inc, in its order.
+// Returns all families of archs.inc, in its order.
 std::span<const NamedFamily> families();
 
-// Before the name of an architecture: its layers' experts are chosen a layer ahead.
+// A prefix of an architecture's name: its layers' experts are chosen a layer ahead.
 constexpr std::string_view kPregatedPrefix = "pregated-";
 
-// The family of a file. Throws Error(kUnsupported).
+// Returns the family of a file. Throws Error(kUnsupported).
 const Family& find_family(const GgufFile& file, std::string_view architecture);
 
 }  // namespace stoker

@@ -29,7 +29,7 @@ struct LayerWeights {
   Matrix shared_router;  // [1][n_embd]: its sigmoid scales the shared expert; none: in full
 };
 
-// What the model has once.
+// The weights that a model has once.
 struct ModelWeights {
   Matrix embedding;     // [n_vocab][n_embd]; rows come from `stream` where it has no data
   Matrix output;        // [n_vocab][n_embd]; the embedding where the file has none

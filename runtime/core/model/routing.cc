@@ -11,7 +11,7 @@ constexpr float kLeastSum = 6.103515625e-5f;  // the smallest normal f16, as lla
 
 float sigmoid(float x) { return 1.0f / (1.0f + std::exp(-x)); }
 
-// The gate of every expert: p [n].
+// Computes the gate of every expert: p [n].
 void gates(Gating gating, int64_t n, const float* logits, float* p) {
   if (gating == Gating::kSigmoid) {
     for (int64_t e = 0; e < n; ++e) p[e] = sigmoid(logits[e]);
@@ -23,8 +23,8 @@ void gates(Gating gating, int64_t n, const float* logits, float* p) {
   for (int64_t e = 0; e < n; ++e) p[e] /= sum;
 }
 
-// The k experts of the largest scores [n], ties to the lower one; taken [n] (0 or 1) are out of it
-// and become so. NaN scores leave the first ones that are left.
+// Chooses the k experts of the largest scores [n], the lower one of equals, and marks them in taken
+// [n] (0 or 1), whose marked experts cannot be chosen. With NaN scores it takes the first ones.
 void take_best(const float* scores, int64_t n, int64_t k, float* taken, int32_t* expert) {
   for (int64_t j = 0; j < k; ++j) {
     int64_t best = -1;

@@ -13,7 +13,7 @@ enum class Gating {
 constexpr const char* kGatingNames[] = {"softmax", "sigmoid", "unit"};
 
 struct Routing {
-  // What the router of a layer reads.
+  // The input that the router of a layer reads.
   enum class Where {
     kFeedForward,  // what the layer's feed-forward reads
     kLayerInput,   // the layer's raw input, before attention
@@ -32,15 +32,15 @@ struct Routing {
   int64_t n_hidden = 0;  // with kOnce: hidden width of the router
 };
 
-// The experts of one token. logits [n]: the router's; bias [n] or null: added to the gates for the
-// choice alone; among [used] or null: the choice, where it is made elsewhere: these experts'
+// Chooses the experts of one token. logits [n]: the router's; bias [n] or null: added to the gates
+// for the choice alone; among [used] or null: the choice, if it is made elsewhere: these experts'
 // weights have the sum that the router's own choice would have had. scratch [3 * n] floats. Writes
-// expert [used], best first (ties to the lower expert), and weight [used].
+// expert [used], best first (the lower expert of equals), and weight [used].
 void choose_experts(const Routing& routing, int64_t n, int64_t used, const float* logits,
                     const float* bias, const int32_t* among, float* scratch, int32_t* expert,
                     float* weight);
 
-// What experts are ranked by: score [n], monotone in the choice. May be the logits themselves.
+// Computes what experts are ranked by: score [n], monotone in the choice. It may be the logits.
 void selection_scores(const Routing& routing, int64_t n, const float* bias, float* logits);
 
 }  // namespace stoker

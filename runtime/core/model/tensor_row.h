@@ -11,7 +11,7 @@
 
 namespace stoker {
 
-// What a tensor is to people.
+// The kind of a tensor in plans and tables for people.
 enum class TensorKind {
   kExperts,
   kSharedExperts,
@@ -26,7 +26,7 @@ enum class TensorKind {
 constexpr int kTensorKinds = 9;
 const char* tensor_kind_name(TensorKind kind);
 
-// What a tensor is to the plan.
+// The role of a tensor in the memory plan.
 enum class TensorRole {
   kPinned,    // always in memory: small, or looked at ahead of time
   kStreamed,  // every token uses all of it: read anew where it does not fit
@@ -34,7 +34,7 @@ enum class TensorRole {
   kLookup,    // a token uses a row of it
 };
 
-// Which layers have it.
+// The layers that have the tensor.
 enum class TensorLayers {
   kAll,
   kDense,

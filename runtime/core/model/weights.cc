@@ -29,7 +29,7 @@ constexpr uint64_t kReadPiece = uint64_t{4} << 20;
 int64_t embd(const ModelConfig& c) { return c.n_embd; }
 int64_t experts(const ModelConfig& c) { return c.n_expert; }
 
-// Of a family that is pre-gated (export/pregate.py): what chooses the next mixture layer's experts.
+// The tensors of pre-gated families (export/pregate.py) that choose the next mixture's experts.
 constexpr LayerTensor kPregate[] = {
     {.name = "ffn_pregate.weight",
      .kind = TensorKind::kRouters,
@@ -113,7 +113,7 @@ class Loader {
          Weights& weights)
       : file_(file), config_(config), table_(table), weights_(weights) {}
 
-  // Null where nothing has been read (partition()).
+  // The pointer is null if nothing has been read (partition()).
   const uint8_t* data(const GgufTensor& t) const {
     return weights_.memory ? weights_.memory->data(t) : nullptr;
   }
@@ -132,7 +132,7 @@ class Loader {
     return *f;
   }
 
-  // The tensor, marked as used; null where an optional one is absent.
+  // Returns the tensor and marks it as used; null if an optional one is absent.
   const GgufTensor* find(const std::string& name, bool required = false) const {
     const GgufTensor* t = required ? &file_.require_tensor(name) : file_.tensor(name);
     if (t) used_.insert(t);
@@ -147,7 +147,8 @@ class Loader {
     for (const GgufTensor* t : tensors) check_used(*t);
   }
 
-  // Matrix [rows][cols], slice `slice` of a three-dimensional tensor of `slices`.
+  // Returns the matrix [rows][cols] that is slice `slice` of a three-dimensional tensor of
+  // `slices`.
   Matrix view(const GgufTensor& t, int64_t rows, int64_t cols, int64_t slice = 0,
               int64_t slices = 1) const {
     if (t.ne[0] != cols || t.ne[1] != rows || t.ne[2] != slices || t.ne[3] != 1) {
@@ -242,7 +243,7 @@ class Loader {
     return found;
   }
 
-  // f(row, its matrix) for every matrix of the layer but experts, in the order of use.
+  // Calls f(row, its matrix) for every matrix of the layer except experts, in the order of use.
   template <class F>
   void each_matrix(int64_t il, const LayerWeights& w, F&& f) const {
     each_list(il, [&](std::span<const LayerTensor> rows) {
@@ -252,7 +253,7 @@ class Loader {
     });
   }
 
-  // What every tensor of the file is; kOther: it belongs to no row.
+  // Returns the kind of every tensor of the file; kOther: it belongs to no row.
   std::vector<TensorKind> kinds() const {
     std::unordered_map<std::string_view, TensorKind> by_name;
     std::deque<std::string> names;
@@ -309,7 +310,7 @@ class Loader {
     return mixture && std::find(later, config_.mixture.end(), true) != config_.mixture.end();
   }
 
-  // f(rows) for runs of the layer's rows, in the table's order.
+  // Calls f(rows) for runs of the layer's rows, in the table's order.
   template <class F>
   void each_list(int64_t il, F&& f) const {
     const auto some = [&](std::span<const LayerTensor> list) {
@@ -321,7 +322,7 @@ class Loader {
     if (config_.routing.pregated) some(kPregate);
   }
 
-  // "ffn_gate_exps.weight" -> "blk.<layer>.ffn_gate.<expert>.weight"
+  // Turns "ffn_gate_exps.weight" into "blk.<layer>.ffn_gate.<expert>.weight".
   static std::string single(const LayerTensor& row, int64_t il, int64_t e) {
     const std::string_view name(row.name);
     return prefix(il) + std::string(name.substr(0, name.find("_exps"))) + "." + std::to_string(e) +
@@ -344,7 +345,7 @@ class Loader {
                                              ": expected none of this name in architecture " +
                                              config_.architecture + ", found " + shape(t));
   }
-  // Whether it is of a layer that the family leaves out, at the end of the file's.
+  // Returns whether the tensor is of a layer at the file's end that the family ignores.
   bool ignored(const GgufTensor& t) const {
     for (int64_t il = config_.n_layer; il < config_.n_layer + config_.n_layer_ignored; ++il) {
       if (t.name.starts_with(prefix(il))) return true;
@@ -402,7 +403,7 @@ class OpCostSum {
   std::vector<OpCost>& work_;
 };
 
-// Everything but the experts.
+// Returns all tensors except the experts.
 void load_kept(const Loader& loader, const TensorTable& table, const ModelConfig& c, Weights& w) {
   for (const std::span<const ModelTensor> rows : table.model) {
     loader.fill(rows, "", static_cast<ModelWeights&>(w));
@@ -411,7 +412,7 @@ void load_kept(const Loader& loader, const TensorTable& table, const ModelConfig
   for (int64_t il = 0; il < c.n_layer; ++il) w.layers.push_back(loader.layer(il));
 }
 
-// Where a shard's first tensor begins; its end where it has none.
+// Returns where a shard's first tensor begins, or the shard's end if it has none.
 uint64_t data_begin(const GgufFile& file, size_t shard) {
   uint64_t begin = file.shard_nbytes()[shard];
   for (const GgufTensor& t : file.tensors()) {

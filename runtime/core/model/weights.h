@@ -27,12 +27,12 @@ class TensorMemory {
  public:
   // Reads the data section of every shard on `threads` threads. Throws Error(kModelFile).
   TensorMemory(const GgufFile& file, int threads);
-  // Bytes that the first form takes.
+  // Returns the bytes that the first form takes.
   static int64_t nbytes(const GgufFile& file);
   // Reads the given tensors only, page-aligned as direct I/O delivers them.
   TensorMemory(const std::vector<const GgufTensor*>& tensors, FlashReader& reader,
                const std::function<void()>& poll);
-  // Bytes that the second form takes.
+  // Returns the bytes that the second form takes.
   static int64_t nbytes(const std::vector<const GgufTensor*>& tensors);
 
   const uint8_t* data(const GgufTensor& t) const;
@@ -68,7 +68,7 @@ struct OpCost {
   int64_t bytes = 0;
 };
 
-// Everything in memory.
+// Loads all weights into memory.
 Weights load_weights(const GgufFile& file, const ModelConfig& config, const TensorTable& table,
                      int threads);
 
@@ -84,10 +84,11 @@ struct Partition {
   std::vector<StreamTensor> pass_order;
   StreamTensor lookup;
   std::array<int64_t, kTensorKinds> bytes_by_kind{};  // of all tensors, by TensorKind
-  // The tensors of `kept` that are pinned as a whole under a plan (all, where it is not active).
+  // Returns the tensors of `kept` that a plan pins as a whole (all of them if it is not active).
   std::vector<const GgufTensor*> pinned_under(const GgufFile& file, const StreamPlan& plan) const;
 };
-// Throws Error(kUnsupported) for tensors that the family does not know.
+// Partitions a file's tensors. Throws Error(kUnsupported) for tensors that the family does not
+// know.
 Partition partition(const GgufFile& file, const ModelConfig& config, const TensorTable& table);
 
 // Experts, and what `stream` streams, on flash, behind `reader` (whose files are the shards).
