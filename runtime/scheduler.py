@@ -105,6 +105,7 @@ class Scheduler:
         self._prompt_time = PromptTime()
         self.passes = 0  # forward passes so far, and
         self.rows = 0  # rows of decode passes
+        self.shared = 0  # decode passes of several sequences
 
     def decode(self, sequence: EngineSequence, token: int, sampler: Sampler) -> int:
         """Evaluates a token that was chosen before; returns the next. Raises BudgetError, ..."""
@@ -203,6 +204,7 @@ class Scheduler:
             last = self._decode_s.get(n, seconds)
             self._decode_s[n] = last + (seconds - last) / 4
             self.rows += n
+            self.shared += n > 1
         if prompts:
             self._prompts(prompts, len(decodes))
 
