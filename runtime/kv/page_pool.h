@@ -1,5 +1,5 @@
-// The pages of all sequences of an engine. Sequences that have a beginning in common share its
-// pages.
+// The pages of all sequences of an engine. A sequence and its forks share the pages of what they
+// have in common.
 #pragma once
 
 #include <cstdint>

@@ -75,7 +75,7 @@ ModelConfig read_config(const GgufFile& file);
 // Returns the width of the shared experts together, in either form of the file; 0: none.
 int64_t shared_width(const GgufFile& file, const ModelConfig& c);
 // Applies what the file says over the family's defaults, and checks the result. Throws
-// Error(kUnsupported).
+// Error: kUnsupported, kModelFile.
 void finish_config(const GgufFile& file, ModelConfig& c);
 
 }  // namespace stoker
