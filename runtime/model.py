@@ -55,7 +55,7 @@ _NAMED_KEYS = 5  # unknown metadata keys that a warning names
 # it cannot be told from a session in use.
 _STEP_GRACE_S = 2.0
 
-# Of generate_many: samples of a prompt, and answers at once, each of which has a thread.
+# generate_many takes at most so many samples of a prompt, and answers at once (a thread each).
 _MOST_SAMPLES, _MOST_PARALLEL = 10_000, 1024
 
 

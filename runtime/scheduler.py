@@ -87,7 +87,7 @@ class Request:
 
 
 class Scheduler:
-    """Of one engine; for any thread."""
+    """The scheduler of one engine. Any thread may call it."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine: Any = engine

@@ -146,7 +146,7 @@ def counts(engine: _core.Engine) -> dict[str, int]:
 
 
 def tiny(folder: Path, into: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
-    """Of the tests' generated models: name -> (engine under test, engine with all in memory)."""
+    """Yields the tests' generated models: name, (engine under test, engine with all in memory)."""
     sys.path.insert(0, str(folder))
     from offload_models import MIXTURES, Model, engine  # type: ignore[import-not-found]
     from tiny_models import VARIANTS, make  # type: ignore[import-not-found]
@@ -176,7 +176,7 @@ def tiny(folder: Path, into: Path) -> Iterator[tuple[str, Callable[[], tuple[Any
 
 
 def given(names: list[str]) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
-    """Of files: the same."""
+    """Yields the same for files."""
     for argument in names:
         name, _, memory = argument.partition("=")
 

@@ -57,7 +57,9 @@ class LentCore {
     Borrower b{thread, {}};
     cpu_set_t mine;
     CPU_ZERO(&mine);
-    CPU_SET(::sched_getcpu(), &mine);
+    const int core = ::sched_getcpu();
+    if (core < 0 || core >= CPU_SETSIZE) return false;
+    CPU_SET(core, &mine);
     if (::sched_getaffinity(thread, sizeof b.cores, &b.cores) != 0) return false;
     if (::sched_setaffinity(thread, sizeof mine, &mine) != 0) return false;
     borrowers_.push_back(b);
@@ -134,7 +136,10 @@ void ThreadPool::await_workers() {
       const Place& p = places_[static_cast<size_t>(i)];
       if (p.inside.load(std::memory_order_acquire)) lent |= core.lend(p.thread, p.clock);
     }
-    if (!lent) continue;
+    if (!lent) {  // it computes, or the system does not let us lend
+      std::this_thread::yield();
+      continue;
+    }
     caller_sleeps_.store(true);
     for (;;) {
       const uint32_t state = state_.load();
@@ -158,7 +163,8 @@ void ThreadPool::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
     uint32_t state = state_.load(std::memory_order_acquire);
-    for (int spins = 0; state >> kPhase == seen; ++spins) {
+    for (int spins = 0; state >> kPhase == seen && !stop_.load(std::memory_order_relaxed);
+         ++spins) {
       if (spins < spins_.load(std::memory_order_relaxed)) {
         pause();
       } else {

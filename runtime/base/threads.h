@@ -90,7 +90,7 @@ class ThreadPool {
   bool stays_ = false;
   int size_ = 1;
   std::mutex use_, moving_;
-  // Of one worker.
+  // The state of one worker.
   struct alignas(64) Place {
     std::atomic<bool> inside{false};  // the phase
     int thread = 0, clock = 0;        // the system's numbers for it and its time; set before inside

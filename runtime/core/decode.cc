@@ -2,8 +2,6 @@
 
 #include <vector>
 
-#include "runtime/base/errors.h"
-
 namespace stoker {
 
 void decode(const Engine& engine, std::span<DecodeStep> steps, const std::function<void()>& poll) {

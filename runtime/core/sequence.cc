@@ -152,11 +152,7 @@ int32_t Sequence::step(Sampler& sampler) {
 }
 
 void Sequence::truncate(int64_t position) {
-  struct Held {
-    explicit Held(Sequence& s) : s(s) { s.take(); }
-    ~Held() { s.give_back(); }
-    Sequence& s;
-  } const held(*this);
+  const Held held(*this);
   if (position < 0 || position > position_) {
     throw Error(ErrorKind::kOption, "truncate: expected 0 to " + std::to_string(position_.load()) +
                                         " tokens, found " + std::to_string(position));
@@ -168,7 +164,8 @@ void Sequence::truncate(int64_t position) {
   position_ = position;
 }
 
-std::unique_ptr<Sequence> Sequence::fork() const {
+std::unique_ptr<Sequence> Sequence::fork() {
+  const Held held(*this);
   auto forked = std::make_unique<Sequence>(engine_, poll_);
   forked->kv_.fork(kv_);
   forked->position_ = position_.load();

@@ -73,7 +73,7 @@ class Sequence {
   void truncate(int64_t position);
   // Returns a sequence that holds the same; both share the pages of keys and values until one of
   // them writes to a page.
-  std::unique_ptr<Sequence> fork() const;
+  std::unique_ptr<Sequence> fork();
   void cancel() { cancelled_.store(true, std::memory_order_relaxed); }
   // Takes back a cancel() that came too late to meet an evaluation.
   void forget_cancel() { cancelled_.store(false, std::memory_order_relaxed); }
@@ -88,6 +88,14 @@ class Sequence {
   // Takes the sequence for one evaluation. Throws Error(kOption) if another thread has it.
   void take();
   void give_back() { busy_.clear(std::memory_order_release); }
+  // Holds a sequence for one call.
+  struct Held {
+    explicit Held(Sequence& sequence) : sequence(sequence) { sequence.take(); }
+    ~Held() { sequence.give_back(); }
+    Held(const Held&) = delete;
+    Held& operator=(const Held&) = delete;
+    Sequence& sequence;
+  };
 
   // Counts as an open session of the engine while it lives.
   struct Opened {

@@ -53,7 +53,7 @@ def test_offloaded(tmp_path: Path, name: str) -> None:
 
 
 def test_each_sequence_has_its_part(tmp_path: Path) -> None:
-    """Of what a step of several sequences costs; and nothing is lost."""
+    """The parts of what a step of several sequences costs add up to the whole."""
     e = Model(MIXTURES["mixtral"].write(tmp_path)).offloaded(0.4, threads=2)
     a, b = e.sequence(), e.sequence()
     e.eval([(a, 1)] * 5 + [(b, 2)] * 3, "prompt")
